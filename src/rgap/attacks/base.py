@@ -1,0 +1,179 @@
+"""What every attack has in common: what it is given, and what it must say about its answer."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.preflight import Preflight, preflight
+from rgap.target import Target
+from rgap.update import Update
+
+
+class Status(Enum):
+    """How an attack ended."""
+
+    EXACT = "exact"
+    """One input inside the value range reproduces the gradient, and the constraints determine it."""
+    AMBIGUOUS = "ambiguous"
+    """Several inputs reproduce the gradient, and the value range does not choose between them."""
+    RANK_DEFICIENT = "rank-deficient"
+    """A layer's constraints leave dimensions of its input free."""
+    ILL_CONDITIONED = "ill-conditioned"
+    """The gradient is reproduced, but its rounding could move the input visibly."""
+    GRADIENT_ZERO = "gradient zero"
+    """The gradient holds nothing: a saturated loss, or a layer whose units are all dead."""
+    NOT_CONVERGED = "not converged"
+    """No input was found that reproduces the gradient."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened at one layer, for one answer."""
+
+    name: str
+    unknowns: int
+    """|x|, the values of the layer's input."""
+    weight_rows: int
+    """Weight constraints in use, after those that an activation hides are dropped."""
+    gradient_rows: int
+    rank: int
+    """Independent constraints among them, measured."""
+    condition: float
+    weight_residual: float
+    """|W x + b - z| / |z|."""
+    gradient_residual: float
+    """|K x - grad W| / |grad W|."""
+    error: float
+    """How far the rounding of the gradient may have moved this layer's input (root mean square, an estimate)."""
+    dead_units: int
+    """Outputs whose gradient is zero at every position: their weights' gradients say nothing."""
+    method: str
+    open_since: str | None = None
+    """The layer whose free dimensions reach this layer's input, so that it is not determined; None if it is."""
+
+    @property
+    def free(self) -> int:
+        """The number of dimensions that the constraints leave open."""
+        return self.unknowns - self.rank
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """One input that the update may have been computed from."""
+
+    inputs: Float[Tensor, "b ..."]
+    """(batch, *input_shape)."""
+    labels: Float[Tensor, " b"]
+    margin: float
+    """mu, the label times the network's output."""
+    gradient_residual: float
+    """|gradient at this answer - gradient of the update| / |gradient of the update|, over all parameters."""
+    error: float
+    """Estimated root-mean-square error of the inputs that comes from the rounding of the gradient."""
+    layers: tuple[LayerReport, ...] = ()
+    """From the input to the output."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What an attack found, and how far it can be trusted."""
+
+    attack: str
+    status: Status
+    reason: str
+    """The status in a sentence, with the numbers behind it."""
+    answers: tuple[Answer, ...]
+    """Best first: all that reproduce the gradient, else the nearest one, else empty."""
+    assumptions: tuple[str, ...]
+    """Everything the attack took for granted or inferred."""
+    preflight: Preflight
+    tolerance: float
+    """The gradient residual up to which an answer counts as reproducing the gradient."""
+    seconds: float = 0.0
+
+    @property
+    def inputs(self) -> Float[Tensor, "b ..."]:
+        """The best answer's inputs, (batch, *input_shape).
+
+        Raises:
+            LookupError: the attack has no answer; says why.
+        """
+        return self._best.inputs
+
+    @property
+    def labels(self) -> Float[Tensor, " b"]:
+        return self._best.labels
+
+    @property
+    def layers(self) -> tuple[LayerReport, ...]:
+        return self._best.layers
+
+    @property
+    def gradient_residual(self) -> float:
+        return self._best.gradient_residual
+
+    @property
+    def twins(self) -> tuple[Answer, ...]:
+        """The other inputs that reproduce the gradient."""
+        return self.answers[1:]
+
+    @property
+    def _best(self) -> Answer:
+        if not self.answers:
+            raise LookupError(f"{self.attack} has no answer: {self.status.value}, {self.reason}")
+        return self.answers[0]
+
+    def __str__(self) -> str:
+        lines = [f"{self.attack}: {self.status.value}, {self.reason}"]
+        lines += [f"  assumed: {assumption}" for assumption in self.assumptions]
+        lines += [f"  warning: {finding}" for finding in self.preflight.findings]
+        return "\n".join(lines)
+
+
+class Attack(ABC):
+    """``(Target, Update) -> Reconstruction``. Authors write `run`; nothing else reaches the attack."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @final
+    def __call__(self, target: Target, update: Update) -> Reconstruction:
+        """Attack one update.
+
+        Raises:
+            UpdateError: the update is not one of this target's model.
+            NotAChain: the attack needs a chain of layers and the model is none.
+        """
+        update.check(target)
+        start = time.perf_counter()
+        found = self.run(target, update, preflight(target, update))
+        return replace(found, seconds=time.perf_counter() - start)
+
+    @abstractmethod
+    def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
+        """The attack itself, on an update that is known to fit the target."""
+
+
+def residual_tolerance(dtype: torch.dtype) -> float:
+    """How well a recomputed gradient must agree with one of this type: the square root of its rounding."""
+    return float(torch.finfo(dtype).eps ** 0.5)
+
+
+def gradient_residuals(
+    target: Target, update: Update, inputs: Tensor, labels: Float[Tensor, " s"]
+) -> Float[Tensor, " s"]:
+    """The certificate: relative distance between the update and the gradient recomputed at each of s answers."""
+    found = target.gradients(inputs, labels)
+    total = torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device)
+    for name, gradient in update.gradients.items():
+        total += (found[name].double() - gradient.double()).flatten(1).square().sum(1)
+    return total.sqrt() / update.norm

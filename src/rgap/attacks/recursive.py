@@ -1,0 +1,255 @@
+"""R-GAP: the closed-form recursive attack (Zhu and Blaschko 2021, arXiv:2010.07733, Algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.attacks.base import (
+    Answer,
+    Attack,
+    LayerReport,
+    Reconstruction,
+    Status,
+    gradient_residuals,
+    residual_tolerance,
+)
+from rgap.attacks.heads import Heads, heads
+from rgap.constraints import Solved, System
+from rgap.nn.activations import Identity
+from rgap.nn.chain import Chain
+from rgap.nn.layers import Layer
+from rgap.preflight import Preflight
+from rgap.target import Target
+from rgap.update import Update
+
+@dataclass(frozen=True)
+class Recursive(Attack):
+    """From the last layer to the first, each layer's input is the least-squares solution of its constraints.
+
+    Label and margin are inferred, and every root is followed. The certificate, the gradient recomputed through the
+    model itself, decides which answers are given.
+
+    Args:
+        rank_tolerance: singular values below this fraction of the largest count as zero. The default follows the
+            gradient's rounding eps as eps^(2/3): a direction that is kept is known to eps^(1/3) or better.
+        visible: an estimated error above this fraction of the value range (or of the input's own spread) is called
+            ill-conditioned, not exact.
+        seed: of the random probe that estimates errors.
+    """
+
+    rank_tolerance: float | None = None
+    visible: float = 0.01
+    seed: int = 0
+
+    def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
+        chain = target.chain
+        eps = float(torch.finfo(update.dtype).eps)
+        rank_tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
+        tolerance = residual_tolerance(update.dtype)
+        gradients = {name: g.double().to(target.device) for name, g in update.gradients.items()}
+        assumptions: tuple[str, ...] = ()
+        if target.batch_size != 1 or update.header.batch_size != 1:
+            assumptions = ("the update is attacked as if it came from one sample; of several it gives a mixture",)
+
+        def ended(status: Status, reason: str, answers: tuple[Answer, ...] = ()) -> Reconstruction:
+            return Reconstruction(self.name, status, reason, answers, assumptions, checks, tolerance)
+
+        empty = next((layer for layer in reversed(chain.layers) if not gradients[layer.weight_name].any()), None)
+        if empty is not None:
+            cause = "the loss is saturated" if empty is chain[-1] else "all units after it are dead"
+            return ended(Status.GRADIENT_ZERO, f"the gradient of {empty.weight_name} is zero: {cause}")
+        start = heads(chain, target.loss, gradients, eps)
+        assumptions += start.assumptions
+        if len(start.labels) == 0:
+            return ended(Status.NOT_CONVERGED, f"no sample gives this last-layer gradient under {target.loss.name} loss")
+        answers = self._follow(target, update, gradients, start, rank_tolerance)
+        best = min(a.gradient_residual for a in answers)
+        # Where none agrees, those that come as near as the nearest are no worse than it.
+        good = [a for a in answers if a.gradient_residual <= max(tolerance, 3 * best)]
+        good.sort(key=lambda a: _misfit(a.inputs, target.value_range))
+        if len(good) > 1 and target.value_range is not None:
+            assumptions += (f"of {len(good)} answers the one that fits the value range {target.value_range} is first",)
+        status, reason = self._judge(good, target, tolerance)
+        return ended(status, reason, tuple(good))
+
+    def _follow(
+        self, target: Target, update: Update, gradients: dict[str, Tensor], start: Heads, rank_tolerance: float
+    ) -> list[Answer]:
+        """Every candidate to its input, with certificates."""
+        chain = target.chain
+        followed = start.select(start.one_per_label) if chain.scalable else start
+        probe = torch.Generator(device=target.device).manual_seed(self.seed)
+        eps = float(torch.finfo(update.dtype).eps)
+        found = recurse(chain, gradients, followed, eps, rank_tolerance, probe)
+        ends = []
+        for end in found:
+            if chain.scalable:  # the other roots' inputs are the same one, scaled: their gradients agree by Eq. 11
+                same = (start.labels == end.label).nonzero().flatten().tolist()
+                ends += [end.scaled(float(start.margins[at])) for at in same]
+            else:
+                ends.append(end)
+        inputs = torch.cat([chain[0].unpack_input(end.x) for end in ends]).reshape(-1, *target.input_shape)
+        labels = torch.tensor([end.label for end in ends], dtype=inputs.dtype, device=inputs.device)
+        residuals = gradient_residuals(target, update, inputs, labels).tolist()
+        return [
+            Answer(inputs[s : s + 1], labels[s : s + 1], end.margin, residuals[s], end.error, end.layers)
+            for s, end in enumerate(ends)
+        ]
+
+    def _judge(self, answers: list[Answer], target: Target, tolerance: float) -> tuple[Status, str]:
+        """The status that the first answer deserves."""
+        best = answers[0]
+        residual = f"gradient residual {best.gradient_residual:.1e}"
+        if best.layers[0].open_since is not None:
+            layer = next(layer for layer in best.layers if layer.name == best.layers[0].open_since)
+            free = f"{layer.name} leaves {layer.free} of {layer.unknowns} dimensions free"
+            return Status.RANK_DEFICIENT, f"{free}; {residual}"
+        if not best.gradient_residual <= tolerance:
+            return Status.NOT_CONVERGED, f"{residual}, tolerance {tolerance:.1e}"
+        low, high = target.value_range or (float(best.inputs.min()), float(best.inputs.max()))
+        if best.error > self.visible * (high - low):
+            return Status.ILL_CONDITIONED, f"{residual}, but rounding may have moved each value by {best.error:.1e}"
+        inside = [a for a in answers if _outside(a.inputs, target.value_range) <= 10 * a.error + 1e-3 * (high - low)]
+        if len(answers) > 1 and len(inside) != 1:
+            return Status.AMBIGUOUS, f"{len(answers)} inputs reproduce the gradient, {len(inside)} inside the value range"
+        return Status.EXACT, f"{residual}, estimated error {best.error:.1e}"
+
+
+@dataclass(frozen=True)
+class End:
+    """One candidate's input, at the end of the recursion."""
+
+    x: Float[Tensor, "1 c n"]
+    label: float
+    margin: float
+    error: float
+    layers: tuple[LayerReport, ...]
+
+    def scaled(self, margin: float) -> End:
+        """The same direction with another margin, for a chain that scales."""
+        factor = margin / self.margin if self.margin else 1.0
+        return replace(self, x=factor * self.x, margin=margin, error=abs(factor) * self.error)
+
+
+def recurse(
+    chain: Chain,
+    gradients: dict[str, Tensor],
+    start: Heads,
+    eps: float,
+    rank_tolerance: float,
+    probe: torch.Generator,
+) -> list[End]:
+    """Algorithm 1, on all candidates together; those that contradict their constraints fall out on the way."""
+    head, k, z = start, start.k, start.z
+    row_weight, z_error = None, torch.zeros_like(z)
+    traces = [Trace() for _ in head.labels]
+    for depth in reversed(range(len(chain))):
+        layer = chain[depth]
+        grad = layer.pack_weight(gradients[layer.weight_name][None]).expand(len(k), *layer.weight.shape)
+        bias = 0.0 if layer.bias is None else layer.bias[:, None]
+        k_known = layer.bias_name is not None and layer.positions == 1
+        if layer.bias_name is not None and k_known:  # the gradient of the bias is k itself
+            k = gradients[layer.bias_name].reshape(1, -1, 1).expand_as(k)
+        system = System(layer, k, row_weight, rank_tolerance)
+        solved = system.solve(z - bias, grad)
+        error = _error(system, z_error, grad, eps, head.k_error, probe)
+        for s, trace in enumerate(traces):
+            trace.add(layer, system, solved, s, float(error[s]), k_known)
+        alive = _plausible(torch.maximum(solved.weight_residual, solved.gradient_residual))
+        x, k, error, head = solved.x[alive], k[alive], error[alive], head.select(alive)
+        traces = [trace for trace, keep in zip(traces, alive.tolist(), strict=True) if keep]
+        if depth > 0:
+            before = chain[depth - 1]
+            inverse = before.activation.invert(before.pack_output(layer.unpack_input(x)), error)
+            z, row_weight = inverse.z, inverse.weight
+            z_error = error[:, None, None] / inverse.slope.clamp(min=1e-12)
+            k = before.pack_output(layer.unpack_input(layer.grad_input(k))) * inverse.slope  # Eq. 6
+            for trace in traces:
+                trace.pass_activation(before)
+    return [
+        End(x[s : s + 1], float(head.labels[s]), float(head.margins[s]), float(error[s]), tuple(trace.layers))
+        for s, trace in enumerate(traces)
+    ]
+
+
+@dataclass
+class Trace:
+    """What is said of one candidate along its way, from the output to the input."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    x_open: str | None = None
+    """The rank-deficient layer, if any, whose free dimensions reach the present input, and so the z before it."""
+    k_open: str | None = None
+    """Likewise for k."""
+
+    def add(self, layer: Layer, system: System, solved: Solved, s: int, error: float, k_known: bool) -> None:
+        """Note what happened at a layer, and whether its input is determined."""
+        self.k_open = None if k_known else self.k_open
+        z_open = None if system.by_gradient_alone[s] else self.x_open
+        own = layer.name if solved.rank[s] < layer.unknowns else None
+        self.x_open = self.k_open or z_open or own
+        weight = system.row_weight
+        report = LayerReport(
+            name=layer.name,
+            unknowns=layer.unknowns,
+            weight_rows=layer.weight_rows if weight is None else int((weight[s] > 0).sum()),
+            gradient_rows=layer.gradient_rows,
+            rank=solved.rank[s],
+            condition=solved.condition[s],
+            weight_residual=float(solved.weight_residual[s]),
+            gradient_residual=float(solved.gradient_residual[s]),
+            error=error,
+            dead_units=int((system.k[s] == 0).all(-1).sum()),
+            method=solved.method,
+            open_since=self.x_open,
+        )
+        self.layers.insert(0, report)
+
+    def pass_activation(self, before: Layer) -> None:
+        """The slopes that enter the next k are known as far as the input is."""
+        if not isinstance(before.activation, Identity):
+            self.k_open = self.k_open or self.x_open
+
+
+def _error(system: System, z_error: Tensor, grad: Tensor, eps: float, k_error: Tensor, probe: torch.Generator) -> Tensor:
+    """Push one draw of the right-hand side's noise through the solver: the root mean square of what comes out.
+
+    z carries the error of the layers after this one, grad W its rounding, and an error of k acts like one of grad W.
+    """
+    layer, k = system.layer, system.k
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=probe, dtype=k.dtype, device=k.device)
+
+    floor = eps * grad.abs().amax()
+    grad_noise = draw(len(k), *grad.shape[1:]) * (eps * grad.abs() + floor * 0.1)
+    grad_noise = grad_noise + grad * (k_error * draw(len(k)))[:, None, None, None]
+    z_noise = draw(len(k), layer.outputs, layer.positions) * z_error
+    return system.apply_inverse(z_noise, grad_noise).square().mean((1, 2)).sqrt()
+
+
+def _plausible(residual: Float[Tensor, " s"]) -> Tensor:
+    """Drop candidates that contradict their constraints while another satisfies them: they cannot be the sample."""
+    best = float(residual.min())
+    return residual <= max(1e3 * best, 1e-2)
+
+
+def _outside(x: Tensor, value_range: tuple[float, float] | None) -> float:
+    """Root mean square distance to the value range; 0 if it is not known."""
+    if value_range is None:
+        return 0.0
+    return float((x - x.clamp(*value_range)).square().mean().sqrt())
+
+
+def _misfit(x: Tensor, value_range: tuple[float, float] | None) -> tuple[float, float]:
+    """How badly an input fits the range: first by what lies outside it, then by how little of it is used."""
+    spread = float(x.max() - x.min())
+    if value_range is None:
+        return (0.0, 0.0)
+    width = value_range[1] - value_range[0]
+    outside = _outside(x, value_range) / width
+    return (outside if outside > 1e-3 else 0.0, -min(spread / width, 1.0))

@@ -1,0 +1,165 @@
+"""The two kinds of constraints on one layer's input, and the input that satisfies them.
+
+    W x = z - b      weight constraints, one row per output value   (Eq. 16)
+    K x = grad W     gradient constraints, one row per weight       (Eq. 15)
+
+K is block diagonal: one matrix K0 for every input channel (`Layer.kernel_matrix`). Its singular vectors split each
+channel into *strong* directions, which the gradient alone determines, and *weak* ones. k is small but nearly exact,
+while z carries the errors of all layers after this one; so the strong directions come from the gradient alone, and
+only the weak ones are solved for jointly, from the weight rows and what is left of the gradient rows, scaled to the
+same size. Where no direction is weak the layer passes no error on at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rgap.linalg import psd
+from rgap.nn.layers import Layer
+
+STRONG = 1e-3
+"""A direction is strong if its singular value in K0 is at least this fraction of the largest."""
+REFINEMENTS = 2
+"""Steps of iterative refinement; a step on matrices is cheap beside their factors."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The least-squares input of s systems, and how well it is determined."""
+
+    x: Float[Tensor, "s c n"]
+    rank: tuple[int, ...]
+    condition: tuple[float, ...]
+    """How much the system magnifies a relative error: of the strong gradient rows or of the joint rows, the worse."""
+    weight_residual: Float[Tensor, " s"]
+    """|W x + b - z| / |z| over the rows in use."""
+    gradient_residual: Float[Tensor, " s"]
+    """|K x - grad W| / |grad W|."""
+    method: str
+
+
+class System:
+    """The constraints on one layer's input, factored, for s systems with their own k."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        k: Float[Tensor, "s o p"],
+        row_weight: Float[Tensor, "s o p"] | None,
+        tolerance: float,
+    ):
+        """
+        Args:
+            k: gradient of the loss with respect to the layer's output.
+            row_weight: how far each value of z is known, from 0 (its row is dropped) to 1; None means all are.
+            tolerance: singular values below this fraction of the largest count as zero.
+        """
+        self.layer, self.k = layer, k
+        self.row_weight = row_weight
+        self._row_weight = None if row_weight is None else row_weight**2
+        kernel = layer.kernel_matrix(k)
+        _, sigma, basis = torch.linalg.svd(kernel, full_matrices=True)
+        self._basis: Float[Tensor, "s g n n"] = basis.mT
+        self._sigma = torch.nn.functional.pad(sigma, (0, basis.shape[-1] - sigma.shape[-1]))
+        largest = self._sigma[..., :1]
+        self._strong: Bool[Tensor, "s g n"] = (self._sigma >= max(STRONG, tolerance) * largest) & (largest > 0)
+        self._joint: dict[tuple[int, int], tuple[Tensor, float, psd.Factor]] = {}
+        if not bool(self._strong.all()):
+            self._factor_weak(tolerance)
+
+    def _factor_weak(self, tolerance: float) -> None:
+        gram = self.layer.weight_gram(self._row_weight)
+        per_group = self.layer.channels // self.layer.groups
+        gradient_row = self._sigma.square().sum(-1) / (self.layer.outputs // self.layer.groups * self.layer.offsets)
+        used = self.layer.weight_rows / self.layer.groups
+        for s, g in (~self._strong).any(-1).nonzero().tolist():
+            matrix = gram[s % len(gram), g]
+            weak = ~self._strong[s, g]
+            basis, sigma = self._basis[s, g][:, weak], self._sigma[s, g][weak]
+            n, d = basis.shape
+            blocks = matrix.reshape(per_group, n, per_group, n)
+            reduced = torch.einsum("na,cnem->caem", basis, blocks) @ basis
+            reduced = reduced.reshape(per_group * d, per_group * d)
+            if self._row_weight is not None:
+                used = float((self._row_weight.reshape(len(self.k), self.layer.groups, -1)[s, g] > 0).sum())
+            weight_row = float(matrix.trace()) / max(used, 1)
+            row = float(gradient_row[s, g])
+            scale = (weight_row or 1.0) / row if row else 1.0
+            reduced.diagonal().add_((scale * sigma.square()).repeat(per_group))
+            size = max(float(matrix.diagonal().max()), scale * float(self._sigma[s, g, 0]) ** 2)
+            self._joint[s, g] = basis, scale, psd.factor(reduced, tolerance, size)
+
+    @property
+    def method(self) -> str:
+        return "per channel" if not self._joint else next(iter(self._joint.values()))[2].method
+
+    @property
+    def by_gradient_alone(self) -> list[bool]:
+        """Per system, whether the gradient rows determine the input, so that no error of z reaches it."""
+        return self._strong.all(-1).all(-1).tolist()  # type: ignore[no-any-return]
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """The number of independent constraints, per system."""
+        per_group = self.layer.channels // self.layer.groups
+        ranks = (self._strong.sum((-1, -2)) * per_group).tolist()
+        for (s, _), (_, _, factor) in self._joint.items():
+            ranks[s] += factor.rank
+        return tuple(ranks)
+
+    @property
+    def condition(self) -> tuple[float, ...]:
+        smallest = torch.where(self._strong, self._sigma, torch.inf).amin(-1)
+        ratio = torch.where(smallest.isfinite(), self._sigma[..., 0] / smallest, 1.0).amax(-1).tolist()
+        for (s, _), (_, _, factor) in self._joint.items():
+            ratio[s] = max(ratio[s], factor.condition)
+        return tuple(ratio)
+
+    def solve(self, z: Float[Tensor, "s o p"], grad: Float[Tensor, "s g j i"]) -> Solved:
+        """The least-squares input for z (without the bias) and the weight's gradient; minimum norm where not unique."""
+        x = self.apply_inverse(z, grad)
+        for _ in range(REFINEMENTS):
+            x = x + self.apply_inverse(z - self.layer.output(x), grad - self.layer.grad_weight(x, self.k))
+        misfit = z - self.layer.output(x)
+        if self._row_weight is not None:
+            misfit, z = misfit * self._row_weight, z * self._row_weight
+        return Solved(
+            x,
+            self.rank,
+            self.condition,
+            _relative(misfit, z),
+            _relative(grad - self.layer.grad_weight(x, self.k), grad),
+            self.method,
+        )
+
+    def apply_inverse(self, z: Float[Tensor, "s o p"], grad: Float[Tensor, "s g j i"]) -> Float[Tensor, "s c n"]:
+        """The linear map from the right-hand sides to the solution, once, without refinement."""
+        layer = self.layer
+        shape = (len(z), layer.groups, layer.channels // layer.groups, layer.pixels)
+        # Per channel in the singular basis: sigma^2 a = V' K0' grad.
+        pulled = layer.grad_input(self.k, grad).reshape(shape) @ self._basis
+        strong, sigma = self._strong[:, :, None], self._sigma[:, :, None]
+        x = (torch.where(strong, pulled / sigma.square().clamp(min=1e-300), 0.0) @ self._basis.mT).reshape(
+            len(z), layer.channels, layer.pixels
+        )
+        if not self._joint:
+            return x
+        rest = z - layer.output(x)
+        if self._row_weight is not None:
+            rest = rest * self._row_weight
+        back = layer.grad_input(rest).reshape(shape)
+        x = x.reshape(shape)
+        for (s, g), (basis, scale, factor) in self._joint.items():
+            rhs = back[s, g] @ basis + scale * pulled[s, g][:, ~self._strong[s, g]]
+            y = factor.solve(rhs.reshape(-1, 1)).reshape(rhs.shape)
+            x[s, g] = x[s, g] + y @ basis.mT
+        return x.reshape(len(z), layer.channels, layer.pixels)
+
+
+def _relative(misfit: Tensor, reference: Tensor) -> Float[Tensor, " s"]:
+    size = reference.flatten(1).norm(dim=1)
+    return misfit.flatten(1).norm(dim=1) / size.clamp(min=torch.finfo(size.dtype).tiny)

@@ -1,0 +1,84 @@
+"""Solving with one symmetric positive semidefinite matrix: Cholesky where it is definite, its eigenvalues where not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+ITERATIONS = 12
+"""Steps of power and inverse iteration for the condition estimate; more change it by a few per cent."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factored matrix M."""
+
+    rank: int
+    """Number of eigenvalues above the tolerance."""
+    condition: float
+    """Square root of the largest over the smallest eigenvalue above the tolerance: that of the rows behind M = R'R."""
+    method: str
+    _solve: tuple[Tensor, ...]
+
+    def solve(self, rhs: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """The minimum-norm least-squares solution of M y = rhs."""
+        if self.method == "cholesky":
+            return torch.cholesky_solve(rhs, self._solve[0])
+        vectors, inverse = self._solve
+        return vectors @ (inverse[:, None] * (vectors.mT @ rhs))
+
+    @property
+    def null(self) -> Float[Tensor, "n free"]:
+        """An orthonormal basis of the null space."""
+        if self.method == "cholesky":
+            return self._solve[0].new_zeros(len(self._solve[0]), 0)
+        vectors, inverse = self._solve
+        return vectors[:, inverse == 0]
+
+
+def factor(matrix: Float[Tensor, "n n"], tolerance: float, size: float = 0.0) -> Factor:
+    """Factor a symmetric positive semidefinite matrix M = R'R.
+
+    Args:
+        tolerance: singular values of R below tolerance times the largest count as zero. Because M holds their
+            squares, nothing below about 1e-7 can be told from zero, whatever the tolerance.
+        size: what the largest eigenvalue is at least compared with. Where M is what remains of a larger matrix, that
+            one's size: all of M may be rounding.
+    """
+    count = len(matrix)
+    if count == 0:
+        return Factor(0, 1.0, "cholesky", (matrix,))
+    tolerance = max(tolerance, (count * torch.finfo(matrix.dtype).eps) ** 0.5)
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) == 0:
+        largest, inverse_of_smallest = _extremes(matrix, lower)
+        condition = (max(largest, size) * inverse_of_smallest) ** 0.5
+        # The estimate errs on the low side: leave a margin before a matrix is called definite.
+        if condition < 0.3 / tolerance:
+            return Factor(count, condition, "cholesky", (lower,))
+    values, vectors = torch.linalg.eigh(matrix)
+    largest = max(float(values[-1]), size)
+    keep = values > tolerance**2 * largest
+    inverse = torch.where(keep, 1 / values.clamp(min=torch.finfo(matrix.dtype).tiny), 0.0)
+    rank = int(keep.sum())
+    condition = (largest * float(inverse.max())) ** 0.5 if rank else 1.0
+    return Factor(rank, condition, "eigen", (vectors, inverse))
+
+
+def _extremes(matrix: Tensor, lower: Tensor) -> tuple[float, float]:
+    """The largest eigenvalue of matrix = lower lower' and of its inverse, estimated from below."""
+    start = torch.ones(len(matrix), 1, dtype=matrix.dtype, device=matrix.device)
+    start[1::2] = -0.7  # any fixed vector will do that is not constant: the image's mean is no small direction
+    start = start + torch.linspace(0, 1, len(matrix), dtype=matrix.dtype, device=matrix.device)[:, None]
+    norms = []
+    for apply in (lambda v: matrix @ v, lambda v: torch.cholesky_solve(v, lower)):
+        v = start / start.norm()
+        for _ in range(ITERATIONS):
+            w = apply(v)
+            norm = w.norm()
+            v = w / norm
+        norms.append(float(norm))
+    return norms[0], norms[1]

@@ -1,0 +1,69 @@
+"""A network as the recursion sees it: layers one after another, or the list of what stands in its way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from rgap.nn.layers import Layer
+
+
+class Kind(Enum):
+    """Why an operation stops the recursion."""
+
+    NEVER = "never invertible"
+    NOT_YET = "not supported yet"
+    SETTING = "wrong setting"
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """One thing in a model that the recursion cannot pass."""
+
+    where: str
+    """The module or operation, such as ``features.3``."""
+    what: str
+    kind: Kind
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what} ({self.kind.value}). {self.remedy}"
+
+
+class NotAChain(ValueError):
+    """The model is not a chain of invertible layers; ``obstacles`` lists all that stands in the way."""
+
+    def __init__(self, obstacles: Sequence[Obstacle]):
+        self.obstacles = tuple(obstacles)
+        lines = "\n".join(f"  - {obstacle}" for obstacle in obstacles)
+        super().__init__(f"the recursion cannot pass this model, {len(obstacles)} obstacle(s):\n{lines}")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Layers from the input to the output; the last one has a single output and no activation."""
+
+    layers: tuple[Layer, ...]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __getitem__(self, index: int) -> Layer:
+        return self.layers[index]
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether <W, grad W> + <b, grad b> is the same in every layer (Eq. 10)."""
+        return all(layer.activation.homogeneous for layer in self.layers)
+
+    @property
+    def scalable(self) -> bool:
+        """Whether a scaled input gives a scaled output: piecewise linear through the origin, without biases."""
+        return self.homogeneous and all(layer.bias is None for layer in self.layers)
+
+    def __str__(self) -> str:
+        return "\n".join(str(layer) for layer in self.layers)

@@ -1,0 +1,162 @@
+"""Does this update belong to this model, loss, shape and mode? Asked before any attack, from the gradient alone.
+
+For activations with f(a z) = a f(z), <k_i, z_i> of one layer is <W, grad W> of the next (Eq. 10). So
+
+    <W_i, grad W_i> + sum over the layers j >= i of <b_j, grad b_j>  =  mu * dl/dmu
+
+in every layer i. An update that was taken at other weights, or changed in one layer, breaks the equality there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rgap.nn.chain import Chain
+from rgap.target import Target
+from rgap.update import Update
+
+
+_MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+"""Modules that compute something else in training mode."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was checked, and every finding in a sentence; no findings is a pass."""
+
+    findings: tuple[str, ...]
+    products: tuple[tuple[str, float], ...]
+    """By layer, the product that Eq. 10 says is mu * dl/dmu in all of them."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.findings
+
+    def __str__(self) -> str:
+        return "\n".join(self.findings) or "the update fits the model"
+
+
+def preflight(target: Target, update: Update) -> Preflight:
+    """Compare an update with the target; never raises for an update that `Update.check` accepts."""
+    findings = [*_header(target, update), *_values(update)]
+    products: tuple[tuple[str, float], ...] = ()
+    if not target.obstacles and update.norm > 0:
+        chain = target.chain
+        products, noise = _products(chain, update)
+        findings += _last_layer(target, update, products[-1][1], noise[-1])
+        if chain.homogeneous:
+            findings += _equal_products(products, noise)
+    return Preflight(tuple(findings), products)
+
+
+def _header(target: Target, update: Update) -> list[str]:
+    said, findings = update.header, []
+    if said.training and any(isinstance(module, _MODAL) for module in target.model.modules()):
+        findings.append(
+            "the client was in training mode: dropout or batch statistics may have changed its gradient; "
+            "the attack assumes evaluation mode"
+        )
+    if said.loss not in (None, target.loss.name):
+        findings.append(f"the client used the {said.loss} loss, the target has {target.loss.name}")
+    if said.batch_size != target.batch_size:
+        findings.append(
+            f"the client averaged over {said.batch_size} sample(s), the target expects {target.batch_size}; a sum in "
+            "place of a mean also shows as a factor"
+        )
+    return findings
+
+
+def _values(update: Update) -> list[str]:
+    findings = []
+    dtype = update.dtype
+    if torch.finfo(dtype).bits < 32:
+        zeros = sum(int((g == 0).sum()) for g in update.gradients.values())
+        count = sum(g.numel() for g in update.gradients.values())
+        smallest = torch.finfo(dtype).smallest_normal
+        findings.append(
+            f"the gradient is in {str(dtype).removeprefix('torch.')}: values are rounded to "
+            f"{torch.finfo(dtype).eps:.0e} of their size, and {zeros} of {count} are zero, which may be values below "
+            f"{smallest:.0e} that were lost; expect a coarse answer or none"
+        )
+    return findings
+
+
+def _products(chain: Chain, update: Update) -> tuple[tuple[tuple[str, float], ...], list[float]]:
+    """The product of Eq. 10 by layer, and how far rounding may move each."""
+    products: list[tuple[str, float]] = []
+    noise: list[float] = []
+    biases, biases_noise = 0.0, 0.0
+    for layer in reversed(chain.layers):
+        if layer.bias is not None and layer.bias_name is not None:
+            value, moved = _product(layer.bias, update.gradients[layer.bias_name])
+            biases, biases_noise = biases + value, biases_noise + moved
+        value, moved = _product(layer.weight, update.gradients[layer.weight_name])
+        products.insert(0, (layer.name, value + biases))
+        noise.insert(0, moved + biases_noise)
+    return tuple(products), noise
+
+
+def _product(parameter: Tensor, gradient: Tensor) -> tuple[float, float]:
+    values, slopes = parameter.reshape(-1), gradient.double().reshape(-1).to(parameter.device)
+    return float(values @ slopes), float(values.norm() * slopes.norm()) * torch.finfo(gradient.dtype).eps
+
+
+def _equal_products(products: tuple[tuple[str, float], ...], noise: list[float]) -> list[str]:
+    """Which layers disagree with the others (Eq. 10)."""
+    values = sorted(value for _, value in products)
+    # The lower median: a value that one of the layers really has.
+    agreed = values[(len(values) - 1) // 2]
+    allowed = [100 * (own + max(noise)) + 1e-3 * abs(agreed) for own in noise]
+    wrong = [
+        (name, value)
+        for (name, value), bound in zip(products, allowed, strict=True)
+        if not math.isclose(value, agreed, rel_tol=0, abs_tol=bound)
+    ]
+    if not wrong:
+        return []
+    named = ", ".join(f"{name} ({value:.3g})" for name, value in wrong)
+    if len(wrong) > max(1, len(products) // 2 - 1):
+        return [
+            f"<W, grad W> differs from layer to layer ({named}; the middle value is {agreed:.3g}): the gradient was "
+            "probably taken at other weights, such as a later checkpoint or after a local step, or noise was added"
+        ]
+    return [
+        f"<W, grad W> of {named} does not fit the other layers ({agreed:.3g}): this layer's weights or gradient were "
+        "probably changed on their own, by fine-tuning, freezing, clipping, pruning or noise"
+    ]
+
+
+def _last_layer(target: Target, update: Update, product: float, noise: float) -> list[str]:
+    """Whether the last layer's product, and its bias if it has one, are possible for the loss."""
+    last, loss = target.chain[-1], target.loss
+    if last.bias_name is None:
+        lowest = loss.lowest_product
+        if product < lowest - max(100 * noise, 1e-3 * abs(lowest)):
+            return [
+                f"<W, grad W> of {last.name} is {product:.4g}, below {lowest:.4g}, the least that the {loss.name} loss "
+                "can give: the gradient is scaled up (a sum over several samples, a loss scale, a learning rate) or "
+                "belongs to another loss"
+            ]
+        return []
+    slope = -abs(float(update.gradients[last.bias_name].double().sum()))
+    margin = loss.margin(slope)
+    if margin is None:
+        if slope == 0 or loss.margin(-0.5) is None and math.isclose(slope, -1.0, rel_tol=1e-3):
+            return []
+        return [
+            f"the gradient of {last.bias_name} is {abs(slope):.4g}, which no single sample gives under the {loss.name} "
+            "loss: it is scaled (a sum, a mean over several samples, a learning rate) or belongs to another loss"
+        ]
+    # <b, grad b> belongs to the margin as well: mu * dl/dmu counts the whole output.
+    found = product / slope
+    if not math.isclose(found, margin, rel_tol=1e-2, abs_tol=1e-3 + 100 * noise / abs(slope)):
+        return [
+            f"the weight and bias gradients of {last.name} tell two margins, {found:.4g} and {margin:.4g}: the gradient "
+            "is scaled (a sum, a mean over several samples, a learning rate), or belongs to other weights or another "
+            "loss"
+        ]
+    return []

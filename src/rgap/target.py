@@ -1,0 +1,148 @@
+"""What the attacker knows before any update arrives."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from rgap.nn.chain import Chain, NotAChain, Obstacle
+from rgap.nn.losses import Loss
+from rgap.nn.trace import trace
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A model, its loss and the shape of its inputs: everything an honest-but-curious server has.
+
+    The model is traced once, when the target is made, and its weights are copied: training it further does not
+    change the target.
+
+    Args:
+        model: takes a batch (b, *input_shape).
+        loss: takes outputs and labels, gives the mean over the batch; see `rgap.losses`.
+        input_shape: one sample's shape, without the batch, such as (3, 32, 32).
+        value_range: the values an input can have, such as (0.0, 1.0); None if not known. It chooses between inputs
+            that give the same gradient, and nothing else.
+        batch_size: how many samples one gradient is averaged over.
+
+    Raises:
+        ValueError: the model does not take inputs of this shape, or an argument makes no sense.
+    """
+
+    model: nn.Module
+    loss: Loss
+    input_shape: tuple[int, ...]
+    value_range: tuple[float, float] | None = None
+    batch_size: int = 1
+    fingerprint: str = field(init=False)
+    """SHA-256 over the names, types, shapes and values of the parameters."""
+    parameters: Mapping[str, Tensor] = field(init=False, repr=False)
+    """Every parameter that is trained, by name, as it was when the target was made."""
+    _chain: Chain | NotAChain = field(init=False, repr=False)
+    _state: Mapping[str, Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "input_shape", tuple(int(size) for size in self.input_shape))
+        if not self.input_shape or min(self.input_shape) < 1:
+            raise ValueError(f"input_shape is {self.input_shape}: expected positive sizes, such as (3, 32, 32)")
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range is {self.value_range}: expected (low, high) with low < high, or None")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: expected 1 or more")
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError("no parameter of the model is trained, so no gradient leaves the client: nothing to attack")
+        put(self, "fingerprint", fingerprint(self.model))
+        trained = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        put(self, "parameters", trained)
+        put(self, "_state", self._working_state())
+        try:
+            put(self, "_chain", trace(self.model, self.input_shape, self.loss.outputs))
+        except NotAChain as error:
+            put(self, "_chain", error)
+
+    def _working_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers for recomputing gradients: in float64 unless the model's code insists otherwise."""
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        plain = {name: t.detach().clone() for name, t in tensors.items()}
+        double = {name: t.double() if t.is_floating_point() else t for name, t in plain.items()}
+        reason = ""
+        for state in (double, plain):
+            floating = next(t for t in state.values() if t.is_floating_point())
+            sample = torch.zeros(1, *self.input_shape, dtype=floating.dtype, device=floating.device)
+            try:
+                with torch.no_grad(), torch.random.fork_rng():
+                    torch.func.functional_call(self.model, _copies(state), (sample,))
+                return state
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the model does not take an input of shape (1, {', '.join(map(str, self.input_shape))}): {reason}. "
+            "input_shape is one sample's shape without the batch: check it against the model."
+        )
+
+    @property
+    def chain(self) -> Chain:
+        """The layers as the recursion sees them.
+
+        Raises:
+            NotAChain: with every obstacle in the model.
+        """
+        if isinstance(self._chain, NotAChain):
+            raise self._chain
+        return self._chain
+
+    @property
+    def obstacles(self) -> tuple[Obstacle, ...]:
+        """What stands in the recursion's way; empty if `chain` can be used."""
+        return self._chain.obstacles if isinstance(self._chain, NotAChain) else ()
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def gradients(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The gradient that each of s samples alone would give, recomputed through the model itself.
+
+        Args:
+            inputs: (s, *input_shape); labels: (s,).
+
+        Returns:
+            By parameter name, (s, *shape), in float64 where the model allows it.
+        """
+        names = list(self.parameters)
+        rows = []
+        for x, y in zip(inputs, labels, strict=True):
+            state = _copies(self._state)
+            for name in names:
+                state[name].requires_grad_()
+            first = state[names[0]]
+            outputs = torch.func.functional_call(self.model, state, (x[None].to(first.dtype),))
+            loss = self.loss(outputs, y[None].to(first.dtype))
+            rows.append(torch.autograd.grad(loss, [state[n] for n in names], allow_unused=True))
+        columns = zip(*rows, strict=True)
+        zero = torch.zeros_like
+        return {
+            name: torch.stack([zero(self._state[name]) if g is None else g for g in column])
+            for name, column in zip(names, columns, strict=True)
+        }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and values of the parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        data = parameter.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
+        digest.update(cast(bytes, data.reshape(-1).view(torch.uint8).numpy().tobytes()))
+    return digest.hexdigest()
+
+
+def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fresh copies, so that a model that writes to its buffers leaves no trace."""
+    return {name: tensor.clone() for name, tensor in state.items()}
