@@ -1,26 +1,19 @@
-# Every target does its own set-up: a virtual environment in .venv with the tested versions of constraints.txt.
-PYTHON ?= python3
-BIN := .venv/bin
+.PHONY: audit test lint
 
-.PHONY: audit test lint bench
+# One stamp file: the environment is made again when the requirements change, and only then.
+.venv/ready: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt -e '.[test]'
+	touch .venv/ready
 
 audit: .venv/ready
-	$(BIN)/rgap audit
+	.venv/bin/rgap audit
 
-# One thread a process: threads of two processes that share two cores wait for each other.
+# One thread for each of the two processes: processes that share cores and spin are many times slower.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests
 
 lint: .venv/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict src
-
-# The figures that README.md quotes, on a folder with cifar10 and mnist pictures: make bench DATA=folder
-bench: .venv/ready
-	$(BIN)/python benchmarks/closed_form.py --data $(DATA)
-
-.venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	touch $@
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy --strict src

@@ -2,15 +2,60 @@
 
 from __future__ import annotations
 
-from rgap import attacks, losses
-from rgap.attacks import Reconstruction
-from rgap.metrics import score
-from rgap.nn.chain import NotAChain, Obstacle
-from rgap.preflight import preflight
-from rgap.target import Target
-from rgap.update import Update, UpdateError, capture
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rgap import attacks, data, losses, models
+    from rgap.attacks import Reconstruction
+    from rgap.auditing import Audit, audit
+    from rgap.metrics import score
+    from rgap.nn.chain import NotAChain
+    from rgap.checks import preflight
+    from rgap.target import Target
+    from rgap.update import Update, UpdateError, capture
+
+# Public names and where they live. Each is imported when it is first used: torch takes seconds, and `rgap --help`
+# needs none of it.
+_HOME = {
+    "Audit": "rgap.auditing",
+    "NotAChain": "rgap.nn.chain",
+    "Reconstruction": "rgap.attacks",
+    "Target": "rgap.target",
+    "Update": "rgap.update",
+    "UpdateError": "rgap.update",
+    "audit": "rgap.auditing",
+    "capture": "rgap.update",
+    "preflight": "rgap.checks",
+    "score": "rgap.metrics",
+}
+_MODULES = ("attacks", "data", "losses", "models")
 
 __all__ = [
-    "NotAChain", "Obstacle", "Reconstruction", "Target", "Update", "UpdateError",
-    "attacks", "capture", "losses", "preflight", "score",
-]  # fmt: skip
+    "Audit",
+    "NotAChain",
+    "Reconstruction",
+    "Target",
+    "Update",
+    "UpdateError",
+    "attacks",
+    "audit",
+    "capture",
+    "data",
+    "losses",
+    "models",
+    "preflight",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"rgap.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'rgap' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

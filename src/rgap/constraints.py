@@ -95,12 +95,12 @@ class System:
 
     @property
     def method(self) -> str:
-        return "per channel" if not self._joint else next(iter(self._joint.values()))[2].method
+        return "channel" if not self._joint else next(iter(self._joint.values()))[2].method
 
     @property
     def by_gradient_alone(self) -> list[bool]:
         """Per system, whether the gradient rows determine the input, so that no error of z reaches it."""
-        return self._strong.all(-1).all(-1).tolist()  # type: ignore[no-any-return]
+        return self._strong.all(-1).all(-1).tolist()
 
     @property
     def rank(self) -> tuple[int, ...]:
@@ -161,5 +161,6 @@ class System:
 
 
 def _relative(misfit: Tensor, reference: Tensor) -> Float[Tensor, " s"]:
-    size = reference.flatten(1).norm(dim=1)
-    return misfit.flatten(1).norm(dim=1) / size.clamp(min=torch.finfo(size.dtype).tiny)
+    size = torch.linalg.vector_norm(reference.flatten(1), dim=1)
+    ratio: Tensor = torch.linalg.vector_norm(misfit.flatten(1), dim=1) / size.clamp(min=torch.finfo(size.dtype).tiny)
+    return ratio

@@ -1,152 +1,287 @@
-"""Pictures to attack: photographs that an installed package ships, or any folder of images. Nothing is downloaded."""
+"""Pictures to audit with: photographs that come with scikit-image, and folders of your own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import as_file, files
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
+import skimage
 import torch
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"})
-
-# Photographs inside scikit-image's wheel, public domain or CC0, with square crops (left, top, side) worth looking at.
-_CROPS: tuple[tuple[str, int, int, int], ...] = (
-    ("astronaut.png", 80, 0, 280),
-    ("chelsea.png", 75, 0, 300),
-    ("coffee.png", 120, 0, 400),
-    ("rocket.jpg", 220, 0, 427),
-    ("retina.jpg", 100, 100, 1200),
-    ("astronaut.png", 0, 0, 512),
-    ("chelsea.png", 120, 60, 160),
-    ("coffee.png", 240, 80, 220),
-    ("rocket.jpg", 260, 180, 240),
-    ("motorcycle_left.png", 120, 0, 500),
-    ("astronaut.png", 300, 150, 210),
-    ("motorcycle_right.png", 200, 100, 300),
-    ("hubble_deep_field.jpg", 100, 100, 500),
-    ("ihc.png", 0, 0, 512),
-    ("chelsea.png", 200, 0, 240),
-    ("coffee.png", 0, 150, 250),
-)
+# Files inside scikit-image's wheel, each in the public domain or CC0. They are read from there by path:
+# `skimage.data` would download a file that it cannot find.
+_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg")
+# Each crop: its size, 1 being the largest that fits, and where it lies in the room that is left, down and
+# across: 0 at the top or left, 1 at the other end.
+_CROPS = ((1.0, 0.5, 0.5), (0.6, 0.0, 0.3), (0.6, 0.3, 0.9), (0.5, 0.8, 0.4), (0.5, 0.5, 0.6))
+_EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_MODES = {1: ("1", "L", "LA", "I;16", "I;16B", "I;16L"), 3: ("RGB", "RGBA", "P", "CMYK", "YCbCr")}
+_KIND = {1: "grey", 3: "colour"}
 
 
 class DataError(ValueError):
-    """Pictures that cannot be used; says which, and what was expected."""
+    """Pictures that cannot be used as asked; says which, and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Pictures of one size."""
+    """Pictures as a model takes them. `images[3]` and `images[:8]` are Images too, with a batch dimension.
 
-    inputs: Float[Tensor, "n c h w"]
-    """Values in [0, 1], float32."""
+    Args:
+        inputs: (n, channels, height, width), float32 in [0, 1].
+        names: one for each picture.
+        classes: the name of each picture's class; "" where it has none.
+
+    Raises:
+        DataError: the three disagree about the number of pictures.
+    """
+
+    inputs: Float[Tensor, "n channels height width"]
     names: tuple[str, ...]
     classes: tuple[str, ...]
-    """The folder each picture came from, "" if none."""
+
+    def __post_init__(self) -> None:
+        if self.inputs.ndim != 4 or not len(self.inputs) == len(self.names) == len(self.classes):
+            raise DataError(
+                f"got inputs of shape {tuple(self.inputs.shape)}, {len(self.names)} names and "
+                f"{len(self.classes)} classes: expected (n, channels, height, width), and n of each"
+            )
 
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def __iter__(self) -> Iterator[Images]:
-        return (self[at : at + 1] for at in range(len(self)))
+    def __getitem__(self, which: int | slice) -> Images:
+        if isinstance(which, int):
+            which = range(len(self))[which]  # raises IndexError, and turns -1 into the last
+            which = slice(which, which + 1)
+        return Images(self.inputs[which], self.names[which], self.classes[which])
 
-    def __getitem__(self, part: slice) -> Images:
-        return Images(self.inputs[part], self.names[part], self.classes[part])
 
+def photographs(count: int = 5, size: int | tuple[int, int] = (32, 32), channels: int = 3) -> Images:
+    """Real photographs, the same each time, without a download: an astronaut, a cat, a cup, a rocket, an eye.
 
-def photographs(count: int = 8, size: int = 32, channels: int = 3) -> Images:
-    """Built-in photographs, cut square and scaled to size x size.
+    They are cut out of the photographs in scikit-image's wheel, in the proportions of `size`, and scaled with
+    antialiasing. The first five are whole scenes, the following ones details of them; the class is the
+    photograph.
 
     Args:
-        count: at most 16.
-        channels: 3 for colour, 1 for grey.
+        count: 1 to 25.
+        size: (height, width) in pixels, or one number for both.
+        channels: 3, or 1 for grey (luma, ITU-R BT.601).
 
     Raises:
-        DataError: more pictures than there are.
+        DataError: an argument is out of its range, or scikit-image was installed without its pictures.
     """
-    if not 1 <= count <= len(_CROPS):
-        raise DataError(f"got count={count}, expected 1 to {len(_CROPS)} built-in photographs; use a folder for more")
-    if channels not in (1, 3):
-        raise DataError(f"got channels={channels}, expected 1 (grey) or 3 (colour)")
-    pictures = []
-    for file, left, top, side in _CROPS[:count]:
-        cut = _photograph(file).crop((left, top, left + side, top + side))
-        cut = cut.resize((size, size), Image.Resampling.LANCZOS)
-        pictures.append(_tensor(cut.convert("RGB" if channels == 3 else "L")))
-    names = tuple(f"{file.split('.')[0]}-{at}" for at, (file, *_) in enumerate(_CROPS[:count], 1))
-    return Images(torch.stack(pictures), names, ("",) * count)
+    size = _size(size)
+    _check_channels(channels)
+    available = [(file, crop) for crop in range(len(_CROPS)) for file in _PHOTOGRAPHS]
+    if not 1 <= count <= len(available):
+        raise DataError(f"count is {count}: expected 1 to {len(available)}, the number of built-in photographs")
+    mode = "RGB" if channels == 3 else "L"
+    scenes = {file: _open(_shipped(file)).convert(mode) for file in _PHOTOGRAPHS[:count]}
+    classes = tuple(Path(file).stem for file, _ in available[:count])
+    return Images(
+        _stack([_array(_cut(scenes[file], size, *_CROPS[crop])) for file, crop in available[:count]]),
+        tuple(f"{name}-{crop}" for name, (_, crop) in zip(classes, available, strict=False)),
+        classes,
+    )
 
 
-@cache
-def _photograph(file: str) -> Image.Image:
-    with as_file(files("skimage") / "data" / file) as path, Image.open(path) as picture:
-        return picture.convert("RGB")
-
-
-def folder(path: str | Path, size: int | None = None, channels: int | None = 3, limit: int | None = None) -> Images:
-    """Pictures of a folder with one subfolder for each class (torchvision's ImageFolder arrangement), or of a flat one.
-
-    The classes take turns, so that a limit keeps all of them: first pictures first, in order of name.
+def faces(count: int = 5, size: int | tuple[int, int] = (25, 25)) -> Images:
+    """Real faces in grey, the same each time, without a download: from Labelled Faces in the Wild.
 
     Args:
-        size: cut to a centred square and scaled to size x size; None keeps the pictures as they are.
-        channels: 3 for colour, 1 for grey; None takes what the first picture has.
-        limit: how many pictures at most.
+        count: 1 to 100.
+        size: (height, width) in pixels, or one number for both; the faces themselves are 25 x 25, and are cut
+            and scaled to any other size as `photographs` are.
 
     Raises:
-        DataError: no such folder, no picture in it, an unreadable picture, another number of channels or size.
+        DataError: an argument is out of its range, or scikit-image was installed without its pictures.
+    """
+    size = _size(size)
+    if not 1 <= count <= 100:
+        raise DataError(f"count is {count}: expected 1 to 100, the number of built-in faces")
+    # The file has 100 faces, then 100 pictures that are none.
+    values = np.load(_shipped("lfw_subset.npy"), allow_pickle=False)[:count].astype(np.float32) * 255
+    return Images(
+        _stack([_array(_cut(Image.fromarray(face), size)) for face in values]),
+        tuple(f"face-{index}" for index in range(count)),
+        ("face",) * count,
+    )
+
+
+def folder(
+    path: str | os.PathLike[str],
+    size: int | tuple[int, int] | None = None,
+    channels: int = 3,
+    limit: int | None = None,
+) -> Images:
+    """Pictures from a folder: a subfolder for each class, as in torchvision's ImageFolder, or all in one.
+
+    The order is the same each time: the classes in alphabetical order and in turn, one picture from each, so
+    that `limit` takes from all of them. Folders below a class folder belong to the class. Names that begin
+    with a dot and files that are not pictures by their extension are passed over. Alpha channels are dropped.
+
+    Args:
+        path: the folder.
+        size: (height, width) in pixels, or one number for both: the largest centred part of these proportions
+            is scaled to it with antialiasing. None keeps the pictures as they are, if they all have one size.
+        channels: 3 for colour or 1 for grey. Pictures are never turned from one into the other.
+        limit: at most so many pictures; the others are not opened. None: all.
+
+    Raises:
+        DataError: no such folder, no pictures in it, or pictures both beside and inside class folders; a
+            picture that cannot be read, is grey where 3 channels were asked for or the other way round, or
+            (size=None) differs from the first in size; an argument out of its range.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; expected a folder of pictures, or of one subfolder for each class")
-    classes = sorted(entry for entry in root.iterdir() if entry.is_dir())
-    found = [_pictures(folder) for folder in classes] if classes else [_pictures(root)]
-    order = [file for turn in zip_longest(*found) for file in turn if file is not None][:limit]
-    if not order:
-        raise DataError(f"{root}: no pictures here, expected files ending in {', '.join(sorted(SUFFIXES))}")
-    tensors = []
-    for file in order:
-        picture = _read(file, size, channels)
-        channels = len(picture)
-        if tensors and picture.shape != tensors[0].shape:
+    size = None if size is None else _size(size)
+    _check_channels(channels)
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}: expected 1 or more, or None for all pictures")
+    found = _find(root)[:limit]
+    pictures: list[Image.Image] = []
+    for file, _ in found:
+        picture = _converted(_open(file), file, channels)
+        if size is not None:
+            picture = _cut(picture, size)
+        elif pictures and picture.size != pictures[0].size:
             raise DataError(
-                f"{file}: got {picture.shape[2]}x{picture.shape[1]} pixels, expected "
-                f"{tensors[0].shape[2]}x{tensors[0].shape[1]} as in {order[0]}; give a size to scale all to it"
+                f"{file} is {_dimensions(picture)} and {found[0][0]} is {_dimensions(pictures[0])} "
+                "(height x width): expected one size; pass size=(height, width) to scale them"
             )
-        tensors.append(picture)
-    names = tuple(str(file.relative_to(root)) for file in order)
-    return Images(torch.stack(tensors), names, tuple(f.parent.name if classes else "" for f in order))
+        pictures.append(picture)
+    return Images(
+        _stack([_array(picture) for picture in pictures]),
+        tuple(file.relative_to(root).as_posix() for file, _ in found),
+        tuple(name for _, name in found),
+    )
 
 
-def _pictures(root: Path) -> Iterable[Path]:
-    return sorted(file for file in root.iterdir() if file.suffix.lower() in SUFFIXES)
+def _shipped(name: str) -> Path:
+    """A file in scikit-image's wheel."""
+    path = Path(skimage.__file__).parent / "data" / name
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: expected it to come with scikit-image; install scikit-image again")
+    return path
 
 
-def _read(file: Path, size: int | None, channels: int | None) -> Float[Tensor, "c h w"]:
+def _find(root: Path) -> list[tuple[Path, str]]:
+    """Every picture below `root` with its class, the classes in turn."""
+    if not root.exists():
+        raise DataError(f"{root} does not exist: expected a folder of pictures")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file: expected a folder of pictures")
+    loose: list[Path] = []
+    classes: list[list[Path]] = []
+    for entry in sorted(root.iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            inside = sorted(file for file in entry.rglob("*") if _is_picture(file, entry))
+            if inside:
+                classes.append(inside)
+        elif _is_picture(entry, root):
+            loose.append(entry)
+    if loose and classes:
+        raise DataError(
+            f"{root} holds pictures ({loose[0].name}, ...) and class folders ({_class(classes[0][0], root)}, ...): "
+            "expected one or the other; move the pictures into a class folder, or pass a single class folder"
+        )
+    if not loose and not classes:
+        raise DataError(
+            f"no images in {root}: expected a subfolder of pictures for each class, or pictures in the "
+            f"folder itself ({', '.join(sorted(_EXTENSIONS))})"
+        )
+    if loose:
+        return [(file, "") for file in loose]
+    in_turn = chain.from_iterable(zip_longest(*classes))
+    return [(file, _class(file, root)) for file in in_turn if file is not None]
+
+
+def _class(file: Path, root: Path) -> str:
+    return file.relative_to(root).parts[0]
+
+
+def _is_picture(file: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return not hidden and file.suffix.lower() in _EXTENSIONS and file.is_file()
+
+
+def _open(file: Path) -> Image.Image:
+    """The picture, with its pixels read, since Pillow notices most damage only then."""
     try:
         with Image.open(file) as picture:
             picture.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: cannot be read as a picture ({error})") from error
-    grey = picture.mode in ("1", "L", "I;16", "I", "F", "LA")
-    if channels is not None and channels != (1 if grey else 3):
-        got = f"a {'grey' if grey else 'colour'} picture (mode {picture.mode})"
-        raise DataError(f"{file}: got {got}, expected {channels} channel(s); convert it, or use a model for such pictures")
-    if size is not None:
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    return _tensor(picture.convert("L" if grey else "RGB"))
+            return picture
+    # Pillow's decoders report a damaged file by any of these.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"cannot read {file} as an image: {error}; expected a whole picture file, remove or replace it"
+        ) from error
 
 
-def _tensor(picture: Image.Image) -> Float[Tensor, "c h w"]:
-    values = torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
-    return values[None] if values.dim() == 2 else values.permute(2, 0, 1).contiguous()
+def _converted(picture: Image.Image, file: Path, channels: int) -> Image.Image:
+    """Colour as RGB, 8-bit grey as L, 16-bit grey as F with values from 0 to 255."""
+    if picture.mode not in _MODES[channels]:
+        other = 4 - channels
+        if picture.mode not in _MODES[other]:
+            raise DataError(f"{file} has mode {picture.mode}: expected 8-bit colour, or 8- or 16-bit grey; convert it")
+        raise DataError(
+            f"got a {_KIND[other]} picture (mode {picture.mode}) in {file}, expected {_expected(channels)}: "
+            f"pass channels={other} or convert it"
+        )
+    if picture.mode.startswith("I;16"):
+        # convert("L") would cut off every value above 255.
+        return Image.fromarray(np.asarray(picture, dtype=np.float32) * np.float32(255 / 65535))
+    if picture.mode == "P":
+        picture = picture.convert("RGBA")  # a palette with transparency has no direct way to RGB
+    return picture.convert("RGB" if channels == 3 else "L")
+
+
+def _expected(channels: int) -> str:
+    return "3 channels" if channels == 3 else "1 channel"
+
+
+def _cut(
+    picture: Image.Image, size: tuple[int, int], scale: float = 1.0, top: float = 0.5, left: float = 0.5
+) -> Image.Image:
+    """A part in the proportions of `size`, scaled to it. Pillow widens its filter to shrink: no aliasing."""
+    height, width = size
+    unit = scale * min(picture.height / height, picture.width / width)
+    x, y = left * (picture.width - unit * width), top * (picture.height - unit * height)
+    box = (x, y, min(x + unit * width, picture.width), min(y + unit * height, picture.height))
+    return picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def _array(picture: Image.Image) -> NDArray[np.float32]:
+    """(channels, height, width) in [0, 1]."""
+    values = np.asarray(picture, dtype=np.float32) / np.float32(255)
+    values = np.clip(values, 0.0, 1.0)  # the filter overshoots at edges, and mode F keeps that
+    return values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
+
+
+def _stack(pictures: Sequence[NDArray[np.float32]]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.stack(pictures)))  # stack keeps the strides it is given
+
+
+def _dimensions(picture: Image.Image) -> str:
+    return f"{picture.height} x {picture.width}"
+
+
+def _size(size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise DataError(f"size is {size}: expected a height and a width of 1 pixel or more")
+    return height, width
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in _MODES:
+        raise DataError(f"channels is {channels}: expected 3 for colour or 1 for grey")

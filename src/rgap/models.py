@@ -1,52 +1,107 @@
-"""The networks of the paper, with the sizes of its experiments as defaults."""
+"""The networks that R-GAP was published with, ready to attack.
+
+Source: J. Zhu and M. Blaschko, *R-GAP: Recursive Gradient Attack on Privacy*, ICLR 2021, arXiv:2010.07733.
+Each ends in one output, which the binary losses take. Weights are drawn as torch draws them by default, from
+the seed alone: the same seed gives the same weights, and the global random state stays as it was.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import nn
 
-ActivationFactory = Callable[[], nn.Module]
+Activation = Callable[[], nn.Module]
 
 
-def leaky_relu() -> nn.Module:
-    """The activation of the paper's networks: LeakyReLU with slope 0.2."""
+def _leaky_relu() -> nn.Module:
     return nn.LeakyReLU(0.2)
 
 
 def cnn6(
     in_channels: int = 3,
-    size: int = 32,
-    *,
-    activation: ActivationFactory = leaky_relu,
+    size: int | tuple[int, int] = 32,
+    activation: Activation = _leaky_relu,
     bias: bool = False,
     seed: int = 0,
 ) -> nn.Sequential:
-    """The paper's CNN6: six convolutions and a Linear layer with one output, all of full rank at 32 x 32.
+    """CNN6: six convolutions and a linear layer, each of full rank, so that the recursion recovers the input.
+
+    Layers conv1, act1, ..., conv6, act6, flatten, fc: (batch, in_channels, height, width) to (batch, 1).
 
     Args:
-        in_channels, size: of the square input pictures; (1, 28) for MNIST.
-        seed: of torch's default initialisation.
+        in_channels: of the input.
+        size: (height, width) of the input, or one number for both.
+        activation: makes a new activation each time; by default LeakyReLU with slope 0.2.
+        bias: give every layer a bias; the paper's have none.
+        seed: of the weights.
+
+    Raises:
+        ValueError: in_channels or size is less than 1.
     """
-    return _cnn6(36, in_channels, size, activation, bias, seed)
+    return _cnn(in_channels, size, 36, activation, bias, seed)
 
 
 def cnn6_d(
     in_channels: int = 3,
-    size: int = 32,
-    *,
-    activation: ActivationFactory = leaky_relu,
+    size: int | tuple[int, int] = 32,
+    activation: Activation = _leaky_relu,
     bias: bool = False,
     seed: int = 0,
 ) -> nn.Sequential:
-    """CNN6 with 20 channels after the second convolution instead of 36, which makes that layer rank-deficient."""
-    return _cnn6(20, in_channels, size, activation, bias, seed)
+    """CNN6-d: CNN6 with 20 channels instead of 36 after conv2, which makes that layer rank-deficient.
+
+    Layers, arguments and errors are those of `cnn6`.
+    """
+    return _cnn(in_channels, size, 20, activation, bias, seed)
 
 
-def _cnn6(width: int, in_channels: int, size: int, activation: ActivationFactory, bias: bool, seed: int) -> nn.Sequential:
-    plan = (  # channels in, channels out, kernel, stride, padding
+def fcn3(
+    in_features: int = 784,
+    hidden: Sequence[int] = (1000, 100),
+    activation: Activation = _leaky_relu,
+    bias: bool = False,
+    seed: int = 0,
+) -> nn.Sequential:
+    """FCN3: three linear layers. Any input of in_features values, (batch, ...), to (batch, 1).
+
+    Layers flatten, fc1, act1, fc2, act2, fc3; more or fewer with another `hidden`.
+
+    Args:
+        in_features: the number of values in one input.
+        hidden: the widths between the linear layers.
+        activation: makes a new activation each time; by default LeakyReLU with slope 0.2.
+        bias: give every layer a bias; the paper's have none.
+        seed: of the weights.
+
+    Raises:
+        ValueError: a width is less than 1.
+    """
+    widths = (in_features, *hidden, 1)
+    if min(widths) < 1:
+        raise ValueError(f"got in_features={in_features}, hidden={tuple(hidden)}: expected widths of 1 or more")
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    with _seeded(seed):
+        for number, (fan_in, fan_out) in enumerate(pairwise(widths), 1):
+            if number > 1:
+                layers[f"act{number - 1}"] = activation()
+            layers[f"fc{number}"] = nn.Linear(fan_in, fan_out, bias=bias)
+    return nn.Sequential(layers)
+
+
+def _cnn(
+    in_channels: int, size: int | tuple[int, int], width: int, activation: Activation, bias: bool, seed: int
+) -> nn.Sequential:
+    """CNN6 with `width` channels after the second convolution."""
+    height, breadth = (size, size) if isinstance(size, int) else size
+    if min(in_channels, height, breadth) < 1:
+        raise ValueError(f"got in_channels={in_channels}, size={size}: expected 1 or more")
+    # (channels in, channels out, kernel, stride, padding)
+    rows = (
         (in_channels, 12, 4, 2, 2),
         (12, width, 3, 2, 1),
         (width, 36, 3, 1, 1),
@@ -54,39 +109,20 @@ def _cnn6(width: int, in_channels: int, size: int, activation: ActivationFactory
         (36, 64, 3, 2, 1),
         (64, 128, 3, 1, 1),
     )
-    modules: OrderedDict[str, nn.Module] = OrderedDict()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for number, (c_in, c_out, kernel, stride, padding) in enumerate(plan, 1):
-            modules[f"conv{number}"] = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=bias)
-            modules[f"act{number}"] = activation()
-            size = (size + 2 * padding - kernel) // stride + 1
-        modules["flatten"] = nn.Flatten()
-        modules["fc"] = nn.Linear(128 * size * size, 1, bias=bias)
-    return nn.Sequential(modules)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    with _seeded(seed):
+        for number, (c_in, c_out, kernel, stride, padding) in enumerate(rows, 1):
+            layers[f"conv{number}"] = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=bias)
+            layers[f"act{number}"] = activation()
+            height, breadth = ((n + 2 * padding - kernel) // stride + 1 for n in (height, breadth))
+        layers["flatten"] = nn.Flatten()
+        layers["fc"] = nn.Linear(128 * height * breadth, 1, bias=bias)
+    return nn.Sequential(layers)
 
 
-def fcn3(
-    in_features: int = 784,
-    hidden: tuple[int, ...] = (1000, 100),
-    *,
-    activation: ActivationFactory = leaky_relu,
-    bias: bool = False,
-    seed: int = 0,
-) -> nn.Sequential:
-    """The paper's FCN3: 784-1000-100-1, fully connected.
-
-    Args:
-        in_features: of one flattened input; any shape with as many values is taken.
-        hidden: widths of the layers between.
-        seed: of torch's default initialisation.
-    """
-    widths = (in_features, *hidden, 1)
-    modules: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for number, (n_in, n_out) in enumerate(zip(widths, widths[1:], strict=False), 1):
-            modules[f"fc{number}"] = nn.Linear(n_in, n_out, bias=bias)
-            if number < len(widths) - 1:
-                modules[f"act{number}"] = activation()
-    return nn.Sequential(modules)
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # On the CPU whatever the default device, so that a seed means the same weights on every machine.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

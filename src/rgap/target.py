@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +138,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         data = parameter.detach().cpu().contiguous()
         digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
-        digest.update(cast(bytes, data.reshape(-1).view(torch.uint8).numpy().tobytes()))
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

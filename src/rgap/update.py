@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from rgap.files import write_atomically
 from rgap.target import Target, fingerprint
 
 FORMAT = 1
@@ -110,20 +109,10 @@ class Update:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with a JSON header, in one step: the file is there whole or not at all."""
-        path = Path(path)
         tensors = {name: g.cpu().contiguous() for name, g in self.gradients.items()}
         said = json.dumps({"format": FORMAT, "kind": "gradient", **asdict(self.header)})
         content = to_bytes(tensors, metadata={"rgap": said})
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, content)
 
     @classmethod
     def load(cls, path: str | Path, target: Target | None = None) -> Update:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.preflight import Preflight, preflight
+from rgap.checks import Preflight, preflight
 from rgap.target import Target
 from rgap.update import Update
 
@@ -97,6 +97,8 @@ class Reconstruction:
     preflight: Preflight
     tolerance: float
     """The gradient residual up to which an answer counts as reproducing the gradient."""
+    value_range: tuple[float, float] | None = None
+    """The target's."""
     seconds: float = 0.0
 
     @property

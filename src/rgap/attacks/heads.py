@@ -73,9 +73,7 @@ def heads(chain: Chain, loss: Loss, gradients: dict[str, Tensor], precision: flo
         roots = loss.roots(product) or loss.roots(product + noise)
         for mu in roots:
             # Near the turning point the two roots meet, and rounding of the product moves them most.
-            shifted = [
-                min(loss.roots(p), key=lambda other: abs(other - mu), default=mu) for p in (product - noise, product + noise)
-            ]
+            shifted = [_nearest(loss.roots(p), mu) for p in (product - noise, product + noise)]
             slopes = loss.slope(torch.tensor([mu, *shifted], dtype=torch.float64))
             if slopes[0] == 0:
                 continue
@@ -84,6 +82,10 @@ def heads(chain: Chain, loss: Loss, gradients: dict[str, Tensor], precision: flo
     columns = torch.tensor(found, dtype=torch.float64, device=grad.device).reshape(-1, 5).T
     labels_, margins, k_, z_, error_ = columns
     return Heads(labels_, margins, k_.reshape(-1, 1, 1), z_.reshape(-1, 1, 1), error_, (assumption,))
+
+
+def _nearest(roots: tuple[float, ...], mu: float) -> float:
+    return min(roots, key=lambda other: abs(other - mu), default=mu)
 
 
 def _labels(chain: Chain, loss: Loss, grad: Tensor) -> tuple[tuple[float, ...], str]:

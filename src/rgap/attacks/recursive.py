@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.attacks import kinks
 from rgap.attacks.base import (
     Answer,
     Attack,
@@ -22,9 +23,13 @@ from rgap.constraints import Solved, System
 from rgap.nn.activations import Identity
 from rgap.nn.chain import Chain
 from rgap.nn.layers import Layer
-from rgap.preflight import Preflight
+from rgap.checks import Preflight
 from rgap.target import Target
 from rgap.update import Update
+
+SETTLINGS = 2
+"""How often the recursion is run again on the sides of the kinks that its own answer suggests."""
+
 
 @dataclass(frozen=True)
 class Recursive(Attack):
@@ -56,7 +61,9 @@ class Recursive(Attack):
             assumptions = ("the update is attacked as if it came from one sample; of several it gives a mixture",)
 
         def ended(status: Status, reason: str, answers: tuple[Answer, ...] = ()) -> Reconstruction:
-            return Reconstruction(self.name, status, reason, answers, assumptions, checks, tolerance)
+            return Reconstruction(
+                self.name, status, reason, answers, assumptions, checks, tolerance, target.value_range
+            )
 
         empty = next((layer for layer in reversed(chain.layers) if not gradients[layer.weight_name].any()), None)
         if empty is not None:
@@ -85,8 +92,15 @@ class Recursive(Attack):
         probe = torch.Generator(device=target.device).manual_seed(self.seed)
         eps = float(torch.finfo(update.dtype).eps)
         found = recurse(chain, gradients, followed, eps, rank_tolerance, probe)
-        ends = []
+        ends: list[End] = []
         for end in found:
+            own = followed.select((followed.labels == end.label) & (followed.margins == end.margin))
+            for _ in range(SETTLINGS):
+                settled = kinks.settle(chain, gradients, end.x, own.k, residual_tolerance(update.dtype))
+                end = replace(end, x=settled.x)
+                if settled.agrees or not settled.near or end.layers[0].open_since is not None:
+                    break
+                end = recurse(chain, gradients, own, eps, rank_tolerance, probe, settled.slopes)[0]
             if chain.scalable:  # the other roots' inputs are the same one, scaled: their gradients agree by Eq. 11
                 same = (start.labels == end.label).nonzero().flatten().tolist()
                 ends += [end.scaled(float(start.margins[at])) for at in same]
@@ -142,8 +156,13 @@ def recurse(
     eps: float,
     rank_tolerance: float,
     probe: torch.Generator,
+    slopes: list[Tensor] | None = None,
 ) -> list[End]:
-    """Algorithm 1, on all candidates together; those that contradict their constraints fall out on the way."""
+    """Algorithm 1, on all candidates together; those that contradict their constraints fall out on the way.
+
+    Args:
+        slopes: of every activation, where they are better known than the recovered inputs tell.
+    """
     head, k, z = start, start.k, start.z
     row_weight, z_error = None, torch.zeros_like(z)
     traces = [Trace() for _ in head.labels]
@@ -167,7 +186,8 @@ def recurse(
             inverse = before.activation.invert(before.pack_output(layer.unpack_input(x)), error)
             z, row_weight = inverse.z, inverse.weight
             z_error = error[:, None, None] / inverse.slope.clamp(min=1e-12)
-            k = before.pack_output(layer.unpack_input(layer.grad_input(k))) * inverse.slope  # Eq. 6
+            slope = inverse.slope if slopes is None else slopes[depth - 1]
+            k = before.pack_output(layer.unpack_input(layer.grad_input(k))) * slope  # Eq. 6
             for trace in traces:
                 trace.pass_activation(before)
     return [

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from jaxtyping import Float
+from torch import Tensor
+
 from rgap.nn.layers import Layer
 
 
@@ -54,6 +57,26 @@ class Chain:
 
     def __getitem__(self, index: int) -> Layer:
         return self.layers[index]
+
+    def forward(self, x: Float[Tensor, "s c n"]) -> tuple[list[Tensor], list[Tensor]]:
+        """Every layer's input and every layer's z, from the first layer's input."""
+        inputs, outputs = [x], []
+        for depth, layer in enumerate(self.layers):
+            z = layer.output(inputs[-1])
+            outputs.append(z if layer.bias is None else z + layer.bias[:, None])
+            if depth + 1 < len(self.layers):
+                after = layer.unpack_output(layer.activation(outputs[-1]))
+                inputs.append(self.layers[depth + 1].pack_input(after))
+        return inputs, outputs
+
+    def backward(self, k: Float[Tensor, "s 1 1"], slopes: Sequence[Tensor]) -> list[Tensor]:
+        """Every layer's k (Eq. 6), from the last one's and the slopes of all activations but the last."""
+        found = [k]
+        for depth in reversed(range(len(self.layers) - 1)):
+            layer, after = self.layers[depth], self.layers[depth + 1]
+            back = layer.pack_output(after.unpack_input(after.grad_input(found[0])))
+            found.insert(0, back * slopes[depth])
+        return found
 
     @property
     def homogeneous(self) -> bool:

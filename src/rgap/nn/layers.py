@@ -88,7 +88,7 @@ class Layer:
     @property
     def seen(self) -> int:
         """The number of input values that at least one kernel position reads."""
-        return self.channels * int((self.table.unique() < self.pixels).sum())
+        return self.channels * int((torch.unique(self.table) < self.pixels).sum())
 
     # Between the module's shapes and (channels, pixels).
 

@@ -1,0 +1,92 @@
+"""The closed-form attack on the paper's networks: how near, how sure, how fast.
+
+    python benchmarks/closed_form.py --data FOLDER [--count 50] [--out FILE]
+
+FOLDER holds `cifar10` and `mnist`, each with one subfolder of pictures for each class. Every picture is one client
+with a gradient in float32, labels -1 and 1 in turn, nothing told to the attack. Times are ratios within this one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from rgap import Target, attacks, capture, data, losses, models, score
+
+
+def run(name: str, target: Target, pictures: data.Images) -> dict[str, Any]:
+    """Attack every picture; the figures of one row."""
+    first, best, ratio, seconds, statuses, labels = [], [], [], [], [], 0
+    inside = 0
+    for at in track(range(len(pictures)), name, console=Console(stderr=True), transient=True):
+        truth, label = pictures[at].inputs, float(2 * (at % 2) - 1)
+        found = attacks.Recursive()(target, capture(target, truth, torch.tensor([label])))
+        errors = [score(answer, truth).mse[0] for answer in found.answers] or [float("nan")]
+        first.append(errors[0])
+        best.append(min(errors))
+        ratio.append(found.answers[0].error / errors[0] ** 0.5 if found.answers else float("nan"))
+        seconds.append(found.seconds)
+        statuses.append(found.status.value)
+        labels += bool(found.answers) and float(found.labels[0]) == label
+        inside += errors[0] == min(errors)
+    return {
+        "network": name,
+        "pictures": len(pictures),
+        "median MSE": statistics.median(first),
+        "worst MSE": max(first),
+        "worst MSE, twins allowed": max(best),
+        "right answer first": inside,
+        "right label": labels,
+        "status": {status: statuses.count(status) for status in sorted(set(statuses))},
+        "estimated / true error": [min(ratio), statistics.median(ratio), max(ratio)],
+        "seconds, first": seconds[0],
+        "seconds, median of the others": statistics.median(seconds[1:] or seconds),
+    }
+
+
+def cold(pictures: data.Images) -> dict[str, float]:
+    """One CNN6 picture from a new target, model factorisation included, beside a second one of the same model."""
+    Target(models.fcn3(4, (3,)), losses.Logistic(), (4,))  # torch.export imports itself at its first use
+    start = time.perf_counter()
+    target = Target(models.cnn6(), losses.Logistic(), (3, 32, 32), (0.0, 1.0))
+    traced = time.perf_counter() - start
+    times = []
+    for at in range(2):
+        update = capture(target, pictures[at].inputs, torch.tensor([1.0]))
+        start = time.perf_counter()
+        attacks.Recursive()(target, update)
+        times.append(time.perf_counter() - start)
+    return {"trace": traced, "first picture": times[0], "second picture": times[1], "first / second": times[0] / times[1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=50)
+    parser.add_argument("--out", type=Path, default=None, help="write the figures as JSON")
+    options = parser.parse_args()
+    cifar = data.folder(options.data / "cifar10", limit=options.count)
+    mnist = data.folder(options.data / "mnist", channels=1, limit=options.count)
+    figures: dict[str, Any] = {"cold": cold(cifar), "threads": torch.get_num_threads(), "rows": []}
+    for name, model, pictures in (
+        ("CNN6, CIFAR-10", models.cnn6(), cifar),
+        ("CNN6, MNIST", models.cnn6(1, 28), mnist),
+        ("FCN3, MNIST", models.fcn3(), mnist),
+    ):
+        target = Target(model, losses.Logistic(), tuple(pictures.inputs.shape[1:]), (0.0, 1.0))
+        figures["rows"].append(run(name, target, pictures))
+    print(json.dumps(figures, indent=1))
+    if options.out is not None:
+        options.out.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

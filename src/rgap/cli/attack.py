@@ -1,0 +1,60 @@
+"""``rgap attack``"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from safetensors.torch import save as to_bytes
+
+from rgap.attacks import Recursive
+from rgap.auditing import describe
+from rgap.cli import tables
+from rgap.cli.options import make_target, target_options
+from rgap.files import write_atomically
+from rgap.picture import is_picture, single
+from rgap.update import Update
+
+
+@click.command("attack")
+@click.argument("update", type=click.Path(path_type=Path))
+@target_options
+@click.option("--out", type=click.Path(path_type=Path), default="rgap-out", show_default=True, help="Folder to write.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
+def command(update: Path, out: Path, as_json: bool, **named: Any) -> None:
+    """Reconstruct the input behind one update file.
+
+    UPDATE is a file written by `rgap capture` or rgap.Update.save. Writes reconstruction.json, the exact values as
+    reconstruction.safetensors (inputs and labels of every answer, best first), and for pictures reconstruction.png.
+    """
+    target = make_target(**named)
+    received = Update.load(update, target)
+    with Console(stderr=True).status("attacking"):
+        found = Recursive()(target, received)
+    out.mkdir(parents=True, exist_ok=True)
+    said = describe(found)
+    write_atomically(out / "reconstruction.json", json.dumps(said, indent=1).encode())
+    if found.answers:
+        values = {}
+        for at, answer in enumerate(found.answers):
+            values[f"inputs.{at}"] = answer.inputs.contiguous()
+            values[f"labels.{at}"] = answer.labels.contiguous()
+        write_atomically(out / "reconstruction.safetensors", to_bytes(values))
+        if is_picture(target.input_shape):
+            picture = found.inputs[0]
+            single(picture, target.value_range or (float(picture.min()), float(picture.max())), out / "reconstruction.png")
+    if as_json:
+        click.echo(json.dumps(said))
+        return
+    report = Console()
+    if found.answers:
+        report.print(tables.layers(found.layers, "Layer by layer"))
+    for note in tables.notes(found):
+        report.print(f"- {note}", highlight=False)
+    label = f", label {float(found.labels[0]):+g}" if found.answers else ""
+    twins = f", {len(found.twins)} twin(s)" if found.twins else ""
+    report.print(f"\n[bold]{found.status.value}[/bold]{label}{twins}: {found.reason}", highlight=False)
+    report.print(f"Written to {out}", highlight=False)

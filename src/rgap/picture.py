@@ -1,0 +1,84 @@
+"""Pictures for people: originals beside reconstructions."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from rgap.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from rgap.auditing import Audit
+
+ACROSS = 8
+"""Pairs of pictures in one row."""
+
+
+def is_picture(shape: tuple[int, ...]) -> bool:
+    """Whether an input of this shape can be shown: grey or colour, at least 2 x 2."""
+    return len(shape) == 3 and shape[0] in (1, 3) and min(shape[1:]) > 1
+
+
+def show(axes: Axes, picture: Tensor, value_range: tuple[float, float]) -> None:
+    """Draw one input (channels, height, width), values outside the range cut off."""
+    low, high = value_range
+    values = ((picture.detach().cpu().double() - low) / (high - low)).nan_to_num().clamp(0, 1)
+    if len(values) == 1:
+        axes.imshow(values[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    else:
+        axes.imshow(values.permute(1, 2, 0), interpolation="nearest")
+
+
+def side_by_side(audit: Audit, path: str | Path) -> None:
+    """Write a PNG with each original above its reconstruction.
+
+    Raises:
+        ValueError: the inputs are no pictures.
+    """
+    shape = audit.target.input_shape
+    if not is_picture(shape):
+        raise ValueError(f"inputs of shape {shape} are no pictures: expected (1 or 3, height, width)")
+    rows = math.ceil(len(audit.cases) / ACROSS)
+    columns = min(len(audit.cases), ACROSS)
+    figure = Figure(figsize=(1.45 * columns + 0.9, 3.5 * rows), layout="constrained", dpi=150)
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for at, case in enumerate(audit.cases):
+        row, column = divmod(at, ACROSS)
+        value_range = audit.target.value_range or (float(case.truth.min()), float(case.truth.max()))
+        above, below = axes[2 * row][column], axes[2 * row + 1][column]
+        show(above, case.truth[0], value_range)
+        above.set_title(case.name[-20:], fontsize=7)
+        if case.found.answers:
+            show(below, case.found.inputs[0], value_range)
+        below.set_title(f"{case.found.status.value}\nMSE {case.mse:.0e}", fontsize=7)
+    for row in range(rows):
+        for at, word in enumerate(("original", "from its gradient")):
+            axes[2 * row + at][0].text(
+                -0.12, 0.5, word, fontsize=8, rotation=90, va="center", ha="right", transform=axes[2 * row + at][0].transAxes
+            )
+    save(figure, path)
+
+
+def single(picture: Tensor, value_range: tuple[float, float], path: str | Path) -> None:
+    """Write one input (channels, height, width) as a PNG, enlarged to be seen."""
+    figure = Figure(figsize=(4, 4 * picture.shape[1] / picture.shape[2]), dpi=100)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set_axis_off()
+    show(axes, picture, value_range)
+    save(figure, path)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG in one step."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
