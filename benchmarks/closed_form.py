@@ -64,7 +64,12 @@ def cold(pictures: data.Images) -> dict[str, float]:
         start = time.perf_counter()
         attacks.Recursive()(target, update)
         times.append(time.perf_counter() - start)
-    return {"trace": traced, "first picture": times[0], "second picture": times[1], "first / second": times[0] / times[1]}
+    return {
+        "trace": traced,
+        "first picture": times[0],
+        "second picture": times[1],
+        "first / second": times[0] / times[1],
+    }
 
 
 def main() -> None:

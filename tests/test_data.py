@@ -243,8 +243,7 @@ def test_colour_modes(tmp_path):
     save(tmp_path / "a.png", values)
     save(tmp_path / "b.png", values, "RGBA")
     palette = Image.fromarray(values).quantize(256)
-    palette.info["transparency"] = bytes([255, 0])
-    palette.save(tmp_path / "c.png")
+    palette.save(tmp_path / "c.png", transparency=bytes([255, 128]))
     found = data.folder(tmp_path).inputs
     assert torch.equal(found[0], found[1])
     # All 30 colours fit the palette, but quantising rounds a little.

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from rgap import attacks, data, losses, models
     from rgap.attacks import Reconstruction
     from rgap.auditing import Audit, audit
+    from rgap.checks import preflight
     from rgap.metrics import score
     from rgap.nn.chain import NotAChain
-    from rgap.checks import preflight
     from rgap.target import Target
     from rgap.update import Update, UpdateError, capture
 

@@ -62,7 +62,7 @@ class Audit:
         return plain(
             {
                 "format": FORMAT,
-                "kind": "rgap.auditing",
+                "kind": "rgap-audit",
                 "summary": self.summary,
                 "target": {
                     "loss": self.target.loss.name,

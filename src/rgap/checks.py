@@ -19,7 +19,6 @@ from rgap.nn.chain import Chain
 from rgap.target import Target
 from rgap.update import Update
 
-
 _MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 """Modules that compute something else in training mode."""
 
@@ -145,7 +144,7 @@ def _last_layer(target: Target, update: Update, product: float, noise: float) ->
     slope = -abs(float(update.gradients[last.bias_name].double().sum()))
     margin = loss.margin(slope)
     if margin is None:
-        if slope == 0 or loss.margin(-0.5) is None and math.isclose(slope, -1.0, rel_tol=1e-3):
+        if slope == 0 or (loss.margin(-0.5) is None and math.isclose(slope, -1.0, rel_tol=1e-3)):
             return []
         return [
             f"the gradient of {last.bias_name} is {abs(slope):.4g}, which no single sample gives under the {loss.name} "
@@ -155,8 +154,8 @@ def _last_layer(target: Target, update: Update, product: float, noise: float) ->
     found = product / slope
     if not math.isclose(found, margin, rel_tol=1e-2, abs_tol=1e-3 + 100 * noise / abs(slope)):
         return [
-            f"the weight and bias gradients of {last.name} tell two margins, {found:.4g} and {margin:.4g}: the gradient "
-            "is scaled (a sum, a mean over several samples, a learning rate), or belongs to other weights or another "
-            "loss"
+            f"the weight and bias gradients of {last.name} tell two margins, {found:.4g} and {margin:.4g}: the "
+            "gradient is scaled (a sum, a mean over several samples, a learning rate), or belongs to other weights "
+            "or another loss"
         ]
     return []

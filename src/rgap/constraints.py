@@ -39,6 +39,8 @@ class Solved:
     """|W x + b - z| / |z| over the rows in use."""
     gradient_residual: Float[Tensor, " s"]
     """|K x - grad W| / |grad W|."""
+    weight_misfit: Float[Tensor, " s"]
+    """Root mean square of W x + b - z over the rows in use: if z were right it would be rounding."""
     method: str
 
 
@@ -124,15 +126,17 @@ class System:
         x = self.apply_inverse(z, grad)
         for _ in range(REFINEMENTS):
             x = x + self.apply_inverse(z - self.layer.output(x), grad - self.layer.grad_weight(x, self.k))
-        misfit = z - self.layer.output(x)
-        if self._row_weight is not None:
-            misfit, z = misfit * self._row_weight, z * self._row_weight
+        misfit, rows = z - self.layer.output(x), torch.full_like(x[:, 0, 0], self.layer.weight_rows)
+        if self.row_weight is not None:
+            misfit, z = misfit * self.row_weight, z * self.row_weight
+            rows = (self.row_weight > 0).sum((1, 2)).clamp(min=1)
         return Solved(
             x,
             self.rank,
             self.condition,
             _relative(misfit, z),
             _relative(grad - self.layer.grad_weight(x, self.k), grad),
+            (misfit.square().sum((1, 2)) / rows).sqrt(),
             self.method,
         )
 

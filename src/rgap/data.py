@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import skimage
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -44,7 +43,7 @@ class Images:
         DataError: the three disagree about the number of pictures.
     """
 
-    inputs: Float[Tensor, "n channels height width"]
+    inputs: Tensor
     names: tuple[str, ...]
     classes: tuple[str, ...]
 
@@ -164,6 +163,21 @@ def folder(
         tuple(file.relative_to(root).as_posix() for file, _ in found),
         tuple(name for _, name in found),
     )
+
+
+def picture(path: str | os.PathLike[str], size: int | tuple[int, int] | None = None, channels: int = 3) -> Images:
+    """One picture from a file, as `folder` reads it.
+
+    Raises:
+        DataError: no such file, a file that is no picture, a grey picture where 3 channels were asked for or the
+            other way round; an argument out of its range.
+    """
+    file = Path(path)
+    _check_channels(channels)
+    if not file.is_file():
+        raise DataError(f"{file} does not exist: expected a picture file")
+    found = _converted(_open(file), file, channels)
+    return Images(_stack([_array(found if size is None else _cut(found, _size(size)))]), (file.name,), ("",))
 
 
 def _shipped(name: str) -> Path:

@@ -29,11 +29,9 @@ def is_picture(shape: tuple[int, ...]) -> bool:
 def show(axes: Axes, picture: Tensor, value_range: tuple[float, float]) -> None:
     """Draw one input (channels, height, width), values outside the range cut off."""
     low, high = value_range
-    values = ((picture.detach().cpu().double() - low) / (high - low)).nan_to_num().clamp(0, 1)
-    if len(values) == 1:
-        axes.imshow(values[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    else:
-        axes.imshow(values.permute(1, 2, 0), interpolation="nearest")
+    scaled = ((picture.detach().cpu().double() - low) / (high - low)).nan_to_num().clamp(0, 1)
+    values = scaled.permute(1, 2, 0).numpy()
+    axes.imshow(values, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
 def side_by_side(audit: Audit, path: str | Path) -> None:
@@ -60,11 +58,10 @@ def side_by_side(audit: Audit, path: str | Path) -> None:
         if case.found.answers:
             show(below, case.found.inputs[0], value_range)
         below.set_title(f"{case.found.status.value}\nMSE {case.mse:.0e}", fontsize=7)
-    for row in range(rows):
-        for at, word in enumerate(("original", "from its gradient")):
-            axes[2 * row + at][0].text(
-                -0.12, 0.5, word, fontsize=8, rotation=90, va="center", ha="right", transform=axes[2 * row + at][0].transAxes
-            )
+    for row in range(2 * rows):
+        left = axes[row][0]
+        word = "from its gradient" if row % 2 else "original"
+        left.text(-0.12, 0.5, word, fontsize=8, rotation=90, va="center", ha="right", transform=left.transAxes)
     save(figure, path)
 
 

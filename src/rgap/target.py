@@ -55,7 +55,9 @@ class Target:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}: expected 1 or more")
         if not any(p.requires_grad for p in self.model.parameters()):
-            raise ValueError("no parameter of the model is trained, so no gradient leaves the client: nothing to attack")
+            raise ValueError(
+                "no parameter of the model is trained, so no gradient leaves the client: nothing to attack"
+            )
         put(self, "fingerprint", fingerprint(self.model))
         trained = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         put(self, "parameters", trained)

@@ -7,13 +7,11 @@ right sides it agrees.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.nn.activations import LeakyReLU, ReLU
+from rgap.nn.activations import LeakyReLU
 from rgap.nn.chain import Chain
 
 TRIED = 32
@@ -24,23 +22,10 @@ FLIPS = 8
 """How many of them are changed at the most."""
 
 
-@dataclass(frozen=True)
-class Settled:
-    """An input, on the sides of its kinks on which the gradient agrees best."""
-
-    x: Float[Tensor, "1 c n"]
-    slopes: list[Tensor]
-    """Of every activation, (1, outputs, positions)."""
-    agrees: bool
-    """Whether the gradient at x is the given one."""
-    near: bool
-    """Whether it comes so near that a few units may explain the rest."""
-
-
 def settle(
     chain: Chain, gradients: dict[str, Tensor], x: Float[Tensor, "1 c n"], k: Float[Tensor, "1 1 1"], tolerance: float
-) -> Settled:
-    """Change the sides of those units, nearest to their kinks, that bring the gradient nearer to the given one.
+) -> Float[Tensor, "1 c n"]:
+    """x, moved by next to nothing to the sides of its kinks on which the gradient agrees; x itself if none do.
 
     Args:
         k: gradient of the loss with respect to the network's output.
@@ -48,9 +33,9 @@ def settle(
     """
     inputs, outputs = chain.forward(x)
     slopes = [layer.activation.slope(z) for layer, z in zip(chain, outputs, strict=True)]
-    best = float(_residuals(chain, gradients, inputs, k, slopes)[0])
-    if not tolerance < best < NEAR:
-        return Settled(x, slopes, best <= tolerance, False)
+    start = best = float(_residuals(chain, gradients, inputs, k, slopes)[0])
+    if not tolerance < start < NEAR:
+        return x
     near = _nearest_to_kink(chain, outputs)
     changed: list[tuple[int, int]] = []
     while near and best > tolerance and len(changed) < FLIPS:
@@ -62,18 +47,17 @@ def settle(
             break
         best, slopes = float(residuals[at]), tried[at]
         changed.append(near.pop(at))
-    if changed:
-        moved = step_over(chain, x, changed)
-        inputs, outputs = chain.forward(moved)
-        there = [layer.activation.slope(z) for layer, z in zip(chain, outputs, strict=True)]
-        if float(_residuals(chain, gradients, inputs, k, there)[0]) <= tolerance:
-            return Settled(moved, there, True, True)
-    return Settled(x, slopes, False, True)
+    if not changed:
+        return x
+    moved = step_over(chain, x, changed)
+    inputs, outputs = chain.forward(moved)
+    slopes = [layer.activation.slope(z) for layer, z in zip(chain, outputs, strict=True)]
+    return moved if float(_residuals(chain, gradients, inputs, k, slopes)[0]) < start else x
 
 
 def step_over(chain: Chain, x: Float[Tensor, "1 c n"], units: list[tuple[int, int]]) -> Float[Tensor, "1 c n"]:
     """x with the smallest move that brings the given units to the other side of their kinks."""
-    inputs, outputs = chain.forward(x)
+    outputs = chain.forward(x)[1]
     rows = []
     for depth, index in units:
         k = torch.zeros_like(outputs[depth])
@@ -98,7 +82,7 @@ def _nearest_to_kink(chain: Chain, outputs: list[Tensor]) -> list[tuple[int, int
     """Units of kinked activations, the nearest first, measured by the spread of their layer."""
     near: list[tuple[float, int, int]] = []
     for depth, (layer, z) in enumerate(zip(chain, outputs, strict=True)):
-        if isinstance(layer.activation, (LeakyReLU, ReLU)):
+        if isinstance(layer.activation, LeakyReLU):
             distance = (z / z.square().mean().sqrt()).abs().reshape(-1)
             values, index = distance.topk(min(TRIED, len(distance)), largest=False)
             near += [(v, depth, i) for v, i in zip(values.tolist(), index.tolist(), strict=True)]
@@ -107,11 +91,8 @@ def _nearest_to_kink(chain: Chain, outputs: list[Tensor]) -> list[tuple[int, int
 
 def _flipped(chain: Chain, slopes: list[Tensor], unit: tuple[int, int]) -> list[Tensor]:
     depth, index = unit
-    activation = chain[depth].activation
-    low = activation.negative_slope if isinstance(activation, LeakyReLU) else 0.0
     changed = slopes[depth].clone()
-    flat = changed.view(-1)
-    flat[index] = low if float(flat[index]) == 1.0 else 1.0
+    changed.view(-1)[index] = chain[depth].activation.other_side(slopes[depth]).view(-1)[index]
     return [changed if at == depth else slope for at, slope in enumerate(slopes)]
 
 

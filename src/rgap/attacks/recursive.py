@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rgap.attacks import kinks
@@ -19,16 +20,18 @@ from rgap.attacks.base import (
     residual_tolerance,
 )
 from rgap.attacks.heads import Heads, heads
+from rgap.checks import Preflight
 from rgap.constraints import Solved, System
-from rgap.nn.activations import Identity
+from rgap.nn.activations import Activation, Identity
 from rgap.nn.chain import Chain
 from rgap.nn.layers import Layer
-from rgap.checks import Preflight
 from rgap.target import Target
 from rgap.update import Update
 
-SETTLINGS = 2
-"""How often the recursion is run again on the sides of the kinks that its own answer suggests."""
+SETTLED = 200
+"""A gradient residual below this many roundings leaves no unit to look for on the other side of its kink."""
+UNSURE, BRANCHES = 5.0, 3
+"""A value within so many errors of its activation's kink may lie on either side of it; how many are tried at once."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Recursive(Attack):
         start = heads(chain, target.loss, gradients, eps)
         assumptions += start.assumptions
         if len(start.labels) == 0:
-            return ended(Status.NOT_CONVERGED, f"no sample gives this last-layer gradient under {target.loss.name} loss")
+            return ended(Status.NOT_CONVERGED, f"under {target.loss.name} loss no sample gives this last gradient")
         answers = self._follow(target, update, gradients, start, rank_tolerance)
         best = min(a.gradient_residual for a in answers)
         # Where none agrees, those that come as near as the nearest are no worse than it.
@@ -95,12 +98,8 @@ class Recursive(Attack):
         ends: list[End] = []
         for end in found:
             own = followed.select((followed.labels == end.label) & (followed.margins == end.margin))
-            for _ in range(SETTLINGS):
-                settled = kinks.settle(chain, gradients, end.x, own.k, residual_tolerance(update.dtype))
-                end = replace(end, x=settled.x)
-                if settled.agrees or not settled.near or end.layers[0].open_since is not None:
-                    break
-                end = recurse(chain, gradients, own, eps, rank_tolerance, probe, settled.slopes)[0]
+            if end.layers[0].open_since is None:
+                end = replace(end, x=kinks.settle(chain, gradients, end.x, own.k, SETTLED * eps))
             if chain.scalable:  # the other roots' inputs are the same one, scaled: their gradients agree by Eq. 11
                 same = (start.labels == end.label).nonzero().flatten().tolist()
                 ends += [end.scaled(float(start.margins[at])) for at in same]
@@ -129,7 +128,10 @@ class Recursive(Attack):
             return Status.ILL_CONDITIONED, f"{residual}, but rounding may have moved each value by {best.error:.1e}"
         inside = [a for a in answers if _outside(a.inputs, target.value_range) <= 10 * a.error + 1e-3 * (high - low)]
         if len(answers) > 1 and len(inside) != 1:
-            return Status.AMBIGUOUS, f"{len(answers)} inputs reproduce the gradient, {len(inside)} inside the value range"
+            return (
+                Status.AMBIGUOUS,
+                f"{len(answers)} inputs reproduce the gradient, {len(inside)} inside the value range",
+            )
         return Status.EXACT, f"{residual}, estimated error {best.error:.1e}"
 
 
@@ -156,15 +158,11 @@ def recurse(
     eps: float,
     rank_tolerance: float,
     probe: torch.Generator,
-    slopes: list[Tensor] | None = None,
 ) -> list[End]:
-    """Algorithm 1, on all candidates together; those that contradict their constraints fall out on the way.
-
-    Args:
-        slopes: of every activation, where they are better known than the recovered inputs tell.
-    """
+    """Algorithm 1, on all candidates together; those that contradict their constraints fall out on the way."""
     head, k, z = start, start.k, start.z
     row_weight, z_error = None, torch.zeros_like(z)
+    family = torch.arange(len(k), device=k.device)
     traces = [Trace() for _ in head.labels]
     for depth in reversed(range(len(chain))):
         layer = chain[depth]
@@ -175,21 +173,26 @@ def recurse(
             k = gradients[layer.bias_name].reshape(1, -1, 1).expand_as(k)
         system = System(layer, k, row_weight, rank_tolerance)
         solved = system.solve(z - bias, grad)
+        # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
+        z_error = z_error.maximum(solved.weight_misfit[:, None, None])
         error = _error(system, z_error, grad, eps, head.k_error, probe)
         for s, trace in enumerate(traces):
             trace.add(layer, system, solved, s, float(error[s]), k_known)
-        alive = _plausible(torch.maximum(solved.weight_residual, solved.gradient_residual))
-        x, k, error, head = solved.x[alive], k[alive], error[alive], head.select(alive)
+        alive = _plausible(torch.maximum(solved.weight_residual, solved.gradient_residual), family)
+        x, k, error, head, family = solved.x[alive], k[alive], error[alive], head.select(alive), family[alive]
         traces = [trace for trace, keep in zip(traces, alive.tolist(), strict=True) if keep]
         if depth > 0:
             before = chain[depth - 1]
-            inverse = before.activation.invert(before.pack_output(layer.unpack_input(x)), error)
+            after = before.pack_output(layer.unpack_input(x))
+            inverse = before.activation.invert(after, error)
             z, row_weight = inverse.z, inverse.weight
             z_error = error[:, None, None] / inverse.slope.clamp(min=1e-12)
-            slope = inverse.slope if slopes is None else slopes[depth - 1]
-            k = before.pack_output(layer.unpack_input(layer.grad_input(k))) * slope  # Eq. 6
-            for trace in traces:
-                trace.pass_activation(before)
+            k = before.pack_output(layer.unpack_input(layer.grad_input(k)))
+            of, slope = _branches(before.activation, after, inverse.slope, error)
+            k = k[of] * slope  # Eq. 6
+            z, z_error, head, family = z[of], z_error[of], head.select(of), family[of]
+            row_weight = None if row_weight is None else row_weight[of]
+            traces = [traces[parent].passed(before) for parent in of.tolist()]
     return [
         End(x[s : s + 1], float(head.labels[s]), float(head.margins[s]), float(error[s]), tuple(trace.layers))
         for s, trace in enumerate(traces)
@@ -229,13 +232,15 @@ class Trace:
         )
         self.layers.insert(0, report)
 
-    def pass_activation(self, before: Layer) -> None:
-        """The slopes that enter the next k are known as far as the input is."""
-        if not isinstance(before.activation, Identity):
-            self.k_open = self.k_open or self.x_open
+    def passed(self, before: Layer) -> Trace:
+        """A copy behind an activation: the slopes that enter the next k are known as far as the input is."""
+        k_open = self.k_open if isinstance(before.activation, Identity) else self.k_open or self.x_open
+        return Trace(list(self.layers), self.x_open, k_open)
 
 
-def _error(system: System, z_error: Tensor, grad: Tensor, eps: float, k_error: Tensor, probe: torch.Generator) -> Tensor:
+def _error(
+    system: System, z_error: Tensor, grad: Tensor, eps: float, k_error: Tensor, probe: torch.Generator
+) -> Tensor:
     """Push one draw of the right-hand side's noise through the solver: the root mean square of what comes out.
 
     z carries the error of the layers after this one, grad W its rounding, and an error of k acts like one of grad W.
@@ -252,10 +257,37 @@ def _error(system: System, z_error: Tensor, grad: Tensor, eps: float, k_error: T
     return system.apply_inverse(z_noise, grad_noise).square().mean((1, 2)).sqrt()
 
 
-def _plausible(residual: Float[Tensor, " s"]) -> Tensor:
-    """Drop candidates that contradict their constraints while another satisfies them: they cannot be the sample."""
-    best = float(residual.min())
-    return residual <= max(1e3 * best, 1e-2)
+def _branches(
+    activation: Activation, x: Float[Tensor, "s o p"], slope: Float[Tensor, "s o p"], error: Float[Tensor, " s"]
+) -> tuple[Int[Tensor, " b"], Float[Tensor, "b o p"]]:
+    """Values so near their kink that their error leaves the side open: every choice of sides becomes a candidate.
+
+    Returns:
+        The candidate that each of b branches comes from, and its slopes.
+    """
+    other = activation.other_side(slope)
+    of, slopes = [], []
+    for s in range(len(x)):
+        unsure = ((x[s].abs() <= UNSURE * error[s]) & (other[s] != slope[s])).nonzero()
+        unsure = unsure[:0] if len(unsure) > BRANCHES else unsure
+        for sides in product((False, True), repeat=len(unsure)):
+            branch = slope[s].clone()
+            for (o, p), change in zip(unsure.tolist(), sides, strict=True):
+                branch[o, p] = other[s, o, p] if change else slope[s, o, p]
+            of.append(s)
+            slopes.append(branch)
+    return torch.tensor(of, device=x.device), torch.stack(slopes)
+
+
+def _plausible(residual: Float[Tensor, " s"], family: Int[Tensor, " s"]) -> Bool[Tensor, " s"]:
+    """Which candidates go on.
+
+    Of the branches of one candidate, the one that satisfies its constraints best; of different ones, all but those
+    that contradict theirs while another satisfies them: those cannot be the sample.
+    """
+    rivals = torch.where(family[:, None] == family, residual, torch.inf)
+    best_of_family = rivals.argmin(1) == torch.arange(len(residual), device=residual.device)
+    return best_of_family & (residual <= max(1e3 * float(residual.min()), 1e-2))
 
 
 def _outside(x: Tensor, value_range: tuple[float, float] | None) -> float:

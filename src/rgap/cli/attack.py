@@ -45,7 +45,9 @@ def command(update: Path, out: Path, as_json: bool, **named: Any) -> None:
         write_atomically(out / "reconstruction.safetensors", to_bytes(values))
         if is_picture(target.input_shape):
             picture = found.inputs[0]
-            single(picture, target.value_range or (float(picture.min()), float(picture.max())), out / "reconstruction.png")
+            single(
+                picture, target.value_range or (float(picture.min()), float(picture.max())), out / "reconstruction.png"
+            )
     if as_json:
         click.echo(json.dumps(said))
         return

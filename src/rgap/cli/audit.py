@@ -34,7 +34,7 @@ def command(folder: Path | None, count: int, out: Path, as_json: bool, **named: 
     target = make_target(**named)
     shape = target.input_shape
     if not is_picture(shape) or shape[1] != shape[2]:
-        raise ValueError(f"the audit attacks on square pictures, got input shape {shape}; use `rgap attack` on an update")
+        raise ValueError(f"the audit attacks square pictures, got input shape {shape}; use `rgap attack` on an update")
     target.chain  # noqa: B018 - lists every obstacle before any work is done
     if folder is None:
         samples = data.photographs(count, size=shape[1], channels=shape[0])
@@ -42,7 +42,13 @@ def command(folder: Path | None, count: int, out: Path, as_json: bool, **named: 
         samples = data.folder(folder, size=shape[1], channels=shape[0], limit=count)
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
-    columns = (TextColumn("attacking"), BarColumn(), MofNCompleteColumn(), TextColumn("pictures"), TimeRemainingColumn())
+    columns = (
+        TextColumn("attacking"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("pictures"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
         task = progress.add_task("attack", total=len(samples))
 

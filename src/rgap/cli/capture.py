@@ -10,6 +10,7 @@ import torch
 
 from rgap import data
 from rgap.cli.options import make_target, target_options
+from rgap.picture import is_picture
 from rgap.update import capture
 
 
@@ -23,7 +24,9 @@ from rgap.update import capture
 def command(picture: Path, label: float, out: Path, **named: Any) -> None:
     """Write the update that a client with one PICTURE would send: its gradient, never the picture."""
     target = make_target(**named)
-    channels, *size = target.input_shape
-    sample = data.picture(picture, size=size[0], channels=channels)
+    if not is_picture(target.input_shape):
+        raise ValueError(f"inputs of shape {target.input_shape} are no pictures; use rgap.capture from Python")
+    channels, height, width = target.input_shape
+    sample = data.picture(picture, size=(height, width), channels=channels)
     capture(target, sample.inputs, torch.tensor([label])).save(out)
     click.echo(f"{out}: gradient of {len(target.parameters)} tensors, model {target.fingerprint[:12]}")

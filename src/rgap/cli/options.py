@@ -75,10 +75,20 @@ def target_options(command: F) -> F:
                 type=click.Choice(["exponential", "hinge", "logistic", "squared-hinge"]),
             ),
             click.option(
-                "--input-shape", callback=_shape, metavar="SIZES", default="3,32,32", show_default=True, help="One sample's, no batch."
+                "--input-shape",
+                callback=_shape,
+                metavar="SIZES",
+                default="3,32,32",
+                show_default=True,
+                help="One sample's, no batch.",
             ),
             click.option(
-                "--value-range", callback=_range, metavar="LOW,HIGH", default="0,1", show_default=True, help="Of an input's values, or none."
+                "--value-range",
+                callback=_range,
+                metavar="LOW,HIGH",
+                default="0,1",
+                show_default=True,
+                help="Of an input's values, or none.",
             ),
             click.option(
                 "--seed", type=int, default=0, show_default=True, help="Of a built-in model's initial weights."
@@ -112,7 +122,9 @@ def _module(model: str, input_shape: tuple[int, ...], seed: int) -> nn.Module:
     path, colon, factory = model.partition(":")
     if not colon or not path or not factory:
         known = ", ".join(BUILT_IN)
-        raise click.BadParameter(f"got --model {model!r}, expected {known}, or PKG.MOD:FACTORY such as mynet:make_model")
+        raise click.BadParameter(
+            f"got --model {model!r}, expected {known}, or PKG.MOD:FACTORY such as mynet:make_model"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

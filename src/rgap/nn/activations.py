@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Activation(ABC):
     """Whether every output is >= 0, so that the sign of the last gradient shows the label."""
     homogeneous: bool = False
     """Whether f(a z) = a f(z) for a > 0, so that <W, grad W> is the same in every layer (Eq. 10)."""
+
+    def other_side(self, slope: Tensor) -> Tensor:
+        """The slopes on the other side of the kink; the same ones where there is no kink or no telling."""
+        return slope
 
     @abstractmethod
     def __call__(self, z: Tensor) -> Tensor: ...
@@ -63,6 +67,9 @@ class Identity(Activation):
         return "identity"
 
 
+IDENTITY = Identity()
+
+
 @dataclass(frozen=True)
 class LeakyReLU(Activation):
     """f(z) = z for z > 0, negative_slope * z otherwise; negative_slope > 0."""
@@ -71,10 +78,13 @@ class LeakyReLU(Activation):
     homogeneous = True
 
     def __call__(self, z: Tensor) -> Tensor:
-        return F.leaky_relu(z, self.negative_slope)
+        return functional.leaky_relu(z, self.negative_slope)
 
     def slope(self, z: Tensor) -> Tensor:
         return torch.where(z > 0, torch.ones_like(z), self.negative_slope)
+
+    def other_side(self, slope: Tensor) -> Tensor:
+        return torch.where(slope == 1, self.negative_slope, torch.ones_like(slope))
 
     def invert(self, x: Tensor, error: Tensor) -> Inverse:
         return Inverse(torch.where(x > 0, x, x / self.negative_slope), self.slope(x), None)
@@ -91,7 +101,7 @@ class ReLU(Activation):
     homogeneous = True
 
     def __call__(self, z: Tensor) -> Tensor:
-        return F.relu(z)
+        return functional.relu(z)
 
     def slope(self, z: Tensor) -> Tensor:
         return (z > 0).to(z)
@@ -185,7 +195,7 @@ class Softplus(Smooth):
     low = 0.0
 
     def __call__(self, z: Tensor) -> Tensor:
-        return F.softplus(z, self.beta, self.threshold)
+        return functional.softplus(z, self.beta, self.threshold)
 
     def _z(self, x: Tensor) -> Tensor:
         u = self.beta * x

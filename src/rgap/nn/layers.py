@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgap.nn.activations import Activation, Identity
+from rgap.nn.activations import IDENTITY, Activation
 
 # s systems, c channels, n pixels, o outputs, p positions, t kernel offsets, g groups, j outputs of one group,
 # i = channels of one group times kernel offsets.
@@ -50,7 +50,7 @@ class Layer:
     weight_name: str
     """The parameter's name in the module's state dict."""
     bias_name: str | None
-    activation: Activation = Identity()
+    activation: Activation = IDENTITY
     channels_last: bool = False
     """Whether the module keeps channels in the last dimension (Linear on more than one position)."""
 

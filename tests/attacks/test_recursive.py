@@ -1,0 +1,214 @@
+"""The recursion on whole networks: what it recovers, what it says, and that the two agree."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from networks import ACTIVATIONS, Client, clients
+from torch import nn
+
+from rgap import NotAChain, Target, Update, UpdateError, attacks, capture, data, losses, models, score
+from rgap.attacks import Recursive, Status
+
+THOROUGH = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def attack(target: Target, x: torch.Tensor, label: float) -> attacks.Reconstruction:
+    return Recursive()(target, capture(target, x, torch.tensor([label])))
+
+
+@THOROUGH
+@given(clients())
+def test_a_random_chain_is_recovered_or_its_free_dimensions_are_named(client: Client) -> None:
+    found = Recursive()(client.target, capture(client.target, client.x, client.y))
+    if found.status is Status.GRADIENT_ZERO:
+        gradients = client.target.gradients(client.x, client.y)
+        assert any(float(g.abs().max()) == 0 for g in gradients.values())
+        return
+    errors = [score(answer, client.x).mse[0] for answer in found.answers]
+    if found.status is Status.EXACT:
+        assert errors[0] <= 1e-12
+        assert float(found.labels[0]) == float(client.y[0])
+    if all(layer.free == 0 for layer in found.layers):
+        assert found.status in (Status.EXACT, Status.AMBIGUOUS, Status.ILL_CONDITIONED)
+        assert min(errors) <= 1e-12
+    if found.status is Status.RANK_DEFICIENT:
+        assert any(layer.free for layer in found.layers)
+
+
+@THOROUGH
+@given(clients())
+def test_the_certificate_is_the_distance_of_the_recomputed_gradient(client: Client) -> None:
+    update = capture(client.target, client.x, client.y)
+    found = Recursive()(client.target, update)
+    for answer in found.answers:
+        model = client.target.model
+        output = model(answer.inputs)
+        gradients = torch.autograd.grad(
+            client.target.loss(output, answer.labels), list(model.parameters()), allow_unused=True
+        )
+        distance = sum(
+            float(((torch.zeros_like(u) if g is None else g) - u).square().sum())
+            for g, u in zip(gradients, update.gradients.values(), strict=True)
+        )
+        assert answer.gradient_residual == pytest.approx(math.sqrt(distance) / update.norm, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", sorted(set(ACTIVATIONS) - {"relu"}))
+@pytest.mark.parametrize("label", [-1.0, 1.0])
+def test_every_activation_on_a_network_of_full_rank(activation: str, bias: bool, label: float) -> None:
+    target = Target(
+        models.cnn6(1, 12, activation=ACTIVATIONS[activation], bias=bias, seed=3).double(),
+        losses.Logistic(),
+        (1, 12, 12),
+        (0.0, 1.0),
+    )
+    x = data.photographs(1, 12, channels=1).inputs.double()
+    found = attack(target, x, label)
+    assert found.status is Status.EXACT, found
+    assert score(found, x).mse[0] <= 1e-12
+    assert float(found.labels[0]) == label
+
+
+@pytest.mark.parametrize("loss", [losses.Logistic(), losses.Exponential(), losses.SquaredHinge()])
+def test_the_other_root_is_returned_as_a_twin(loss: losses.Loss) -> None:
+    target = Target(models.fcn3(9, (12, 10)).double(), loss, (9,), (0.0, 1.0))
+    x = torch.rand(1, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    output = float(target.model(x).detach())
+    label = math.copysign(1.0, output)  # a positive margin, so that two inputs have this gradient
+    found = attack(target, x, label)
+    assert found.status is Status.EXACT
+    assert len(found.twins) == 1
+    twin = found.twins[0]
+    assert score(found, x).mse[0] <= 1e-20
+    # The twin is the sample scaled by the ratio of the margins, and it gives the same gradient.
+    assert torch.allclose(twin.inputs, x * twin.margin / abs(output), rtol=1e-9)
+    gradients, true = (target.gradients(z, twin.labels) for z in (twin.inputs, x))
+    for name, gradient in true.items():
+        assert torch.allclose(gradients[name], gradient, rtol=1e-7, atol=1e-12)
+
+
+def test_twins_that_both_fit_the_range_are_called_ambiguous() -> None:
+    target = Target(models.fcn3(9, (12, 10)).double(), losses.SquaredHinge(), (9,), None)
+    x = torch.rand(1, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    label = math.copysign(1.0, float(target.model(x).detach()))
+    found = attack(target, x, label)
+    assert found.status is Status.AMBIGUOUS
+    assert "2 inputs reproduce the gradient" in found.reason
+    assert min(score(answer, x).mse[0] for answer in found.answers) <= 1e-20
+
+
+@pytest.mark.parametrize("label", [-1.0, 1.0])
+def test_photographs_through_cnn6_in_float32(label: float) -> None:
+    target = Target(models.cnn6(), losses.Logistic(), (3, 32, 32), (0.0, 1.0))
+    x = data.photographs(1).inputs
+    found = attack(target, x, label)
+    assert found.status is Status.EXACT
+    assert score(found, x).mse[0] <= 1e-8
+    assert [layer.free for layer in found.layers] == [0] * 7
+    # The estimate is of the right order: neither wishful nor useless.
+    true = score(found, x).mse[0] ** 0.5
+    assert true / 10 < found.answers[0].error < 10 * true
+
+
+def test_cnn6_d_is_called_rank_deficient_at_its_second_layer() -> None:
+    target = Target(models.cnn6_d(), losses.Logistic(), (3, 32, 32), (0.0, 1.0))
+    found = attack(target, data.photographs(1).inputs, 1.0)
+    assert found.status is Status.RANK_DEFICIENT
+    # 280 is the deficit that dense linear algebra gives for this layer.
+    assert "conv2 leaves 280 of 3468 dimensions free" in found.reason
+
+
+def test_no_help_from_outside() -> None:
+    """The attack gets the same answer when the sample is gone and the model's labels are unknown to it."""
+    target = Target(models.fcn3(6, (8,)), losses.Logistic(), (6,), (0.0, 1.0))
+    x = torch.rand(1, 6, generator=torch.Generator().manual_seed(1))
+    update = Update(dict(capture(target, x, torch.tensor([1.0])).gradients))
+    assert update.header.fingerprint is None
+    found = Recursive()(target, update)
+    assert score(found, x).mse[0] <= 1e-10
+    assert any("both labels are tried" in assumption for assumption in found.assumptions)
+
+
+def test_the_sign_of_the_gradient_gives_the_label_behind_nonnegative_features() -> None:
+    target = Target(models.fcn3(6, (8,), activation=nn.Sigmoid).double(), losses.Logistic(), (6,), (0.0, 1.0))
+    x = torch.rand(1, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for label in (-1.0, 1.0):
+        found = attack(target, x, label)
+        assert float(found.labels[0]) == label
+        assert any("read off the sign" in assumption for assumption in found.assumptions)
+
+
+@pytest.mark.parametrize("loss", [losses.Hinge(), losses.SquaredHinge()])
+def test_a_margin_beyond_the_hinge_has_no_gradient(loss: losses.Loss) -> None:
+    model = models.fcn3(4, (6,)).double()
+    with torch.no_grad():
+        model.fc2.weight.mul_(1000)
+    target = Target(model, loss, (4,))
+    x = torch.rand(1, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    label = math.copysign(1.0, float(model(x).detach()))
+    found = attack(target, x, label)
+    assert found.status is Status.GRADIENT_ZERO
+    assert found.answers == ()
+    with pytest.raises(LookupError, match="gradient zero"):
+        _ = found.inputs
+
+
+def test_dead_units_are_counted_and_dead_layers_named() -> None:
+    model = models.fcn3(4, (6,), activation=nn.ReLU, bias=True, seed=1).double()
+    x = torch.rand(1, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.no_grad():
+        model.fc1.bias[:2] = -100.0
+    target = Target(model, losses.Logistic(), (4,), (0.0, 1.0))
+    dead = int((model.fc1(x) <= 0).sum())
+    found = attack(target, x, 1.0)
+    assert found.layers[0].dead_units == dead >= 2
+    assert found.layers[0].weight_rows == 6 - dead
+    with torch.no_grad():
+        model.fc1.bias[:] = -100.0
+    found = attack(Target(model, losses.Logistic(), (4,)), x, 1.0)
+    assert found.status is Status.GRADIENT_ZERO
+    assert "dead" in found.reason or "zero" in found.reason
+
+
+def test_a_float16_gradient_ends_in_a_stated_limit() -> None:
+    target = Target(models.cnn6(1, 12).half(), losses.Logistic(), (1, 12, 12), (0.0, 1.0))
+    full = Target(models.cnn6(1, 12), losses.Logistic(), (1, 12, 12), (0.0, 1.0))
+    gradients = capture(full, data.photographs(1, 12, channels=1).inputs, torch.tensor([1.0])).gradients
+    update = Update({name: g.half() for name, g in gradients.items()})
+    assert any(int((g == 0).sum()) for g in update.gradients.values())
+    found = Recursive()(target, update)
+    assert found.status is not Status.EXACT or found.answers[0].error < 0.01
+    assert any("float16" in finding and "are zero" in finding for finding in found.preflight.findings)
+
+
+def test_an_update_of_a_batch_is_never_called_exact() -> None:
+    target = Target(models.cnn6(1, 12).double(), losses.Logistic(), (1, 12, 12), (0.0, 1.0), batch_size=2)
+    x = data.photographs(2, 12, channels=1).inputs.double()
+    found = Recursive()(target, capture(target, x, torch.tensor([1.0, -1.0])))
+    assert found.status is not Status.EXACT
+    assert any("mixture" in assumption for assumption in found.assumptions)
+
+
+def test_what_is_no_chain_or_no_update_of_the_target_is_refused() -> None:
+    target = Target(models.fcn3(4, (6,)), losses.Logistic(), (4,))
+    with pytest.raises(UpdateError, match=r"names do not fit.*missing fc2\.weight"):
+        Recursive()(target, Update({"fc1.weight": torch.zeros(6, 4)}))
+    pooled = Target(
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2, 1)), losses.Logistic(), (1, 4, 4)
+    )
+    with pytest.raises(NotAChain, match="max_pool2d"):
+        attack(pooled, torch.rand(1, 1, 4, 4), 1.0)
+
+
+def test_an_update_from_other_weights_is_not_converged_and_says_why() -> None:
+    target = Target(models.cnn6(1, 12, seed=0), losses.Logistic(), (1, 12, 12), (0.0, 1.0))
+    other = Target(models.cnn6(1, 12, seed=1), losses.Logistic(), (1, 12, 12), (0.0, 1.0))
+    gradients = capture(other, data.photographs(1, 12, channels=1).inputs, torch.tensor([1.0])).gradients
+    found = Recursive()(target, Update(gradients))
+    assert found.status in (Status.NOT_CONVERGED, Status.RANK_DEFICIENT)
+    assert any("other weights" in finding for finding in found.preflight.findings)

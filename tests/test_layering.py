@@ -1,0 +1,51 @@
+"""Imports point one way, and attacks can reach neither the truth nor a way to compare with it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import rgap
+
+ROOT = Path(rgap.__file__).parent
+# From the ground up: a part may import those before it.
+ORDER = [
+    "files", "linalg", "nn", "losses", "models", "data", "metrics", "target", "update", "checks", "constraints",
+    "rank", "attacks", "auditing", "picture", "cli",
+]  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    """The parts of rgap that a file imports, imports for type checking alone included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rgap":
+            rest = node.module.split(".")[1:]
+            found |= {rest[0]} if rest else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("rgap.")}
+    return found
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_every_part_has_its_place() -> None:
+    assert {part(path) for path in ROOT.rglob("*.py")} - {"__init__"} <= set(ORDER)
+
+
+def test_imports_point_one_way() -> None:
+    wrong = [
+        (str(path.relative_to(ROOT)), name)
+        for path in ROOT.rglob("*.py")
+        if part(path) != "__init__"
+        for name in imports(path)
+        if ORDER.index(name) > ORDER.index(part(path))
+    ]
+    assert wrong == []
+
+
+def test_attacks_know_neither_metrics_nor_data() -> None:
+    for path in (ROOT / "attacks").rglob("*.py"):
+        assert not imports(path) & {"metrics", "data"}, path
