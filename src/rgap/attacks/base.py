@@ -65,6 +65,31 @@ class LayerReport:
         return self.unknowns - self.rank
 
 
+@dataclass(frozen=True)
+class JointReport:
+    """How several layers' constraints were solved together for the input."""
+
+    layers: tuple[str, ...]
+    """From the input to the last layer that was solved jointly."""
+    unknowns: int
+    rows: int
+    """Weight rows of the last of these layers and gradient rows of all of them."""
+    rank: int
+    """Independent constraints at the answer, measured without the prior."""
+    condition: float
+    steps: int
+    """Linearisations."""
+    converged: bool
+    """Whether the recomputed gradient agrees."""
+    prior: str
+    """What was taken for granted where constraints were still missing."""
+
+    @property
+    def free(self) -> int:
+        """The number of dimensions that all constraints together leave open."""
+        return self.unknowns - self.rank
+
+
 @dataclass(frozen=True, eq=False)
 class Answer:
     """One input that the update may have been computed from."""
@@ -80,6 +105,8 @@ class Answer:
     """Estimated root-mean-square error of the inputs that comes from the rounding of the gradient."""
     layers: tuple[LayerReport, ...] = ()
     """From the input to the output."""
+    joint: JointReport | None = None
+    """If layers were solved jointly."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from rgap.attacks import kinks
 from rgap.attacks.base import (
     Answer,
     Attack,
+    JointReport,
     LayerReport,
     Reconstruction,
     Status,
@@ -28,8 +29,15 @@ from rgap.nn.layers import Layer
 from rgap.target import Target
 from rgap.update import Update
 
-SETTLED = 200
-"""A gradient residual below this many roundings leaves no unit to look for on the other side of its kink."""
+
+def settled(eps: float) -> float:
+    """A gradient residual below this leaves no unit to look for on the other side of its kink.
+
+    It is some hundred roundings of the gradient, and not less than float64 solves reach on conditions of 1e6.
+    """
+    return max(200 * eps, 1e-10)
+
+
 UNSURE, BRANCHES = 5.0, 3
 """A value within so many errors of its activation's kink may lie on either side of it; how many are tried at once."""
 
@@ -83,6 +91,7 @@ class Recursive(Attack):
         good.sort(key=lambda a: _misfit(a.inputs, target.value_range))
         if len(good) > 1 and target.value_range is not None:
             assumptions += (f"of {len(good)} answers the one that fits the value range {target.value_range} is first",)
+        assumptions += tuple({a.joint.prior: None for a in good if a.joint is not None})
         status, reason = self._judge(good, target, tolerance)
         return ended(status, reason, tuple(good))
 
@@ -98,8 +107,9 @@ class Recursive(Attack):
         ends: list[End] = []
         for end in found:
             own = followed.select((followed.labels == end.label) & (followed.margins == end.margin))
-            if end.layers[0].open_since is None:
-                end = replace(end, x=kinks.settle(chain, gradients, end.x, own.k, SETTLED * eps))
+            end = self.finish(target, gradients, end, eps, rank_tolerance, probe)
+            if end.joint is None or end.joint.converged:
+                end = replace(end, x=kinks.settle(chain, gradients, end.x, own.k, settled(eps)))
             if chain.scalable:  # the other roots' inputs are the same one, scaled: their gradients agree by Eq. 11
                 same = (start.labels == end.label).nonzero().flatten().tolist()
                 ends += [end.scaled(float(start.margins[at])) for at in same]
@@ -109,18 +119,39 @@ class Recursive(Attack):
         labels = torch.tensor([end.label for end in ends], dtype=inputs.dtype, device=inputs.device)
         residuals = gradient_residuals(target, update, inputs, labels).tolist()
         return [
-            Answer(inputs[s : s + 1], labels[s : s + 1], end.margin, residuals[s], end.error, end.layers)
+            Answer(inputs[s : s + 1], labels[s : s + 1], end.margin, residuals[s], end.error, end.layers, end.joint)
             for s, end in enumerate(ends)
         ]
+
+    def finish(
+        self,
+        target: Target,
+        gradients: dict[str, Tensor],
+        end: End,
+        eps: float,
+        rank_tolerance: float,
+        probe: torch.Generator,
+    ) -> End:
+        """What is still done for a candidate after the recursion; `Virtual` solves jointly what it left open."""
+        return end
 
     def _judge(self, answers: list[Answer], target: Target, tolerance: float) -> tuple[Status, str]:
         """The status that the first answer deserves."""
         best = answers[0]
         residual = f"gradient residual {best.gradient_residual:.1e}"
-        if best.layers[0].open_since is not None:
+        if best.joint is not None:
+            free = best.joint.free
+            if free or not best.joint.converged:
+                together = (
+                    f"{' and '.join(best.joint.layers)} together leave {free} of {best.joint.unknowns} dimensions"
+                )
+                if free:
+                    return Status.RANK_DEFICIENT, f"{together} free; {residual}"
+                return Status.NOT_CONVERGED, f"{together} free, but {best.joint.steps} steps did not settle; {residual}"
+        elif best.layers[0].open_since is not None:
             layer = next(layer for layer in best.layers if layer.name == best.layers[0].open_since)
-            free = f"{layer.name} leaves {layer.free} of {layer.unknowns} dimensions free"
-            return Status.RANK_DEFICIENT, f"{free}; {residual}"
+            left = f"{layer.name} leaves {layer.free} of {layer.unknowns} dimensions free"
+            return Status.RANK_DEFICIENT, f"{left}; {residual}"
         if not best.gradient_residual <= tolerance:
             return Status.NOT_CONVERGED, f"{residual}, tolerance {tolerance:.1e}"
         low, high = target.value_range or (float(best.inputs.min()), float(best.inputs.max()))
@@ -136,6 +167,18 @@ class Recursive(Attack):
 
 
 @dataclass(frozen=True)
+class Step:
+    """What one candidate had at a layer."""
+
+    k: Float[Tensor, "1 o p"]
+    z: Float[Tensor, "1 o p"]
+    z_error: Float[Tensor, "1 o p"]
+    x: Float[Tensor, "1 c n"]
+    """The layer's input, as solved."""
+    row_weight: Float[Tensor, "1 o p"] | None
+
+
+@dataclass(frozen=True)
 class End:
     """One candidate's input, at the end of the recursion."""
 
@@ -144,6 +187,8 @@ class End:
     margin: float
     error: float
     layers: tuple[LayerReport, ...]
+    steps: tuple[Step, ...]
+    joint: JointReport | None = None
 
     def scaled(self, margin: float) -> End:
         """The same direction with another margin, for a chain that scales."""
@@ -177,7 +222,9 @@ def recurse(
         z_error = z_error.maximum(solved.weight_misfit[:, None, None])
         error = _error(system, z_error, grad, eps, head.k_error, probe)
         for s, trace in enumerate(traces):
-            trace.add(layer, system, solved, s, float(error[s]), k_known)
+            one = slice(s, s + 1)
+            step = Step(k[one], z[one], z_error[one], solved.x[one], None if row_weight is None else row_weight[one])
+            trace.add(step, layer, system, solved, s, float(error[s]), k_known)
         alive = _plausible(torch.maximum(solved.weight_residual, solved.gradient_residual), family)
         x, k, error, head, family = solved.x[alive], k[alive], error[alive], head.select(alive), family[alive]
         traces = [trace for trace, keep in zip(traces, alive.tolist(), strict=True) if keep]
@@ -194,7 +241,14 @@ def recurse(
             row_weight = None if row_weight is None else row_weight[of]
             traces = [traces[parent].passed(before) for parent in of.tolist()]
     return [
-        End(x[s : s + 1], float(head.labels[s]), float(head.margins[s]), float(error[s]), tuple(trace.layers))
+        End(
+            x[s : s + 1],
+            float(head.labels[s]),
+            float(head.margins[s]),
+            float(error[s]),
+            tuple(trace.layers),
+            tuple(trace.steps),
+        )
         for s, trace in enumerate(traces)
     ]
 
@@ -204,12 +258,16 @@ class Trace:
     """What is said of one candidate along its way, from the output to the input."""
 
     layers: list[LayerReport] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    """Both from the input to the output."""
     x_open: str | None = None
     """The rank-deficient layer, if any, whose free dimensions reach the present input, and so the z before it."""
     k_open: str | None = None
     """Likewise for k."""
 
-    def add(self, layer: Layer, system: System, solved: Solved, s: int, error: float, k_known: bool) -> None:
+    def add(
+        self, step: Step, layer: Layer, system: System, solved: Solved, s: int, error: float, k_known: bool
+    ) -> None:
         """Note what happened at a layer, and whether its input is determined."""
         self.k_open = None if k_known else self.k_open
         z_open = None if system.by_gradient_alone[s] else self.x_open
@@ -231,11 +289,12 @@ class Trace:
             open_since=self.x_open,
         )
         self.layers.insert(0, report)
+        self.steps.insert(0, step)
 
     def passed(self, before: Layer) -> Trace:
         """A copy behind an activation: the slopes that enter the next k are known as far as the input is."""
         k_open = self.k_open if isinstance(before.activation, Identity) else self.k_open or self.x_open
-        return Trace(list(self.layers), self.x_open, k_open)
+        return Trace(list(self.layers), list(self.steps), self.x_open, k_open)
 
 
 def _error(
