@@ -1,0 +1,274 @@
+"""The rank analysis of a whole network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.nn.chain import Chain
+from rgap.nn.layers import Layer
+from rgap.rank import measured
+from rgap.rank.counts import LayerRank, Measured, count
+from rgap.rank.estimated import estimate
+from rgap.rank.measured import Free, Rows
+from rgap.target import Target
+
+FORMAT = 1
+"""Version of `RankAnalysis.to_dict`."""
+LARGEST_BASIS = 2**26
+"""Entries of the free directions that are followed from one layer to the one before it."""
+
+NAMED = 3
+"""Leaky layers that the verdict names."""
+
+Progress = Callable[[LayerRank], None]
+
+
+@dataclass(frozen=True)
+class RankAnalysis:
+    """Unknowns against constraints for every layer, from the input to the output."""
+
+    layers: tuple[LayerRank, ...]
+    batch_size: int
+    at_sample: bool
+    """Whether the ranks were measured at a given sample, not at a random one."""
+
+    @property
+    def index(self) -> int:
+        """The paper's index of the network: the largest over its layers."""
+        return max(layer.index for layer in self.layers)
+
+    @property
+    def critical(self) -> LayerRank:
+        """The layer with the largest index."""
+        return max(self.layers, key=lambda layer: layer.index)
+
+    @property
+    def joint_free(self) -> int | None:
+        """Dimensions of the input that the gradients of all layers together leave free; None if not measured."""
+        return self.layers[0].joint_free
+
+    @property
+    def leaky(self) -> tuple[LayerRank, ...]:
+        """The layers whose own constraints leave part of their input free."""
+        return tuple(layer for layer in self.layers if layer.free)
+
+    @property
+    def protecting(self) -> LayerRank | None:
+        """The layer nearest the output whose free dimensions reach the input; None if none do, or it is not known."""
+        if not self.joint_free:
+            return None
+        reaching = None
+        for layer in self.layers:
+            if not layer.joint_free:
+                break
+            reaching = layer if layer.free else reaching
+        return reaching
+
+    @property
+    def verdict(self) -> str:
+        """Which layer protects the input, in a sentence or two."""
+        size, joint = self.layers[0].unknowns, self.joint_free
+        by_count = f"the paper's index is {self.index}"
+        if self.layers[0].measured is Measured.NO:
+            if self.index > 0:
+                return f"By counting, {self.critical.name} protects the input: {by_count}. Ranks were not measured."
+            return f"By counting, no layer protects the input: {by_count}. Ranks were not measured."
+        told = self._told
+        if joint is None:
+            return f"Whether a layer protects the input is not decided: {told}, but not all layers could be followed."
+        against = f" Counting says otherwise: {by_count}." if (self.index > 0) != (joint > 0) else ""
+        if joint == 0 and not told:
+            return f"No layer protects the input: the constraints of every layer determine its input.{against}"
+        if joint == 0:
+            return (
+                f"No layer protects the input: {told}, which stops the recursion layer by layer, but with the "
+                f"gradients of the layers before it everything is determined.{against}"
+            )
+        layer = self.protecting
+        name = "Unread pixels protect part of the input" if layer is None else f"{layer.name} protects the input"
+        unread = f" ({self.layers[0].unseen} are read by no kernel)" if self.layers[0].unseen else ""
+        return (
+            f"{name}: {joint} of its {size} dimensions ({100 * joint / size:.2g} %) stay free{unread}, whatever all "
+            f"layers tell together; {told}.{against}"
+        )
+
+    @property
+    def _told(self) -> str:
+        """The leaky layers: those whose gaps no earlier layer closes, or all where every gap is closed."""
+        closed = next((at for at, layer in enumerate(self.layers) if layer.joint_free == 0), len(self.layers))
+        found = [layer for layer in self.layers[:closed] if layer.free] or self.leaky
+        parts = [f"{layer.name} leaves {_about(layer)} of its {layer.unknowns} inputs free" for layer in found[:NAMED]]
+        return ", ".join(parts) + (f" and {len(found) - NAMED} more layers leave some" if len(found) > NAMED else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "format": FORMAT,
+            "kind": "rgap.rank",
+            "verdict": self.verdict,
+            "index": self.index,
+            "critical": self.critical.name,
+            "joint_free": self.joint_free,
+            "batch_size": self.batch_size,
+            "at_sample": self.at_sample,
+            "layers": [
+                asdict(layer)
+                | {"measured": layer.measured.value, "index": layer.index, "own_index": layer.own_index}
+                | {"rank": layer.rank}
+                for layer in self.layers
+            ],
+        }
+
+    def __str__(self) -> str:
+        header = ("layer", "|x|", "|W|", "|z|", "|V|", "index", "rank", "free", "joint", "measured")
+        lines: list[tuple[str, ...]] = [header]
+        for layer in self.layers:
+            how = layer.measured.value + (f": {layer.method}" if layer.method else "")
+            numbers = (layer.unknowns, layer.gradient_rows, layer.weight_rows, layer.virtual_rows, layer.index)
+            joint = "-" if layer.joint_free is None else str(layer.joint_free)
+            rank = "-" if layer.rank is None else str(layer.rank)
+            lines.append((layer.name, *map(str, numbers), rank, _about(layer), joint, how))
+        widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
+        table = [
+            "  ".join(
+                cell.ljust(width) if at in (0, len(header) - 1) else cell.rjust(width)
+                for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([*table, f"index of the network: {self.index} ({self.critical.name})", self.verdict])
+
+
+def _about(layer: LayerRank) -> str:
+    if layer.free is None:
+        return "-"
+    return f"{layer.free}+-{layer.error}" if layer.error else str(layer.free)
+
+
+def rank_analysis(
+    target: Target,
+    sample: Tensor | None = None,
+    batch_size: int | None = None,
+    measure: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> RankAnalysis:
+    """Count and measure the constraints on every layer's input, before any gradient exists.
+
+    Source: R-GAP, Section 4, arXiv:2010.07733, for the counts; the ranks are those of the matrices themselves, with
+    the output gradients k and the slopes of one batch. The loss and the label only scale k, which no rank depends on.
+
+    Args:
+        sample: (b, *input_shape), where to measure; by default drawn uniformly from the target's value range.
+        batch_size: of one gradient; by default that of the sample, or the target's.
+        measure: whether to measure ranks; the counts alone need no matrix and take no time.
+        seed: of the sample drawn, of k at the last layer and of the probes for layers too large to measure.
+        progress: called after each layer that was measured, from the last to the first.
+
+    Raises:
+        NotAChain: the model is no chain of layers.
+        ValueError: batch_size or the sample's shape does not fit.
+    """
+    chain = target.chain
+    batch = _batch_size(target, sample, batch_size)
+    counts = count(chain, batch)
+    if measure:
+        counts = _measured(target, counts, batch, sample, torch.Generator().manual_seed(seed), progress)
+    return RankAnalysis(counts, batch, measure and sample is not None)
+
+
+def _batch_size(target: Target, sample: Tensor | None, batch_size: int | None) -> int:
+    if sample is not None and (tuple(sample.shape[1:]) != target.input_shape or not len(sample)):
+        expected = ", ".join(map(str, target.input_shape))
+        raise ValueError(
+            f"got a sample of shape {tuple(sample.shape)}, expected (b, {expected}): the batch comes first; "
+            "add it with sample[None]"
+        )
+    if batch_size is None:
+        return target.batch_size if sample is None else len(sample)
+    if batch_size < 1:
+        raise ValueError(f"got batch_size {batch_size}: expected 1 or more")
+    if sample is not None and len(sample) != batch_size:
+        raise ValueError(f"got batch_size {batch_size} and {len(sample)} sample(s): leave one out or make them agree")
+    return batch_size
+
+
+def _measured(
+    target: Target,
+    counts: tuple[LayerRank, ...],
+    batch: int,
+    sample: Tensor | None,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> tuple[LayerRank, ...]:
+    """From the last layer to the first, with the directions that the layers so far leave free together."""
+    chain = target.chain
+    k, slopes = _signals(target, batch, sample, generator)
+    found: list[LayerRank] = []
+    followed: Tensor | None = None  # free directions of the next layer's input, as moves of this layer's output
+    lost = False  # whether some layer's directions could not be computed
+    for depth in reversed(range(len(chain))):
+        layer_rows = measured.rows(chain[depth], k[depth], slopes[depth])
+        own, joint = _layer(layer_rows, followed, depth > 0, lost, generator)
+        lost = joint is None or (joint.count > 0 and joint.basis is None and depth > 0)
+        found.insert(0, _filled(counts[depth], layer_rows, own, joint))
+        if progress is not None:
+            progress(found[0])
+        if depth and not lost and joint is not None and joint.basis is not None:
+            followed = _as_output(chain[depth - 1], chain[depth], batch, joint.basis)
+            lost = followed.numel() > LARGEST_BASIS
+    return tuple(found)
+
+
+def _layer(
+    found: Rows, followed: Tensor | None, directions: bool, lost: bool, generator: torch.Generator
+) -> tuple[Free, Free | None]:
+    """What the layer's own constraints leave free, z being known, and what it and all later layers do together."""
+    result = measured.measure(found, directions, None if lost else followed)
+    if result is not None:
+        own, joint = result
+        return own, joint if not lost or own.method == measured.GRADIENT_ALONE else None
+    own = estimate(found, generator)
+    settled = own.error == 0 and not lost and (followed is None or not len(followed))
+    return own, own if settled else None
+
+
+def _filled(counts: LayerRank, found: Rows, own: Free, joint: Free | None) -> LayerRank:
+    return replace(
+        counts,
+        known_weight_rows=int(found.known.sum()),
+        live_gradient_rows=counts.gradient_rows - found.dead * counts.gradient_rows // found.layer.outputs,
+        measured=Measured.EXACT if own.exact else Measured.ESTIMATED,
+        free=own.count,
+        error=own.error,
+        method=own.method,
+        joint_free=None if joint is None else joint.count,
+    )
+
+
+def _signals(
+    target: Target, batch: int, sample: Tensor | None, generator: torch.Generator
+) -> tuple[list[Float[Tensor, "b o p"]], list[Float[Tensor, "b o p"]]]:
+    """k and the activation's slope in every layer, at the sample or a random one."""
+    chain: Chain = target.chain
+    if sample is None:
+        low, high = target.value_range or (0.0, 1.0)
+        sample = low + (high - low) * torch.rand(batch, *target.input_shape, generator=generator, dtype=torch.float64)
+    outputs = chain.forward(chain[0].pack_input(sample.to(target.device, torch.float64)))[1]
+    slopes = [layer.activation.slope(z) for layer, z in zip(chain, outputs, strict=True)]
+    last = torch.randn(outputs[-1].shape, generator=generator, dtype=torch.float64).to(target.device)
+    return chain.backward(last, slopes), slopes
+
+
+def _as_output(layer: Layer, after: Layer, batch: int, basis: Float[Tensor, "f c bn"]) -> Float[Tensor, "f o bp"]:
+    """Directions of the next layer's input as directions of this layer's activated output, samples side by side."""
+    count = len(basis)
+    samples = basis.reshape(count, after.channels, batch, after.pixels).transpose(1, 2).flatten(0, 1)
+    out = layer.pack_output(after.unpack_input(samples))
+    return out.reshape(count, batch, layer.outputs, layer.positions).transpose(1, 2).flatten(2)
