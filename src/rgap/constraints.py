@@ -83,9 +83,7 @@ class System:
             weak = ~self._strong[s, g]
             basis, sigma = self._basis[s, g][:, weak], self._sigma[s, g][weak]
             n, d = basis.shape
-            blocks = matrix.reshape(per_group, n, per_group, n)
-            reduced = torch.einsum("na,cnem->caem", basis, blocks) @ basis
-            reduced = reduced.reshape(per_group * d, per_group * d)
+            reduced = _congruent(matrix.reshape(per_group, n, per_group * n), basis)
             if self._row_weight is not None:
                 used = float((self._row_weight.reshape(len(self.k), self.layer.groups, -1)[s, g] > 0).sum())
             weight_row = float(matrix.trace()) / max(used, 1)
@@ -162,6 +160,16 @@ class System:
             y = factor.solve(rhs.reshape(-1, 1)).reshape(rhs.shape)
             x[s, g] = x[s, g] + y @ basis.mT
         return x.reshape(len(z), layer.channels, layer.pixels)
+
+
+def _congruent(matrix: Float[Tensor, "c n cn"], basis: Float[Tensor, "n d"]) -> Float[Tensor, "cd cd"]:
+    """B' M B for each block of a symmetric matrix, on and below the diagonal alone: nothing above it is set."""
+    c, n, d = len(matrix), *basis.shape
+    out = matrix.new_zeros(c, d, c, d)
+    for row in range(c):
+        left = basis.mT @ matrix[row, :, : (row + 1) * n]
+        out[row, :, : row + 1] = (left.reshape(-1, n) @ basis).reshape(d, row + 1, d)
+    return out.reshape(c * d, c * d)
 
 
 def _relative(misfit: Tensor, reference: Tensor) -> Float[Tensor, " s"]:

@@ -291,7 +291,7 @@ def _regularised(gram: Tensor, rhs: Tensor, prior: Tensor, middle: Tensor) -> Te
     start = middle
     for _ in range(3):  # the residual against the constraints removes what the floor and the rounding changed
         wrong = rhs - gram @ start - prior @ (start - middle)
-        start = start + torch.cholesky_solve(wrong[:, None], lower)[:, 0]
+        start = start + psd.cholesky_solve(wrong[:, None], lower)[:, 0]
     return start
 
 

@@ -26,7 +26,7 @@ class Factor:
     def solve(self, rhs: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
         """The minimum-norm least-squares solution of M y = rhs."""
         if self.method == "cholesky":
-            return torch.cholesky_solve(rhs, self._solve[0])
+            return cholesky_solve(rhs, self._solve[0])
         vectors, inverse = self._solve
         return vectors @ (inverse[:, None] * (vectors.mT @ rhs))
 
@@ -40,7 +40,7 @@ class Factor:
 
 
 def factor(matrix: Float[Tensor, "n n"], tolerance: float, size: float = 0.0) -> Factor:
-    """Factor a symmetric positive semidefinite matrix M = R'R.
+    """Factor a symmetric positive semidefinite matrix M = R'R, of which only the lower triangle is read.
 
     Args:
         tolerance: singular values of R below tolerance times the largest count as zero. Because M holds their
@@ -54,7 +54,7 @@ def factor(matrix: Float[Tensor, "n n"], tolerance: float, size: float = 0.0) ->
     tolerance = max(tolerance, (count * torch.finfo(matrix.dtype).eps) ** 0.5)
     lower, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0:
-        largest, inverse_of_smallest = _extremes(matrix, lower)
+        largest, inverse_of_smallest = _extremes(lower)
         condition = (max(largest, size) * inverse_of_smallest) ** 0.5
         # The estimate errs on the low side: leave a margin before a matrix is called definite.
         if condition < 0.3 / tolerance:
@@ -68,13 +68,18 @@ def factor(matrix: Float[Tensor, "n n"], tolerance: float, size: float = 0.0) ->
     return Factor(rank, condition, "eigen", (vectors, inverse))
 
 
-def _extremes(matrix: Tensor, lower: Tensor) -> tuple[float, float]:
-    """The largest eigenvalue of matrix = lower lower' and of its inverse, estimated from below."""
-    start = torch.ones(len(matrix), 1, dtype=matrix.dtype, device=matrix.device)
+def cholesky_solve(rhs: Float[Tensor, "n m"], lower: Float[Tensor, "n n"]) -> Float[Tensor, "n m"]:
+    """The solution of L L' y = rhs. torch.cholesky_solve copies L at each call, which takes longer than the solve."""
+    return torch.linalg.solve_triangular(lower.mT, torch.linalg.solve_triangular(lower, rhs, upper=False), upper=True)
+
+
+def _extremes(lower: Tensor) -> tuple[float, float]:
+    """The largest eigenvalue of lower lower' and of its inverse, estimated from below."""
+    start = torch.ones(len(lower), 1, dtype=lower.dtype, device=lower.device)
     start[1::2] = -0.7  # any fixed vector will do that is not constant: the image's mean is no small direction
-    start = start + torch.linspace(0, 1, len(matrix), dtype=matrix.dtype, device=matrix.device)[:, None]
+    start = start + torch.linspace(0, 1, len(lower), dtype=lower.dtype, device=lower.device)[:, None]
     norms = []
-    for apply in (lambda v: matrix @ v, lambda v: torch.cholesky_solve(v, lower)):
+    for apply in (lambda v: lower @ (lower.mT @ v), lambda v: cholesky_solve(v, lower)):
         v = start / start.norm()
         for _ in range(ITERATIONS):
             w = apply(v)

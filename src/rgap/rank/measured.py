@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rgap.linalg import psd
 from rgap.nn.layers import Layer
 
 TOLERANCE = 1e-9
@@ -285,7 +286,7 @@ def _null(matrix: Float[Tensor, "m m"]) -> Float[Tensor, "m f"]:
         shifted.diagonal().add_(2 * shift)
         lower = torch.linalg.cholesky(shifted)
         for _ in range(INVERSE_ITERATIONS):
-            basis = torch.linalg.qr(torch.cholesky_solve(basis, lower))[0]
+            basis = torch.linalg.qr(psd.cholesky_solve(basis, lower))[0]
     return basis
 
 
