@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from networks import ACTIVATIONS, clients
 from torch import nn
 
+import rgap
 from rgap import Target, losses, models
+from rgap.nn import layers
 from rgap.nn.chain import NotAChain
-from rgap.rank import LayerRank, Measured, estimated, measured, plot, rank_analysis
+from rgap.rank import LayerRank, Measured, RankAnalysis, estimated, measured, plot, rank_analysis
 from rgap.rank import analysis as analysing
 
 # Not a package: a script that stands beside the tests.
@@ -31,11 +33,11 @@ _spec.loader.exec_module(architectures)
 CIFAR = (3, 32, 32)
 
 
-def target(*layers: nn.Module, shape: tuple[int, ...] = CIFAR, batch_size: int = 1) -> Target:
+def target(*body: nn.Module, shape: tuple[int, ...] = CIFAR, batch_size: int = 1) -> Target:
     """Layers, and a Linear layer to one output."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        body = nn.Sequential(*layers, nn.Flatten())
+        body = nn.Sequential(*body, nn.Flatten())
         for module in body:
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -145,8 +147,16 @@ def free_of(matrix: torch.Tensor) -> int:
     matrix = matrix[norm[:, 0] > 0] / norm[norm[:, 0] > 0]
     if not len(matrix):
         return matrix.shape[1]
-    sigma = torch.linalg.svdvals(matrix)
-    return matrix.shape[1] - int((sigma > 1e-7 * sigma[0]).sum())
+    return matrix.shape[1] - rank_of(torch.linalg.svdvals(matrix))
+
+
+def rank_of(sigma: torch.Tensor) -> int:
+    """The singular values that are not zero; a matrix whose rank is a matter of opinion settles nothing."""
+    if float(sigma[0]) == 0:
+        return 0
+    relative = sigma / sigma[0]
+    assume(not bool(((relative > 1e-11) & (relative < 1e-5)).any()))
+    return int((relative > 1e-7).sum())
 
 
 def dense(aim: Target, batch: torch.Tensor, last: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -172,10 +182,15 @@ def dense(aim: Target, batch: torch.Tensor, last: torch.Tensor) -> tuple[list[in
             def step(x, layer=layer, slope=slopes[depth], after=after):
                 return after.pack_input(layer.unpack_output(layer.output(x) * slope))
 
-            later = torch.cat([gradient, later @ columns(step, shape)])
+            passed = columns(step, shape)
+            handed = later @ passed
+            # A row that is nothing but rounding must not become one of norm 1 below.
+            handed[handed.norm(dim=1) < 1e-13 * passed.norm()] = 0.0
+            later = torch.cat([gradient, handed])
         # Orthonormal rows: the span counts, not how small the slopes made it.
-        _, sigma, basis = torch.linalg.svd(later / later.norm(dim=1, keepdim=True).clamp(min=1e-300))
-        later = basis[: int((sigma > 1e-7 * sigma[0].clamp(min=1e-300)).sum())]
+        later = later / later.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        _, sigma, basis = torch.linalg.svd(later, full_matrices=False)
+        later = basis[: rank_of(sigma)]
         together.insert(0, later.shape[1] - len(later))
     return alone, together
 
@@ -283,6 +298,22 @@ def test_unread_pixels_stay_free():
     assert "84 are read by no kernel" in analysis.verdict
 
 
+def test_a_layer_that_reads_padding_alone_tells_nothing():
+    # One pixel, and the kernel looks at the corners of its padding only.
+    analysis = rank_analysis(target(conv(1, 1, 1, stride=2, padding=1), leaky(), shape=(1, 1, 1)))
+    assert [layer.free for layer in analysis.layers] == [1, 0]
+    assert analysis.layers[0].unseen == analysis.joint_free == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_layer_that_reads_padding_alone_within_a_network(batch):
+    net = target(conv(1, 2, 1), leaky(), conv(2, 2, 1, stride=2, padding=1), leaky(), shape=(1, 1, 1), batch_size=batch)
+    analysis = rank_analysis(net)
+    # The last layer: 8 unknowns a sample, 8 gradient rows for all, one weight row a sample, of which one overlaps.
+    assert [layer.free for layer in analysis.layers] == [0, 2 * batch, 8 * batch - (8 + batch - 1)]
+    assert analysis.joint_free == batch
+
+
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_linear_layers_are_determined_by_their_gradient(activation):
     analysis = rank_analysis(target(nn.Flatten(), nn.Linear(12, 5), ACTIVATIONS[activation](), shape=(3, 2, 2)))
@@ -361,19 +392,285 @@ def test_wrong_arguments_are_refused():
         rank_analysis(aim, batch_size=0)
     with pytest.raises(ValueError, match=r"got batch_size 2 and 1 sample\(s\)"):
         rank_analysis(aim, torch.zeros(1, 3, 6, 6), batch_size=2)
-    with pytest.raises(NotAChain):
-        rank_analysis(target(conv(3, 2, 3), nn.MaxPool2d(2), shape=(3, 6, 6)))
+
+
+@pytest.mark.parametrize(("code", "message"), [("branch", "cannot be traced"), ("none", "no Linear or convolutional")])
+def test_without_layers_there_is_nothing_to_count(code, message):
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.by * x if code == "branch" and x.sum() > 0 else x.flatten(1)
+
+    with pytest.raises(NotAChain, match=message):
+        rank_analysis(Target(Scale(), losses.Logistic(), (1,)))
 
 
 def test_counting_a_deep_chain_at_full_resolution_takes_no_time():
-    layers: list[nn.Module] = [conv(3, 64, 7, stride=2, padding=3), leaky()]
+    body: list[nn.Module] = [conv(3, 64, 7, stride=2, padding=3), leaky()]
     for width, blocks in ((64, 4), (128, 4), (256, 4), (512, 4)):
         for block in range(blocks):
-            before = layers[-2].out_channels
-            layers += [conv(before, width, 3, stride=2 if block == 0 else 1, padding=1), leaky()]
-    aim = target(*layers, shape=(3, 224, 224))
+            before = body[-2].out_channels
+            body += [conv(before, width, 3, stride=2 if block == 0 else 1, padding=1), leaky()]
+    aim = target(*body, shape=(3, 224, 224))
     start = time.perf_counter()
     analysis = rank_analysis(aim, measure=False)
     assert time.perf_counter() - start < 5
     assert analysis.layers[0].unknowns == 3 * 224 * 224
     assert analysis.layers[0].weight_rows == 64 * 112 * 112
+
+
+# Models that are no chain: the counts of every layer all the same.
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, channels: int, width: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = conv(channels, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(width, width, 3, stride=stride, padding=1), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or channels != 4 * width:
+            self.downsample = nn.Sequential(conv(channels, 4 * width, 1, stride=stride), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(out)))))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class ResNet50(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = conv(3, 64, 7, stride=2, padding=3), nn.BatchNorm2d(64)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        channels, blocks = 64, []
+        for stage, (width, count) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+            for at in range(count):
+                blocks.append(Bottleneck(channels, width, 2 if stage and not at else 1))
+                channels = 4 * width
+        self.blocks, self.fc = nn.Sequential(*blocks), nn.Linear(channels, 1000)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(nn.functional.adaptive_avg_pool2d(self.blocks(x), 1).flatten(1))
+
+
+def seen_by_hooks(model: nn.Module, shape: tuple[int, ...]) -> list[tuple[str, int, int, int]]:
+    """Name, |x|, |W|, |z| of every layer in the order in which a run of the model meets it."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
+            trained = module.weight.numel() if module.weight.requires_grad else 0
+            module.register_forward_hook(
+                lambda m, x, z, name=name, trained=trained: found.append((name, x[0].numel(), trained, z.numel()))
+            )
+    with torch.no_grad():
+        model(torch.zeros(1, *shape))
+    for module in model.modules():
+        module._forward_hooks.clear()
+    return found
+
+
+def counted(analysis: RankAnalysis) -> list[tuple[str, int, int, int]]:
+    return [(layer.name, layer.unknowns, layer.gradient_rows, layer.weight_rows) for layer in analysis.layers]
+
+
+def refuse(*arguments: object, **named: object) -> None:
+    raise AssertionError("counting needs no table of pixels and no copy of weights")
+
+
+def test_resnet_50_is_counted_at_full_resolution_in_seconds(monkeypatch):
+    model = ResNet50().eval()
+    rank_analysis(target(shape=(1, 1, 1)), measure=False)  # what torch imports to trace is not counted
+    monkeypatch.setattr(layers, "convolution", refuse)
+    monkeypatch.setattr(layers, "linear", refuse)
+    start = time.perf_counter()
+    analysis = rank_analysis(Target(model, losses.Logistic(), (3, 224, 224)))
+    assert time.perf_counter() - start < 5
+    assert len(analysis.layers) == 54
+    assert counted(analysis) == seen_by_hooks(model, (3, 224, 224))
+    assert {layer.measured for layer in analysis.layers} == {Measured.NO}
+    assert analysis.joint_free is None
+    # Inside a block every layer reads the one before it; the first ones read a sum, or what is left by max pooling.
+    reads = {layer.name: layer.reads for layer in analysis.layers}
+    assert reads["conv1"] == "input"
+    assert (reads["blocks.0.conv1"], reads["blocks.1.conv1"], reads["fc"]) == (None, None, None)
+    assert (reads["blocks.1.conv2"], reads["blocks.1.conv3"]) == ("blocks.1.conv1", "blocks.1.conv2")
+
+
+def test_what_the_counts_of_a_model_leave_out_is_said_in_few_lines():
+    analysis = rank_analysis(Target(ResNet50().eval(), losses.Logistic(), (3, 32, 32)))
+    assert "53 x batch_norm, 16 x add of 2 values" in analysis.verdict
+    assert "the recursion cannot pass" in analysis.verdict
+    assert "skip connections, normalisation and pooling" in analysis.verdict
+    notes = "\n".join(analysis.notes)
+    assert "1000 outputs a sample, the loss takes 1" in notes
+    assert "1000 gradients of biases" in notes
+    assert len(analysis.notes) < 10
+    said = analysis.to_dict()
+    assert json.loads(json.dumps(said, allow_nan=False)) == said
+    assert [group["count"] for group in said["obstacles"]] == [53, 1, 16, 1, 1]
+    assert len(str(analysis).splitlines()) == 1 + 54 + 1 + len(analysis.notes) + 1
+
+
+class Forked(nn.Module):
+    """Two layers read the first one's output; the last one reads both."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.left, self.right, self.last = (
+            nn.Linear(4, 10),
+            nn.Linear(10, 12, False),
+            nn.Linear(10, 3),
+            nn.Linear(15, 1),
+        )
+        self.deep = nn.Linear(12, 12)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        left = self.deep(torch.tanh(self.left(x)))
+        return self.last(torch.cat([left, self.right(x)], 1))
+
+
+def test_virtual_constraints_come_down_the_one_way_back_only():
+    analysis = rank_analysis(Target(Forked(), losses.Logistic(), (4,)), batch_size=2)
+    found = {layer.name: layer for layer in analysis.layers}
+    virtual = {name: layer.virtual_rows // 2 for name, layer in found.items()}
+    # first: 10 outputs of 4 inputs; left: 12 of 10. The last layer reads two layers at once.
+    assert virtual == {"first": 0, "left": 6, "right": 6, "deep": 6 + 2, "last": 0}
+    assert found["last"].reads is None
+    assert {name: layer.bias_rows for name, layer in found.items()} == {
+        "first": 10, "left": 0, "right": 3, "deep": 12, "last": 1,
+    }  # fmt: skip
+    assert found["first"].expected_weight_rows == 10  # half of two samples' outputs
+    assert found["left"].index == 2 * (10 - 12 - 6) - 120
+    assert counted(rank_analysis(Target(Forked(), losses.Logistic(), (4,)))) == seen_by_hooks(Forked(), (4,))
+
+
+class Apart(nn.Module):
+    """Layers whose gradients never leave, each for another reason."""
+
+    def __init__(self):
+        super().__init__()
+        self.no_grad, self.detached, self.frozen, self.sent = (nn.Linear(4, 4) for _ in range(4))
+        self.frozen.weight.requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = torch.tanh(self.no_grad(x))
+        x = torch.tanh(self.detached(x)).detach()
+        return self.sent(torch.tanh(self.frozen(x))).sum(1, keepdim=True)
+
+
+def test_gradients_that_are_not_sent_are_no_rows():
+    model = Apart()
+    analysis = rank_analysis(Target(model, losses.Logistic(), (4,)))
+    model(torch.ones(1, 4)).sum().backward()
+    expected = {
+        name: (0 if layer.weight.grad is None else 16, 0 if layer.bias.grad is None else 4)
+        for name, layer in model.named_children()
+    }
+    assert {layer.name: (layer.gradient_rows, layer.bias_rows) for layer in analysis.layers} == expected
+    assert list(expected.values()) == [(0, 0), (0, 0), (0, 4), (16, 4)]
+    assert [layer.weight_rows for layer in analysis.layers] == [4] * 4
+    assert any("no gradient is sent for the weights of no_grad, detached, frozen" in note for note in analysis.notes)
+
+
+def twice() -> nn.Module:
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(32, 1)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(torch.tanh(self.a(x)))).flatten(1))
+
+    return Twice()
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, 1, 1), nn.Tanh(), nn.Conv2d(2, 2, 3, 1, 1), nn.Flatten(), nn.Linear(32, 1))
+    model[2].weight, model[2].bias = model[0].weight, model[0].bias
+    return model
+
+
+@pytest.mark.parametrize("model", [twice, tied])
+def test_a_layer_that_is_used_twice_counts_as_a_batch_of_two(model):
+    analysis = rank_analysis(Target(model(), losses.Logistic(), (2, 4, 4)))
+    shared, last = analysis.layers
+    once = rank_analysis(target(nn.Conv2d(2, 2, 3, padding=1), shape=(2, 4, 4)), measure=False, batch_size=2).layers[0]
+    numbers = ("unknowns", "gradient_rows", "weight_rows", "virtual_rows", "bias_rows", "index")
+    assert [getattr(shared, name) for name in numbers] == [getattr(once, name) for name in numbers]
+    assert (shared.uses, last.uses) == (2, 1)
+    assert any("(2 times)" in note for note in analysis.notes)
+
+
+def test_a_computed_weight_tells_no_more_than_what_it_is_computed_from():
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.row, self.last = nn.Parameter(torch.ones(1, 6)), nn.Linear(5, 1)
+
+        def forward(self, x):
+            return self.last(nn.functional.linear(x, self.row.expand(5, 6) * 2))
+
+    first = rank_analysis(Target(Repeated(), losses.Logistic(), (6,))).layers[0]
+    assert (first.unknowns, first.gradient_rows, first.weight_rows) == (6, 6, 5)
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Linear(5, 1))
+    assert rank_analysis(Target(normed, losses.Logistic(), (6,))).layers[0].gradient_rows == 30
+
+
+def test_transformer_layers_and_products_written_by_hand_are_counted():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.by_hand = nn.Parameter(torch.ones(8, 3))
+
+        def forward(self, x):
+            return (self.layer(x) @ self.by_hand).sum((1, 2))[:, None]
+
+    analysis = rank_analysis(Target(Encoder().eval(), losses.Logistic(), (5, 8)))
+    sizes = [(layer.unknowns, layer.gradient_rows, layer.weight_rows) for layer in analysis.layers]
+    assert sizes == [(40, 192, 120), (40, 64, 40), (40, 128, 80), (80, 128, 40), (40, 24, 15)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.integers(1, 4),
+    padding=st.integers(0, 3),
+    dilation=st.integers(1, 3),
+    transposed=st.booleans(),
+)
+def test_unread_values_are_those_that_no_gradient_reaches(size, kernel, stride, padding, dilation, transposed):
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layer = kind(2, 3, kernel, stride, padding, dilation=dilation)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    x = torch.ones(1, 2, *size, requires_grad=True)
+    try:
+        z = layer(x)
+    except RuntimeError:  # the kernel does not fit, or nothing is left
+        assume(False)
+    assume(z.numel() > 0)
+    (reached,) = torch.autograd.grad(z.sum(), x)
+    analysis = rank_analysis(Target(layer, losses.Logistic(), (2, *size)), measure=False)
+    assert analysis.layers[0].unseen == int((reached == 0).sum())
+    assert [numbers[1:] for numbers in counted(analysis)] == [(x.numel(), layer.weight.numel(), z.numel())]
+
+
+def test_the_plot_of_a_deep_model_is_a_picture(tmp_path):
+    plot(rank_analysis(Target(ResNet50().eval(), losses.Logistic(), (3, 32, 32))), tmp_path / "rank.png")
+    assert (tmp_path / "rank.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_public_names_are_there():
+    assert rgap.rank_analysis is rank_analysis
+    assert rgap.RankAnalysis is RankAnalysis

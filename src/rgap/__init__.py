@@ -6,12 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rgap import attacks, data, losses, models
+    from rgap import attacks, data, losses, models, rank
     from rgap.attacks import Reconstruction
     from rgap.auditing import Audit, audit
     from rgap.checks import preflight
     from rgap.metrics import score
     from rgap.nn.chain import NotAChain
+    from rgap.rank import RankAnalysis, rank_analysis
     from rgap.target import Target
     from rgap.update import Update, UpdateError, capture
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Audit": "rgap.auditing",
     "NotAChain": "rgap.nn.chain",
+    "RankAnalysis": "rgap.rank",
     "Reconstruction": "rgap.attacks",
     "Target": "rgap.target",
     "Update": "rgap.update",
@@ -27,13 +29,15 @@ _HOME = {
     "audit": "rgap.auditing",
     "capture": "rgap.update",
     "preflight": "rgap.checks",
+    "rank_analysis": "rgap.rank",
     "score": "rgap.metrics",
 }
-_MODULES = ("attacks", "data", "losses", "models")
+_MODULES = ("attacks", "data", "losses", "models", "rank")
 
 __all__ = [
     "Audit",
     "NotAChain",
+    "RankAnalysis",
     "Reconstruction",
     "Target",
     "Update",
@@ -45,6 +49,8 @@ __all__ = [
     "losses",
     "models",
     "preflight",
+    "rank",
+    "rank_analysis",
     "score",
 ]
 

@@ -118,6 +118,12 @@ def _equal_products(products: tuple[tuple[str, float], ...], noise: list[float])
     if not wrong:
         return []
     named = ", ".join(f"{name} ({value:.3g})" for name, value in wrong)
+    if len(products) == 2:
+        both = " and ".join(f"{name} ({value:.3g})" for name, value in products)
+        return [
+            f"<W, grad W> differs between {both}: the gradient was probably taken at other weights, or one of the two "
+            "layers was changed on its own"
+        ]
     if len(wrong) > max(1, len(products) // 2 - 1):
         return [
             f"<W, grad W> differs from layer to layer ({named}; the middle value is {agreed:.3g}): the gradient was "
@@ -142,6 +148,11 @@ def _last_layer(target: Target, update: Update, product: float, noise: float) ->
             ]
         return []
     slope = -abs(float(update.gradients[last.bias_name].double().sum()))
+    if slope == 0:
+        return []
+    # A saturated slope tells no margin: ask whether it is the one of the margin that the product tells.
+    if math.isclose(slope, float(loss.slope(torch.tensor(product / slope, dtype=torch.float64))), rel_tol=1e-3):
+        return []
     margin = loss.margin(slope)
     if margin is None:
         if slope == 0 or (loss.margin(-0.5) is None and math.isclose(slope, -1.0, rel_tol=1e-3)):

@@ -57,7 +57,7 @@ class System:
         """
         Args:
             k: gradient of the loss with respect to the layer's output.
-            row_weight: how far each value of z is known, from 0 (its row is dropped) to 1; None means all are.
+            row_weight: how far each value of z is known, 0 where its row is dropped; None means 1 everywhere.
             tolerance: singular values below this fraction of the largest count as zero.
         """
         self.layer, self.k = layer, k
@@ -82,7 +82,7 @@ class System:
             matrix = gram[s % len(gram), g]
             weak = ~self._strong[s, g]
             basis, sigma = self._basis[s, g][:, weak], self._sigma[s, g][weak]
-            n, d = basis.shape
+            n = len(basis)
             reduced = _congruent(matrix.reshape(per_group, n, per_group * n), basis)
             if self._row_weight is not None:
                 used = float((self._row_weight.reshape(len(self.k), self.layer.groups, -1)[s, g] > 0).sum())

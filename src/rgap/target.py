@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from rgap.nn.chain import Chain, NotAChain, Obstacle
+from rgap.nn.chain import Chain, Obstacle
+from rgap.nn.graph import Graph
 from rgap.nn.losses import Loss
-from rgap.nn.trace import trace
+from rgap.nn.trace import follow
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +45,10 @@ class Target:
     """SHA-256 over the names, types, shapes and values of the parameters."""
     parameters: Mapping[str, Tensor] = field(init=False, repr=False)
     """Every parameter that is trained, by name, as it was when the target was made."""
-    _chain: Chain | NotAChain = field(init=False, repr=False)
-    _state: Mapping[str, Tensor] = field(init=False, repr=False)
+    graph: Graph = field(init=False, repr=False)
+    """Every use of a Linear or convolutional layer, and what stands in the recursion's way."""
+    _tensors: Mapping[str, Tensor] = field(init=False, repr=False)
+    _modes: tuple[bool, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -59,25 +64,26 @@ class Target:
                 "no parameter of the model is trained, so no gradient leaves the client: nothing to attack"
             )
         put(self, "fingerprint", fingerprint(self.model))
-        trained = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
-        put(self, "parameters", trained)
-        put(self, "_state", self._working_state())
-        try:
-            put(self, "_chain", trace(self.model, self.input_shape, self.loss.outputs))
-        except NotAChain as error:
-            put(self, "_chain", error)
-
-    def _working_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers for recomputing gradients: in float64 unless the model's code insists otherwise."""
+        put(self, "_modes", tuple(module.training for module in self.model.modules()))
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        plain = {name: t.detach().clone() for name, t in tensors.items()}
-        double = {name: t.double() if t.is_floating_point() else t for name, t in plain.items()}
+        put(self, "_tensors", {name: t.detach().clone() for name, t in tensors.items()})
+        trained = {name: self._tensors[name] for name, p in self.model.named_parameters() if p.requires_grad}
+        put(self, "parameters", trained)
+        put(self, "graph", follow(self.model, self.input_shape, self.loss.outputs))
+        if not self.graph.uses:
+            # Tracing checks shapes; where it failed, only a run of the model tells whether the shape was wrong.
+            self._state  # noqa: B018
+
+    @cached_property
+    def _state(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers for recomputing gradients: in float64 unless the model's code insists otherwise."""
+        double = {name: t.double() if t.is_floating_point() else t for name, t in self._tensors.items()}
         reason = ""
-        for state in (double, plain):
+        for state in (double, self._tensors):
             floating = next(t for t in state.values() if t.is_floating_point())
             sample = torch.zeros(1, *self.input_shape, dtype=floating.dtype, device=floating.device)
             try:
-                with torch.no_grad(), torch.random.fork_rng():
+                with torch.no_grad(), torch.random.fork_rng(), self._mode():
                     torch.func.functional_call(self.model, _copies(state), (sample,))
                 return state
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -87,25 +93,36 @@ class Target:
             "input_shape is one sample's shape without the batch: check it against the model."
         )
 
-    @property
+    @cached_property
     def chain(self) -> Chain:
-        """The layers as the recursion sees them.
+        """The layers as the recursion sees them, made when first asked for.
 
         Raises:
             NotAChain: with every obstacle in the model.
         """
-        if isinstance(self._chain, NotAChain):
-            raise self._chain
-        return self._chain
+        return self.graph.chain(self.parameters)
 
     @property
     def obstacles(self) -> tuple[Obstacle, ...]:
         """What stands in the recursion's way; empty if `chain` can be used."""
-        return self._chain.obstacles if isinstance(self._chain, NotAChain) else ()
+        return self.graph.obstacles
 
     @property
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
+
+    @contextmanager
+    def _mode(self) -> Iterator[None]:
+        """The model in the mode it had when the target was made: training it must not make its dropout count here."""
+        modules = list(self.model.modules())
+        now = [module.training for module in modules]
+        try:
+            for module, mode in zip(modules, self._modes, strict=True):
+                module.training = mode
+            yield
+        finally:
+            for module, mode in zip(modules, now, strict=True):
+                module.training = mode
 
     def gradients(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The gradient that each of s samples alone would give, recomputed through the model itself.
@@ -123,7 +140,8 @@ class Target:
             for name in names:
                 state[name].requires_grad_()
             first = state[names[0]]
-            outputs = torch.func.functional_call(self.model, state, (x[None].to(first.dtype),))
+            with self._mode():
+                outputs = torch.func.functional_call(self.model, state, (x[None].to(first.dtype),))
             loss = self.loss(outputs, y[None].to(first.dtype))
             rows.append(torch.autograd.grad(loss, [state[n] for n in names], allow_unused=True))
         columns = zip(*rows, strict=True)

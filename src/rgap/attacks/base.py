@@ -107,6 +107,8 @@ class Answer:
     """From the input to the output."""
     joint: JointReport | None = None
     """If layers were solved jointly."""
+    note: str = ""
+    """Why something was left undone; empty if nothing was."""
 
 
 @dataclass(frozen=True, eq=False)

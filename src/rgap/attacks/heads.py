@@ -73,7 +73,9 @@ def heads(chain: Chain, loss: Loss, gradients: dict[str, Tensor], precision: flo
         roots = loss.roots(product) or loss.roots(product + noise)
         for mu in roots:
             # Near the turning point the two roots meet, and rounding of the product moves them most.
-            shifted = [_nearest(loss.roots(p), mu) for p in (product - noise, product + noise)]
+            # Where the product less the noise has no root, the two have met within the noise: each may be the other.
+            low, high = loss.roots(product - noise), loss.roots(product + noise)
+            shifted = [_nearest(low, mu), _nearest(high, mu)] if low else list(high)
             slopes = loss.slope(torch.tensor([mu, *shifted], dtype=torch.float64))
             if slopes[0] == 0:
                 continue

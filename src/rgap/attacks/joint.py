@@ -6,11 +6,13 @@ of the activations fixed, every constraint of every layer is linear in the input
 least-squares problem. Its normal equations are carried from a layer's output to its input, as an information filter
 carries them through time:
 
-    G_i = W' D G_(i+1) D W + b K'K      g_i = W' D (g_(i+1) - G_(i+1) c) + b K' grad W
+    G_i = W' D G_(i+1) D W + b K'P K      g_i = W' D (g_(i+1) - G_(i+1) c) + b K'P grad W
 
-where x_(i+1) = D W x_i + c is the activation linearised. The slopes D depend on x_0: solve, linearise again, repeat. A
-prior stands in for what the constraints do not yet tell, with a weight that falls to nothing. The gradient rows of the
-layers in front jump when a unit changes its side, so they join once hardly any unit still does.
+where x_(i+1) = D W x_i + c is the activation linearised, and b scales the gradient rows to the size of the others.
+
+The k of a layer in front jumps when a unit after it changes its side, and with it the gradient rows. But what one
+wrong side does to them is a multiple of one known vector. So the rows are used as soon as most sides are right, with
+what the units in doubt may have done projected out (P).
 """
 
 from __future__ import annotations
@@ -21,14 +23,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgap.linalg import psd
 from rgap.nn.chain import Chain
 from rgap.nn.layers import Layer
 
-FEW = 12
-"""So many units may change their side in one step for the gradient rows in front to be tried."""
-TRIES, FASTER = 20, 0.7
-"""How many linearisations such a trial may take, as long as each brings the misfit down to this fraction."""
+RANK = 1e-9
+"""Effects of units in doubt below this fraction of the largest tell nothing."""
 INCREMENTAL = 300
 """With at most so many changed slopes the normal equations are updated rather than made again."""
 
@@ -79,6 +78,20 @@ class Carried:
         return torch.cat([self.layer.grad_input(part.reshape(shape)).flatten(1) for part in torch.split(rows, 512)])
 
 
+@dataclass(frozen=True)
+class Point:
+    """Where the activations between the layers are linearised."""
+
+    inputs: list[Tensor]
+    """Of every layer; empty where only z is known."""
+    outputs: list[Tensor]
+    """z of every layer in front of the last."""
+    slopes: list[Tensor]
+    """D."""
+    offsets: list[Tensor]
+    """c."""
+
+
 class Problem:
     """All constraints of the layers 0 to ``depth`` on the network's input, for one candidate."""
 
@@ -92,9 +105,10 @@ class Problem:
         bias = 0.0 if last.bias is None else last.bias[:, None]
         self._z = known.z - bias
         self._row_weight = None if known.row_weight is None else known.row_weight**2
+        self._away: list[Tensor] = [grad.new_zeros(0, grad.numel()) for grad in self.grads]
         self._scale = [0.0] * (depth + 1)
         """Of each layer's gradient rows, squared; 0 where they take no part."""
-        gram = _block_diagonal(last.weight_gram(self._row_weight)[0])
+        gram = block_diagonal(last.weight_gram(self._row_weight)[0])
         self._gram = [self._with_gradient_rows(depth, gram, known.k)]
         """Of the constraints on each layer's input, from the last layer to the first."""
 
@@ -103,36 +117,50 @@ class Problem:
         return self.layers[0].unknowns
 
     @property
+    def kinked(self) -> bool:
+        """Whether units in front have sides to settle on."""
+        return any(layer.activation.kinked for layer in self.layers[:-1])
+
+    @property
     def rows(self) -> int:
         last, weight = self.layers[-1], self.known.row_weight
         used = last.weight_rows if weight is None else int((weight > 0).sum())
         return used + sum(layer.gradient_rows for layer in self.layers)
 
-    def linearise(self, outputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Slopes D and offsets c of the activations between the layers, at the given values of z."""
+    def at(self, outputs: list[Tensor], inputs: list[Tensor]) -> Point:
+        """The activations between the layers, linearised at values of z."""
         slopes, offsets = [], []
         for layer, z in zip(self.layers[:-1], outputs, strict=False):
             slope = layer.activation.slope(z)
             slopes.append(slope)
             bias = 0.0 if layer.bias is None else layer.bias[:, None]
             offsets.append(layer.activation(z) - slope * (z - bias))
-        return slopes, offsets
+        return Point(inputs, outputs, slopes, offsets)
 
-    def normal(
-        self, slopes: list[Tensor], offsets: list[Tensor], in_front: bool
-    ) -> tuple[Float[Tensor, "u u"], Float[Tensor, " u"]]:
+    def forward(self, x: Float[Tensor, "1 c n"]) -> Point:
+        """The same at a network input."""
+        inputs, outputs = [x], []
+        for layer, after in zip(self.layers, self.layers[1:], strict=False):
+            z = layer.output(inputs[-1])
+            outputs.append(z if layer.bias is None else z + layer.bias[:, None])
+            inputs.append(after.pack_input(layer.unpack_output(layer.activation(outputs[-1]))))
+        return self.at(outputs, inputs)
+
+    def normal(self, point: Point, doubtful: list[Tensor] | None) -> tuple[Float[Tensor, "u u"], Float[Tensor, " u"]]:
         """G and g for the network's input.
 
         Args:
-            in_front: whether the gradient rows of the layers in front of the last one take part.
+            doubtful: for each layer in front of the last a mask of units whose side of the kink is in doubt; None
+                keeps all gradient rows of these layers out.
         """
-        ks = self._ks(slopes)
+        ks = self._ks(point.slopes)
+        self._away = self._of_doubtful(point, doubtful)
         del self._gram[1:]
         for depth in reversed(range(len(self.layers) - 1)):
-            gram = self._carried[depth].carry(self._gram[-1], slopes[depth].flatten())
+            gram = self._carried[depth].carry(self._gram[-1], point.slopes[depth].flatten())
             self._scale[depth] = 0.0
-            self._gram.append(self._with_gradient_rows(depth, gram, ks[depth]) if in_front else gram)
-        return self._gram[-1], self.right_side(self._z, self.grads, slopes, offsets)
+            self._gram.append(gram if doubtful is None else self._with_gradient_rows(depth, gram, ks[depth]))
+        return self._gram[-1], self.right_side(self._z, self.grads, point.slopes, point.offsets)
 
     def right_side(
         self, z: Tensor, grads: list[Tensor], slopes: list[Tensor], offsets: list[Tensor] | None
@@ -150,16 +178,44 @@ class Problem:
                 flat = flat - self._gram[len(self.layers) - 2 - depth] @ c
             rhs = layer.grad_input(slopes[depth] * flat[order].reshape(slopes[depth].shape))
             if self._scale[depth]:
-                rhs = rhs + self._scale[depth] * layer.grad_input(ks[depth], grads[depth])
+                away, grad = self._away[depth], grads[depth].flatten()
+                told = (grad - away.mT @ (away @ grad)).reshape(grads[depth].shape)
+                rhs = rhs + self._scale[depth] * layer.grad_input(ks[depth], told)
         return rhs.flatten()
 
     def _ks(self, slopes: list[Tensor]) -> list[Tensor]:
         """k of every layer (Eq. 6)."""
         ks = [self.known.k]
         for depth in reversed(range(len(self.layers) - 1)):
-            layer, after = self.layers[depth], self.layers[depth + 1]
-            ks.insert(0, layer.pack_output(after.unpack_input(after.grad_input(ks[0]))) * slopes[depth])
+            ks.insert(0, self._k_before(depth, ks[0]) * slopes[depth])
         return ks
+
+    def _k_before(self, depth: int, k: Float[Tensor, "s o p"]) -> Float[Tensor, "s o p"]:
+        """The gradient of a layer's activated output, from the next layer's k."""
+        layer, after = self.layers[depth], self.layers[depth + 1]
+        return layer.pack_output(after.unpack_input(after.grad_input(k)))
+
+    def _of_doubtful(self, point: Point, doubtful: list[Tensor] | None) -> list[Float[Tensor, "m r"]]:
+        """For each layer, an orthonormal basis of what the slopes of units in doubt put into its gradient.
+
+        A slope that is wrong adds a multiple of one vector to the gradient rows: what the unit reads, at the unit's
+        own weights, and likewise in the layers before it. The rest of the rows does not feel it.
+        """
+        bases: list[Tensor] = [grad.new_zeros(0, grad.numel()) for grad in self.grads]
+        if doubtful is None or not any(bool(mask.any()) for mask in doubtful):
+            return bases
+        moves = self.known.k.new_zeros(0, *self.known.k.shape[1:])
+        for depth in reversed(range(len(self.layers) - 1)):
+            layer, mask = self.layers[depth], doubtful[depth].flatten().nonzero().flatten()
+            own = moves.new_zeros(len(mask), layer.weight_rows)
+            own[torch.arange(len(mask), device=mask.device), mask] = 1.0
+            moves = torch.cat(
+                [self._k_before(depth, moves) * point.slopes[depth], own.reshape(-1, layer.outputs, layer.positions)]
+            )
+            effects = layer.grad_weight(point.inputs[depth].expand(len(moves), -1, -1), moves).flatten(1)
+            _, sigma, basis = torch.linalg.svd(effects, full_matrices=False)
+            bases[depth] = basis[sigma > RANK * sigma.amax().clamp(min=torch.finfo(sigma.dtype).tiny)]
+        return bases
 
     def _with_gradient_rows(self, depth: int, gram: Tensor, k: Tensor) -> Tensor:
         """Add a layer's K'K, scaled so that both kinds of rows weigh the same."""
@@ -171,144 +227,36 @@ class Problem:
         gram = gram.clone()
         diagonal = gram.view(layer.channels, layer.pixels, layer.channels, layer.pixels).diagonal(dim1=0, dim2=2)
         diagonal += (self._scale[depth] * blocks).movedim(0, -1)
+        away = self._away[depth]
+        if len(away):
+            pulled = layer.grad_input(k.expand(len(away), -1, -1), away.reshape(-1, *layer.weight.shape)).flatten(1)
+            gram -= self._scale[depth] * (pulled.mT @ pulled)
         return gram
 
-    def outputs(self, x: Float[Tensor, "1 c n"]) -> list[Tensor]:
-        """z of every layer in front of the last, at an input."""
-        found = []
-        for layer, after in zip(self.layers, self.layers[1:], strict=False):
-            z = layer.output(x)
-            found.append(z if layer.bias is None else z + layer.bias[:, None])
-            x = after.pack_input(layer.unpack_output(layer.activation(found[-1])))
-        return found
-
-    def misfit(self, x: Float[Tensor, "1 c n"]) -> float:
-        """Relative distance between these layers' gradients at x and the given ones."""
-        outputs = self.outputs(x)
-        ks = self._ks(self.linearise(outputs)[0])
+    def misfit(self, point: Point) -> float:
+        """Relative distance between these layers' gradients at a network input and the given ones."""
         wrong, size = 0.0, 0.0
-        for depth, layer in enumerate(self.layers):
-            wrong += float((layer.grad_weight(x, ks[depth]) - self.grads[depth]).square().sum())
-            size += float(self.grads[depth].square().sum())
-            if depth + 1 < len(self.layers):
-                x = self.layers[depth + 1].pack_input(layer.unpack_output(layer.activation(outputs[depth])))
+        for layer, x, k, grad in zip(self.layers, point.inputs, self._ks(point.slopes), self.grads, strict=True):
+            wrong += float((layer.grad_weight(x, k) - grad).square().sum())
+            size += float(grad.square().sum())
         return float((wrong / size) ** 0.5)
 
-
-@dataclass(frozen=True)
-class Found:
-    """The input that a joint solve ended with."""
-
-    x: Float[Tensor, "1 c n"]
-    converged: bool
-    steps: int
-    factor: psd.Factor
-    """Of the normal equations at the answer, without the prior."""
-
-
-def solve(
-    problem: Problem,
-    outputs: list[Tensor],
-    prior: Float[Tensor, "u u"],
-    centre: float,
-    weights: list[float],
-    tolerance: float,
-    rank_tolerance: float,
-) -> Found:
-    """Linearise and solve with a prior that fades, until the layers' gradients agree.
-
-    Args:
-        outputs: z of the layers in front of the last, to start from.
-        prior: its matrix, of the size of an identity.
-        centre: the value of a constant input that the prior likes best.
-        weights: of the prior, relative to the constraints, falling.
-        tolerance: relative misfit of the gradients at which the solve has converged.
-    """
-    slopes, offsets = problem.linearise(outputs)
-    like = problem.layers[0]
-    x = torch.full((1, like.channels, like.pixels), centre, dtype=prior.dtype, device=prior.device)
-    middle, steps, converged = x.flatten(), 0, False
-
-    def step(weight: float, in_front: bool) -> Tensor:
-        gram, rhs = problem.normal(slopes, offsets, in_front)
-        weight = weight * float(gram.diagonal().mean())
-        return _regularised(gram, rhs, weight * prior, middle).reshape(x.shape)
-
-    for weight in weights:
-        x = step(weight, in_front=len(problem.layers) == 1)
-        steps += 1
-        before = slopes
-        slopes, offsets = problem.linearise(problem.outputs(x))
-        changed = _changed(before, slopes, problem)
-        if changed > FEW:
-            continue
-        misfit = float("inf")
-        for _ in range(TRIES):
-            trial = step(weights[-1], in_front=True)
-            steps += 1
-            before = slopes
-            slopes, offsets = problem.linearise(problem.outputs(trial))
-            last, misfit = misfit, problem.misfit(trial)
-            if misfit <= tolerance:
-                x, converged = trial, True
-                break
-            if misfit > FASTER * last or _changed(before, slopes, problem) > FEW:
-                break
-        if converged:
-            break
-        slopes, offsets = problem.linearise(problem.outputs(x))
-    gram, _ = problem.normal(slopes, offsets, True)
-    return Found(x, converged, steps, psd.factor(gram, rank_tolerance))
+    def nearest_to_kink(self, point: Point, count: int) -> list[Tensor]:
+        """Masks of the units, over all layers in front of the last, that are nearest to their kink."""
+        distances = [
+            z.abs().flatten() / z.square().mean().sqrt()
+            if layer.activation.kinked
+            else torch.full_like(z.flatten(), torch.inf)
+            for layer, z in zip(self.layers[:-1], point.outputs, strict=True)
+        ]
+        together = torch.cat(distances) if distances else self._z.new_zeros(0)
+        count = min(count, int(together.isfinite().sum()))
+        chosen = torch.zeros_like(together, dtype=torch.bool)
+        chosen[together.topk(count, largest=False).indices] = True
+        return list(torch.split(chosen, [len(d) for d in distances]))
 
 
-def error(problem: Problem, found: Found, z_error: Tensor, eps: float, probe: torch.Generator) -> float:
-    """One draw of the noise of the last layer's rows, pushed through the answer's own normal equations."""
-    slopes = problem.linearise(problem.outputs(found.x))[0]
-
-    def draw(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=probe, dtype=like.dtype, device=like.device)
-
-    noises = [eps * (grad.abs() + 0.1 * grad.abs().max()) * draw(grad) for grad in problem.grads]
-    rhs = problem.right_side(draw(z_error) * z_error, noises, slopes, None)
-    return float(found.factor.solve(rhs[:, None]).square().mean().sqrt())
-
-
-def _changed(before: list[Tensor], after: list[Tensor], problem: Problem) -> int:
-    """How many slopes are other than they were, by more than half of the steepest."""
-    return sum(int(((a - b).abs() > 0.5 * b.abs().max()).sum()) for a, b in zip(after, before, strict=True))
-
-
-def _regularised(gram: Tensor, rhs: Tensor, prior: Tensor, middle: Tensor) -> Tensor:
-    matrix = gram + prior
-    # What neither constraints nor prior determine stays at the middle of the range.
-    floor = 1e-13 * float(matrix.diagonal().mean())
-    matrix.diagonal().add_(floor)
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    while int(info) != 0:
-        floor *= 10
-        matrix.diagonal().add_(floor)
-        lower, info = torch.linalg.cholesky_ex(matrix)
-    start = middle
-    for _ in range(3):  # the residual against the constraints removes what the floor and the rounding changed
-        wrong = rhs - gram @ start - prior @ (start - middle)
-        start = start + psd.cholesky_solve(wrong[:, None], lower)[:, 0]
-    return start
-
-
-def smoothness(shape: tuple[int, ...], like: Tensor) -> Float[Tensor, "u u"] | None:
-    """The prior that neighbouring values are similar, for inputs (channels, height, width); None for others."""
-    if len(shape) != 3 or min(shape[1:]) < 2:
-        return None
-    index = torch.arange(shape[1] * shape[2], device=like.device).reshape(shape[1:])
-    laplacian = torch.zeros(index.numel(), index.numel(), dtype=like.dtype, device=like.device)
-    for a, b in ((index[:, 1:], index[:, :-1]), (index[1:], index[:-1])):
-        a, b = a.flatten(), b.flatten()
-        laplacian.index_put_((torch.cat([a, b]),) * 2, laplacian.new_ones(2 * len(a)), accumulate=True)
-        laplacian.index_put_((torch.cat([a, b]), torch.cat([b, a])), -laplacian.new_ones(2 * len(a)), accumulate=True)
-    return _block_diagonal(laplacian.expand(shape[0], -1, -1))
-
-
-def _block_diagonal(blocks: Float[Tensor, "b n n"]) -> Float[Tensor, "bn bn"]:
+def block_diagonal(blocks: Float[Tensor, "b n n"]) -> Float[Tensor, "bn bn"]:
     b, n = blocks.shape[:2]
     out = blocks.new_zeros(b, n, b, n)
     out.diagonal(dim1=0, dim2=2).copy_(blocks.movedim(0, -1))

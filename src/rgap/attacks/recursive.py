@@ -119,7 +119,16 @@ class Recursive(Attack):
         labels = torch.tensor([end.label for end in ends], dtype=inputs.dtype, device=inputs.device)
         residuals = gradient_residuals(target, update, inputs, labels).tolist()
         return [
-            Answer(inputs[s : s + 1], labels[s : s + 1], end.margin, residuals[s], end.error, end.layers, end.joint)
+            Answer(
+                inputs[s : s + 1],
+                labels[s : s + 1],
+                end.margin,
+                residuals[s],
+                end.error,
+                end.layers,
+                end.joint,
+                end.note,
+            )
             for s, end in enumerate(ends)
         ]
 
@@ -139,19 +148,18 @@ class Recursive(Attack):
         """The status that the first answer deserves."""
         best = answers[0]
         residual = f"gradient residual {best.gradient_residual:.1e}"
-        if best.joint is not None:
-            free = best.joint.free
-            if free or not best.joint.converged:
-                together = (
-                    f"{' and '.join(best.joint.layers)} together leave {free} of {best.joint.unknowns} dimensions"
-                )
-                if free:
-                    return Status.RANK_DEFICIENT, f"{together} free; {residual}"
-                return Status.NOT_CONVERGED, f"{together} free, but {best.joint.steps} steps did not settle; {residual}"
-        elif best.layers[0].open_since is not None:
+        joint, note = best.joint, f"; {best.note}" if best.note else ""
+        if joint is not None and joint.free:
+            together = f"{' and '.join(joint.layers)} together leave {joint.free} of {joint.unknowns} dimensions free"
+            settled = "" if joint.converged else f", and {joint.steps} steps did not settle the rest"
+            return Status.RANK_DEFICIENT, f"{together}{settled}; {residual}"
+        if joint is not None and not joint.converged:
+            together = f"{' and '.join(joint.layers)} together determine the input"
+            return Status.NOT_CONVERGED, f"{together}, but {joint.steps} steps did not find it; {residual}"
+        if joint is None and best.layers[0].open_since is not None:
             layer = next(layer for layer in best.layers if layer.name == best.layers[0].open_since)
             left = f"{layer.name} leaves {layer.free} of {layer.unknowns} dimensions free"
-            return Status.RANK_DEFICIENT, f"{left}; {residual}"
+            return Status.RANK_DEFICIENT, f"{left}; {residual}{note}"
         if not best.gradient_residual <= tolerance:
             return Status.NOT_CONVERGED, f"{residual}, tolerance {tolerance:.1e}"
         low, high = target.value_range or (float(best.inputs.min()), float(best.inputs.max()))
@@ -189,6 +197,7 @@ class End:
     layers: tuple[LayerReport, ...]
     steps: tuple[Step, ...]
     joint: JointReport | None = None
+    note: str = ""
 
     def scaled(self, margin: float) -> End:
         """The same direction with another margin, for a chain that scales."""

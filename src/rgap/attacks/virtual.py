@@ -9,8 +9,15 @@ from torch import Tensor
 
 from rgap.attacks import joint
 from rgap.attacks.base import JointReport
+from rgap.attacks.fading import Fading, error, factor, smoothness, solve
 from rgap.attacks.recursive import End, Recursive, settled
 from rgap.target import Target
+
+RANK_ROUNDINGS = 8
+"""Singular values of the joint constraints below so many roundings of the gradient count as zero."""
+
+
+FADING = Fading()
 
 
 @dataclass(frozen=True)
@@ -23,15 +30,11 @@ class Virtual(Recursive):
     dimensions it decided is in the answer's `joint` report.
 
     Args:
-        strongest: first weight of the prior relative to the constraints.
-        fading: by how much the weight falls in each step.
-        steps: how many weights there are.
-        largest: unknowns of a layer above which dense normal equations are refused; 16 of them take 2 GiB a matrix.
+        fading: how the prior's weight falls.
+        largest: unknowns of a layer above which nothing is solved jointly; 16,000 take 2 GiB a matrix.
     """
 
-    strongest: float = 0.1
-    fading: float = 5.0
-    steps: int = 17
+    fading: Fading = FADING
     largest: int = 16_000
 
     def finish(
@@ -51,27 +54,28 @@ class Virtual(Recursive):
         widest = max(max(layer.unknowns, layer.weight_rows) for layer in chain.layers[: depth + 1])
         if widest > self.largest:
             need = 3 * 8 * widest**2 / 2**30
-            raise MemoryError(
+            note = (
                 f"solving {depth + 1} layers jointly takes dense matrices of {widest} unknowns, about {need:.0f} GiB, "
-                f"more than largest={self.largest} allows; raise it, or attack with Recursive"
+                f"more than largest={self.largest} allows"
             )
+            return replace(end, note=note)
         step = end.steps[depth]
         problem = joint.Problem(chain, depth, joint.Known(step.k, step.z, step.row_weight), gradients)
         prior, centre, said = _prior(target, step.k)
-        weights = [self.strongest / self.fading**at for at in range(self.steps)]
-        found = joint.solve(problem, _start(end, target, depth), prior, centre, weights, settled(eps), rank_tolerance)
+        found = solve(problem, _start(end, target, depth), prior, centre, self.fading, settled(eps))
+        factored = factor(problem, found.x, RANK_ROUNDINGS * eps)
         report = JointReport(
             layers=tuple(layer.name for layer in problem.layers),
             unknowns=problem.unknowns,
             rows=problem.rows,
-            rank=found.factor.rank,
-            condition=found.factor.condition,
+            rank=factored.rank,
+            condition=factored.condition,
             steps=found.steps,
-            converged=found.converged,
+            converged=found.misfit <= settled(eps),
             prior=said,
         )
-        error = joint.error(problem, found, step.z_error, eps, probe)
-        return replace(end, x=found.x, error=error, joint=report)
+        moved = error(problem, found.x, factored, step.z_error, eps, probe)
+        return replace(end, x=found.x, error=moved, joint=report)
 
 
 Closed = Virtual
@@ -81,7 +85,7 @@ Closed = Virtual
 def _prior(target: Target, like: Tensor) -> tuple[Tensor, float, str]:
     low, high = target.value_range or (0.0, 0.0)
     centre = (low + high) / 2
-    smooth = joint.smoothness(target.input_shape, like)
+    smooth = smoothness(target.input_shape, like)
     if smooth is not None:
         return smooth, centre, "where constraints are missing, neighbouring values of the input are similar"
     first = target.chain[0]

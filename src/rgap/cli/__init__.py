@@ -13,6 +13,7 @@ COMMANDS = {
     "attack": "Reconstruct the input behind one update file.",
     "audit": "Attack a model on pictures and show what comes out.",
     "capture": "Write the update that a client with one picture would send.",
+    "rank": "Count and measure which layer protects the input, before any update.",
 }
 
 EPILOG = """Exit codes: 0 the command did its work, whatever the attack found; 1 the input was refused, with the reason;

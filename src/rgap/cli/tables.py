@@ -6,6 +6,8 @@ from rich.table import Table
 
 from rgap.attacks import LayerReport, Reconstruction
 from rgap.auditing import Audit
+from rgap.rank import RankAnalysis
+from rgap.rank.analysis import about
 
 
 def pictures(audit: Audit) -> Table:
@@ -51,6 +53,31 @@ def layers(reports: tuple[LayerReport, ...], title: str) -> Table:
             layer.method + (f", {layer.dead_units} dead" if layer.dead_units else ""),
         )
     return table
+
+
+def ranks(analysis: RankAnalysis) -> Table:
+    """One row for each layer, from the input to the output; the network's largest index in bold."""
+    measured = any(layer.free is not None for layer in analysis.layers)
+    table = _table("Unknowns against constraints", ("layer",))
+    for name in ("|x|", "|W|", "|z|", "|V|", "index", *(("rank", "free", "joint") if measured else ())):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("measured", no_wrap=True)
+    for layer in analysis.layers:
+        index = f"[bold]{layer.index}[/bold]" if layer is analysis.critical else str(layer.index)
+        cells = [layer.unknowns, layer.gradient_rows, layer.weight_rows, layer.virtual_rows, index]
+        if measured:
+            cells += [_known(layer.rank), about(layer), _known(layer.joint_free)]
+        table.add_row(_end(layer.name, 20), *map(str, cells), layer.measured.value)
+    return table
+
+
+def _end(name: str, most: int) -> str:
+    """The end of a name: in deep networks it tells more than the beginning."""
+    return name if len(name) <= most else "..." + name[3 - most :]
+
+
+def _known(number: int | None) -> str:
+    return "-" if number is None else str(number)
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

@@ -70,7 +70,9 @@ def factor(matrix: Float[Tensor, "n n"], tolerance: float, size: float = 0.0) ->
 
 def cholesky_solve(rhs: Float[Tensor, "n m"], lower: Float[Tensor, "n n"]) -> Float[Tensor, "n m"]:
     """The solution of L L' y = rhs. torch.cholesky_solve copies L at each call, which takes longer than the solve."""
-    return torch.linalg.solve_triangular(lower.mT, torch.linalg.solve_triangular(lower, rhs, upper=False), upper=True)
+    y: Tensor = torch.linalg.solve_triangular(lower, rhs, upper=False)
+    x: Tensor = torch.linalg.solve_triangular(lower.mT, y, upper=True)
+    return x
 
 
 def _extremes(lower: Tensor) -> tuple[float, float]:

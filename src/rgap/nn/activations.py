@@ -21,7 +21,8 @@ class Inverse:
     slope: Float[Tensor, "s o p"]
     """The derivative at z (Eq. 6: k_i is W' k_(i+1) times this)."""
     weight: Float[Tensor, "s o p"] | None
-    """How far z can be relied on, from 0 (not known, its row is dropped) to 1; None means 1 everywhere."""
+    """How far z can be relied on: 0 where it is not known and its row is dropped, 1 where it is known as well as x,
+    else the slope, which states the row in x; None means 1 everywhere."""
 
 
 class Activation(ABC):
@@ -30,7 +31,10 @@ class Activation(ABC):
     nonnegative: bool = False
     """Whether every output is >= 0, so that the sign of the last gradient shows the label."""
     homogeneous: bool = False
-    """Whether f(a z) = a f(z) for a > 0, so that <W, grad W> is the same in every layer (Eq. 10)."""
+    """Whether f(a z) = a f(z) for a > 0, so that <W, grad W> is the same on both sides of it (Eq. 10)."""
+
+    kinked: bool = False
+    """Whether the slope jumps at z = 0."""
 
     def other_side(self, slope: Tensor) -> Tensor:
         """The slopes on the other side of the kink; the same ones where there is no kink or no telling."""
@@ -76,6 +80,7 @@ class LeakyReLU(Activation):
 
     negative_slope: float = 0.01
     homogeneous = True
+    kinked = True
 
     def __call__(self, z: Tensor) -> Tensor:
         return functional.leaky_relu(z, self.negative_slope)
@@ -99,6 +104,7 @@ class ReLU(Activation):
 
     nonnegative = True
     homogeneous = True
+    kinked = True
 
     def __call__(self, z: Tensor) -> Tensor:
         return functional.relu(z)

@@ -80,7 +80,8 @@ class Chain:
 
     @property
     def homogeneous(self) -> bool:
-        """Whether <W, grad W> + <b, grad b> is the same in every layer (Eq. 10)."""
+        """Whether <W, grad W> and the <b, grad b> of the layer and all later ones add up to the same in every layer
+        (Eq. 10)."""
         return all(layer.activation.homogeneous for layer in self.layers)
 
     @property

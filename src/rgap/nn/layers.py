@@ -126,11 +126,11 @@ class Layer:
         """What each output position reads: the linear map U of the layer's geometry."""
         padded = torch.cat([x, x.new_zeros(*x.shape[:-1], 1)], dim=-1)
         gathered = padded[..., self.table.reshape(-1)]
-        return gathered.reshape(len(x), self.groups, -1, self.positions)
+        return gathered.reshape(len(x), self.groups, self.weight.shape[-1], self.positions)
 
     def scatter(self, patches: Float[Tensor, "s g i p"]) -> Float[Tensor, "s c n"]:
         """U', the adjoint of `patches`: adds every patch value to the pixel it was read from."""
-        flat = patches.reshape(len(patches), self.channels, -1)
+        flat = patches.reshape(len(patches), self.channels, self.table.numel())
         index = self.table.reshape(-1).expand_as(flat)
         out = flat.new_zeros(len(patches), self.channels, self.pixels + 1)
         return out.scatter_add_(-1, index, flat)[..., :-1]
@@ -150,7 +150,7 @@ class Layer:
         return self.scatter(weight.mT @ self._by_group(k))
 
     def _by_group(self, k: Float[Tensor, "s o p"]) -> Float[Tensor, "s g j p"]:
-        return k.reshape(len(k), self.groups, -1, self.positions)
+        return k.reshape(len(k), self.groups, self.weight.shape[-2], self.positions)
 
     # The matrices behind the form, as far as they are worth having.
 

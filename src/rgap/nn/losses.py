@@ -165,7 +165,8 @@ class SquaredHinge(Loss):
         if met is not None:
             return met
         half = np.sqrt(1 + 2 * product)
-        return tuple(float(mu) for mu in ((1 - half) / 2, (1 + half) / 2) if mu < 1)
+        # The small root as a quotient: 1 - half cancels.
+        return tuple(float(mu) for mu in (-product / (1 + half), (1 + half) / 2) if mu < 1)
 
     def margin(self, slope: float) -> float | None:
         return 1 + slope / 2 if slope < 0.0 else None

@@ -1,21 +1,26 @@
-"""From an ``nn.Module`` to a `Chain`: torch.export gives the operations, a short table says what each one is.
+"""From an ``nn.Module`` to a `Graph`, and to a `Chain` where it is one.
 
-The exported program lives in memory only and is never saved or loaded.
+torch.export gives the operations, and a short table says what each one is. The exported program lives in memory only
+and is never saved or loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_structure
 
 from rgap.nn import layers
 from rgap.nn.activations import ELU, SELU, Activation, Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
-from rgap.nn.chain import Chain, Kind, NotAChain, Obstacle
+from rgap.nn.chain import Chain, Kind, Obstacle
+from rgap.nn.graph import Graph, Use
 from rgap.nn.layers import Layer
 
 # Operations that keep all values and their order.
@@ -23,8 +28,16 @@ _VIEWS = {
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "alias", "_unsafe_view",
     "identity", "lift_fresh_copy",
 }  # fmt: skip
-_DROPOUTS = {"dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+_DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 _NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
+# Operations around a graph of their own.
+_BLOCKS = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
+# Linear layers written by hand, which are counted but never part of a chain: the names of input, weight and bias.
+_PRODUCTS = {"matmul": ("self", "other", ""), "mm": ("self", "mat2", ""), "addmm": ("mat1", "mat2", "self")}
+
+_SMOOTH = 16
+"""The threshold from which on Softplus steps down by less than float32 can tell, log(1 + 1/e^threshold)."""
+_ONE_TENSOR = tree_structure(0)
 
 _ACTIVATIONS: dict[str, Callable[[dict[str, Any]], Activation]] = {
     "leaky_relu": lambda a: LeakyReLU(float(a["negative_slope"])) if a["negative_slope"] else ReLU(),
@@ -64,6 +77,8 @@ _KNOWN_OBSTACLES: dict[str, tuple[Kind, str]] = {
     "sign": (Kind.NEVER, "keeps nothing but signs, and its gradient is zero"),
     "round": (Kind.NEVER, "its gradient is zero"),
     "floor": (Kind.NEVER, "its gradient is zero"),
+    "wrap_with_set_grad_enabled": (Kind.SETTING, "layers under no_grad send no gradient; compute them with gradients"),
+    "wrap_with_autocast": (Kind.SETTING, "rounding is not followed; call the model without autocast"),
     "detach": (Kind.NEVER, "stops the gradient"),
     "argmax": (Kind.NEVER, "its gradient is zero"),
 }
@@ -79,17 +94,29 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], outputs: int | None = 
     Raises:
         NotAChain: with every obstacle found.
     """
+    return follow(model, input_shape, outputs).chain(dict(model.named_parameters()))
+
+
+def follow(model: nn.Module, input_shape: tuple[int, ...], outputs: int | None = 1) -> Graph:
+    """The layers and obstacles of any model, arguments as of `trace`. Reads no weight.
+
+    A model that cannot be traced at all gives no layers and a single obstacle.
+    """
     example = _example(model, input_shape)
     try:
         program = torch.export.export(model, (example,), strict=False)
     except Exception as error:  # torch.export raises many kinds for code it cannot follow
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "Control flow that depends on the values of the input cannot be followed."
-        raise NotAChain([Obstacle("forward", f"cannot be traced: {first}", Kind.NOT_YET, remedy)]) from error
+        return Graph((), (Obstacle("forward", f"cannot be traced: {first}", Kind.NOT_YET, remedy),))
+    module = program.graph_module
+    silent = _inline(module)
+    graph = module.graph
     signature = program.graph_signature
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return _Walk(tensors, names, set(signature.user_inputs), outputs).run(program.graph)
+    parameters = _Parameters(model, {n: names[n.name] for n in graph.nodes if n.name in names})
+    walk = _Walk(parameters, graph, _heard(graph, silent), outputs, program.call_spec.out_spec == _ONE_TENSOR)
+    return walk.run({n for n in graph.nodes if n.name in signature.user_inputs})
 
 
 def _example(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
@@ -98,59 +125,143 @@ def _example(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
 
 
+def _inline(module: GraphModule) -> set[Node]:
+    """Put the operations of no_grad and autocast blocks, which are graphs of their own, in the blocks' places.
+
+    The block itself stays, with nobody to read it, and becomes an obstacle. Returns the operations under no_grad.
+    """
+    silent: set[Node] = set()
+    for node in list(module.graph.nodes):
+        name = _operation(node) if node.op == "call_function" else ""
+        if name not in _BLOCKS:
+            continue
+        at = next(i for i, a in enumerate(node.args) if isinstance(a, Node) and a.op == "get_attr")
+        body = getattr(module, str(node.args[at].target))
+        inner = _inline(body)
+        places = [n for n in body.graph.nodes if n.op == "placeholder"]
+        copies: dict[Node, Node] = dict(zip(places, node.args[at + 1 :], strict=True))
+        with module.graph.inserting_before(node):
+            outputs: Any = module.graph.graph_copy(body.graph, copies)
+        under_no_grad = name == "wrap_with_set_grad_enabled" and not node.args[0]
+        silent |= {copies[n] for n in body.graph.nodes if n.op == "call_function" and (under_no_grad or n in inner)}
+        for user in list(node.users):  # the outputs are a tuple, and every use takes one out of it
+            user.replace_all_uses_with(outputs[user.args[1]])
+            module.graph.erase_node(user)
+    return silent
+
+
+def _needed(graph: torch.fx.Graph) -> set[Node]:
+    """The operations that the outputs depend on, or that change a value in place, and the blocks put in line."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and _operation(node) in _BLOCKS:
+            found.add(node)
+            continue
+        mutates = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        if node.op == "output" or mutates or node in found:
+            found |= {node, *node.all_input_nodes}
+    return found
+
+
+def _heard(graph: torch.fx.Graph, silent: set[Node]) -> set[Node]:
+    """The operations that a gradient gets back to from the outputs."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or (node in found and node not in silent and _operation(node) != "detach"):
+            found |= set(node.all_input_nodes)
+    return found - silent
+
+
+class _Parameters:
+    """Parameters and buffers behind the arguments of operations, each under one name however often it is shared."""
+
+    def __init__(self, model: nn.Module, names: dict[Node, str]):
+        parameters = list(model.named_parameters(remove_duplicate=False))
+        tensors = [*parameters, *model.named_buffers(remove_duplicate=False)]
+        first = {id(tensor): name for name, tensor in reversed(tensors)}
+        self.tensors = dict(tensors)
+        self.names = {node: first[id(self.tensors[name])] for node, name in names.items()}
+
+    def behind(self, argument: Node) -> int:
+        """How many trained values an argument is computed from."""
+        todo, met, names = [argument], {argument}, set()
+        while todo:
+            node = todo.pop()
+            names |= {self.names[node]} if node in self.names else set()
+            new = set(node.all_input_nodes) - met
+            met |= new
+            todo.extend(new)
+        return sum(self.tensors[name].numel() for name in names if self.tensors[name].requires_grad)
+
+
 class _Walk:
     """One pass over the graph, collecting layers and obstacles."""
 
-    def __init__(self, tensors: dict[str, Tensor], names: dict[str, str], inputs: set[Any], outputs: int | None):
-        self.tensors, self.names, self.outputs = tensors, names, outputs
-        self.data = {name for name in inputs if isinstance(name, str)}
-        self.layers: list[Layer] = []
+    def __init__(
+        self, parameters: _Parameters, graph: torch.fx.Graph, heard: set[Node], outputs: int | None, one_tensor: bool
+    ):
+        self.parameters, self.graph, self.heard = parameters, graph, heard
+        self.outputs, self.one_tensor = outputs, one_tensor
+        self.source: dict[Node, _Source] = {}  # of every value computed from the input
+        self.uses: list[Use] = []
+        self.activated: set[int] = set()
+        self.named: set[str] = set()
         self.obstacles: list[Obstacle] = []
-        self.activated = True  # nothing to activate before the first layer
 
-    def run(self, graph: torch.fx.Graph) -> Chain:
-        for node in graph.nodes:
+    def run(self, inputs: set[Node]) -> Graph:
+        self.source = dict.fromkeys(inputs, _Source())
+        needed = _needed(self.graph)
+        for node in self.graph.nodes:
+            if node not in needed:
+                continue
             if node.op == "call_function":
                 self.visit(node)
             elif node.op == "output":
                 self.finish(node)
-        if self.obstacles:
-            raise NotAChain(self.obstacles)
-        return Chain(tuple(self.layers))
+        return Graph(tuple(self.uses), tuple(self.obstacles))
 
     def block(self, where: str, what: str, kind: Kind, remedy: str) -> None:
         self.obstacles.append(Obstacle(where, what, kind, remedy[:1].upper() + remedy[1:] + "."))
 
     def visit(self, node: Node) -> None:
-        data = [argument for argument in node.all_input_nodes if argument.name in self.data]
+        data = [argument for argument in node.all_input_nodes if argument in self.source]
         if not data:
             return  # computed from weights alone; whoever uses it as a weight is told so
-        self.data.add(node.name)
         name = _operation(node)
         bare = name.removesuffix("_")
         arguments = _arguments(node)
+        self.source[node] = _Source(mixed=True)
         if len(data) > 1:
             self.unknown(node, bare, len(data))
         elif name in _VIEWS:
-            pass
-        elif name in _DROPOUTS:
+            self.source[node] = self.source[data[0]]
+        elif bare in _DROPOUTS:
             if arguments.get("train") and arguments.get("p"):
                 self.block(_where(node), "dropout in training mode", Kind.SETTING, "call model.eval() first")
+            else:
+                self.source[node] = self.source[data[0]]
         elif name in _NORMS:
-            training = arguments.get("training") or arguments.get("use_input_stats")
-            if training:
+            own = arguments.get("training") or arguments.get("use_input_stats")  # of the batch, not those it has kept
+            if own and arguments.get("running_mean") is not None:
                 what = f"{name} in training mode mixes the samples of a batch"
                 self.block(_where(node), what, Kind.SETTING, "call model.eval() first")
             else:
                 self.block(_where(node), name, Kind.NOT_YET, "attack the model without its normalisation layers")
+                if name == "batch_norm" and not own:  # fixed statistics: one known factor and shift for every value
+                    self.source[node] = self.source[data[0]]
         elif name == "linear":
             self.linear(node, arguments)
         elif name in ("conv1d", "conv2d", "conv3d"):
             self.convolution(node, arguments)
         elif bare in _ACTIVATIONS:
-            self.activate(node, _ACTIVATIONS[bare](arguments))
-        else:
+            self.activate(node, data[0], _ACTIVATIONS[bare](arguments))
+        elif name != "getitem":  # takes a value out of what another operation returned, and that one is no chain's
             self.unknown(node, bare, len(data))
+            if name in _PRODUCTS and arguments[_PRODUCTS[name][0]] is data[0]:
+                x, weight, bias = (arguments.get(role) for role in _PRODUCTS[name])
+                self.count(node, x, weight, bias, _values(x))
+            elif name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
+                self.transposed(node, arguments)
 
     def unknown(self, node: Node, name: str, inputs: int) -> None:
         default = (Kind.NOT_YET, "no rule for it; replace it or attack the part of the model after it")
@@ -158,99 +269,172 @@ class _Walk:
         what = f"{name} of {inputs} values" if inputs > 1 else name
         self.block(_where(node), what, kind, remedy)
 
-    def parameter(self, node: Node, argument: Any, role: str) -> tuple[Tensor, str] | None:
-        """The parameter behind an argument; an obstacle if it is computed or its gradient is not shared."""
-        name = self.names.get(argument.name) if isinstance(argument, Node) else None
+    def parameter(self, node: Node, argument: Any, role: str) -> str | None:
+        """The name of the parameter behind an argument; an obstacle if it is computed or its gradient is not shared."""
+        name = self.parameters.names.get(argument)
         if name is None:
             self.block(_where(node), f"its {role} is computed, not a parameter", Kind.NOT_YET, "use plain parameters")
             return None
-        tensor = self.tensors[name]
-        if not tensor.requires_grad:
+        if not self.parameters.tensors[name].requires_grad:
             remedy = "without its gradient a layer has weight constraints only; set requires_grad before the attack"
             self.block(_where(node), f"{name} is frozen", Kind.SETTING, remedy)
-        if any(name in (layer.weight_name, layer.bias_name) for layer in self.layers):
+        elif node not in self.heard:
+            remedy = "without its gradient a layer has weight constraints only; let the gradient through"
+            self.block(_where(node), f"no gradient gets to {name}", Kind.SETTING, remedy)
+        if name in self.named:
             remedy = "its gradient is a sum over its uses, which the recursion cannot take apart"
             self.block(_where(node), f"{name} is used more than once", Kind.NOT_YET, remedy)
-        return tensor, name
-
-    def parameters(
-        self, node: Node, arguments: dict[str, Any]
-    ) -> tuple[tuple[Tensor, str], tuple[Tensor | None, str | None]] | None:
-        weight = self.parameter(node, arguments["weight"], "weight")
-        if arguments.get("bias") is None:
-            return None if weight is None else (weight, (None, None))
-        bias = self.parameter(node, arguments["bias"], "bias")
-        return None if weight is None or bias is None else (weight, bias)
+        return name
 
     def linear(self, node: Node, arguments: dict[str, Any]) -> None:
-        found = self.parameters(node, arguments)
-        shape = tuple(arguments["input"].meta["val"].shape)
-        if len(shape) < 2:
+        x, weight, bias = arguments["input"], arguments["weight"], arguments.get("bias")
+        shape = tuple(x.meta["val"].shape)
+        if len(shape) < 2 or shape[0] != 1:
             remedy = "flatten all dimensions but the batch"
             self.block(_where(node), "a Linear layer across the batch", Kind.SETTING, remedy)
-        elif found is not None:
-            (weight, weight_name), (bias, bias_name) = found
-            self.append(layers.linear(_where(node), weight, bias, shape[1:], weight_name, bias_name))
+        self.count(node, x, weight, bias, _values(x), partial(layers.linear, input_shape=shape[1:]))
 
     def convolution(self, node: Node, arguments: dict[str, Any]) -> None:
-        found = self.parameters(node, arguments)
-        shape = tuple(arguments["input"].meta["val"].shape)
-        if found is None:
-            return
-        (weight, weight_name), (bias, bias_name) = found
-        dims = weight.dim() - 2
+        x, weight = arguments["input"], arguments["weight"]
+        shape, kernel = tuple(x.meta["val"].shape), tuple(weight.meta["val"].shape[2:])
+        dims = len(kernel)
+        if len(shape) < dims + 2 or shape[0] != 1:
+            remedy = "keep the dimension of the batch"
+            self.block(_where(node), "a convolution across the batch", Kind.SETTING, remedy)
         stride, dilation = _each(arguments["stride"], dims), _each(arguments["dilation"], dims)
         padding: list[tuple[int, int]]
         if arguments["padding"] == "same":
-            total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             padding = [(t // 2, t - t // 2) for t in total]
         elif arguments["padding"] == "valid":
             padding = [(0, 0)] * dims
         else:
             padding = [(p, p) for p in _each(arguments["padding"], dims)]
-        self.append(
-            layers.convolution(
-                _where(node), weight, bias, shape[1:], stride, padding, dilation, int(arguments["groups"]),
-                weight_name, bias_name,
+        make = partial(
+            layers.convolution,
+            input_shape=shape[1:],
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=int(arguments["groups"]),
+        )
+        # Along each dimension a pixel is read or not, whatever the others: no table of all pixels is needed.
+        out = node.meta["val"].shape[-dims:]
+        sizes = zip(shape[-dims:], out, kernel, stride, padding, dilation, strict=True)
+        read = [{pixel for _, pixel in _reads(*size)} for size in sizes]
+        self.count(node, x, weight, arguments.get("bias"), math.prod(shape[:-dims]) * math.prod(map(len, read)), make)
+
+    def transposed(self, node: Node, arguments: dict[str, Any]) -> None:
+        """A transposed convolution's input takes the place of a convolution's output."""
+        x, weight = arguments["input"], arguments["weight"]
+        shape, kernel = tuple(x.meta["val"].shape), tuple(weight.meta["val"].shape[2:])
+        dims = len(kernel)
+        stride, dilation = _each(arguments["stride"], dims), _each(arguments["dilation"], dims)
+        padding = [(p, p) for p in _each(arguments["padding"], dims)]
+        out = node.meta["val"].shape[-dims:]
+        sizes = zip(out, shape[-dims:], kernel, stride, padding, dilation, strict=True)
+        used = [{position for position, _ in _reads(*size)} for size in sizes]
+        self.count(node, x, weight, arguments.get("bias"), math.prod(shape[:-dims]) * math.prod(map(len, used)))
+
+    def count(self, node: Node, x: Any, weight: Any, bias: Any, seen: int, make: partial[Layer] | None = None) -> None:
+        """Take up one use of a layer."""
+        if x not in self.source or weight in self.source:
+            self.block(_where(node), "its weight is computed from the input", Kind.NOT_YET, "use plain parameters")
+            return
+        weight_name = self.parameter(node, weight, "weight")
+        bias_name = None if bias is None else self.parameter(node, bias, "bias")
+        self.named |= {name for name in (weight_name, bias_name) if name is not None}
+        came = self.source[x]
+        self.source[node] = _Source(len(self.uses))
+        where = _where(node)
+        if make is not None:
+            make = partial(make, name=where, weight_name=weight_name, bias_name=bias_name)
+        gets = node in self.heard
+        self.uses.append(
+            Use(
+                name=where,
+                weight_name=weight_name,
+                bias_name=bias_name,
+                unknowns=_values(x),
+                seen=seen,
+                outputs=_values(node),
+                # A computed weight's gradient is told through the gradients of what it is computed from.
+                weight_gradients=min(_values(weight), self.parameters.behind(weight)) if gets else 0,
+                bias_gradients=min(_values(bias), self.parameters.behind(bias)) if gets and bias is not None else 0,
+                before=came.layer,
+                mixed=came.mixed,
+                make=make,
             )
-        )  # fmt: skip
+        )
 
-    def append(self, layer: Layer) -> None:
-        self.layers.append(layer)
-        self.activated = False
-
-    def activate(self, node: Node, activation: Activation) -> None:
+    def activate(self, node: Node, data: Node, activation: Activation) -> None:
+        at = self.source[data].layer
         if isinstance(activation, LeakyReLU) and activation.negative_slope < 0:
             what = f"leaky_relu with negative slope {activation.negative_slope:g}"
             self.block(_where(node), what, Kind.NEVER, "has two inputs for one output; use a positive slope")
-        elif isinstance(activation, ELU) and activation.alpha <= 0:
+            return
+        if isinstance(activation, ELU) and activation.alpha <= 0:
             self.block(_where(node), f"elu with alpha {activation.alpha:g}", Kind.NEVER, "use a positive alpha")
-        elif self.activated:
+            return
+        if isinstance(activation, Softplus) and (activation.beta <= 0 or activation.threshold < _SMOOTH):
+            what = f"softplus with beta {activation.beta:g} and threshold {activation.threshold:g}"
+            remedy = f"falls somewhere; use a positive beta and a threshold of {_SMOOTH} or more"
+            self.block(_where(node), what, Kind.SETTING, remedy)
+            return
+        self.source[node] = self.source[data]
+        if self.source[data].mixed:
+            return  # behind an obstacle already named
+        if at is None or at in self.activated:
             what = f"{activation} on the input, or on another activation"
             self.block(_where(node), what, Kind.NOT_YET, "one activation after each layer is followed")
         else:
-            self.layers[-1] = replace(self.layers[-1], activation=activation)
-            self.activated = True
+            self.uses[at] = replace(self.uses[at], activation=activation)
+            self.activated.add(at)
 
     def finish(self, node: Node) -> None:
         results = [argument for argument in node.all_input_nodes]
-        if len(results) != 1 or results[0].name not in self.data:
-            self.block("forward", f"returns {len(results)} values", Kind.SETTING, "return one tensor of outputs")
+        if not self.one_tensor or len(results) != 1 or results[0] not in self.source:
+            what = f"returns {len(results)} values" if len(results) > 1 else "returns something else than outputs alone"
+            self.block("forward", what, Kind.SETTING, "return one tensor of outputs")
             return
-        if not self.layers:
+        if not self.uses:
             if not self.obstacles:
                 remedy = "there is no gradient to attack"
                 self.block("forward", "no Linear or convolutional layer", Kind.SETTING, remedy)
             return
-        last = self.layers[-1]
+        last = self.uses[-1]
         if not isinstance(last.activation, Identity):
             what = f"{last.activation} after the last layer"
             self.block(last.name, what, Kind.SETTING, "the loss takes the raw output; remove the activation")
-        count = results[0].meta["val"].numel()
+        count = _values(results[0])
         if self.outputs is not None and count != self.outputs:
             what = f"{count} outputs a sample, the loss takes {self.outputs}"
             remedy = "give the model a single output, or choose a loss for several"
             self.block(last.name, what, Kind.SETTING, remedy)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a value comes from, apart from what keeps it whole: one layer, the model's input, or a mixture."""
+
+    layer: int | None = None
+    mixed: bool = False
+
+
+def _reads(
+    length: int, positions: int, width: int, stride: int, padding: tuple[int, int], dilation: int
+) -> Iterator[tuple[int, int]]:
+    """Along one dimension, every output position with every pixel that it reads."""
+    for position in range(positions):
+        for offset in range(width):
+            pixel = position * stride + offset * dilation - padding[0]
+            if 0 <= pixel < length:
+                yield position, pixel
+
+
+def _values(node: Any) -> int:
+    """The number of values of one sample, or of a parameter."""
+    return int(node.meta["val"].numel())
 
 
 def _operation(node: Node) -> str:

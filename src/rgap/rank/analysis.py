@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.nn.chain import Chain
+from rgap.nn.chain import Chain, NotAChain, Obstacle
 from rgap.nn.layers import Layer
 from rgap.rank import measured
 from rgap.rank.counts import LayerRank, Measured, count
 from rgap.rank.estimated import estimate
 from rgap.rank.measured import Free, Rows
+from rgap.rank.summary import Group, names, summarise
 from rgap.target import Target
 
 FORMAT = 1
@@ -24,7 +25,7 @@ LARGEST_BASIS = 2**26
 """Entries of the free directions that are followed from one layer to the one before it."""
 
 NAMED = 3
-"""Leaky layers that the verdict names."""
+"""Layers, or kinds of obstacles, that the verdict names."""
 
 Progress = Callable[[LayerRank], None]
 
@@ -37,6 +38,8 @@ class RankAnalysis:
     batch_size: int
     at_sample: bool
     """Whether the ranks were measured at a given sample, not at a random one."""
+    obstacles: tuple[Obstacle, ...] = ()
+    """Why the model is no chain; if it is none, ranks are not measured and the counts are all there is."""
 
     @property
     def index(self) -> int:
@@ -75,6 +78,8 @@ class RankAnalysis:
         """Which layer protects the input, in a sentence or two."""
         size, joint = self.layers[0].unknowns, self.joint_free
         by_count = f"the paper's index is {self.index}"
+        if self.obstacles:
+            return self._counted
         if self.layers[0].measured is Measured.NO:
             if self.index > 0:
                 return f"By counting, {self.critical.name} protects the input: {by_count}. Ranks were not measured."
@@ -99,11 +104,53 @@ class RankAnalysis:
         )
 
     @property
+    def _counted(self) -> str:
+        """The verdict on a model that is no chain."""
+        short = [layer for layer in self.layers if layer.index > 0]
+        if short:
+            told = (
+                f"By counting, {len(short)} of {len(self.layers)} layers have fewer constraints than inputs, "
+                f"{self.critical.name} by the most: its index is {self.index}."
+            )
+        else:
+            told = f"By counting, every layer has as many constraints as inputs: the paper's index is {self.index}."
+        groups = sorted(summarise(self.obstacles), key=lambda group: -group.count)
+        more = f" and {len(groups) - NAMED} more kinds" if len(groups) > NAMED else ""
+        return (
+            f"{told} This says nothing certain of the model's input: the recursion cannot pass "
+            f"{', '.join(str(group) for group in groups[:NAMED])}{more}, so ranks were not measured, and the counts "
+            "take each layer alone, as if skip connections, normalisation and pooling were not there."
+        )
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The obstacles, those of one kind together."""
+        return summarise(self.obstacles)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know beside the numbers."""
+        found = [f"in the way: {group} ({group.kind.value}). {group.remedy}" for group in self.groups]
+        silent = [layer.name for layer in self.layers if not layer.gradient_rows]
+        if silent:
+            found.append(f"no gradient is sent for the weights of {names(silent)}: |W| is 0")
+        alone = [layer.name for layer in self.layers if layer.reads is None]
+        if alone:
+            found.append(f"the input of {names(alone)} is no single layer's output: no |V| is handed down, it is 0")
+        shared = [f"{layer.name} ({layer.uses} times)" for layer in self.layers if layer.uses > 1]
+        if shared:
+            found.append(f"used several times, |x|, |z| and |V| added up and |W| once: {names(shared)}")
+        biases = sum(layer.bias_rows for layer in self.layers)
+        if biases:
+            found.append(f"{biases} gradients of biases are further constraints that the paper's index does not count")
+        return tuple(found)
+
+    @property
     def _told(self) -> str:
         """The leaky layers: those whose gaps no earlier layer closes, or all where every gap is closed."""
         closed = next((at for at, layer in enumerate(self.layers) if layer.joint_free == 0), len(self.layers))
         found = [layer for layer in self.layers[:closed] if layer.free] or self.leaky
-        parts = [f"{layer.name} leaves {_about(layer)} of its {layer.unknowns} inputs free" for layer in found[:NAMED]]
+        parts = [f"{layer.name} leaves {about(layer)} of its {layer.unknowns} inputs free" for layer in found[:NAMED]]
         return ", ".join(parts) + (f" and {len(found) - NAMED} more layers leave some" if len(found) > NAMED else "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,6 +164,8 @@ class RankAnalysis:
             "joint_free": self.joint_free,
             "batch_size": self.batch_size,
             "at_sample": self.at_sample,
+            "notes": list(self.notes),
+            "obstacles": [group.to_dict() for group in self.groups],
             "layers": [
                 asdict(layer)
                 | {"measured": layer.measured.value, "index": layer.index, "own_index": layer.own_index}
@@ -133,7 +182,7 @@ class RankAnalysis:
             numbers = (layer.unknowns, layer.gradient_rows, layer.weight_rows, layer.virtual_rows, layer.index)
             joint = "-" if layer.joint_free is None else str(layer.joint_free)
             rank = "-" if layer.rank is None else str(layer.rank)
-            lines.append((layer.name, *map(str, numbers), rank, _about(layer), joint, how))
+            lines.append((layer.name, *map(str, numbers), rank, about(layer), joint, how))
         widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
         table = [
             "  ".join(
@@ -142,10 +191,12 @@ class RankAnalysis:
             ).rstrip()
             for line in lines
         ]
-        return "\n".join([*table, f"index of the network: {self.index} ({self.critical.name})", self.verdict])
+        notes = [f"- {note}" for note in self.notes]
+        return "\n".join([*table, f"index of the network: {self.index} ({self.critical.name})", *notes, self.verdict])
 
 
-def _about(layer: LayerRank) -> str:
+def about(layer: LayerRank) -> str:
+    """The free dimensions, with how far they may be off."""
     if layer.free is None:
         return "-"
     return f"{layer.free}+-{layer.error}" if layer.error else str(layer.free)
@@ -164,6 +215,9 @@ def rank_analysis(
     Source: R-GAP, Section 4, arXiv:2010.07733, for the counts; the ranks are those of the matrices themselves, with
     the output gradients k and the slopes of one batch. The loss and the label only scale k, which no rank depends on.
 
+    A model that is no chain is counted all the same, layer by layer, but not measured: `RankAnalysis.notes` says what
+    the counts leave out.
+
     Args:
         sample: (b, *input_shape), where to measure; by default drawn uniformly from the target's value range.
         batch_size: of one gradient; by default that of the sample, or the target's.
@@ -172,15 +226,17 @@ def rank_analysis(
         progress: called after each layer that was measured, from the last to the first.
 
     Raises:
-        NotAChain: the model is no chain of layers.
+        NotAChain: the model cannot be traced, or has no Linear or convolutional layer: there is nothing to count.
         ValueError: batch_size or the sample's shape does not fit.
     """
-    chain = target.chain
+    if not target.graph.uses:
+        raise NotAChain(target.obstacles)
     batch = _batch_size(target, sample, batch_size)
-    counts = count(chain, batch)
+    counts = count(target.graph, batch)
+    measure = measure and not target.obstacles
     if measure:
         counts = _measured(target, counts, batch, sample, torch.Generator().manual_seed(seed), progress)
-    return RankAnalysis(counts, batch, measure and sample is not None)
+    return RankAnalysis(counts, batch, measure and sample is not None, target.obstacles)
 
 
 def _batch_size(target: Target, sample: Tensor | None, batch_size: int | None) -> int:

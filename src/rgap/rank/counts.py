@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from itertools import accumulate
 
 from rgap.nn.activations import ReLU
-from rgap.nn.chain import Chain
+from rgap.nn.graph import Graph, Use
+
+INPUT = "input"
+"""What the first layer reads."""
 
 
 class Measured(Enum):
@@ -26,7 +28,7 @@ class LayerRank:
     unknowns: int
     """|x|: the values of the layer's input."""
     gradient_rows: int
-    """|W|: one constraint for each weight (Eq. 15), however large the batch."""
+    """|W|: one constraint for each weight (Eq. 15), however large the batch; 0 if the weight's gradient is not sent."""
     weight_rows: int
     """|z|: one constraint for each output value (Eq. 16)."""
     virtual_rows: int
@@ -35,6 +37,13 @@ class LayerRank:
     """Unknowns that no kernel position reads: nothing tells them."""
     expected_weight_rows: int
     """How many weight constraints survive the activation: half after ReLU, where a zero tells no value; else all."""
+    bias_rows: int = 0
+    """One constraint on k for each bias whose gradient is sent. The paper's layers have none: no index counts them."""
+    uses: int = 1
+    """How often the model uses the layer; beyond 1, inputs and outputs are those of all uses together."""
+    reads: str | None = INPUT
+    """The layer whose output alone is this layer's input, but for reshaping, an activation and batch norm with fixed
+    statistics. None past anything else (a sum, a pooled value, ...): then no layer hands |V| down to this one."""
     known_weight_rows: int | None = None
     """The same, as it was at the sample; None if not measured."""
     live_gradient_rows: int | None = None
@@ -70,26 +79,48 @@ class LayerRank:
         return None if self.free is None else self.unknowns - self.free
 
 
-def count(chain: Chain, batch_size: int = 1) -> tuple[LayerRank, ...]:
+def count(graph: Graph, batch_size: int = 1) -> tuple[LayerRank, ...]:
     """The counts of every layer, without any number from weights or samples.
 
     Layer i gets |V_i| = sum over n < i of max(|z_n| - |x_n|, 0) virtual constraints: a layer with more outputs than
     inputs constrains its own output. The paper prints max(|x_n| - |z_n|, 0) - max(|x_n| - |x_n| - |W_n|, 0), which
     gives such a layer none, against its Eqs. 17 to 20; the reading here yields the indices of its Table 2.
 
-    Unknowns, outputs and virtual constraints belong to each sample of a batch; the gradient is shared by all.
+    The paper's layers are a chain. In any other network n runs over the layers on the one way back from layer i, each
+    the only source of the next one's input, since z_n says nothing exact of a sum, a maximum or a mean that it is part
+    of. The way may well fork forwards: who else reads z_n does not change it.
+
+    Unknowns, outputs and virtual constraints belong to each sample of a batch; the gradient is shared by all. The same
+    goes for the uses of a layer that is used several times: they are one entry, at the place of the first.
     """
-    surplus = [max(layer.weight_rows - layer.unknowns, 0) for layer in chain]
-    virtual = accumulate(surplus, initial=0)
-    return tuple(
-        LayerRank(
-            name=layer.name,
-            unknowns=batch_size * layer.unknowns,
-            gradient_rows=layer.gradient_rows,
-            weight_rows=batch_size * layer.weight_rows,
-            virtual_rows=batch_size * handed_down,
-            unseen=batch_size * (layer.unknowns - layer.seen),
-            expected_weight_rows=batch_size * layer.weight_rows // (2 if isinstance(layer.activation, ReLU) else 1),
-        )
-        for layer, handed_down in zip(chain, virtual, strict=False)
+    handed_down: list[int] = []
+    for use in graph.uses:
+        source = None if use.before is None else graph.uses[use.before]
+        surplus = 0 if source is None else max(source.outputs - source.unknowns, 0)
+        handed_down.append(surplus if use.before is None else handed_down[use.before] + surplus)
+    layers: dict[object, list[int]] = {}
+    for at, use in enumerate(graph.uses):
+        layers.setdefault(at if use.weight_name is None else use.weight_name, []).append(at)
+    return tuple(_together(graph.uses, places, handed_down, batch_size) for places in layers.values())
+
+
+def _together(uses: tuple[Use, ...], places: list[int], handed_down: list[int], batch_size: int) -> LayerRank:
+    """All uses of one layer."""
+    own = [uses[at] for at in places]
+    first = own[0]
+    biases = {use.bias_name or use.name: use.bias_gradients for use in own}
+    read = {None if use.mixed else INPUT if use.before is None else uses[use.before].name for use in own}
+    return LayerRank(
+        name=first.name,
+        unknowns=batch_size * sum(use.unknowns for use in own),
+        gradient_rows=max(use.weight_gradients for use in own),
+        weight_rows=batch_size * sum(use.outputs for use in own),
+        virtual_rows=batch_size * sum(handed_down[at] for at in places),
+        unseen=batch_size * sum(use.unknowns - use.seen for use in own),
+        expected_weight_rows=sum(
+            batch_size * use.outputs // (2 if isinstance(use.activation, ReLU) else 1) for use in own
+        ),
+        bias_rows=sum(biases.values()),
+        uses=len(own),
+        reads=read.pop() if len(read) == 1 else None,
     )

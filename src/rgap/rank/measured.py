@@ -28,6 +28,8 @@ LARGEST_GRAM = 2**24
 """Entries of the largest W'W that is formed: 4096 unknowns in one group."""
 LARGEST_KERNEL = 2**25
 """Entries of the largest K0 of one residue class that is formed."""
+SUMMED = 1000
+"""Roundings that an entry of W'W may have gone through, at least."""
 INVERSE_ITERATIONS = 6
 GRADIENT_ALONE = "gradient rows alone"
 
@@ -144,6 +146,8 @@ def measure(
         What is free if all of z is known, and what is free if z is known up to ``later``; None for the second where
         it cannot be told.
     """
+    if not len(found.seen):
+        return _by_gradient_alone(found)  # all positions read padding: no rows, and no unknowns that they could tell
     layer = found.layer
     per_group, groups, outputs = layer.channels // layer.groups, layer.groups, layer.outputs // layer.groups
     classes = list(residue_classes(layer))
@@ -262,9 +266,12 @@ def _diagonal(blocks: list[Tensor]) -> Tensor:
 
 
 def _rounding(matrix: Float[Tensor, "m m"]) -> float:
-    """Eigenvalues up to this are zero or cannot be told from it. Rows of norm 1 make 1 the size to compare with."""
+    """Eigenvalues up to this are zero or cannot be told from it. Rows of norm 1 make 1 the size to compare with.
+
+    However small the matrix, its entries are sums over many rows, and may be what is left of a difference.
+    """
     largest = float(matrix.abs().sum(0).max()) if len(matrix) else 0.0
-    return len(matrix) * torch.finfo(matrix.dtype).eps * max(1.0, largest)
+    return max(len(matrix), SUMMED) * torch.finfo(matrix.dtype).eps * max(1.0, largest)
 
 
 def _nullity(matrix: Float[Tensor, "m m"]) -> int:

@@ -1,0 +1,181 @@
+"""The joint constraints solved for the network's input, with a prior that fades.
+
+The slopes of the activations depend on the input that is sought: solve, linearise again, repeat. A prior stands in for
+what the constraints do not yet tell, with a weight that falls to nothing as the units settle on their sides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.attacks.joint import Problem, block_diagonal
+from rgap.linalg import psd
+
+DOUBTED, MARGIN = (4, 6), 8
+"""For each unit that changed its side in the last step so many are in doubt, those nearest to their kinks, and a few
+more. Where one number leads nowhere another often does."""
+MOST = 256
+"""With more units in doubt than this the gradient rows in front say too little to be worth their while."""
+FEW = 12
+"""With at most so many changes of sides the prior's weight falls twice as fast."""
+REFINEMENTS, WITHOUT_PRIOR = 3, 30
+FLOOR = 1e-13
+"""Added to the diagonal, relative to it, so that the matrix is definite; less than any weight of the prior."""
+PATIENCE = 15
+"""Linearisations without any progress after which a solve ends."""
+
+
+@dataclass(frozen=True)
+class Fading:
+    """How the prior's weight, relative to the constraints, falls from step to step."""
+
+    strongest: float = 0.1
+    weakest: float = 1e-11
+    by: float = 5.0
+    steps: int = 40
+    """Linearisations at the most."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The input that a joint solve ended with."""
+
+    x: Float[Tensor, "1 c n"]
+    misfit: float
+    """Relative distance of the layers' gradients from the given ones."""
+    steps: int
+    """Linearisations."""
+
+
+def solve(
+    problem: Problem,
+    outputs: list[Tensor],
+    prior: Float[Tensor, "u u"],
+    centre: float,
+    fading: Fading,
+    tolerance: float,
+) -> Found:
+    """The input at which the layers' gradients agree, or the nearest that was found.
+
+    Args:
+        outputs: z of the layers in front of the last, to start from.
+        prior: its matrix, of the size of an identity.
+        centre: the value of a constant input that the prior likes best.
+        tolerance: relative misfit of the gradients at which they agree.
+    """
+    tries: list[Found] = []
+    for doubted in DOUBTED:
+        tries.append(_descend(problem, outputs, prior, centre, fading, tolerance, doubted))
+        if tries[-1].misfit <= tolerance or not problem.kinked:
+            break
+    best = min(tries, key=lambda found: found.misfit)
+    return Found(best.x, best.misfit, sum(found.steps for found in tries))
+
+
+def _descend(
+    problem: Problem,
+    outputs: list[Tensor],
+    prior: Tensor,
+    centre: float,
+    fading: Fading,
+    tolerance: float,
+    doubted: int,
+) -> Found:
+    point, first = problem.at(outputs, []), problem.layers[0]
+    middle = torch.full((first.unknowns,), centre, dtype=prior.dtype, device=prior.device)
+    # The z to start from are too coarse for the gradient rows in front.
+    doubtful: list[Tensor] | None = None if point.slopes else []
+    best = Found(middle.reshape(1, first.channels, first.pixels), torch.inf, 0)
+    weight, fewest, progress, count = fading.strongest, torch.inf, 0, 0
+    for step in range(fading.steps):
+        gram, rhs = problem.normal(point, doubtful)
+        pull = weight * float(gram.diagonal().mean()) * prior
+        x = _regularised(gram, rhs, pull, middle, weight == fading.weakest).reshape(best.x.shape)
+        before, point = point, problem.forward(x)
+        misfit, changed = problem.misfit(point), _changed(before.slopes, point.slopes)
+        if best.misfit <= tolerance and misfit > best.misfit / 2:
+            break  # rounding lets the constraints be met no better
+        if misfit < best.misfit or changed < fewest:
+            progress = step
+        if misfit < best.misfit:
+            best = Found(x, misfit, step + 1)
+        if misfit <= tolerance:
+            weight, count = fading.weakest, 0
+        elif step - progress >= PATIENCE:
+            break
+        else:
+            if changed <= max(FEW, 0.95 * fewest):
+                weight = max(weight / fading.by ** (1 if changed > FEW else 2), fading.weakest)
+            count = doubted * changed + MARGIN if changed else count // 2
+        fewest = min(fewest, changed)
+        doubtful = problem.nearest_to_kink(point, count) if count <= MOST else None
+    return Found(best.x, best.misfit, step + 1)
+
+
+def factor(problem: Problem, x: Float[Tensor, "1 c n"], rank_tolerance: float) -> psd.Factor:
+    """The normal equations at an answer, without the prior."""
+    point = problem.forward(x)
+    gram, _ = problem.normal(point, problem.nearest_to_kink(point, 0))
+    return psd.factor(gram, rank_tolerance)
+
+
+def error(
+    problem: Problem, x: Tensor, factored: psd.Factor, z_error: Tensor, eps: float, probe: torch.Generator
+) -> float:
+    """One draw of the noise of the last layer's rows, pushed through the answer's own normal equations."""
+    slopes = problem.forward(x).slopes
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=probe, dtype=like.dtype, device=like.device)
+
+    noises = [eps * (grad.abs() + 0.1 * grad.abs().max()) * draw(grad) for grad in problem.grads]
+    rhs = problem.right_side(draw(z_error) * z_error, noises, slopes, None)
+    return float(factored.solve(rhs[:, None]).square().mean().sqrt())
+
+
+def _changed(before: list[Tensor], after: list[Tensor]) -> int:
+    """How many slopes are other than they were, by more than half of the steepest."""
+    return sum(int(((a - b).abs() > 0.5 * b.abs().max()).sum()) for a, b in zip(after, before, strict=True))
+
+
+def _regularised(
+    gram: Tensor, rhs: Tensor, prior: Tensor, middle: Float[Tensor, " u"], last: bool
+) -> Float[Tensor, " u"]:
+    """The solution with the prior, or, at the last, that solution moved as little as the constraints ask for.
+
+    Iterated Tikhonov regularisation: each further solve for what the constraints still miss takes away a part of the
+    prior's pull, but only in directions that the constraints determine. In the others the prior's choice stays.
+    """
+    matrix = gram + prior
+    # What neither constraints nor prior determine stays at the middle of the range.
+    floor = FLOOR * float(matrix.diagonal().mean())
+    matrix.diagonal().add_(floor)
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    while int(info) != 0:
+        floor *= 10
+        matrix.diagonal().add_(floor)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+    x = middle
+    for _ in range(REFINEMENTS):  # what the floor and the rounding changed
+        wrong = rhs - gram @ x - prior @ (x - middle)
+        x = x + psd.cholesky_solve(wrong[:, None], lower)[:, 0]
+    for _ in range(WITHOUT_PRIOR if last else 0):
+        x = x + psd.cholesky_solve((rhs - gram @ x)[:, None], lower)[:, 0]
+    return x
+
+
+def smoothness(shape: tuple[int, ...], like: Tensor) -> Float[Tensor, "u u"] | None:
+    """The prior that neighbouring values are similar, for inputs (channels, height, width); None for others."""
+    if len(shape) != 3 or min(shape[1:]) < 2:
+        return None
+    index = torch.arange(shape[1] * shape[2], device=like.device).reshape(shape[1:])
+    laplacian = torch.zeros(index.numel(), index.numel(), dtype=like.dtype, device=like.device)
+    for a, b in ((index[:, 1:], index[:, :-1]), (index[1:], index[:-1])):
+        a, b = a.flatten(), b.flatten()
+        laplacian.index_put_((torch.cat([a, b]),) * 2, laplacian.new_ones(2 * len(a)), accumulate=True)
+        laplacian.index_put_((torch.cat([a, b]), torch.cat([b, a])), -laplacian.new_ones(2 * len(a)), accumulate=True)
+    return block_diagonal(laplacian.expand(shape[0], -1, -1))

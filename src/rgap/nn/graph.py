@@ -1,0 +1,66 @@
+"""A traced network before it is known to be a chain: the sizes of its layers, and what stands in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
+
+from rgap.nn.activations import IDENTITY, Activation
+from rgap.nn.chain import Chain, NotAChain, Obstacle
+from rgap.nn.layers import Layer
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a Linear or convolutional layer, for one sample: numbers alone, nothing that grows with them."""
+
+    name: str
+    """Where it stands in the module, such as ``layer1.0.conv2``."""
+    weight_name: str | None
+    """The parameter in the module's state dict; None if the weight is computed from parameters."""
+    bias_name: str | None
+    unknowns: int
+    """|x|: the values of its input."""
+    seen: int
+    """Of these, the values that at least one kernel position reads."""
+    outputs: int
+    """|z|: the values of its output."""
+    weight_gradients: int
+    """|W|: the gradient's entries for its weight; 0 if it is frozen, or no gradient gets to it."""
+    bias_gradients: int
+    before: int | None
+    """The place in the graph of the layer whose output alone is its input, but for reshaping, an activation and batch
+    norm with fixed statistics. None for the model's input, and past everything else."""
+    mixed: bool
+    """Whether its input is neither the model's nor one layer's output: a sum, a pooled value, ..."""
+    make: partial[Layer] | None
+    """Makes the layer from ``weight`` and ``bias``; None for what no chain can hold."""
+    activation: Activation = IDENTITY
+
+    def layer(self, tensors: Mapping[str, Tensor]) -> Layer:
+        """The layer with the weights that ``tensors`` holds under its names."""
+        if self.make is None or self.weight_name is None:
+            raise ValueError(f"{self.name} is no layer that a chain can hold")
+        bias = None if self.bias_name is None else tensors[self.bias_name]
+        return replace(self.make(weight=tensors[self.weight_name], bias=bias), activation=self.activation)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All uses of layers in the order in which they are computed, and every obstacle found."""
+
+    uses: tuple[Use, ...]
+    obstacles: tuple[Obstacle, ...]
+
+    def chain(self, tensors: Mapping[str, Tensor]) -> Chain:
+        """The layers with their weights, parameters by name.
+
+        Raises:
+            NotAChain: with every obstacle.
+        """
+        if self.obstacles:
+            raise NotAChain(self.obstacles)
+        return Chain(tuple(use.layer(tensors) for use in self.uses))

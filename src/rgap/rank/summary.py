@@ -1,0 +1,59 @@
+"""Many obstacles in few lines: a deep network has the same ones again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rgap.nn.chain import Kind, Obstacle
+
+NAMED = 3
+"""How many of several names are written out."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Obstacles with the same remedy."""
+
+    what: tuple[str, ...]
+    """Each different obstacle once."""
+    where: tuple[str, ...]
+    """Of every obstacle."""
+    kind: Kind
+    remedy: str
+
+    @property
+    def count(self) -> int:
+        return len(self.where)
+
+    def __str__(self) -> str:
+        times = f"{self.count} x " if self.count > 1 else ""
+        return times + names(self.what)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "count": self.count,
+            "what": list(self.what),
+            "where": list(self.where),
+            "kind": self.kind.value,
+            "remedy": self.remedy,
+        }
+
+
+def summarise(obstacles: Iterable[Obstacle]) -> tuple[Group, ...]:
+    """Obstacles of one kind together, in the order in which each kind is first met."""
+    found: dict[tuple[Kind, str], list[Obstacle]] = {}
+    for obstacle in obstacles:
+        found.setdefault((obstacle.kind, obstacle.remedy), []).append(obstacle)
+    return tuple(
+        Group(tuple(dict.fromkeys(o.what for o in same)), tuple(o.where for o in same), kind, remedy)
+        for (kind, remedy), same in found.items()
+    )
+
+
+def names(found: Sequence[str]) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return ", ".join(found[:NAMED]) + more

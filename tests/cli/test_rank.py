@@ -1,0 +1,133 @@
+"""``rgap rank`` as a person uses it."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+import rgap
+from rgap import losses, models
+from rgap.cli import main
+from rgap.cli import rank as command
+
+SMALL = ("--input-shape", "1,12,12")
+RESIDUAL = """
+import torch
+from torch import nn
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(576, 10)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.c((x + torch.relu(self.b(x))).flatten(1))
+"""
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as ended:
+        main(["rank", *(str(argument) for argument in arguments)])
+    out, err = capsys.readouterr()
+    code = ended.value.code
+    return (int(code) if code is not None else 0), out, err
+
+
+@pytest.fixture
+def residual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    (tmp_path / "my_residual.py").write_text(RESIDUAL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_residual", raising=False)
+    return ("--model", "my_residual:Residual", *SMALL)
+
+
+def test_the_table_ends_with_the_verdict(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = run(capsys, *SMALL, "--out", tmp_path)
+    assert (code, err) == (0, "")
+    expected = rgap.rank_analysis(rgap.Target(models.cnn6(1, 12), losses.Logistic(), (1, 12, 12), (0.0, 1.0)))
+    lines = out.splitlines()
+    assert lines[1].split() == ["layer", "|x|", "|W|", "|z|", "|V|", "index", "rank", "free", "joint", "measured"]
+    first = expected.layers[0]
+    numbers = (first.unknowns, first.gradient_rows, first.weight_rows, first.virtual_rows, first.index)
+    assert lines[2].split() == [first.name, *map(str, numbers), str(first.rank), str(first.free), "0", "exact"]
+    assert expected.verdict in " ".join(out.split())
+    assert max(map(len, lines[: 2 + len(expected.layers)])) <= 80
+    assert json.loads((tmp_path / "rank.json").read_text()) == expected.to_dict()
+    with Image.open(tmp_path / "rank.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_json_prints_nothing_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = run(capsys, *SMALL, "--out", tmp_path, "--json", "--no-measure", "--batch-size", 3)
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    assert said == json.loads((tmp_path / "rank.json").read_text())
+    assert said["batch_size"] == 3
+    assert {layer["measured"] for layer in said["layers"]} == {"not measured"}
+
+
+def test_ranks_at_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    Image.new("L", (12, 12), 100).save(tmp_path / "one.png")
+    code, out, _ = run(capsys, *SMALL, "--sample", tmp_path / "one.png", "--out", tmp_path, "--json")
+    assert code == 0
+    assert json.loads(out)["at_sample"] is True
+
+
+def test_models_that_are_no_chain(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, residual: tuple[str, ...]
+) -> None:
+    code, out, err = run(capsys, *residual, "--out", tmp_path)
+    assert (code, err) == (0, "")
+    assert "not measured" in out
+    said = " ".join(out.split())
+    assert "in the way: add of 2 values (not supported yet)" in said
+    assert "the input of c is no single layer's output" in said
+    assert "the recursion cannot pass" in said
+    layers = json.loads((tmp_path / "rank.json").read_text())["layers"]
+    assert [layer["name"] for layer in layers] == ["a", "b", "c"]
+    assert [layer["virtual_rows"] for layer in layers] == [0, 4 * 144 - 144, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--sample", "nowhere.png"), 1, "nowhere.png does not exist"),
+        (("--batch-size", "0"), 2, "0 is not in the range"),
+        (("--input-shape", "784", "--model", "fcn3", "--sample", "x.png"), 1, "no pictures: leave --sample out"),
+    ],
+)
+def test_bad_input_gets_one_clear_message(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    got, _, err = run(capsys, *arguments)
+    assert (got, message in " ".join(err.split())) == (code, True), err
+
+
+@pytest.mark.parametrize(("patience", "shown"), [(0.0, True), (60.0, False)])
+def test_progress_appears_only_after_a_while(monkeypatch: pytest.MonkeyPatch, patience: float, shown: bool) -> None:
+    monkeypatch.setattr(command, "PATIENCE", patience)
+    layer = rgap.rank_analysis(rgap.Target(models.cnn6(1, 12), losses.Logistic(), (1, 12, 12)), measure=False).layers[2]
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with command._progress(7, console, True) as step:
+        time.sleep(0.3)
+        step(layer)
+        time.sleep(0.3)
+    said = console.file.getvalue()
+    assert ("1/7" in said and layer.name in said) is shown

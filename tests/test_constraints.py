@@ -1,0 +1,359 @@
+"""One layer's constraints, against the dense matrices W and K built column by column from torch's own convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from rgap.constraints import STRONG, System
+from rgap.nn import layers
+from rgap.nn.layers import Layer
+
+TOLERANCE = 1e-7
+ROUNDING = 1e-10
+"""Singular values below this fraction of the largest are zeros; those up to CLEAR are left out of the examples."""
+CLEAR = 1e-4
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A layer, its k and row weights, and the same constraints as dense matrices."""
+
+    layer: Layer
+    k: Tensor
+    """(1, outputs, positions)"""
+    row_weight: Tensor | None
+    W: Tensor
+    """One row per value of z."""
+    K: Tensor
+    """One row per weight."""
+
+    @property
+    def rows(self) -> Tensor:
+        """The weight of each row of W."""
+        return torch.ones(len(self.W)).double() if self.row_weight is None else self.row_weight.flatten()
+
+    def group(self, g: int) -> tuple[Tensor, Tensor, Tensor, slice, slice, slice]:
+        """The group's own W, K and row weights, and where its z, weights and inputs lie."""
+        count = self.layer.groups
+        z, w, x = (
+            slice(g * size // count, (g + 1) * size // count) for size in (len(self.W), len(self.K), self.W.shape[1])
+        )
+        return self.W[z, x], self.K[w, x], self.rows[z], z, w, x
+
+    def system(self) -> System:
+        return System(self.layer, self.k, self.row_weight, TOLERANCE)
+
+    def sides(self, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Flat right-hand sides as `System.solve` takes them."""
+        return z.reshape(self.k.shape), grad.reshape(1, *self.layer.weight.shape)
+
+    def solve(self, z: Tensor, grad: Tensor) -> Tensor:
+        return self.system().solve(*self.sides(z, grad)).x.flatten()
+
+
+def dense(
+    forward: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], weight: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Columns of W and K: the outputs at each unit input, and autograd's gradient of the weight there."""
+    columns, slopes = [], []
+    for unit in torch.eye(torch.Size(shape).numel(), dtype=torch.float64):
+        leaf = weight.clone().requires_grad_()
+        z = forward(unit.reshape(1, *shape), leaf)
+        (slope,) = torch.autograd.grad((z * k.reshape(z.shape)).sum(), leaf)
+        columns.append(z.detach().flatten())
+        slopes.append(slope.flatten())
+    return torch.stack(columns, 1), torch.stack(slopes, 1)
+
+
+@st.composite
+def problems(draw: st.DrawFn, weighted: bool | None = None) -> Drawn:
+    """A convolution (or Linear layer) of any geometry, with k of any size, partly zero, and rows partly dropped."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    groups, per_group, outputs = draw(st.sampled_from([1, 1, 2])), draw(st.integers(1, 2)), draw(st.integers(1, 5))
+    size = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    kernel, stride, padding, dilation = (draw(st.integers(*bounds)) for bounds in ((1, 3), (1, 2), (0, 2), (1, 2)))
+    assume(min(size) + 2 * padding >= dilation * (kernel - 1) + 1)
+    shape = (groups * per_group, *size)
+    weight = torch.randn(groups * outputs, per_group, kernel, kernel, generator=generator, dtype=torch.float64)
+
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return functional.conv2d(x, w, None, stride, padding, dilation, groups)
+
+    layer = layers.convolution(
+        "conv", weight, None, shape, (stride,) * 2, ((padding, padding),) * 2, (dilation,) * 2, groups, "weight", None
+    )
+    k = 10.0 ** -draw(st.integers(0, 5)) * torch.randn(
+        1, layer.outputs, layer.positions, generator=generator, dtype=torch.float64
+    )
+    # Zero, or so small that K shows some directions faintly.
+    faint = torch.rand(k.shape, generator=generator) > draw(st.sampled_from([1.0, 0.6, 0.2, 0.0]))
+    k = torch.where(faint, draw(st.sampled_from([0.0, 1e-4, 1e-5])) * k, k)
+    row_weight = None
+    if draw(st.booleans()) if weighted is None else weighted:
+        levels = torch.tensor(draw(st.sampled_from([[0.0, 1.0], [1.0], [0.0, 0.3, 1.0], [0.0]])), dtype=torch.float64)
+        row_weight = levels[torch.randint(len(levels), k.shape, generator=generator)]
+    return Drawn(layer, k, row_weight, *dense(forward, shape, weight, k))
+
+
+def equilibrated(W: Tensor, K: Tensor, rows: Tensor) -> tuple[Tensor, float]:
+    """The rows of one group on top of each other, those of K scaled to the mean size of the rows of W in use."""
+    weighted = rows[:, None] * W
+    mean = float(weighted.square().sum()) / max(int((rows > 0).sum()), 1)
+    mean_k = float(K.square().sum(1).mean())
+    scale = ((mean or 1.0) / mean_k) ** 0.5 if mean_k else 1.0
+    return torch.cat([weighted, scale * K]), scale
+
+
+def clear(drawn: Drawn) -> None:
+    """Leave out what rounding could call either way: rank, and which directions are strong."""
+    for g in range(drawn.layer.groups):
+        W, K, rows, *_ = drawn.group(g)
+        joint, alone = (torch.linalg.svdvals(matrix) for matrix in (equilibrated(W, K, rows)[0], K))
+        relative = joint / joint[0].clamp(min=1e-300)
+        assume(not bool(((relative > ROUNDING) & (relative < CLEAR)).any()))
+        assume(not bool(((alone / (STRONG * alone[0].clamp(min=1e-300)) - 1).abs() < 0.05).any()))
+
+
+def weak_directions(K: Tensor) -> Tensor:
+    """An orthonormal basis, in columns, of what K shows faintly or not at all."""
+    _, sigma, vh = torch.linalg.svd(K)
+    sigma = functional.pad(sigma, (0, len(vh) - len(sigma)))
+    return vh[(sigma < STRONG * sigma[0]) | (sigma == 0)].T
+
+
+def by_group(drawn: Drawn, solve: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor], *sides: Tensor) -> Tensor:
+    """A dense solution, put together from the groups, which do not share unknowns."""
+    x = torch.zeros(drawn.W.shape[1], dtype=torch.float64)
+    for g in range(drawn.layer.groups):
+        W, K, rows, z_at, w_at, x_at = drawn.group(g)
+        x[x_at] = solve(W, K, rows, sides[0][z_at], sides[1][w_at])
+    return x
+
+
+def minimum_norm(W: Tensor, K: Tensor, rows: Tensor, z: Tensor, grad: Tensor) -> Tensor:
+    matrix, scale = equilibrated(W, K, rows)
+    return torch.linalg.pinv(matrix, rtol=1e-6) @ torch.cat([rows * z, scale * grad])
+
+
+def strong_first(W: Tensor, K: Tensor, rows: Tensor, z: Tensor, grad: Tensor) -> Tensor:
+    """What the module says it solves: strong directions from the gradient alone, the weak ones from both."""
+    u, sigma, vh = torch.linalg.svd(K)
+    sigma = functional.pad(sigma, (0, len(vh) - len(sigma)))
+    strong = (sigma >= STRONG * sigma[0]) & (sigma > 0)
+    x = vh[strong].T @ ((u.T[: len(sigma)][strong[: len(u)]] @ grad) / sigma[strong])
+    weak = vh[~strong].T
+    whole, scale = equilibrated(W, K, rows)
+    inverse = torch.linalg.pinv(whole @ weak, atol=1e-6 * torch.linalg.matrix_norm(whole, 2))
+    return x + weak @ (inverse @ torch.cat([rows * (z - W @ x), scale * (grad - K @ x)]))
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-8) -> bool:
+    return float((found - expected).norm()) <= tolerance * (float(expected.norm()) + 1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.integers(0, 2**31))
+def test_consistent_constraints_give_the_input_or_its_part_that_they_see(drawn: Drawn, seed: int) -> None:
+    """Of full rank: the input itself. Otherwise the solution of least norm."""
+    clear(drawn)
+    x = torch.randn(drawn.W.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    z, grad = drawn.W @ x, drawn.K @ x
+    found = drawn.solve(z, grad)
+    assert close(found, by_group(drawn, minimum_norm, z, grad))
+    used = torch.cat([drawn.W[drawn.rows > 0], drawn.K / drawn.k.abs().max().clamp(min=1e-300)])
+    if torch.linalg.matrix_rank(used, rtol=1e-7) == len(x):
+        assert close(found, x)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_rank_is_that_of_both_kinds_of_rows_together(drawn: Drawn) -> None:
+    clear(drawn)
+    expected = 0
+    for g in range(drawn.layer.groups):
+        W, K, rows, *_ = drawn.group(g)
+        expected += int(torch.linalg.matrix_rank(equilibrated(W, K, rows)[0], rtol=1e-6))
+    assert drawn.system().rank == (expected,)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.integers(0, 2**31), st.floats(1e-6, 1.0))
+def test_inconsistent_constraints_are_solved_strong_directions_first(drawn: Drawn, seed: int, size: float) -> None:
+    clear(drawn)
+    generator = torch.Generator().manual_seed(seed)
+    x, z, grad = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (drawn.W.shape[1], *lengths(drawn)))
+    z, grad = drawn.W @ x + size * z, drawn.K @ x + size * float(drawn.k.abs().max()) * grad
+    assert close(drawn.solve(z, grad), by_group(drawn, strong_first, z, grad), 1e-6)
+
+
+def lengths(drawn: Drawn) -> tuple[int, int]:
+    return len(drawn.W), len(drawn.K)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(weighted=True), st.integers(0, 2**31))
+def test_rows_of_weight_zero_are_dropped(drawn: Drawn, seed: int) -> None:
+    """Whatever stands in them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(drawn.W.shape[1], generator=generator, dtype=torch.float64)
+    z, grad = drawn.W @ x, drawn.K @ x
+    noise = torch.randn(z.shape, generator=generator, dtype=torch.float64) * (drawn.rows == 0)
+    system = drawn.system()
+    plain, moved = (system.solve(*drawn.sides(side, grad)) for side in (z, z + 1e3 * noise))
+    assert close(moved.x, plain.x, 1e-6)
+    for name in ("weight_residual", "weight_misfit"):
+        assert torch.allclose(getattr(moved, name), getattr(plain, name), atol=1e-6)
+
+
+@settings(max_examples=80, deadline=None)
+@given(problems(), st.integers(0, 2**31))
+def test_by_gradient_alone_means_that_z_does_not_matter(drawn: Drawn, seed: int) -> None:
+    clear(drawn)
+    generator = torch.Generator().manual_seed(seed)
+    x, noise = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (drawn.W.shape[1], len(drawn.W)))
+    z, grad = drawn.W @ x, drawn.K @ x
+    system = drawn.system()
+    [alone] = system.by_gradient_alone
+    weak = [weak_directions(drawn.group(g)[1]) for g in range(drawn.layer.groups)]
+    assert alone == (sum(basis.shape[1] for basis in weak) == 0)
+    plain, moved = (system.solve(*drawn.sides(side, grad)).x.flatten() for side in (z, z + noise))
+    if alone:
+        assert torch.equal(moved, plain)
+        assert close(plain, x)
+        # The largest over the smallest singular value, in the worst of the groups.
+        values = [torch.linalg.svdvals(drawn.group(g)[1]) for g in range(drawn.layer.groups)]
+        assert system.condition == (pytest.approx(max(float(v[0] / v[-1]) for v in values), rel=1e-6),)
+        assert system.method == "channel"
+    else:
+        # W on the weak directions is all that can move.
+        pushed = drawn.W.T @ (drawn.rows**2 * noise)
+        reach = max(float((basis.T @ pushed[drawn.group(g)[-1]]).norm()) for g, basis in enumerate(weak))
+        assert (float((moved - plain).norm()) > 1e-9) == (reach > 1e-9)
+        assert system.method != "channel"
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.integers(0, 2**31))
+def test_residuals_are_those_of_the_dense_matrices(drawn: Drawn, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z, grad = (torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths(drawn))
+    rows = drawn.rows
+    found = drawn.system().solve(*drawn.sides(z, grad))
+    x = found.x.flatten()
+    misfit = rows * (drawn.W @ x - z)
+    if float((rows * z).norm()):
+        assert float(found.weight_residual) == pytest.approx(
+            float(misfit.norm() / (rows * z).norm()), rel=1e-9, abs=1e-12
+        )
+    assert float(found.gradient_residual) == pytest.approx(
+        float((drawn.K @ x - grad).norm() / grad.norm()), rel=1e-9, abs=1e-12
+    )
+    count = max(int((rows > 0).sum()), 1)
+    assert float(found.weight_misfit) == pytest.approx(float(misfit.norm()) / count**0.5, rel=1e-9, abs=1e-12)
+
+
+def test_right_hand_sides_of_zero_give_zero() -> None:
+    drawn = fixed(torch.ones(1, 2, 4, dtype=torch.float64))
+    found = drawn.system().solve(*drawn.sides(torch.zeros(8).double(), torch.zeros(8).double()))
+    assert not found.x.any()
+    assert [float(v) for v in (found.weight_residual, found.gradient_residual, found.weight_misfit)] == [0, 0, 0]
+
+
+def fixed(k: Tensor, row_weight: Tensor | None = None) -> Drawn:
+    """One channel of 3 x 3 pixels, two kernels of 2 x 2."""
+    weight = torch.tensor([[[[1.0, 2], [3, 5]]], [[[-2.0, 1], [0, 4]]]], dtype=torch.float64)
+    layer = layers.convolution("conv", weight, None, (1, 3, 3), (1, 1), ((0, 0),) * 2, (1, 1), 1, "weight", None)
+    matrices = dense(lambda x, w: functional.conv2d(x, w), (1, 3, 3), weight, k)
+    return Drawn(layer, k, row_weight, *matrices)
+
+
+def test_without_a_gradient_only_weight_rows_count() -> None:
+    drawn = fixed(torch.zeros(1, 2, 4, dtype=torch.float64))
+    rank = int(torch.linalg.matrix_rank(drawn.W))
+    assert drawn.system().rank == (rank,)
+    z = torch.arange(8.0).double()
+    assert close(drawn.solve(z, torch.zeros(8).double()), torch.linalg.pinv(drawn.W) @ z)
+
+
+def test_without_any_row_nothing_is_known() -> None:
+    none = torch.zeros(1, 2, 4, dtype=torch.float64)
+    drawn = fixed(none, none)
+    system = drawn.system()
+    found = system.solve(*drawn.sides(torch.ones(8).double(), torch.zeros(8).double()))
+    assert found.rank == (0,)
+    assert not found.x.any()
+    assert system.by_gradient_alone == [False]
+
+
+@settings(max_examples=50, deadline=None)
+@given(problems(), st.integers(2, 4), st.integers(0, 2**31))
+def test_several_systems_at_once_equal_each_alone(drawn: Drawn, count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layer = drawn.layer
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    # Sizes of k, zeros in it and dropped rows differ from system to system.
+    k = normal(count, *drawn.k.shape[1:]) * 10.0 ** -torch.arange(count)[:, None, None]
+    k[0] = drawn.k[0]
+    k[-1] *= torch.rand(k[-1].shape, generator=generator) < 0.3
+    rows = None if drawn.row_weight is None else (normal(*k.shape) > -0.5).double()
+    x = normal(count, layer.channels, layer.pixels)
+    z, grad = layer.output(x), layer.grad_weight(x, k)
+    together = System(layer, k, rows, TOLERANCE)
+    found = together.solve(z, grad)
+    assert found.x.shape == x.shape
+    for s in range(count):
+        one = slice(s, s + 1)
+        single = System(layer, k[one], None if rows is None else rows[one], TOLERANCE)
+        alone = single.solve(z[one], grad[one])
+        assert found.rank[s] == alone.rank[0] == together.rank[s]
+        assert found.condition[s] == pytest.approx(alone.condition[0], rel=1e-6)
+        assert together.by_gradient_alone[s] == single.by_gradient_alone[0]
+        if alone.condition[0] < 1e5:
+            assert close(found.x[s], alone.x[0], 1e-6)
+            for name in ("weight_residual", "gradient_residual", "weight_misfit"):
+                assert torch.allclose(getattr(found, name)[one], getattr(alone, name), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("outputs", [2, 7])
+def test_linear_layers(leading: tuple[int, ...], outputs: int) -> None:
+    """On several positions K has one row for each weight, summed over the positions."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(outputs, 4, generator=generator, dtype=torch.float64)
+    shape = (*leading, 4)
+    layer = layers.linear("fc", weight, None, shape, "weight", None)
+    k = torch.randn(1, *leading, outputs, generator=generator, dtype=torch.float64)
+    W, K = dense(functional.linear, shape, weight, k)
+    x = torch.randn(1, *shape, generator=generator, dtype=torch.float64)
+    z, grad = (W @ x.flatten()).reshape(1, *leading, outputs), (K @ x.flatten()).reshape(1, outputs, 4)
+    system = System(layer, layer.pack_output(k), None, TOLERANCE)
+    scale = float(W.square().mean() / K.square().mean()) ** 0.5
+    matrix = torch.cat([W, scale * K])
+    assert system.rank == (int(torch.linalg.matrix_rank(matrix, rtol=1e-9)),)
+    found = layer.unpack_input(system.solve(layer.pack_output(z), layer.pack_weight(grad)).x)
+    expected = torch.linalg.pinv(matrix, rtol=1e-9) @ torch.cat([W @ x.flatten(), scale * K @ x.flatten()])
+    assert found.shape == x.shape
+    assert close(found.flatten(), expected)
+
+
+def test_errors_of_z_reach_only_the_weak_directions() -> None:
+    """k is nearly exact where z carries the errors of all later layers."""
+    drawn = fixed(torch.tensor([[[1.0, 0, 0, 0], [0, 0, 0, 0]]], dtype=torch.float64) * 1e-4)
+    x = torch.arange(1.0, 10.0).double()
+    z, grad = drawn.W @ x, drawn.K @ x
+    noise = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, 1], dtype=torch.float64)
+    moved = drawn.solve(z + noise, grad).reshape(3, 3) - drawn.solve(z, grad).reshape(3, 3)
+    # This k shows the four pixels of the first position as they are.
+    assert float(moved[:2, :2].abs().max()) < 1e-10
+    assert float(moved.abs().max()) > 1e-2
