@@ -116,6 +116,11 @@ def test_crops_keep_the_proportions():
     assert (whole[:, :, 5:25] - middle).abs().max() < 0.01
 
 
+def test_photographs_come_in_any_size():
+    for size in range(1, 70):
+        assert data.photographs(5, size).inputs.shape == (5, 3, size, size)
+
+
 def test_grey_photographs_are_the_luma_of_the_colours():
     red, green, blue = data.photographs(5).inputs.unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue

@@ -148,6 +148,8 @@ def describe(found: Reconstruction) -> dict[str, Any]:
                     "gradient_residual": answer.gradient_residual,
                     "error": answer.error,
                     "layers": [asdict(layer) | {"free": layer.free} for layer in answer.layers],
+                    "joint": None if answer.joint is None else asdict(answer.joint) | {"free": answer.joint.free},
+                    "note": answer.note,
                 }
                 for answer in found.answers
             ],

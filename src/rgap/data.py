@@ -269,7 +269,8 @@ def _cut(
     """A part in the proportions of `size`, scaled to it. Pillow widens its filter to shrink: no aliasing."""
     height, width = size
     unit = scale * min(picture.height / height, picture.width / width)
-    x, y = left * (picture.width - unit * width), top * (picture.height - unit * height)
+    # At full size rounding may leave less than no room.
+    x, y = left * max(0.0, picture.width - unit * width), top * max(0.0, picture.height - unit * height)
     box = (x, y, min(x + unit * width, picture.width), min(y + unit * height, picture.height))
     return picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
 

@@ -93,10 +93,12 @@ def _descend(
     weight, fewest, progress, count = fading.strongest, torch.inf, 0, 0
     for step in range(fading.steps):
         gram, rhs = problem.normal(point, doubtful)
+        if not bool(gram.isfinite().all() and rhs.isfinite().all()):
+            break  # the input ran away, and activations overflowed
         pull = weight * float(gram.diagonal().mean()) * prior
         x = _regularised(gram, rhs, pull, middle, weight == fading.weakest).reshape(best.x.shape)
         before, point = point, problem.forward(x)
-        misfit, changed = problem.misfit(point), _changed(before.slopes, point.slopes)
+        misfit, changed = problem.misfit(point), problem.changed(before, point)
         if best.misfit <= tolerance and misfit > best.misfit / 2:
             break  # rounding lets the constraints be met no better
         if misfit < best.misfit or changed < fewest:
@@ -137,11 +139,6 @@ def error(
     return float(factored.solve(rhs[:, None]).square().mean().sqrt())
 
 
-def _changed(before: list[Tensor], after: list[Tensor]) -> int:
-    """How many slopes are other than they were, by more than half of the steepest."""
-    return sum(int(((a - b).abs() > 0.5 * b.abs().max()).sum()) for a, b in zip(after, before, strict=True))
-
-
 def _regularised(
     gram: Tensor, rhs: Tensor, prior: Tensor, middle: Float[Tensor, " u"], last: bool
 ) -> Float[Tensor, " u"]:
@@ -155,8 +152,8 @@ def _regularised(
     floor = FLOOR * float(matrix.diagonal().mean())
     matrix.diagonal().add_(floor)
     lower, info = torch.linalg.cholesky_ex(matrix)
-    while int(info) != 0:
-        floor *= 10
+    while int(info) != 0:  # rounding made it indefinite: at the latest a floor of its own size mends that
+        floor = max(10 * floor, torch.finfo(matrix.dtype).tiny)
         matrix.diagonal().add_(floor)
         lower, info = torch.linalg.cholesky_ex(matrix)
     x = middle

@@ -26,6 +26,8 @@ from torch import Tensor
 from rgap.nn.chain import Chain
 from rgap.nn.layers import Layer
 
+READS = 1e-2
+"""A unit that reads less than this fraction of what any unit of its layer reads has no side worth knowing."""
 RANK = 1e-9
 """Effects of units in doubt below this fraction of the largest tell nothing."""
 INCREMENTAL = 300
@@ -242,18 +244,38 @@ class Problem:
         return float((wrong / size) ** 0.5)
 
     def nearest_to_kink(self, point: Point, count: int) -> list[Tensor]:
-        """Masks of the units, over all layers in front of the last, that are nearest to their kink."""
+        """Masks of the units, over all layers in front of the last, that are nearest to their kink.
+
+        Units that read next to nothing, as on an empty background, stay out: they are all near their kinks, and have
+        hardly any effect on whichever side they are.
+        """
         distances = [
-            z.abs().flatten() / z.square().mean().sqrt()
-            if layer.activation.kinked
-            else torch.full_like(z.flatten(), torch.inf)
-            for layer, z in zip(self.layers[:-1], point.outputs, strict=True)
+            torch.where(
+                (size > READS * size.max()) & layer.activation.kinked, z.abs() / z.square().mean().sqrt(), torch.inf
+            ).flatten()
+            for layer, z, size in zip(self.layers[:-1], point.outputs, self._sizes(point), strict=True)
         ]
         together = torch.cat(distances) if distances else self._z.new_zeros(0)
         count = min(count, int(together.isfinite().sum()))
         chosen = torch.zeros_like(together, dtype=torch.bool)
         chosen[together.topk(count, largest=False).indices] = True
         return list(torch.split(chosen, [len(d) for d in distances]))
+
+    def changed(self, before: Point, after: Point) -> int:
+        """How many slopes are other than they were by more than half of the steepest, units that read something."""
+        return sum(
+            int((((a - b).abs() > 0.5 * b.abs().max()) & (size > READS * size.max())).sum())
+            for a, b, size in zip(before.slopes, after.slopes, self._sizes(after), strict=True)
+        )
+
+    def _sizes(self, point: Point) -> list[Float[Tensor, "1 o p"]]:
+        """The norm of what each unit in front of the last layer reads."""
+        found = []
+        for layer, x in zip(self.layers[:-1], point.inputs, strict=False):
+            size = layer.patches(x).norm(dim=2, keepdim=True)
+            size = size.expand(-1, -1, layer.weight.shape[1], -1)
+            found.append(size.reshape(1, layer.outputs, layer.positions))
+        return found
 
 
 def block_diagonal(blocks: Float[Tensor, "b n n"]) -> Float[Tensor, "bn bn"]:

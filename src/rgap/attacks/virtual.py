@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rgap.attacks import joint
+from rgap.attacks import joint, kinks
 from rgap.attacks.base import JointReport
 from rgap.attacks.fading import Fading, error, factor, smoothness, solve
 from rgap.attacks.recursive import End, Recursive, settled
@@ -63,7 +63,12 @@ class Virtual(Recursive):
         problem = joint.Problem(chain, depth, joint.Known(step.k, step.z, step.row_weight), gradients)
         prior, centre, said = _prior(target, step.k)
         found = solve(problem, _start(end, target, depth), prior, centre, self.fading, settled(eps))
-        factored = factor(problem, found.x, RANK_ROUNDINGS * eps)
+        x, misfit = found.x, found.misfit
+        if misfit > settled(eps):  # a last unit or two may still be on the wrong side
+            k = target.loss.slope(step.k.new_tensor(end.margin)) * end.label
+            x = kinks.settle(chain, gradients, x, k.reshape(1, 1, 1), settled(eps))
+            misfit = problem.misfit(problem.forward(x))
+        factored = factor(problem, x, RANK_ROUNDINGS * eps)
         report = JointReport(
             layers=tuple(layer.name for layer in problem.layers),
             unknowns=problem.unknowns,
@@ -71,11 +76,11 @@ class Virtual(Recursive):
             rank=factored.rank,
             condition=factored.condition,
             steps=found.steps,
-            converged=found.misfit <= settled(eps),
+            converged=misfit <= settled(eps),
             prior=said,
         )
-        moved = error(problem, found.x, factored, step.z_error, eps, probe)
-        return replace(end, x=found.x, error=moved, joint=report)
+        moved = error(problem, x, factored, step.z_error, eps, probe)
+        return replace(end, x=x, error=moved, joint=report)
 
 
 Closed = Virtual

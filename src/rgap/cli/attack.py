@@ -10,10 +10,9 @@ import click
 from rich.console import Console
 from safetensors.torch import save as to_bytes
 
-from rgap.attacks import Recursive
 from rgap.auditing import describe
 from rgap.cli import tables
-from rgap.cli.options import make_target, target_options
+from rgap.cli.options import ATTACKS, attack_option, make_target, target_options
 from rgap.files import write_atomically
 from rgap.picture import is_picture, single
 from rgap.update import Update
@@ -22,9 +21,10 @@ from rgap.update import Update
 @click.command("attack")
 @click.argument("update", type=click.Path(path_type=Path))
 @target_options
+@attack_option
 @click.option("--out", type=click.Path(path_type=Path), default="rgap-out", show_default=True, help="Folder to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
-def command(update: Path, out: Path, as_json: bool, **named: Any) -> None:
+def command(update: Path, attack: str, out: Path, as_json: bool, **named: Any) -> None:
     """Reconstruct the input behind one update file.
 
     UPDATE is a file written by `rgap capture` or rgap.Update.save. Writes reconstruction.json, the exact values as
@@ -33,7 +33,7 @@ def command(update: Path, out: Path, as_json: bool, **named: Any) -> None:
     target = make_target(**named)
     received = Update.load(update, target)
     with Console(stderr=True).status("attacking"):
-        found = Recursive()(target, received)
+        found = ATTACKS[attack]()(target, received)
     out.mkdir(parents=True, exist_ok=True)
     said = describe(found)
     write_atomically(out / "reconstruction.json", json.dumps(said, indent=1).encode())
@@ -54,6 +54,8 @@ def command(update: Path, out: Path, as_json: bool, **named: Any) -> None:
     report = Console()
     if found.answers:
         report.print(tables.layers(found.layers, "Layer by layer"))
+        if (joint := tables.together(found.answers[0])) is not None:
+            report.print(joint, highlight=False)
     for note in tables.notes(found):
         report.print(f"- {note}", highlight=False)
     label = f", label {float(found.labels[0]):+g}" if found.answers else ""

@@ -13,19 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rgap import data
 from rgap.auditing import Case, audit
 from rgap.cli import tables
-from rgap.cli.options import make_target, target_options
+from rgap.cli.options import ATTACKS, attack_option, make_target, target_options
 from rgap.picture import is_picture, side_by_side
 
 
 @click.command("audit")
 @target_options
+@attack_option
 @click.option(
     "--data", "folder", type=click.Path(path_type=Path), help="Folder of pictures; default: built-in photographs."
 )
 @click.option("--count", type=click.IntRange(min=1), default=8, show_default=True, help="How many pictures.")
 @click.option("--out", type=click.Path(path_type=Path), default="rgap-out", show_default=True, help="Folder to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
-def command(folder: Path | None, count: int, out: Path, as_json: bool, **named: Any) -> None:
+def command(folder: Path | None, attack: str, count: int, out: Path, as_json: bool, **named: Any) -> None:
     """Attack a model on pictures and show what comes out.
 
     Every picture is one client: its gradient is captured with labels -1 and 1 in turn, and attacked without knowing
@@ -55,7 +56,7 @@ def command(folder: Path | None, count: int, out: Path, as_json: bool, **named: 
         def step(case: Case) -> None:
             progress.update(task, advance=1)
 
-        result = audit(target, samples, progress=step)
+        result = audit(target, samples, attack=ATTACKS[attack](), progress=step)
     result.save(out / "audit.json")
     side_by_side(result, out / "audit.png")
     if as_json:
@@ -66,6 +67,8 @@ def command(folder: Path | None, count: int, out: Path, as_json: bool, **named: 
     first = next((case for case in result.cases if case.found.answers), None)
     if first is not None:
         report.print(tables.layers(first.found.layers, f"Layer by layer, for {first.name}"))
+        if (joint := tables.together(first.found.answers[0])) is not None:
+            report.print(joint, highlight=False)
     for note in dict.fromkeys(note for case in result.cases for note in tables.notes(case.found)):
         report.print(f"- {note}", highlight=False)
     for case in result.cases:

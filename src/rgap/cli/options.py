@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rgap import losses, models
+from rgap.attacks import Attack, Closed, Recursive
 from rgap.target import Target
 
 BUILT_IN: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
@@ -97,6 +98,22 @@ def target_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+ATTACKS: dict[str, Callable[[], Attack]] = {"closed": Closed, "recursive": Recursive}
+
+
+def attack_option(command: F) -> F:
+    """Which attack runs."""
+    return click.option(
+        "--attack",
+        "attack",
+        default="closed",
+        show_default=True,
+        type=click.Choice(sorted(ATTACKS)),
+        help="recursive: layer by layer, as in the paper; closed: and where a layer leaves its input open, several "
+        "layers together.",
+    )(command)
 
 
 def make_target(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from rgap.attacks import LayerReport, Reconstruction
+from rgap.attacks import Answer, LayerReport, Reconstruction
 from rgap.auditing import Audit
 from rgap.rank import RankAnalysis
 from rgap.rank.analysis import about
@@ -69,6 +69,17 @@ def ranks(analysis: RankAnalysis) -> Table:
             cells += [_known(layer.rank), about(layer), _known(layer.joint_free)]
         table.add_row(_end(layer.name, 20), *map(str, cells), layer.measured.value)
     return table
+
+
+def together(answer: Answer) -> str | None:
+    """What is to be said of layers that were solved jointly; None if none were."""
+    joint = answer.joint
+    if joint is None:
+        return None
+    return (
+        f"{' and '.join(joint.layers)} solved together for the input: {joint.unknowns} unknowns, {joint.rows} rows, "
+        f"rank {joint.rank}, {joint.free} free, condition {joint.condition:.0e}, {joint.steps} steps"
+    )
 
 
 def _end(name: str, most: int) -> str:
