@@ -68,6 +68,33 @@ def test_audit_as_json_prints_nothing_else(capsys: pytest.CaptureFixture[str], t
     assert err == ""
 
 
+def test_layers_solved_jointly_are_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_narrow_network.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef make():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(\n        nn.Conv2d(1, 6, 4, 2, 2, bias=False), nn.LeakyReLU(0.2),\n"
+        "        nn.Conv2d(6, 4, 3, 2, 1, bias=False), nn.LeakyReLU(0.2),\n"
+        "        nn.Conv2d(4, 24, 3, 1, 1, bias=False), nn.LeakyReLU(0.2),\n"
+        "        nn.Flatten(), nn.Linear(384, 1, bias=False),\n    )\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    arguments = ("audit", *SMALL, "--count", 1, "--model", "my_narrow_network:make")
+    with torch.random.fork_rng():
+        code, out, _ = run(capsys, *arguments)
+    words = " ".join(out.split())
+    assert code == 0
+    assert "1 of 1 pictures recovered exactly" in words
+    assert "0 and 2 solved together for the input: 144 unknowns" in words
+    assert "neighbouring values of the input are similar" in words
+    said = json.loads((tmp_path / "rgap-out" / "audit.json").read_text())
+    assert said["cases"][0]["reconstruction"]["answers"][0]["joint"]["free"] == 0
+    with torch.random.fork_rng():
+        _, out, _ = run(capsys, *arguments, "--attack", "recursive")
+    assert "0 of 1 pictures recovered exactly, 1 rank-deficient" in " ".join(out.split())
+
+
 def test_audit_of_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, photograph: Path) -> None:
     code, out, _ = run(capsys, "audit", *SMALL, "--data", photograph.parent, "--out", tmp_path / "out", "--json")
     assert code == 0

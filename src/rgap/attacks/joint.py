@@ -214,6 +214,8 @@ class Problem:
             moves = torch.cat(
                 [self._k_before(depth, moves) * point.slopes[depth], own.reshape(-1, layer.outputs, layer.positions)]
             )
+            if not len(moves):
+                continue
             effects = layer.grad_weight(point.inputs[depth].expand(len(moves), -1, -1), moves).flatten(1)
             _, sigma, basis = torch.linalg.svd(effects, full_matrices=False)
             bases[depth] = basis[sigma > RANK * sigma.amax().clamp(min=torch.finfo(sigma.dtype).tiny)]

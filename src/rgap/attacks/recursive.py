@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -13,19 +13,17 @@ from rgap.attacks import kinks
 from rgap.attacks.base import (
     Answer,
     Attack,
-    JointReport,
-    LayerReport,
     Reconstruction,
     Status,
     gradient_residuals,
     residual_tolerance,
 )
 from rgap.attacks.heads import Heads, heads
+from rgap.attacks.trail import End, Step, Trail
 from rgap.checks import Preflight
-from rgap.constraints import Solved, System
-from rgap.nn.activations import Activation, Identity
+from rgap.constraints import System
+from rgap.nn.activations import Activation
 from rgap.nn.chain import Chain
-from rgap.nn.layers import Layer
 from rgap.target import Target
 from rgap.update import Update
 
@@ -174,37 +172,6 @@ class Recursive(Attack):
         return Status.EXACT, f"{residual}, estimated error {best.error:.1e}"
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one candidate had at a layer."""
-
-    k: Float[Tensor, "1 o p"]
-    z: Float[Tensor, "1 o p"]
-    z_error: Float[Tensor, "1 o p"]
-    x: Float[Tensor, "1 c n"]
-    """The layer's input, as solved."""
-    row_weight: Float[Tensor, "1 o p"] | None
-
-
-@dataclass(frozen=True)
-class End:
-    """One candidate's input, at the end of the recursion."""
-
-    x: Float[Tensor, "1 c n"]
-    label: float
-    margin: float
-    error: float
-    layers: tuple[LayerReport, ...]
-    steps: tuple[Step, ...]
-    joint: JointReport | None = None
-    note: str = ""
-
-    def scaled(self, margin: float) -> End:
-        """The same direction with another margin, for a chain that scales."""
-        factor = margin / self.margin if self.margin else 1.0
-        return replace(self, x=factor * self.x, margin=margin, error=abs(factor) * self.error)
-
-
 def recurse(
     chain: Chain,
     gradients: dict[str, Tensor],
@@ -217,7 +184,7 @@ def recurse(
     head, k, z = start, start.k, start.z
     row_weight, z_error = None, torch.zeros_like(z)
     family = torch.arange(len(k), device=k.device)
-    traces = [Trace() for _ in head.labels]
+    trails = [Trail() for _ in head.labels]
     for depth in reversed(range(len(chain))):
         layer = chain[depth]
         grad = layer.pack_weight(gradients[layer.weight_name][None]).expand(len(k), *layer.weight.shape)
@@ -230,13 +197,13 @@ def recurse(
         # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
         z_error = z_error.maximum(solved.weight_misfit[:, None, None])
         error = _error(system, z_error, grad, eps, head.k_error, probe)
-        for s, trace in enumerate(traces):
+        for s, trail in enumerate(trails):
             one = slice(s, s + 1)
             step = Step(k[one], z[one], z_error[one], solved.x[one], None if row_weight is None else row_weight[one])
-            trace.add(step, layer, system, solved, s, float(error[s]), k_known)
+            trail.add(step, layer, system, solved, s, float(error[s]), k_known)
         alive = _plausible(torch.maximum(solved.weight_residual, solved.gradient_residual), family)
         x, k, error, head, family = solved.x[alive], k[alive], error[alive], head.select(alive), family[alive]
-        traces = [trace for trace, keep in zip(traces, alive.tolist(), strict=True) if keep]
+        trails = [trail for trail, keep in zip(trails, alive.tolist(), strict=True) if keep]
         if depth > 0:
             before = chain[depth - 1]
             after = before.pack_output(layer.unpack_input(x))
@@ -248,62 +215,18 @@ def recurse(
             k = k[of] * slope  # Eq. 6
             z, z_error, head, family = z[of], z_error[of], head.select(of), family[of]
             row_weight = None if row_weight is None else row_weight[of]
-            traces = [traces[parent].passed(before) for parent in of.tolist()]
+            trails = [trails[parent].passed(before) for parent in of.tolist()]
     return [
         End(
             x[s : s + 1],
             float(head.labels[s]),
             float(head.margins[s]),
             float(error[s]),
-            tuple(trace.layers),
-            tuple(trace.steps),
+            tuple(trail.layers),
+            tuple(trail.steps),
         )
-        for s, trace in enumerate(traces)
+        for s, trail in enumerate(trails)
     ]
-
-
-@dataclass
-class Trace:
-    """What is said of one candidate along its way, from the output to the input."""
-
-    layers: list[LayerReport] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    """Both from the input to the output."""
-    x_open: str | None = None
-    """The rank-deficient layer, if any, whose free dimensions reach the present input, and so the z before it."""
-    k_open: str | None = None
-    """Likewise for k."""
-
-    def add(
-        self, step: Step, layer: Layer, system: System, solved: Solved, s: int, error: float, k_known: bool
-    ) -> None:
-        """Note what happened at a layer, and whether its input is determined."""
-        self.k_open = None if k_known else self.k_open
-        z_open = None if system.by_gradient_alone[s] else self.x_open
-        own = layer.name if solved.rank[s] < layer.unknowns else None
-        self.x_open = self.k_open or z_open or own
-        weight = system.row_weight
-        report = LayerReport(
-            name=layer.name,
-            unknowns=layer.unknowns,
-            weight_rows=layer.weight_rows if weight is None else int((weight[s] > 0).sum()),
-            gradient_rows=layer.gradient_rows,
-            rank=solved.rank[s],
-            condition=solved.condition[s],
-            weight_residual=float(solved.weight_residual[s]),
-            gradient_residual=float(solved.gradient_residual[s]),
-            error=error,
-            dead_units=int((system.k[s] == 0).all(-1).sum()),
-            method=solved.method,
-            open_since=self.x_open,
-        )
-        self.layers.insert(0, report)
-        self.steps.insert(0, step)
-
-    def passed(self, before: Layer) -> Trace:
-        """A copy behind an activation: the slopes that enter the next k are known as far as the input is."""
-        k_open = self.k_open if isinstance(before.activation, Identity) else self.k_open or self.x_open
-        return Trace(list(self.layers), list(self.steps), self.x_open, k_open)
 
 
 def _error(

@@ -10,7 +10,8 @@ from torch import Tensor
 from rgap.attacks import joint, kinks
 from rgap.attacks.base import JointReport
 from rgap.attacks.fading import Fading, error, factor, smoothness, solve
-from rgap.attacks.recursive import End, Recursive, settled
+from rgap.attacks.recursive import Recursive, settled
+from rgap.attacks.trail import End
 from rgap.target import Target
 
 RANK_ROUNDINGS = 8

@@ -53,7 +53,7 @@ def command(update: Path, attack: str, out: Path, as_json: bool, **named: Any) -
         return
     report = Console()
     if found.answers:
-        report.print(tables.layers(found.layers, "Layer by layer"))
+        report.print(tables.layers(found.answers[0], "Layer by layer"))
         if (joint := tables.together(found.answers[0])) is not None:
             report.print(joint, highlight=False)
     for note in tables.notes(found):

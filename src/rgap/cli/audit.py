@@ -66,7 +66,7 @@ def command(folder: Path | None, attack: str, count: int, out: Path, as_json: bo
     report.print(tables.pictures(result))
     first = next((case for case in result.cases if case.found.answers), None)
     if first is not None:
-        report.print(tables.layers(first.found.layers, f"Layer by layer, for {first.name}"))
+        report.print(tables.layers(first.found.answers[0], f"Layer by layer, for {first.name}"))
         if (joint := tables.together(first.found.answers[0])) is not None:
             report.print(joint, highlight=False)
     for note in dict.fromkeys(note for case in result.cases for note in tables.notes(case.found)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from rgap.attacks import Answer, LayerReport, Reconstruction
+from rgap.attacks import Answer, Reconstruction
 from rgap.auditing import Audit
 from rgap.rank import RankAnalysis
 from rgap.rank.analysis import about
@@ -33,13 +33,20 @@ def pictures(audit: Audit) -> Table:
     return table
 
 
-def layers(reports: tuple[LayerReport, ...], title: str) -> Table:
-    """One row for each layer, from the input to the output."""
+def layers(answer: Answer, title: str) -> Table:
+    """One row for each layer, from the input to the output.
+
+    Layers that were solved jointly show what the recursion measured of them alone, without its residual and error:
+    those were of an input that the joint solve replaced.
+    """
+    jointly = () if answer.joint is None else answer.joint.layers
     table = _table(title, ("layer",))
     for name in ("|x|", "|z| rows", "|W| rows", "rank", "free", "condition", "residual", "error"):
         table.add_column(name, justify="right")
     table.add_column("solved by")
-    for layer in reports:
+    for layer in answer.layers:
+        replaced = layer.name in jointly
+        method = "jointly" if replaced else layer.method
         table.add_row(
             layer.name[-12:],
             str(layer.unknowns),
@@ -48,9 +55,9 @@ def layers(reports: tuple[LayerReport, ...], title: str) -> Table:
             str(layer.rank),
             str(layer.free),
             f"{layer.condition:.0e}",
-            f"{max(layer.weight_residual, layer.gradient_residual):.0e}",
-            f"{layer.error:.0e}",
-            layer.method + (f", {layer.dead_units} dead" if layer.dead_units else ""),
+            "-" if replaced else f"{max(layer.weight_residual, layer.gradient_residual):.0e}",
+            "-" if replaced else f"{layer.error:.0e}",
+            method + (f", {layer.dead_units} dead" if layer.dead_units else ""),
         )
     return table
 
