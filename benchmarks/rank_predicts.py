@@ -5,8 +5,9 @@
 Draws small convolutional networks at random, asks the rank analysis before any gradient exists, then attacks the
 gradient of one photograph, and compares. The recursion is predicted by the largest count over the layers without
 virtual constraints, or by whether every layer's measured rank is full; the closed-form attack as a whole by the
-paper's index with virtual constraints, or by whether the measured joint rank is full. "Recovered" is an MSE of 1e-6 or
-less. One line of JSON for each network is added to FILE as it is done; a run that was interrupted goes on from there.
+paper's index with virtual constraints, or by whether the measured joint rank is full, at random values or at the
+photograph itself. "Recovered" is an MSE of 1e-6 or less. One line of JSON for each network is added to FILE as it is
+done; a run that was interrupted goes on from there.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def examine(seed: int, anything: bool = False) -> dict[str, Any] | None:
         "index": analysis.index,
         "layers free": max(layer.free or 0 for layer in analysis.layers),
         "joint free": analysis.joint_free,
+        "joint free at the sample": rank_analysis(target, photograph, seed=seed).joint_free,
         "attack free": None if joint is None else joint.free,
         "mse": {name: _best(answer, photograph) for name, answer in found.items()},
         "status": {name: answer.status.value for name, answer in found.items()},
@@ -92,7 +94,8 @@ PREDICTIONS = (
     ("Recursive", "counted: |x| - |W| - |z| <= 0 in every layer", "own index"),
     ("Recursive", "measured: every layer of full rank", "layers free"),
     ("Virtual", "counted: the paper's index <= 0", "index"),
-    ("Virtual", "measured: all layers together of full rank", "joint free"),
+    ("Virtual", "measured at random values: all layers together of full rank", "joint free"),
+    ("Virtual", "measured at the photograph: the same", "joint free at the sample"),
 )
 
 
@@ -140,8 +143,9 @@ def main() -> None:
     disagree = [row for row in done if (row["index"] <= 0) != (row["joint free"] == 0)]
     print(f"index and joint rank disagree on {len(disagree)} of {len(done)} networks")
     same = [row for row in done if row["attack free"] is not None]
-    equal = sum(row["attack free"] == row["joint free"] for row in same)
-    print(f"free dimensions measured before any gradient = free dimensions at the answer: {equal} of {len(same)}")
+    for where in ("joint free", "joint free at the sample"):
+        equal = sum(row["attack free"] == row[where] for row in same)
+        print(f"{where} = free at the answer of the attack: {equal} of {len(same)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ what the constraints do not yet tell, with a weight that falls to nothing as the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -17,9 +17,9 @@ from rgap.linalg import psd
 
 DOUBTED, MARGIN = (4, 6), 8
 """For each unit that changed its side in the last step so many are in doubt, those nearest to their kinks, and a few
-more. Where one number leads nowhere another often does."""
+more. Where one number leads nowhere another may, with a prior that fades half as fast."""
 MOST = 256
-"""With more units in doubt than this the gradient rows in front say too little to be worth their while."""
+"""With more units in doubt than this, and than half the gradient rows in front, the rows are not worth their while."""
 FEW = 12
 """With at most so many changes of sides the prior's weight falls twice as fast."""
 REFINEMENTS, WITHOUT_PRIOR = 3, 30
@@ -72,6 +72,7 @@ def solve(
         tries.append(_descend(problem, outputs, prior, centre, fading, tolerance, doubted))
         if tries[-1].misfit <= tolerance or not problem.kinked:
             break
+        fading = replace(fading, by=fading.by**0.5)
     best = min(tries, key=lambda found: found.misfit)
     return Found(best.x, best.misfit, sum(found.steps for found in tries))
 
@@ -89,6 +90,7 @@ def _descend(
     middle = torch.full((first.unknowns,), centre, dtype=prior.dtype, device=prior.device)
     # The z to start from are too coarse for the gradient rows in front.
     doubtful: list[Tensor] | None = None if point.slopes else []
+    most = max(MOST, sum(layer.gradient_rows for layer in problem.layers[:-1]) // 2)
     best = Found(middle.reshape(1, first.channels, first.pixels), torch.inf, 0)
     weight, fewest, progress, count = fading.strongest, torch.inf, 0, 0
     for step in range(fading.steps):
@@ -114,7 +116,7 @@ def _descend(
                 weight = max(weight / fading.by ** (1 if changed > FEW else 2), fading.weakest)
             count = doubted * changed + MARGIN if changed else count // 2
         fewest = min(fewest, changed)
-        doubtful = problem.nearest_to_kink(point, count) if count <= MOST else None
+        doubtful = problem.nearest_to_kink(point, count) if count <= most else None
     return Found(best.x, best.misfit, step + 1)
 
 
