@@ -1,4 +1,4 @@
-.PHONY: audit test lint
+.PHONY: audit test lint bench
 
 # One stamp file: the environment is made again when the requirements change, and only then.
 .venv/ready: pyproject.toml constraints.txt
@@ -17,3 +17,7 @@ lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy --strict src
+
+# DATA holds cifar10/ and mnist/, one subfolder of pictures for each class.
+bench: .venv/ready
+	.venv/bin/python benchmarks/closed_form.py --data "$(DATA)"

@@ -357,3 +357,11 @@ def test_errors_of_z_reach_only_the_weak_directions() -> None:
     # This k shows the four pixels of the first position as they are.
     assert float(moved[:2, :2].abs().max()) < 1e-10
     assert float(moved.abs().max()) > 1e-2
+
+
+def test_a_layer_too_large_for_memory_is_refused_before_anything_is_made() -> None:
+    weight = torch.zeros(4, 3, 3, 3)
+    layer = layers.convolution("conv1", weight, None, (3, 224, 224), (1, 1), ((0, 0),) * 2, (1, 1), 1, "w", None)
+    k = torch.ones(1, 4, layer.positions, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"conv1 has an input of 3 x 50176 values.*19 GiB.*smaller inputs"):
+        System(layer, k, None, 1e-9)

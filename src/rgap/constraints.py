@@ -23,6 +23,8 @@ from rgap.nn.layers import Layer
 
 STRONG = 1e-3
 """A direction is strong if its singular value in K0 is at least this fraction of the largest."""
+LARGEST = 2**33
+"""Bytes of the largest dense matrix that is formed."""
 REFINEMENTS = 2
 """Steps of iterative refinement; a step on matrices is cheap beside their factors."""
 
@@ -59,10 +61,14 @@ class System:
             k: gradient of the loss with respect to the layer's output.
             row_weight: how far each value of z is known, 0 where its row is dropped; None means 1 everywhere.
             tolerance: singular values below this fraction of the largest count as zero.
+
+        Raises:
+            ValueError: the layer is too large for dense matrices.
         """
         self.layer, self.k = layer, k
         self.row_weight = row_weight
         self._row_weight = None if row_weight is None else row_weight**2
+        _check_size(layer, len(k) * layer.groups * layer.pixels**2)
         kernel = layer.kernel_matrix(k)
         _, sigma, basis = torch.linalg.svd(kernel, full_matrices=True)
         self._basis: Float[Tensor, "s g n n"] = basis.mT
@@ -74,6 +80,7 @@ class System:
             self._factor_weak(tolerance)
 
     def _factor_weak(self, tolerance: float) -> None:
+        _check_size(self.layer, self.layer.groups * (self.layer.channels // self.layer.groups * self.layer.pixels) ** 2)
         gram = self.layer.weight_gram(self._row_weight)
         per_group = self.layer.channels // self.layer.groups
         gradient_row = self._sigma.square().sum(-1) / (self.layer.outputs // self.layer.groups * self.layer.offsets)
@@ -160,6 +167,16 @@ class System:
             y = factor.solve(rhs.reshape(-1, 1)).reshape(rhs.shape)
             x[s, g] = x[s, g] + y @ basis.mT
         return x.reshape(len(z), layer.channels, layer.pixels)
+
+
+def _check_size(layer: Layer, entries: int) -> None:
+    """Refuse a matrix that would not fit into memory, before it is made."""
+    if 8 * entries > LARGEST:
+        raise ValueError(
+            f"{layer.name} has an input of {layer.channels} x {layer.pixels} values: its constraints take a dense "
+            f"matrix of {8 * entries / 2**30:.0f} GiB, more than the {LARGEST / 2**30:.0f} GiB that are solved. Attack "
+            "the model with smaller inputs; `rgap.rank_analysis` takes large ones"
+        )
 
 
 def _congruent(matrix: Float[Tensor, "c n cn"], basis: Float[Tensor, "n d"]) -> Float[Tensor, "cd cd"]:

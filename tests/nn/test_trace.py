@@ -745,3 +745,16 @@ def test_training_on_does_not_change_the_chain() -> None:
     with torch.no_grad():
         model[0].weight.zero_()
     assert torch.equal(chain[0].weight, before)
+
+
+def test_batch_norm_in_training_mode_that_refuses_one_sample_hides_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.GELU(), nn.Linear(4, 1)).train()
+    with pytest.raises(NotAChain) as caught:
+        trace(model, (4,))
+    first, *others = caught.value.obstacles
+    assert first.kind is Kind.SETTING
+    assert "training mode" in first.what
+    assert "model.eval()" in first.remedy
+    assert {other.what for other in others} >= {"batch_norm", "gelu"}
+    assert model.training
+    assert model[1].training

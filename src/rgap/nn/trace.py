@@ -6,6 +6,7 @@ and is never saved or loaded.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -107,6 +108,12 @@ def follow(model: nn.Module, input_shape: tuple[int, ...], outputs: int | None =
         program = torch.export.export(model, (example,), strict=False)
     except Exception as error:  # torch.export raises many kinds for code it cannot follow
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if any(module.training for module in model.modules()):  # batch norm may refuse a single sample
+            graph = follow(copy.deepcopy(model).eval(), input_shape, outputs)
+            if graph.uses:
+                what = f"cannot be traced in training mode: {first}"
+                setting = Obstacle("forward", what, Kind.SETTING, "Call model.eval() first.")
+                return replace(graph, obstacles=(setting, *graph.obstacles))
         remedy = "Control flow that depends on the values of the input cannot be followed."
         return Graph((), (Obstacle("forward", f"cannot be traced: {first}", Kind.NOT_YET, remedy),))
     module = program.graph_module
