@@ -72,7 +72,7 @@ def test_an_input_shape_that_the_model_does_not_take_is_refused(shape: tuple[int
 
 
 def test_sizes_are_plain_numbers() -> None:
-    target = Target(net(), losses.Logistic(), list(torch.Size([2, 4, 4])))  # type: ignore[arg-type]
+    target = Target(net(), losses.Logistic(), torch.Size([2, 4, 4]))
     assert target.input_shape == (2, 4, 4)
     assert type(target.input_shape) is tuple
 

@@ -192,7 +192,7 @@ class Problem:
             ks.insert(0, self._k_before(depth, ks[0]) * slopes[depth])
         return ks
 
-    def _k_before(self, depth: int, k: Float[Tensor, "s o p"]) -> Float[Tensor, "s o p"]:
+    def _k_before(self, depth: int, k: Float[Tensor, "s o p"]) -> Float[Tensor, "s c n"]:
         """The gradient of a layer's activated output, from the next layer's k."""
         layer, after = self.layers[depth], self.layers[depth + 1]
         return layer.pack_output(after.unpack_input(after.grad_input(k)))

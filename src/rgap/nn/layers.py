@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from rgap.nn.activations import IDENTITY, Activation
@@ -98,13 +98,13 @@ class Layer:
         x = x.movedim(-1, 1) if self.channels_last else x
         return x.reshape(len(x), self.channels, self.pixels)
 
-    def unpack_input(self, x: Float[Tensor, "s c n"]) -> Tensor:
+    def unpack_input(self, x: Shaped[Tensor, "s c n"]) -> Tensor:
         """(s, channels, pixels) as (s, *input_shape)."""
         if self.channels_last:
             x = x.movedim(1, -1)
         return x.reshape(len(x), *self.input_shape)
 
-    def pack_output(self, z: Tensor) -> Float[Tensor, "s o p"]:
+    def pack_output(self, z: Tensor) -> Shaped[Tensor, "s o p"]:
         """(s, *output_shape), or anything that flattens to it, as (s, outputs, positions)."""
         z = z.reshape(len(z), *self.output_shape)
         z = z.movedim(-1, 1) if self.channels_last else z

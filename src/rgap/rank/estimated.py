@@ -66,9 +66,8 @@ def estimate(found: Rows, generator: torch.Generator) -> Free:
 
 def _normal(found: Rows, x: Float[Tensor, "s c n"]) -> Float[Tensor, "s c n"]:
     """(W'W + K'K) x."""
-    layer = found.layer
-    weight = layer.grad_input(layer.output(x) * found.known)
-    return weight + layer.grad_input(found.k, layer.grad_weight(x, found.k))
+    layer, k = found.layer, found.k.expand(len(x), -1, -1)
+    return layer.grad_input(layer.output(x) * found.known) + layer.grad_input(k, layer.grad_weight(x, k))
 
 
 def _stalled(history: list[float]) -> bool:

@@ -48,10 +48,10 @@ def plot(analysis: RankAnalysis, path: str | Path) -> None:
         if over > MOST:
             _say(axes, lying, at + 0.2, MOST, f"{over:.0f}x")
         free = (layer.free or 0) / unit
-        _bar(axes, lying, at - 0.2, 0, 1 - free, _UNKNOWNS)
+        _bar(axes, lying, at - 0.2, 0.0, 1 - free, _UNKNOWNS)
         _bar(axes, lying, at - 0.2, 1 - free, free, _FREE)
         if layer.free:
-            _say(axes, lying, at - 0.2, 1, f"{layer.free} free" if lying else f"{layer.free}\nfree")
+            _say(axes, lying, at - 0.2, 1.0, f"{layer.free} free" if lying else f"{layer.free}\nfree")
     labels = [_label(layer, "  " if lying else "\n") for layer in layers]
     of_layers, of_lengths = (axes.yaxis, axes.xaxis) if lying else (axes.xaxis, axes.yaxis)
     of_layers.set_ticks(range(len(layers)), labels, fontsize=8)
