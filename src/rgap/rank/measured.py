@@ -297,7 +297,7 @@ def _null(matrix: Float[Tensor, "m m"]) -> Float[Tensor, "m f"]:
     return basis
 
 
-def _in_weight_rows(found: Rows, later: Float[Tensor, "f o p"]) -> Float[Tensor, "f o p"]:
+def _in_weight_rows(found: Rows, later: Float[Tensor, "f o p"]) -> Float[Tensor, "m o p"]:
     """Free directions of the activated output as orthonormal directions M of the known weight rows.
 
     A move N a of the output that changes a value with slope 0 is no move of z: such a are left out.
