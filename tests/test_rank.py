@@ -155,7 +155,7 @@ def rank_of(sigma: torch.Tensor) -> int:
     if float(sigma[0]) == 0:
         return 0
     relative = sigma / sigma[0]
-    assume(not bool(((relative > 1e-11) & (relative < 1e-5)).any()))
+    assume(not bool(((relative > 1e-11) & (relative < 1e-4)).any()))
     return int((relative > 1e-7).sum())
 
 

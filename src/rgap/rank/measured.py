@@ -24,6 +24,9 @@ from rgap.nn.layers import Layer
 
 TOLERANCE = 1e-9
 """Singular values of K0 below this fraction of the largest count as zero."""
+HELD = 1e-5
+"""A free direction of norm 1 that moves values of slope 0 by less is taken not to move them: next to a constraint that
+is nearly missing, free directions are known to no more than that."""
 LARGEST_GRAM = 2**24
 """Entries of the largest W'W that is formed: 4096 unknowns in one group."""
 LARGEST_KERNEL = 2**25
@@ -196,7 +199,7 @@ def _definite(found: Rows, classes: list[tuple[Tensor, Tensor]]) -> bool:
     )
 
 
-def _null_of_gradient(found: Rows, classes: list[tuple[Tensor, Tensor]]) -> list[Float[Tensor, "n d"]]:
+def _null_of_gradient(found: Rows, classes: list[tuple[Tensor, Tensor]]) -> list[Float[Tensor, "n _"]]:
     """For each group, an orthonormal basis of what K0 does not tell of one channel."""
     layer = found.layer
     parts: list[list[Tensor]] = [[] for _ in range(layer.groups)]
@@ -215,7 +218,7 @@ def _null_of_gradient(found: Rows, classes: list[tuple[Tensor, Tensor]]) -> list
 
 
 def _by_numbers(
-    found: Rows, nulls: list[Float[Tensor, "n d"]], directions: bool, later: Tensor | None
+    found: Rows, nulls: list[Float[Tensor, "n _"]], directions: bool, later: Tensor | None
 ) -> tuple[Free, Free]:
     """Weight rows on the null space V of the gradient rows: the null space of V' W' (1 - M M') W V."""
     layer = found.layer
@@ -306,7 +309,7 @@ def _in_weight_rows(found: Rows, later: Float[Tensor, "f o p"]) -> Float[Tensor,
     if bool(dead.any()):
         held = later[:, dead]
         _, sigma, basis = torch.linalg.svd(held.mT, full_matrices=True)
-        rank = int((sigma > TOLERANCE).sum())
+        rank = int((sigma > HELD).sum())
         later = (basis[rank:] @ later.flatten(1)).reshape(-1, *later.shape[1:])
     moves = torch.where(dead, 0.0, later / torch.where(dead, 1.0, found.slope[0]) / found.norm)
     orthonormal: Tensor = torch.linalg.qr(moves.flatten(1).mT)[0]
