@@ -155,7 +155,7 @@ def _last_layer(target: Target, update: Update, product: float, noise: float) ->
         return []
     margin = loss.margin(slope)
     if margin is None:
-        if slope == 0 or (loss.margin(-0.5) is None and math.isclose(slope, -1.0, rel_tol=1e-3)):
+        if loss.margin(-0.5) is None and math.isclose(slope, -1.0, rel_tol=1e-3):
             return []
         return [
             f"the gradient of {last.bias_name} is {abs(slope):.4g}, which no single sample gives under the {loss.name} "

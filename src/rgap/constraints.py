@@ -80,9 +80,9 @@ class System:
             self._factor_weak(tolerance)
 
     def _factor_weak(self, tolerance: float) -> None:
-        _check_size(self.layer, self.layer.groups * (self.layer.channels // self.layer.groups * self.layer.pixels) ** 2)
-        gram = self.layer.weight_gram(self._row_weight)
         per_group = self.layer.channels // self.layer.groups
+        _check_size(self.layer, self.layer.groups * (per_group * self.layer.pixels) ** 2)
+        gram = self.layer.weight_gram(self._row_weight)
         gradient_row = self._sigma.square().sum(-1) / (self.layer.outputs // self.layer.groups * self.layer.offsets)
         used = self.layer.weight_rows / self.layer.groups
         for s, g in (~self._strong).any(-1).nonzero().tolist():
@@ -90,7 +90,7 @@ class System:
             weak = ~self._strong[s, g]
             basis, sigma = self._basis[s, g][:, weak], self._sigma[s, g][weak]
             n = len(basis)
-            reduced = _congruent(matrix.reshape(per_group, n, per_group * n), basis)
+            reduced = psd.congruent(matrix.reshape(per_group, n, per_group * n), basis)
             if self._row_weight is not None:
                 used = float((self._row_weight.reshape(len(self.k), self.layer.groups, -1)[s, g] > 0).sum())
             weight_row = float(matrix.trace()) / max(used, 1)
@@ -177,16 +177,6 @@ def _check_size(layer: Layer, entries: int) -> None:
             f"matrix of {8 * entries / 2**30:.0f} GiB, more than the {LARGEST / 2**30:.0f} GiB that are solved. Attack "
             "the model with smaller inputs; `rgap.rank_analysis` takes large ones"
         )
-
-
-def _congruent(matrix: Float[Tensor, "c n cn"], basis: Float[Tensor, "n d"]) -> Float[Tensor, "cd cd"]:
-    """B' M B for each block of a symmetric matrix, on and below the diagonal alone: nothing above it is set."""
-    c, n, d = len(matrix), *basis.shape
-    out = matrix.new_zeros(c, d, c, d)
-    for row in range(c):
-        left = basis.mT @ matrix[row, :, : (row + 1) * n]
-        out[row, :, : row + 1] = (left.reshape(-1, n) @ basis).reshape(d, row + 1, d)
-    return out.reshape(c * d, c * d)
 
 
 def _relative(misfit: Tensor, reference: Tensor) -> Float[Tensor, " s"]:

@@ -9,20 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rgap import data, models
-from rgap.cli import main
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    code = ended.value.code
-    return (int(code) if code is not None else 0), out, err
 
 
 @pytest.fixture
@@ -146,6 +137,13 @@ def test_a_model_of_ones_own_with_weights(
         (("audit", "--weights", "nowhere.safetensors"), 1, "no such file"),
         (("attack", "nowhere.safetensors"), 1, "no such file"),
         (("capture", "nowhere.png", "--label", "1"), 1, "nowhere.png"),
+        (("rank", "--sample", "nowhere.png"), 1, "nowhere.png does not exist"),
+        (("rank", "--batch-size", "0"), 2, "0 is not in the range"),
+        (
+            ("rank", "--input-shape", "784", "--model", "fcn3", "--sample", "x.png"),
+            1,
+            "no pictures: leave --sample out",
+        ),
         (("nonsense",), 2, "No such command"),
     ],
 )

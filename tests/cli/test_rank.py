@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from command import run
 from PIL import Image
 from rich.console import Console
 
 import rgap
 from rgap import losses, models
-from rgap.cli import main
 from rgap.cli import rank as command
 
 SMALL = ("--input-shape", "1,12,12")
@@ -34,15 +34,6 @@ class Residual(nn.Module):
 """
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    with pytest.raises(SystemExit) as ended:
-        main(["rank", *(str(argument) for argument in arguments)])
-    out, err = capsys.readouterr()
-    code = ended.value.code
-    return (int(code) if code is not None else 0), out, err
-
-
 @pytest.fixture
 def residual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     (tmp_path / "my_residual.py").write_text(RESIDUAL)
@@ -53,7 +44,7 @@ def residual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]
 
 
 def test_the_table_ends_with_the_verdict(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, err = run(capsys, *SMALL, "--out", tmp_path)
+    code, out, err = run(capsys, "rank", *SMALL, "--out", tmp_path)
     assert (code, err) == (0, "")
     expected = rgap.rank_analysis(rgap.Target(models.cnn6(1, 12), losses.Logistic(), (1, 12, 12), (0.0, 1.0)))
     lines = out.splitlines()
@@ -69,7 +60,7 @@ def test_the_table_ends_with_the_verdict(capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_json_prints_nothing_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, err = run(capsys, *SMALL, "--out", tmp_path, "--json", "--no-measure", "--batch-size", 3)
+    code, out, err = run(capsys, "rank", *SMALL, "--out", tmp_path, "--json", "--no-measure", "--batch-size", 3)
     assert (code, err) == (0, "")
     said = json.loads(out)
     assert said == json.loads((tmp_path / "rank.json").read_text())
@@ -79,7 +70,7 @@ def test_json_prints_nothing_else(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 def test_ranks_at_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     Image.new("L", (12, 12), 100).save(tmp_path / "one.png")
-    code, out, _ = run(capsys, *SMALL, "--sample", tmp_path / "one.png", "--out", tmp_path, "--json")
+    code, out, _ = run(capsys, "rank", *SMALL, "--sample", tmp_path / "one.png", "--out", tmp_path, "--json")
     assert code == 0
     assert json.loads(out)["at_sample"] is True
 
@@ -87,7 +78,7 @@ def test_ranks_at_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 def test_models_that_are_no_chain(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, residual: tuple[str, ...]
 ) -> None:
-    code, out, err = run(capsys, *residual, "--out", tmp_path)
+    code, out, err = run(capsys, "rank", *residual, "--out", tmp_path)
     assert (code, err) == (0, "")
     assert "not measured" in out
     said = " ".join(out.split())
@@ -97,27 +88,6 @@ def test_models_that_are_no_chain(
     layers = json.loads((tmp_path / "rank.json").read_text())["layers"]
     assert [layer["name"] for layer in layers] == ["a", "b", "c"]
     assert [layer["virtual_rows"] for layer in layers] == [0, 4 * 144 - 144, 0]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (("--sample", "nowhere.png"), 1, "nowhere.png does not exist"),
-        (("--batch-size", "0"), 2, "0 is not in the range"),
-        (("--input-shape", "784", "--model", "fcn3", "--sample", "x.png"), 1, "no pictures: leave --sample out"),
-    ],
-)
-def test_bad_input_gets_one_clear_message(
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: tuple[str, ...],
-    code: int,
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    got, _, err = run(capsys, *arguments)
-    assert (got, message in " ".join(err.split())) == (code, True), err
 
 
 @pytest.mark.parametrize(("patience", "shown"), [(0.0, True), (60.0, False)])

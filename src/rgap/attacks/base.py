@@ -199,6 +199,11 @@ def residual_tolerance(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** 0.5)
 
 
+def rounding(grad: Tensor, eps: float) -> Tensor:
+    """How far rounding may have moved each value of a gradient: by its own size, and a little by the largest's."""
+    return eps * (grad.abs() + 0.1 * grad.abs().amax())
+
+
 def gradient_residuals(
     target: Target, update: Update, inputs: Tensor, labels: Float[Tensor, " s"]
 ) -> Float[Tensor, " s"]:

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.attacks.joint import Problem, block_diagonal
+from rgap.attacks.base import rounding
+from rgap.attacks.joint import Problem
 from rgap.linalg import psd
 
 DOUBTED, MARGIN = (4, 6), 8
@@ -136,7 +137,7 @@ def error(
     def draw(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=probe, dtype=like.dtype, device=like.device)
 
-    noises = [eps * (grad.abs() + 0.1 * grad.abs().max()) * draw(grad) for grad in problem.grads]
+    noises = [rounding(grad, eps) * draw(grad) for grad in problem.grads]
     rhs = problem.right_side(draw(z_error) * z_error, noises, slopes, None)
     return float(factored.solve(rhs[:, None]).square().mean().sqrt())
 
@@ -177,4 +178,4 @@ def smoothness(shape: tuple[int, ...], like: Tensor) -> Float[Tensor, "u u"] | N
         a, b = a.flatten(), b.flatten()
         laplacian.index_put_((torch.cat([a, b]),) * 2, laplacian.new_ones(2 * len(a)), accumulate=True)
         laplacian.index_put_((torch.cat([a, b]), torch.cat([b, a])), -laplacian.new_ones(2 * len(a)), accumulate=True)
-    return block_diagonal(laplacian.expand(shape[0], -1, -1))
+    return psd.block_diagonal(laplacian.expand(shape[0], -1, -1))

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rgap.linalg import psd
 from rgap.nn.chain import Chain
 from rgap.nn.layers import Layer
 
@@ -110,7 +111,7 @@ class Problem:
         self._away: list[Tensor] = [grad.new_zeros(0, grad.numel()) for grad in self.grads]
         self._scale = [0.0] * (depth + 1)
         """Of each layer's gradient rows, squared; 0 where they take no part."""
-        gram = block_diagonal(last.weight_gram(self._row_weight)[0])
+        gram = psd.block_diagonal(last.weight_gram(self._row_weight)[0])
         self._gram = [self._with_gradient_rows(depth, gram, known.k)]
         """Of the constraints on each layer's input, from the last layer to the first."""
 
@@ -278,13 +279,6 @@ class Problem:
             size = size.expand(-1, -1, layer.weight.shape[1], -1)
             found.append(size.reshape(1, layer.outputs, layer.positions))
         return found
-
-
-def block_diagonal(blocks: Float[Tensor, "b n n"]) -> Float[Tensor, "bn bn"]:
-    b, n = blocks.shape[:2]
-    out = blocks.new_zeros(b, n, b, n)
-    out.diagonal(dim1=0, dim2=2).copy_(blocks.movedim(0, -1))
-    return out.reshape(b * n, b * n)
 
 
 def _order(before: Layer, after: Layer) -> Int[Tensor, " m"]:

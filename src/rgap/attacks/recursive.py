@@ -17,6 +17,7 @@ from rgap.attacks.base import (
     Status,
     gradient_residuals,
     residual_tolerance,
+    rounding,
 )
 from rgap.attacks.heads import Heads, heads
 from rgap.attacks.trail import End, Step, Trail
@@ -241,8 +242,7 @@ def _error(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=probe, dtype=k.dtype, device=k.device)
 
-    floor = eps * grad.abs().amax()
-    grad_noise = draw(len(k), *grad.shape[1:]) * (eps * grad.abs() + floor * 0.1)
+    grad_noise = draw(len(k), *grad.shape[1:]) * rounding(grad, eps)
     grad_noise = grad_noise + grad * (k_error * draw(len(k)))[:, None, None, None]
     z_noise = draw(len(k), layer.outputs, layer.positions) * z_error
     return system.apply_inverse(z_noise, grad_noise).square().mean((1, 2)).sqrt()

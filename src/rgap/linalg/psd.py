@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,22 @@ def cholesky_solve(rhs: Float[Tensor, "n m"], lower: Float[Tensor, "n n"]) -> Fl
     y: Tensor = torch.linalg.solve_triangular(lower, rhs, upper=False)
     x: Tensor = torch.linalg.solve_triangular(lower.mT, y, upper=True)
     return x
+
+
+def block_diagonal(blocks: Iterable[Tensor]) -> Tensor:
+    """One block-diagonal matrix."""
+    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return whole
+
+
+def congruent(matrix: Float[Tensor, "c n cn"], basis: Float[Tensor, "n d"]) -> Float[Tensor, "cd cd"]:
+    """B' M B for each block of a symmetric matrix, on and below the diagonal alone: nothing above it is set."""
+    c, n, d = len(matrix), *basis.shape
+    out = matrix.new_zeros(c, d, c, d)
+    for row in range(c):
+        left = basis.mT @ matrix[row, :, : (row + 1) * n]
+        out[row, :, : row + 1] = (left.reshape(-1, n) @ basis).reshape(d, row + 1, d)
+    return out.reshape(c * d, c * d)
 
 
 def _extremes(lower: Tensor) -> tuple[float, float]:

@@ -227,10 +227,8 @@ def _by_numbers(
     gram = layer.weight_gram(None if all_known else found.known)[0]
     blocks = []
     for group, basis in enumerate(nulls):
-        block = gram[group].reshape(per_group, n, per_group, n)
-        d = basis.shape[1]
-        reduced = torch.einsum("na,cnem->caem", basis, block) @ basis
-        blocks.append(reduced.reshape(per_group * d, per_group * d))
+        lower = psd.congruent(gram[group].reshape(per_group, n, per_group * n), basis)
+        blocks.append(lower.tril() + lower.tril(-1).mT)
     bends = None if later is None else _in_weight_rows(found, later)
     if bends is None or not len(bends):
         own = _free(found, nulls, blocks, directions)
@@ -238,7 +236,7 @@ def _by_numbers(
     own = _free(found, nulls, blocks, False)
     pulled = layer.grad_input(bends).reshape(len(bends), groups, per_group, n)
     pulled = torch.cat([(pulled[:, g] @ basis).flatten(1) for g, basis in enumerate(nulls)], 1)
-    return own, _free(found, nulls, [_diagonal(blocks) - pulled.mT @ pulled], directions)
+    return own, _free(found, nulls, [psd.block_diagonal(blocks) - pulled.mT @ pulled], directions)
 
 
 def _free(found: Rows, nulls: list[Tensor], blocks: list[Tensor], directions: bool) -> Free:
@@ -247,7 +245,7 @@ def _free(found: Rows, nulls: list[Tensor], blocks: list[Tensor], directions: bo
         return Free(sum(map(_nullity, blocks)) + found.unseen, "eigenvalues", None)
     layer = found.layer
     per_group = layer.channels // layer.groups
-    null = _diagonal([_null(block) for block in blocks])
+    null = psd.block_diagonal(_null(block) for block in blocks)
     free = null.new_zeros(null.shape[1], layer.channels, found.pixels)
     at = 0
     for group, basis in enumerate(nulls):
@@ -256,16 +254,6 @@ def _free(found: Rows, nulls: list[Tensor], blocks: list[Tensor], directions: bo
         free[:, group * per_group : (group + 1) * per_group, found.seen] = part @ basis.mT
         at += per_group * d
     return Free(len(free) + found.unseen, "eigenvalues", torch.cat([free, unseen_directions(found)]))
-
-
-def _diagonal(blocks: list[Tensor]) -> Tensor:
-    """One block-diagonal matrix."""
-    whole = blocks[0].new_zeros(sum(len(b) for b in blocks), sum(b.shape[1] for b in blocks))
-    row = column = 0
-    for block in blocks:
-        whole[row : row + len(block), column : column + block.shape[1]] = block
-        row, column = row + len(block), column + block.shape[1]
-    return whole
 
 
 def _rounding(matrix: Float[Tensor, "m m"]) -> float:
