@@ -11,7 +11,7 @@ ROOT = Path(rgap.__file__).parent
 # From the ground up: a part may import those before it.
 ORDER = [
     "files", "linalg", "nn", "losses", "models", "data", "metrics", "target", "update", "checks", "constraints",
-    "rank", "attacks", "auditing", "picture", "cli",
+    "rank", "attacks", "auditing", "picture", "reproductions", "cli",
 ]  # fmt: skip
 
 

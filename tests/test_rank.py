@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,16 +16,7 @@ from rgap.nn import layers
 from rgap.nn.chain import NotAChain
 from rgap.rank import LayerRank, Measured, RankAnalysis, estimated, measured, plot, rank_analysis
 from rgap.rank import analysis as analysing
-
-# Not a package: a script that stands beside the tests.
-_spec = importlib.util.spec_from_file_location(
-    "architectures", Path(__file__).parents[1] / "reproductions" / "architectures.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-architectures = importlib.util.module_from_spec(_spec)
-sys.modules["architectures"] = architectures
-_spec.loader.exec_module(architectures)
+from rgap.reproductions import architectures
 
 CIFAR = (3, 32, 32)
 

@@ -137,7 +137,7 @@ def _equal_products(products: tuple[tuple[str, float], ...], noise: list[float])
 
 def _last_layer(target: Target, update: Update, product: float, noise: float) -> list[str]:
     """Whether the last layer's product, and its bias if it has one, are possible for the loss."""
-    last, loss = target.chain[-1], target.loss
+    last, loss = target.chain[-1], target.margin_loss
     if last.bias_name is None:
         lowest = loss.lowest_product
         if product < lowest - max(100 * noise, 1e-3 * abs(lowest)):

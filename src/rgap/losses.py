@@ -1,5 +1,5 @@
-"""The losses the attack knows, under their public name; see `rgap.nn.losses`."""
+"""The losses rgap knows, under their public name; see `rgap.nn.losses`."""
 
-from rgap.nn.losses import Exponential, Hinge, Logistic, Loss, SquaredHinge, by_name
+from rgap.nn.losses import CrossEntropy, Exponential, Hinge, Logistic, Loss, MarginLoss, SquaredHinge, by_name
 
-__all__ = ["Exponential", "Hinge", "Logistic", "Loss", "SquaredHinge", "by_name"]
+__all__ = ["CrossEntropy", "Exponential", "Hinge", "Logistic", "Loss", "MarginLoss", "SquaredHinge", "by_name"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,9 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from rgap.nn.chain import Chain, Obstacle
+from rgap.nn.chain import Chain, Kind, NotAChain, Obstacle
 from rgap.nn.graph import Graph
-from rgap.nn.losses import Loss
+from rgap.nn.losses import Loss, MarginLoss
 from rgap.nn.trace import follow
 
 
@@ -100,12 +100,28 @@ class Target:
         Raises:
             NotAChain: with every obstacle in the model.
         """
+        if self.obstacles:
+            raise NotAChain(self.obstacles)
         return self.graph.chain(self.parameters)
 
     @property
     def obstacles(self) -> tuple[Obstacle, ...]:
         """What stands in the recursion's way; empty if `chain` can be used."""
-        return self.graph.obstacles
+        if isinstance(self.loss, MarginLoss):
+            return self.graph.obstacles
+        remedy = "The closed form reads the margin of a loss with labels -1 and 1; other attacks take this loss."
+        return (*self.graph.obstacles, Obstacle("loss", self.loss.name, Kind.NOT_YET, remedy))
+
+    @property
+    def margin_loss(self) -> MarginLoss:
+        """The loss as the closed form needs it.
+
+        Raises:
+            NotAChain: it is of another kind; with every obstacle.
+        """
+        if not isinstance(self.loss, MarginLoss):
+            raise NotAChain(self.obstacles)
+        return self.loss
 
     @property
     def device(self) -> torch.device:
@@ -124,32 +140,54 @@ class Target:
             for module, mode in zip(modules, now, strict=True):
                 module.training = mode
 
-    def gradients(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The gradient that each of s samples alone would give, recomputed through the model itself.
+    def gradient(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The gradient of the mean loss of a batch, recomputed through the model itself.
 
         Args:
-            inputs: (s, *input_shape); labels: (s,).
+            inputs: (b, *input_shape); labels: (b,).
 
         Returns:
-            By parameter name, (s, *shape), in float64 where the model allows it.
+            By parameter name, in the parameter's shape, in float64 where the model allows it.
         """
         names = list(self.parameters)
-        rows = []
-        for x, y in zip(inputs, labels, strict=True):
-            state = _copies(self._state)
-            for name in names:
-                state[name].requires_grad_()
-            first = state[names[0]]
+        state = _copies(self._state)
+        for name in names:
+            state[name].requires_grad_()
+        like = state[names[0]]
+        with self._mode():
+            outputs = torch.func.functional_call(self.model, state, (inputs.to(like),))
+        loss = self.loss(outputs, labels.to(like))
+        found = torch.autograd.grad(loss, [state[n] for n in names], allow_unused=True)
+        return {n: torch.zeros_like(state[n]) if g is None else g for n, g in zip(names, found, strict=True)}
+
+    def gradients(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The gradient that each of s samples alone would give: by parameter name, (s, *shape); see `gradient`."""
+        rows = [self.gradient(x[None], y[None]) for x, y in zip(inputs, labels, strict=True)]
+        return {name: torch.stack([row[name] for row in rows]) for name in self.parameters}
+
+    def gradient_function(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+        """The gradient of the mean loss as a pure function, which torch.func can differentiate and batch.
+
+        It takes inputs (b, *input_shape) and label weights (b, labels), each row a distribution over the loss's
+        labels, and computes in ``dtype`` where the model allows it.
+        """
+        # _state is known to run; of coarser types the model's own is.
+        source = self._state if dtype == torch.float64 else self._tensors
+        own = source[next(iter(self.parameters))].dtype if dtype == torch.float64 else dtype
+        state = {name: t.to(own) if t.is_floating_point() else t for name, t in source.items()}
+        trained = {name: state[name] for name in self.parameters}
+        fixed = {name: t for name, t in state.items() if name not in trained}
+
+        def loss(parameters: dict[str, Tensor], inputs: Tensor, weights: Tensor) -> Tensor:
             with self._mode():
-                outputs = torch.func.functional_call(self.model, state, (x[None].to(first.dtype),))
-            loss = self.loss(outputs, y[None].to(first.dtype))
-            rows.append(torch.autograd.grad(loss, [state[n] for n in names], allow_unused=True))
-        columns = zip(*rows, strict=True)
-        zero = torch.zeros_like
-        return {
-            name: torch.stack([zero(self._state[name]) if g is None else g for g in column])
-            for name, column in zip(names, columns, strict=True)
-        }
+                outputs = torch.func.functional_call(self.model, {**fixed, **parameters}, (inputs.to(own),))
+            return self.loss.expected(outputs, weights.to(own))
+
+        def gradient(inputs: Tensor, weights: Tensor) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = torch.func.grad(loss)(trained, inputs, weights)
+            return found
+
+        return gradient
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -78,6 +78,10 @@ class Update:
         """The Euclidean norm over all gradients."""
         return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients.values()))
 
+    def samples(self, target: Target) -> int:
+        """Over how many samples the gradient is averaged: as the client says, else as the target expects."""
+        return self.header.batch_size if self.header.batch_size != 1 else target.batch_size
+
     def check(self, target: Target) -> None:
         """Refuse an update that is not one of this target's model.
 

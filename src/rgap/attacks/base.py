@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import final
@@ -22,6 +24,8 @@ class Status(Enum):
 
     EXACT = "exact"
     """One input inside the value range reproduces the gradient, and the constraints determine it."""
+    REPRODUCED = "reproduced"
+    """An input was found that reproduces the gradient; whether it is the only one is not known."""
     AMBIGUOUS = "ambiguous"
     """Several inputs reproduce the gradient, and the value range does not choose between them."""
     RANK_DEFICIENT = "rank-deficient"
@@ -98,11 +102,12 @@ class Answer:
     """(batch, *input_shape)."""
     labels: Float[Tensor, " b"]
     margin: float
-    """mu, the label times the network's output."""
+    """mu, the label times the network's output; NaN if there is no such number, or the attack does not tell."""
     gradient_residual: float
     """|gradient at this answer - gradient of the update| / |gradient of the update|, over all parameters."""
     error: float
-    """Estimated root-mean-square error of the inputs that comes from the rounding of the gradient."""
+    """Estimated root-mean-square error of the inputs that comes from the rounding of the gradient; NaN if the attack
+    does not estimate it."""
     layers: tuple[LayerReport, ...] = ()
     """From the input to the output."""
     joint: JointReport | None = None
@@ -170,7 +175,7 @@ class Reconstruction:
 
 
 class Attack(ABC):
-    """``(Target, Update) -> Reconstruction``. Authors write `run`; nothing else reaches the attack."""
+    """``(Target, Update) -> Reconstruction``. Authors write `run` or `run_many`; nothing else reaches the attack."""
 
     @property
     def name(self) -> str:
@@ -184,10 +189,29 @@ class Attack(ABC):
             UpdateError: the update is not one of this target's model.
             NotAChain: the attack needs a chain of layers and the model is none.
         """
-        update.check(target)
+        return self.many(target, [update])[0]
+
+    @final
+    def many(self, target: Target, updates: Sequence[Update]) -> tuple[Reconstruction, ...]:
+        """Attack several updates of one model, all at once where the attack can.
+
+        The seconds of attacks that ran together are shared out evenly. Errors are those of a single attack.
+        """
+        for update in updates:
+            update.check(target)
         start = time.perf_counter()
-        found = self.run(target, update, preflight(target, update))
-        return replace(found, seconds=time.perf_counter() - start)
+        found = self.run_many(target, updates, [preflight(target, update) for update in updates])
+        together = (time.perf_counter() - start) / max(1, len(updates))
+        return tuple(replace(each, seconds=each.seconds or together) for each in found)
+
+    def run_many(self, target: Target, updates: Sequence[Update], checks: Sequence[Preflight]) -> list[Reconstruction]:
+        """The attack on updates that are known to fit the target, one after another unless a subclass can do better."""
+        found = []
+        for update, check in zip(updates, checks, strict=True):
+            start = time.perf_counter()
+            one = self.run(target, update, check)
+            found.append(replace(one, seconds=time.perf_counter() - start))
+        return found
 
     @abstractmethod
     def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
@@ -204,12 +228,13 @@ def rounding(grad: Tensor, eps: float) -> Tensor:
     return eps * (grad.abs() + 0.1 * grad.abs().amax())
 
 
-def gradient_residuals(
-    target: Target, update: Update, inputs: Tensor, labels: Float[Tensor, " s"]
-) -> Float[Tensor, " s"]:
-    """The certificate: relative distance between the update and the gradient recomputed at each of s answers."""
-    found = target.gradients(inputs, labels)
-    total = torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device)
-    for name, gradient in update.gradients.items():
-        total += (found[name].double() - gradient.double()).flatten(1).square().sum(1)
-    return total.sqrt() / update.norm
+def gradient_residual(
+    target: Target, update: Update, inputs: Float[Tensor, "b ..."], labels: Float[Tensor, " b"]
+) -> float:
+    """The certificate: relative distance between the update and the gradient recomputed at one answer."""
+    found = target.gradient(inputs, labels)
+    total = sum(
+        float((found[name].double() - g.double().to(target.device)).square().sum())
+        for name, g in update.gradients.items()
+    )
+    return math.sqrt(total) / update.norm if update.norm else math.sqrt(total)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgap.nn.chain import Chain
-from rgap.nn.losses import Loss
+from rgap.nn.losses import MarginLoss
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Heads:
         return torch.tensor(sorted(positions.values()), dtype=torch.long, device=self.labels.device)
 
 
-def heads(chain: Chain, loss: Loss, gradients: dict[str, Tensor], precision: float) -> Heads:
+def heads(chain: Chain, loss: MarginLoss, gradients: dict[str, Tensor], precision: float) -> Heads:
     """All candidates that the last layer's gradient allows; none if no sample can have given it.
 
     Args:
@@ -90,7 +90,7 @@ def _nearest(roots: tuple[float, ...], mu: float) -> float:
     return min(roots, key=lambda other: abs(other - mu), default=mu)
 
 
-def _labels(chain: Chain, loss: Loss, grad: Tensor) -> tuple[tuple[float, ...], str]:
+def _labels(chain: Chain, loss: MarginLoss, grad: Tensor) -> tuple[tuple[float, ...], str]:
     """The labels to try: only one where the features' sign is known, because grad W = k x and k has -label's sign."""
     if len(chain) > 1 and chain[-2].activation.nonnegative:
         total = float(grad.sum())

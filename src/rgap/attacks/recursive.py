@@ -15,7 +15,7 @@ from rgap.attacks.base import (
     Attack,
     Reconstruction,
     Status,
-    gradient_residuals,
+    gradient_residual,
     residual_tolerance,
     rounding,
 )
@@ -79,7 +79,7 @@ class Recursive(Attack):
         if empty is not None:
             cause = "the loss is saturated" if empty is chain[-1] else "all units after it are dead"
             return ended(Status.GRADIENT_ZERO, f"the gradient of {empty.weight_name} is zero: {cause}")
-        start = heads(chain, target.loss, gradients, eps)
+        start = heads(chain, target.margin_loss, gradients, eps)
         assumptions += start.assumptions
         if len(start.labels) == 0:
             return ended(Status.NOT_CONVERGED, f"under {target.loss.name} loss no sample gives this last gradient")
@@ -116,7 +116,9 @@ class Recursive(Attack):
                 ends.append(end)
         inputs = torch.cat([chain[0].unpack_input(end.x) for end in ends]).reshape(-1, *target.input_shape)
         labels = torch.tensor([end.label for end in ends], dtype=inputs.dtype, device=inputs.device)
-        residuals = gradient_residuals(target, update, inputs, labels).tolist()
+        residuals = [
+            gradient_residual(target, update, x, y) for x, y in zip(inputs[:, None], labels[:, None], strict=True)
+        ]
         return [
             Answer(
                 inputs[s : s + 1],

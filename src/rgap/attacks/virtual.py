@@ -66,7 +66,7 @@ class Virtual(Recursive):
         found = solve(problem, _start(end, target, depth), prior, centre, self.fading, settled(eps))
         x, misfit = found.x, found.misfit
         if misfit > settled(eps):  # a last unit or two may still be on the wrong side
-            k = target.loss.slope(step.k.new_tensor(end.margin)) * end.label
+            k = target.margin_loss.slope(step.k.new_tensor(end.margin)) * end.label
             x = kinks.settle(chain, gradients, x, k.reshape(1, 1, 1), settled(eps))
             misfit = problem.misfit(problem.forward(x))
         factored = factor(problem, x, RANK_ROUNDINGS * eps)

@@ -1,7 +1,8 @@
-"""The losses of R-GAP, Figure 1: functions of the margin mu = y * output, with y in {-1, 1}.
+"""Losses: cross-entropy of several classes, and those of R-GAP, Figure 1, functions of the margin mu = y * output.
 
-The attack reads mu off the gradient. Summed over the last layer's weights, <W, grad W> = mu * dl/dmu (Eqs. 9-11), a
-scalar equation whose roots are known in closed form for each loss here; where it has two, both are returned.
+The closed-form attack reads mu off the gradient. Summed over the last layer's weights, <W, grad W> = mu * dl/dmu
+(Eqs. 9-11), a scalar equation whose roots are known in closed form for each margin loss here; where it has two, both
+are returned.
 """
 
 from __future__ import annotations
@@ -18,20 +19,92 @@ RELATIVE_SLACK = 1e-6
 """How far below its minimum, relative to the size of the minimum, a product is still taken for the minimum itself."""
 
 
-@dataclass(frozen=True)
 class Loss(ABC):
-    """l(mu), averaged over the batch."""
+    """A loss of a model's outputs and labels, averaged over the batch."""
 
-    labels = (-1.0, 1.0)
-    outputs = 1
-    """The number of values the model must give for one sample."""
+    @property
+    @abstractmethod
+    def labels(self) -> tuple[float, ...]:
+        """Every label there is."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> int:
+        """The number of values the model must give for one sample."""
+
+    @abstractmethod
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of a batch: outputs (b, outputs), labels (b,)."""
+
+    @abstractmethod
+    def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        """The mean over a batch whose labels are not certain: weights (b, labels), each row a distribution."""
+
+    @property
+    def name(self) -> str:
+        """The name that update files and the command line use."""
+        return _NAMES[type(self)]
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise ValueError for a label the loss does not know."""
         wrong = [float(y) for y in labels.reshape(-1).tolist() if y not in self.labels]
         if wrong:
-            hint = "; write class 0 as -1" if 0.0 in wrong else ""
-            raise ValueError(f"got label {wrong[0]:g}, expected -1 or 1 for the {self.name} loss{hint}")
+            raise ValueError(f"got label {wrong[0]:g}, expected {self._expected(wrong)}")
+
+    @abstractmethod
+    def _expected(self, wrong: list[float]) -> str:
+        """What a label must be, for a message."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """l = -log softmax(outputs)[label], for labels 0 to classes - 1.
+
+    Args:
+        classes: 2 or more; the model gives one output for each.
+
+    Raises:
+        ValueError: fewer than 2 classes.
+    """
+
+    classes: int
+
+    def __post_init__(self) -> None:
+        if self.classes < 2:
+            raise ValueError(f"got {self.classes} classes, expected 2 or more, one for each output of the model")
+
+    @property
+    def labels(self) -> tuple[float, ...]:
+        return tuple(float(label) for label in range(self.classes))
+
+    @property
+    def outputs(self) -> int:
+        return self.classes
+
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(outputs, labels.reshape(-1).long())
+
+    def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(outputs, weights)
+
+    def _expected(self, wrong: list[float]) -> str:
+        return f"a whole number from 0 to {self.classes - 1} for cross-entropy of {self.classes} classes"
+
+
+class MarginLoss(Loss):
+    """l(mu), a function of the margin mu = label * output, with labels -1 and 1 and a single output."""
+
+    @property
+    def labels(self) -> tuple[float, ...]:
+        return (-1.0, 1.0)
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    def _expected(self, wrong: list[float]) -> str:
+        hint = "; write class 0 as -1" if 0.0 in wrong else ""
+        return f"-1 or 1 for the {self.name} loss{hint}"
 
     @abstractmethod
     def value(self, mu: Tensor) -> Tensor: ...
@@ -53,14 +126,12 @@ class Loss(ABC):
     def lowest_product(self) -> float:
         """The minimum of mu * dl/dmu: a smaller product belongs to no sample."""
 
-    @property
-    def name(self) -> str:
-        """The name that update files and the command line use."""
-        return _NAMES[type(self)]
-
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of a batch: outputs (b,) or (b, 1), labels (b,) in {-1, 1}."""
         return self.value(labels.reshape(-1) * outputs.reshape(-1)).mean()
+
+    def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        output = outputs.reshape(-1)
+        return (weights[:, 0] * self.value(-output) + weights[:, 1] * self.value(output)).mean()
 
     def _at_minimum(self, product: float, where: float) -> tuple[float, ...] | None:
         """The two branches meet at ``where``: rounding may push the product slightly below what is possible there."""
@@ -79,7 +150,7 @@ def _lambert(x: float) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class Logistic(Loss):
+class Logistic(MarginLoss):
     """l(mu) = log(1 + exp(-mu)). The paper's Eq. 25 prints its slope as -mu/(1+exp(mu)); it is -1/(1+exp(mu))."""
 
     def value(self, mu: Tensor) -> Tensor:
@@ -102,7 +173,7 @@ class Logistic(Loss):
 
 
 @dataclass(frozen=True)
-class Exponential(Loss):
+class Exponential(MarginLoss):
     """l(mu) = exp(-mu)."""
 
     def value(self, mu: Tensor) -> Tensor:
@@ -125,7 +196,7 @@ class Exponential(Loss):
 
 
 @dataclass(frozen=True)
-class Hinge(Loss):
+class Hinge(MarginLoss):
     """l(mu) = max(0, 1 - mu): slope -1 below 1, and no gradient at all from mu = 1 on."""
 
     def value(self, mu: Tensor) -> Tensor:
@@ -146,7 +217,7 @@ class Hinge(Loss):
 
 
 @dataclass(frozen=True)
-class SquaredHinge(Loss):
+class SquaredHinge(MarginLoss):
     """l(mu) = max(0, 1 - mu)^2."""
 
     def value(self, mu: Tensor) -> Tensor:
@@ -177,16 +248,25 @@ _NAMES: dict[type[Loss], str] = {
     Exponential: "exponential",
     Hinge: "hinge",
     SquaredHinge: "squared-hinge",
+    CrossEntropy: "cross-entropy",
 }
 
 
-def by_name(name: str) -> Loss:
+def by_name(name: str, classes: int | None = None) -> Loss:
     """The loss of that name.
 
+    Args:
+        classes: of cross-entropy, and of no other.
+
     Raises:
-        ValueError: no loss has that name; the message lists those there are.
+        ValueError: no loss has that name, the message lists those there are; or cross-entropy without classes.
     """
-    for kind, known in _NAMES.items():
-        if known == name:
+    if name == "cross-entropy":
+        if classes is None:
+            raise ValueError("cross-entropy needs the number of classes: pass classes, the model's outputs")
+        return CrossEntropy(classes)
+    margin: tuple[type[MarginLoss], ...] = (Logistic, Exponential, Hinge, SquaredHinge)
+    for kind in margin:
+        if _NAMES[kind] == name:
             return kind()
     raise ValueError(f"unknown loss {name!r}: expected one of {', '.join(sorted(_NAMES.values()))}")

@@ -1,0 +1,335 @@
+"""Optimisation attacks: look for the input whose gradient matches the update. One loop, three settings.
+
+- DLG: L. Zhu, Z. Liu and S. Han, *Deep Leakage from Gradients*, NeurIPS 2019.
+- iDLG: B. Zhao, K. R. Mopuri and H. Bilen, *iDLG: Improved Deep Leakage from Gradients*, arXiv:2001.02610, 2020.
+- Inverting Gradients: J. Geiping, H. Bauermeister, H. Droege and M. Moeller, NeurIPS 2020, arXiv:2003.14053.
+
+All restarts, all candidate labels and all updates of one model are systems that are minimised together.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.attacks.base import Answer, Attack, Reconstruction, Status, gradient_residual, residual_tolerance
+from rgap.attacks.labels import candidates, one_hot
+from rgap.attacks.minimise import LBFGS, Adam, Minima, Minimiser, Stop
+from rgap.attacks.progress import Reporter
+from rgap.checks import Preflight
+from rgap.target import Target
+from rgap.update import Update
+
+Gradients = Mapping[str, Tensor]
+Distance = Callable[[Gradients, Gradients], Tensor]
+
+
+def squared(found: Gradients, given: Gradients) -> Tensor:
+    """|found - given|^2 / |given|^2: DLG's distance, relative so that it means the same on every network."""
+    apart = {name: found[name] - g for name, g in given.items()}
+    return _inner(apart, apart) / _inner(given, given)
+
+
+def _inner(a: Gradients, b: Gradients) -> Tensor:
+    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+
+
+def cosine(found: Gradients, given: Gradients) -> Tensor:
+    """1 - cos of the angle between the two: blind to the gradient's size (Geiping et al. 2020, Eq. 4)."""
+    return 1 - _inner(found, given) / (_inner(found, found) * _inner(given, given)).sqrt()
+
+
+def total_variation(x: Float[Tensor, "b c h w"]) -> Tensor:
+    """The mean difference of neighbours, down and across."""
+    return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., 1:] - x[..., :-1]).abs().mean()
+
+
+class Start(ABC):
+    """Where the search begins."""
+
+    @abstractmethod
+    def draw(self, shape: tuple[int, ...], target: Target, generator: torch.Generator) -> Tensor:
+        """A first guess of this shape (b, *input_shape), on the CPU."""
+
+
+@dataclass(frozen=True)
+class Normal(Start):
+    """Independent normal values; by default around the middle of the value range, a quarter of it wide."""
+
+    mean: float | None = None
+    deviation: float | None = None
+
+    def draw(self, shape: tuple[int, ...], target: Target, generator: torch.Generator) -> Tensor:
+        low, high = target.value_range or (-2.0, 2.0)
+        mean = (low + high) / 2 if self.mean is None else self.mean
+        deviation = (high - low) / 4 if self.deviation is None else self.deviation
+        return mean + deviation * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Uniform(Start):
+    """Independent values from the value range, or from 0 to 1 if it is not known."""
+
+    def draw(self, shape: tuple[int, ...], target: Target, generator: torch.Generator) -> Tensor:
+        low, high = target.value_range or (0.0, 1.0)
+        return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Near(Start):
+    """A given input, with a little noise.
+
+    Args:
+        inputs: (b, *input_shape).
+        deviation: of the noise.
+    """
+
+    inputs: Tensor
+    deviation: float = 0.0
+
+    def draw(self, shape: tuple[int, ...], target: Target, generator: torch.Generator) -> Tensor:
+        if tuple(self.inputs.shape) != shape:
+            raise ValueError(f"got a start of shape {tuple(self.inputs.shape)}, expected {shape}")
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return self.inputs.detach().cpu().double() + self.deviation * noise
+
+
+UNIFORM, NORMAL = Uniform(), Normal()
+QUASI_NEWTON = LBFGS()
+SIGNED_ADAM = Adam(rate=0.1, signed=True, decay=(3 / 8, 5 / 8, 7 / 8))
+
+
+@dataclass(frozen=True)
+class Matching(Attack):
+    """Minimise the distance between the update and the gradient at a guess, over the guess.
+
+    Args:
+        distance: between two gradients; `squared` or `cosine`, or any function of two mappings of tensors.
+        minimiser: `LBFGS` or `Adam`.
+        variation: weight of the total variation of the guess, a prior for pictures; without effect on other inputs.
+        optimise_label: optimise a distribution over labels with the input; else the label is inferred beforehand, and
+            where several are possible each is tried (see `rgap.attacks.labels`).
+        start: where the search begins.
+        restarts: how many starts; the one with the least loss is the answer.
+        iterations: at the most, for each start.
+        tolerance: the relative gradient residual at which a start has arrived.
+        patience: end a start whose loss fell by less than a tenth in so many iterations.
+        dtype: to compute in; float32 is faster, and loses the last digits of small losses.
+        at_once: how many systems are evaluated together; it bounds the memory.
+        seed: of the starts.
+    """
+
+    distance: Distance = squared
+    minimiser: Minimiser = QUASI_NEWTON
+    variation: float = 0.0
+    optimise_label: bool = True
+    start: Start = UNIFORM
+    restarts: int = 1
+    iterations: int = 300
+    tolerance: float = 1e-6
+    patience: int | None = None
+    dtype: torch.dtype = torch.float64
+    at_once: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("restarts", self.restarts), ("iterations", self.iterations), ("at_once", self.at_once)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: expected 1 or more")
+
+    def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
+        return self.run_many(target, [update], [checks])[0]
+
+    def run_many(self, target: Target, updates: Sequence[Update], checks: Sequence[Preflight]) -> list[Reconstruction]:
+        """All updates whose batches have the same size are attacked together."""
+        found: dict[int, Reconstruction] = {}
+        for batch in sorted({update.samples(target) for update in updates}):
+            same = [at for at, update in enumerate(updates) if update.samples(target) == batch]
+            alive = [at for at in same if updates[at].norm > 0]
+            for at in set(same) - set(alive):
+                found[at] = self._nothing(target, updates[at], checks[at])
+            if alive:
+                results = self._minimise(target, [updates[at] for at in alive], batch)
+                for at, result in zip(alive, results, strict=True):
+                    found[at] = self._judge(target, updates[at], checks[at], result)
+        return [found[at] for at in range(len(updates))]
+
+    def _minimise(self, target: Target, updates: Sequence[Update], batch: int) -> list[_Results]:
+        """Set up one system for each update, candidate label and restart, and minimise all of them."""
+        device, shape = target.device, (batch, *target.input_shape)
+        values, labels = math.prod(shape), len(target.loss.labels)
+        owners: list[int] = []  # the update that a system belongs to
+        points: list[Tensor] = []
+        weights: list[Tensor] = []
+        assumptions = []
+        for owner, update in enumerate(updates):
+            inferred = None if self.optimise_label else candidates(target, update)
+            assumptions.append(inferred.assumption if inferred else "a distribution over labels is optimised")
+            for choice in [None] if inferred is None else inferred.labels:
+                for restart in range(self.restarts):
+                    generator = torch.Generator().manual_seed(self.seed + restart)
+                    x = self.start.draw(shape, target, generator).reshape(-1)
+                    if choice is None:
+                        x = torch.cat([x, torch.randn(batch * labels, generator=generator, dtype=x.dtype)])
+                        weights.append(torch.zeros(batch, labels))
+                    else:
+                        weights.append(one_hot(target.loss, choice))
+                    owners.append(owner)
+                    points.append(x)
+        given = {
+            name: torch.stack([update.gradients[name].to(device, self.dtype) for update in updates])
+            for name in target.parameters
+        }
+        gradient = target.gradient_function(self.dtype)
+        known = torch.stack(weights).to(device, self.dtype)
+        owned = torch.tensor(owners, device=device)
+        picture = len(target.input_shape) == 3 and min(target.input_shape[1:]) > 1
+
+        def loss(point: Tensor, known: Tensor, given: Gradients) -> Tensor:
+            x = point[:values].reshape(shape)
+            chosen = point[values:].reshape(batch, labels).softmax(1) if self.optimise_label else known
+            apart = self.distance(gradient(x, chosen), given)
+            return apart + self.variation * total_variation(x) if self.variation and picture else apart
+
+        # One update is shared by all systems, several are handed out to theirs.
+        single = len(updates) == 1
+        batched = torch.func.vmap(
+            torch.func.grad_and_value(loss),
+            in_dims=(0, 0, None if single else 0),
+            chunk_size=self.at_once,
+            randomness="different",
+        )
+
+        def objective(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+            own = {name: g[0] if single else g[owned[which]] for name, g in given.items()}
+            slope, value = batched(x, known[which], own)
+            return value, slope
+
+        stop = Stop(self.iterations, self.tolerance**2, self.patience)
+        minima = self.minimiser(
+            objective, torch.stack(points).to(device, self.dtype), stop, Reporter(self.name, self.iterations)
+        )
+        prior = (
+            ("neighbouring values of the input are similar (total variation)",) if self.variation and picture else ()
+        )
+        return [
+            self._collect(
+                target, minima, [s for s, own in enumerate(owners) if own == owner], known, shape, (said, *prior)
+            )
+            for owner, said in enumerate(assumptions)
+        ]
+
+    def _collect(
+        self,
+        target: Target,
+        minima: Minima,
+        systems: list[int],
+        known: Tensor,
+        shape: tuple[int, ...],
+        assumptions: tuple[str, ...],
+    ) -> _Results:
+        """Inputs and labels of one update's systems, the least loss first."""
+        values, classes = math.prod(shape), torch.tensor(target.loss.labels, dtype=torch.float64)
+        order = sorted(systems, key=lambda s: float(minima.value[s]))
+        inputs, labels = [], []
+        for s in order:
+            inputs.append(minima.x[s, :values].reshape(shape).double())
+            scores = minima.x[s, values:].reshape(shape[0], -1) if self.optimise_label else known[s]
+            labels.append(classes[scores.argmax(1).cpu()].to(inputs[-1].device))
+        return _Results(
+            inputs,
+            labels,
+            [float(minima.value[s]) for s in order],
+            [int(minima.iterations[s]) for s in order],
+            [minima.ended[s] for s in order],
+            assumptions,
+        )
+
+    def _judge(self, target: Target, update: Update, checks: Preflight, results: _Results) -> Reconstruction:
+        """Certificates of the best start, and of every other one that reproduces the gradient at another input."""
+        tolerance = residual_tolerance(update.dtype)
+        low, high = target.value_range or (0.0, 1.0)
+        answers: list[Answer] = []
+        for at, (x, y) in enumerate(zip(results.inputs, results.labels, strict=True)):
+            if math.isinf(results.losses[at]):
+                continue
+            residual = gradient_residual(target, update, x, y)
+            new = all(float((x - a.inputs).square().mean().sqrt()) > 0.01 * (high - low) for a in answers)
+            if not answers or (residual <= tolerance and new):
+                answers.append(Answer(x, y, math.nan, residual, math.nan))
+        steps = f"after {results.iterations[0]} iterations ({results.ended[0]})"
+        if not answers:
+            status, reason = Status.NOT_CONVERGED, f"the loss was never finite, {steps}"
+        else:
+            residual = answers[0].gradient_residual
+            reason = f"gradient residual {residual:.1e}, loss {results.losses[0]:.1e} {steps}"
+            reproduced = residual <= tolerance
+            status = Status.REPRODUCED if reproduced else Status.NOT_CONVERGED
+            if reproduced and len(answers) > 1:
+                status, reason = Status.AMBIGUOUS, f"{len(answers)} inputs reproduce the gradient; {reason}"
+        starts = f"the best of {len(results.losses)} starts by its loss" if len(results.losses) > 1 else "one start"
+        said = (*results.assumptions, starts)
+        return Reconstruction(self.name, status, reason, tuple(answers), said, checks, tolerance, target.value_range)
+
+    def _nothing(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
+        return Reconstruction(
+            self.name,
+            Status.GRADIENT_ZERO,
+            "all gradients are zero",
+            (),
+            (),
+            checks,
+            residual_tolerance(update.dtype),
+            target.value_range,
+        )
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What the minimiser left of one update, the least loss first."""
+
+    inputs: list[Tensor]
+    labels: list[Tensor]
+    losses: list[float]
+    iterations: list[int]
+    ended: list[str]
+    assumptions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DLG(Matching):
+    """Deep Leakage from Gradients: squared distance, L-BFGS, the label optimised with the input."""
+
+
+@dataclass(frozen=True)
+class IDLG(Matching):
+    """Improved Deep Leakage from Gradients: DLG, with the label inferred beforehand."""
+
+    optimise_label: bool = False
+
+    @property
+    def name(self) -> str:
+        return "iDLG"
+
+
+@dataclass(frozen=True)
+class InvertingGradients(Matching):
+    """Inverting Gradients: cosine distance, total variation, and the signs of the gradient in Adam.
+
+    The label is inferred beforehand. Every guess is kept in the value range, where it is known. The rate falls to a
+    tenth at 3/8, 5/8 and 7/8 of the iterations.
+    """
+
+    distance: Distance = cosine
+    minimiser: Minimiser = SIGNED_ADAM
+    variation: float = 1e-2
+    optimise_label: bool = False
+    start: Start = NORMAL
+    iterations: int = 4800
+    dtype: torch.dtype = torch.float32

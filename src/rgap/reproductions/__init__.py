@@ -1,0 +1,25 @@
+"""The paper's tables and figures again, each beside the paper's numbers."""
+
+from __future__ import annotations
+
+import importlib
+
+from rgap.reproductions.base import Job, Options, Reproduction, ReproductionError, Row, Store, reproduce
+
+NAMES = ("table1", "table2", "figure1", "figure3", "figure4", "figure5", "figure6", "figure7", "inverting-gradients")
+"""In the paper's order; the last one is of another paper, and checks the attack that it brings."""
+
+__all__ = ["NAMES", "Job", "Options", "Reproduction", "ReproductionError", "Row", "Store", "by_name", "reproduce"]
+
+
+def by_name(name: str) -> Reproduction:
+    """The reproduction of that name, imported now.
+
+    Raises:
+        ReproductionError: there is none; the message lists those there are.
+    """
+    if name not in NAMES:
+        raise ReproductionError(f"unknown reproduction {name!r}: expected one of {', '.join(NAMES)}")
+    module = importlib.import_module(f"rgap.reproductions.{name.replace('-', '_')}")
+    made: Reproduction = module.REPRODUCTION
+    return made
