@@ -10,8 +10,8 @@ import rgap
 ROOT = Path(rgap.__file__).parent
 # From the ground up: a part may import those before it.
 ORDER = [
-    "files", "linalg", "nn", "losses", "models", "data", "metrics", "target", "update", "checks", "constraints",
-    "rank", "attacks", "auditing", "picture", "reproductions", "cli",
+    "files", "report", "store", "linalg", "nn", "losses", "models", "data", "metrics", "target", "protocol", "update",
+    "reading", "defences", "checks", "constraints", "rank", "attacks", "picture", "auditing", "reproductions", "cli",
 ]  # fmt: skip
 
 

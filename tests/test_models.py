@@ -24,6 +24,7 @@ CNN6_D = [
     (64, 128, 3, 1, 1),
 ]
 BUILDERS = [models.cnn6, models.cnn6_d, models.fcn3]
+OF_CLASSES = [models.lenet, models.convnet]
 
 
 @pytest.mark.parametrize(("build", "rows"), [(models.cnn6, CNN6), (models.cnn6_d, CNN6_D)])
@@ -67,7 +68,7 @@ def test_fcn3_takes_other_widths():
     assert [name for name, _ in net.named_children()] == ["flatten", "fc1", "act1", "fc2"]
 
 
-@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("build", [*BUILDERS, *OF_CLASSES])
 def test_weights_depend_on_the_seed_alone(build):
     torch.manual_seed(1)
     first = build(seed=5).state_dict()
@@ -75,7 +76,8 @@ def test_weights_depend_on_the_seed_alone(build):
     again, other = build(seed=5).state_dict(), build(seed=6).state_dict()
     for name, weight in first.items():
         assert torch.equal(weight, again[name])
-        assert not torch.equal(weight, other[name])
+        # Batch norm begins at the same values, always.
+        assert not torch.equal(weight, other[name]) or "norm" in name
 
 
 def test_weights_are_torchs_default_draw():
@@ -86,7 +88,7 @@ def test_weights_are_torchs_default_draw():
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), expected, strict=True))
 
 
-@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("build", [*BUILDERS, *OF_CLASSES])
 def test_the_global_random_state_is_left_alone(build):
     before = torch.get_rng_state()
     build(seed=9)
@@ -121,3 +123,74 @@ def test_impossible_sizes_are_refused():
         models.cnn6_d(size=(4, 0))
     with pytest.raises(ValueError, match=r"hidden=\(0,\): expected widths"):
         models.fcn3(4, (0,))
+
+
+# Networks of several classes.
+
+
+def test_lenet_is_that_of_deep_leakage_from_gradients():
+    net = models.lenet()
+    convolutions = [module for module in net if isinstance(module, nn.Conv2d)]
+    got = [(c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding) for c in convolutions]
+    assert got == [(i, 12, (5, 5), (s, s), (2, 2)) for i, s in ((3, 2), (12, 2), (12, 1))]
+    names = [name for i in range(1, 4) for name in (f"conv{i}", f"act{i}")]
+    assert [name for name, _ in net.named_children()] == [*names, "flatten", "fc"]
+    assert all(isinstance(net.get_submodule(f"act{i}"), nn.Sigmoid) for i in range(1, 4))
+    # 32 becomes 16, then 8, and stays 8.
+    weights = 12 * 3 * 25 + 2 * 12 * 12 * 25 + 10 * 12 * 8 * 8
+    assert sum(p.numel() for p in net.parameters()) == weights + 3 * 12 + 10
+
+
+def test_lenets_weights_are_uniform_around_zero():
+    values = torch.cat([p.detach().flatten() for p in models.lenet().parameters()])
+    assert -0.5 <= float(values.min()) < -0.499
+    assert 0.499 < float(values.max()) <= 0.5
+    assert float(values.mean().abs()) < 0.01
+    assert abs(float(values.std()) - 1 / 12**0.5) < 0.005
+    assert all(float(p.detach().abs().max()) > 0.3 for p in models.lenet().parameters())
+
+
+@pytest.mark.parametrize("width", [1, 3, 64])
+def test_convnet_is_that_of_inverting_gradients(width):
+    net = models.convnet(width=width)
+    channels = [width * times for times in (1, 2, 2, 4, 4, 4, 4, 4)]
+    convolutions = [module for module in net if isinstance(module, nn.Conv2d)]
+    assert [c.out_channels for c in convolutions] == channels
+    assert {(c.kernel_size, c.stride, c.padding) for c in convolutions} == {((3, 3), (1, 1), (1, 1))}
+    names = []
+    for i in range(1, 9):
+        names += [f"conv{i}", f"norm{i}", f"act{i}"] + [f"pool{i}"] * (i in (6, 8))
+    assert [name for name, _ in net.named_children()] == [*names, "flatten", "fc"]
+    assert net.pool6.kernel_size == net.pool8.kernel_size == 3
+    # Weight and bias of each convolution and each norm; 32 becomes 10, then 3.
+    expected, before = 0, 3
+    for c in channels:
+        expected += 9 * before * c + c + 2 * c
+        before = c
+    expected += 10 * before * 3 * 3 + 10
+    assert sum(p.numel() for p in net.parameters()) == expected
+    assert not any(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("build", "size"),
+    [*((models.lenet, size) for size in (32, 28, 7, 1)), *((models.convnet, size) for size in (32, 28, 9, 11))],
+)
+def test_any_size_and_number_of_classes_fit(build, size, channels):
+    small = {} if build is models.lenet else {"width": 2}
+    for classes in (1, 10, 100):
+        net = build(channels, size, classes, **small)
+        assert net(torch.rand(2, channels, size, size)).shape == (2, classes)
+
+
+def test_impossible_sizes_of_networks_of_several_classes_are_refused():
+    with pytest.raises(ValueError, match=r"^got in_channels=0, size=32, classes=10: expected 1 or more$"):
+        models.lenet(0)
+    with pytest.raises(ValueError, match=r"^got in_channels=3, size=32, classes=0: expected 1 or more$"):
+        models.lenet(classes=0)
+    with pytest.raises(ValueError, match=r"^got in_channels=3, classes=10, width=-1: expected 1 or more$"):
+        models.convnet(width=-1)
+    for size in (8, 0):
+        with pytest.raises(ValueError, match=f"^got size={size}: expected 9 or more"):
+            models.convnet(size=size)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from networks import Client, clients
 from torch import nn
 
-from rgap import NotAChain, Target, losses
+from rgap import NotAChain, Target, capture, losses
+from rgap.checks import preflight
 from rgap.target import fingerprint
 
 
@@ -311,3 +312,215 @@ def test_the_targets_gradients_keep_the_mode_it_was_made_in() -> None:
     after = target.gradients(x, y)
     assert model.training
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# The gradient of a batch.
+
+
+def drawn_batch(client: Client, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.rand(count, *client.target.input_shape, generator=generator, dtype=torch.float64)
+    return inputs, torch.where(torch.rand(count, generator=generator) < 0.5, 1.0, -1.0).double()
+
+
+@settings(max_examples=30, deadline=None)
+@given(clients(), st.integers(1, 4), st.integers(0, 2**31))
+def test_the_gradient_of_a_batch_is_that_of_the_mean_loss(client: Client, count: int, seed: int) -> None:
+    inputs, labels = drawn_batch(client, count, seed)
+    found = client.target.gradient(inputs, labels)
+    model, loss = client.target.model, client.target.loss
+    total = sum(loss.value(y * model(x[None]).reshape(())) for x, y in zip(inputs, labels, strict=True)) / count
+    expected = torch.autograd.grad(total, list(model.parameters()))
+    alone = client.target.gradients(inputs, labels)
+    assert list(found) == list(client.target.parameters) == [name for name, _ in model.named_parameters()]
+    for name, slope in zip(found, expected, strict=True):
+        torch.testing.assert_close(found[name], slope, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found[name], alone[name].mean(0), rtol=1e-9, atol=1e-12)
+
+
+def several(dtype: torch.dtype = torch.float32, classes: int = 3) -> nn.Sequential:
+    """A network without kinks, for several classes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(27, classes)
+        ).to(dtype).eval()  # fmt: skip
+
+
+SMOOTH = [
+    (net(), losses.Logistic()),
+    (net(dtype=torch.float64), losses.SquaredHinge()),
+    (several(), losses.CrossEntropy(3)),
+]
+smooth = pytest.mark.parametrize(("model", "loss"), SMOOTH, ids=lambda value: getattr(value, "name", None))
+
+
+@smooth
+def test_the_function_gives_the_gradient_at_certain_labels(model: nn.Module, loss: losses.Loss) -> None:
+    target = Target(model, loss, (2, 4, 4))
+    inputs = sample(4).double()
+    which = torch.tensor([0, len(loss.labels) - 1, 1, 0])
+    expected = target.gradient(inputs, torch.tensor(loss.labels)[which])
+    weights = torch.eye(len(loss.labels), dtype=torch.float64)[which]
+    found = target.gradient_function(torch.float64)(inputs, weights)
+    assert list(found) == list(expected)
+    for name in expected:
+        assert found[name].dtype is torch.float64
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-14)
+    coarse = target.gradient_function(torch.float32)(inputs, weights)
+    for name in expected:
+        assert coarse[name].dtype is torch.float32
+        torch.testing.assert_close(coarse[name], expected[name].float(), rtol=1e-3, atol=1e-5)
+
+
+# torch's forward mode compiles formulas of its own when first used.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@smooth
+def test_the_function_can_be_differentiated(model: nn.Module, loss: losses.Loss) -> None:
+    """Against finite differences, in the inputs and in the label weights."""
+    gradient = Target(model, loss, (2, 4, 4)).gradient_function(torch.float64)
+    generator = torch.Generator().manual_seed(4)
+    inputs, labels = sample(2).double(), len(loss.labels)
+    weights = torch.rand(2, labels, generator=generator, dtype=torch.float64)
+    turned, shifted = (torch.randn(like.shape, generator=generator, dtype=torch.float64) for like in (inputs, weights))
+
+    def size(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.stack([(g * g).sum() + g.sum() for g in gradient(x, w).values()]).sum()
+
+    step = 1e-5
+    ahead, behind = (size(inputs + s * turned, weights + s * shifted) for s in (step, -step))
+    of_inputs, of_weights = torch.func.grad(size, argnums=(0, 1))(inputs, weights)
+    slope = float((of_inputs * turned).sum() + (of_weights * shifted).sum())
+    assert slope == pytest.approx(float(ahead - behind) / (2 * step), rel=1e-6)
+    direction = (turned, shifted)
+    assert float(torch.func.jvp(size, (inputs, weights), direction)[1]) == pytest.approx(slope, rel=1e-10)
+
+
+@smooth
+def test_the_function_can_be_batched(model: nn.Module, loss: losses.Loss) -> None:
+    gradient = Target(model, loss, (2, 4, 4)).gradient_function(torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.rand(5, 2, 2, 4, 4, generator=generator, dtype=torch.float64)
+    weights = torch.rand(5, 2, len(loss.labels), generator=generator, dtype=torch.float64)
+    together = torch.func.vmap(gradient)(inputs, weights)
+    for at in range(5):
+        for name, alone in gradient(inputs[at], weights[at]).items():
+            torch.testing.assert_close(together[name][at], alone, rtol=1e-10, atol=1e-14)
+
+
+def test_the_function_leaves_no_trace_and_keeps_the_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 60), nn.LeakyReLU(0.2), nn.Dropout(0.5), nn.Linear(60, 1)).eval()
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    target = target_of(model, (4,))
+    gradient, x, w = target.gradient_function(torch.float64), sample()[0, 0, :1].double(), torch.tensor([[0.0, 1.0]])
+    before = gradient(x, w)
+    model.train()
+    random = torch.get_rng_state()
+    after = gradient(x, w)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in target.parameters.values())
+
+
+def test_the_function_gives_zero_for_an_unused_parameter_and_leaves_frozen_ones_out() -> None:
+    model = net()
+    model[0].bias.requires_grad_(False)
+    model.register_parameter("idle", nn.Parameter(torch.ones(2, 3)))
+    found = target_of(model).gradient_function(torch.float64)(sample().double(), torch.tensor([[1.0, 0.0]]))
+    assert set(found) == {"idle", "0.weight", "3.weight", "3.bias"}
+    assert torch.equal(found["idle"], torch.zeros(2, 3, dtype=torch.float64))
+
+
+def test_the_function_of_a_model_that_insists_on_its_type_keeps_it() -> None:
+    target = target_of(Insists(), (4,))
+    x, w = torch.ones(1, 4, dtype=torch.float64), torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    expected = target.gradient(x, torch.tensor([1.0]))["linear.weight"]
+    for dtype in (torch.float64, torch.float32):
+        found = target.gradient_function(dtype)(x, w)["linear.weight"]
+        assert found.dtype is torch.float32
+        torch.testing.assert_close(found, expected)
+
+
+class InsistsOnDouble(nn.Module):
+    """Code that works in double precision only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 1).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.double())
+
+
+def test_the_function_computes_in_a_type_that_the_model_allows() -> None:
+    target = target_of(InsistsOnDouble(), (4,))
+    x = torch.ones(1, 4, dtype=torch.float64)
+    expected = target.gradient(x, torch.tensor([1.0]))["linear.weight"]
+    found = target.gradient_function(torch.float32)(x, torch.tensor([[0.0, 1.0]]))["linear.weight"]
+    torch.testing.assert_close(found, expected, check_dtype=False)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_function_of_a_model_that_writes_to_its_buffers_leaves_no_trace(batched: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 1))
+    target = target_of(model.double())
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = sample(2).double()
+    expected = target.gradient(x, torch.tensor([1.0, -1.0]))
+    weights = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    gradient = target.gradient_function(torch.float64)
+    for _ in range(2):
+        found = gradient(x, weights)
+        if batched:
+            found = {name: g[0] for name, g in torch.func.vmap(gradient)(x[None], weights[None]).items()}
+        for name, slope in expected.items():
+            torch.testing.assert_close(found[name], slope, rtol=1e-9, atol=1e-14)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
+# Several classes.
+
+
+def test_cross_entropy_is_an_obstacle_of_the_closed_form() -> None:
+    chain = nn.Sequential(nn.Flatten(), nn.Linear(32, 5), nn.Tanh(), nn.Linear(5, 3))
+    target = Target(chain, losses.CrossEntropy(3), (2, 4, 4))
+    assert [(obstacle.where, obstacle.what) for obstacle in target.obstacles] == [("loss", "cross-entropy")]
+    for ask in ("chain", "margin_loss"):
+        with pytest.raises(NotAChain, match="1 obstacle") as caught:
+            getattr(target, ask)
+        assert caught.value.obstacles == target.obstacles
+
+
+def test_all_obstacles_are_listed_with_the_loss() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3, 3)).eval()
+    target = Target(model, losses.CrossEntropy(3), (2, 4, 4))
+    assert [obstacle.where for obstacle in target.obstacles] == ["1", "2", "loss"]
+    for ask in ("chain", "margin_loss"):
+        with pytest.raises(NotAChain, match="3 obstacle") as caught:
+            getattr(target, ask)
+        assert caught.value.obstacles == target.obstacles
+        assert all(str(obstacle) in str(caught.value) for obstacle in target.obstacles)
+
+
+def test_outputs_that_are_not_one_for_each_class_are_an_obstacle() -> None:
+    target = Target(several(), losses.CrossEntropy(4), (2, 4, 4))
+    assert any("3" in obstacle.what and obstacle.where != "loss" for obstacle in target.obstacles), target.obstacles
+
+
+def test_margin_losses_are_given_as_they_are() -> None:
+    assert target_of(net()).margin_loss == losses.Logistic()
+
+
+@pytest.mark.parametrize("model", [several(), nn.Sequential(nn.Flatten(), nn.Linear(32, 3))])
+def test_the_preflight_of_several_classes_finds_nothing_in_a_good_update(model: nn.Module) -> None:
+    target = Target(model, losses.CrossEntropy(3), (2, 4, 4))
+    found = preflight(target, capture(target, sample(), torch.tensor([2.0])))
+    assert found.passed
+    assert found.products == ()
+    other = Target(model, losses.CrossEntropy(3), (2, 4, 4), batch_size=4)
+    told = preflight(other, capture(target, sample(2), torch.tensor([2.0, 0.0])))
+    assert len(told.findings) == 1
+    assert "averaged over 2 sample(s), the target expects 4" in told.findings[0]

@@ -99,7 +99,7 @@ def test_the_file_holds_no_data(count: int, tmp_path: Path) -> None:
         tensors = {name: file.get_tensor(name) for name in names}
     assert set(said) == {"rgap"}
     assert set(json.loads(said["rgap"])) == {
-        "format", "kind", "batch_size", "loss", "input_shape", "fingerprint", "training",
+        "format", "kind", "batch_size", "loss", "input_shape", "fingerprint", "training", "protocol",
     }  # fmt: skip
     assert {name: t.shape for name, t in tensors.items()} == {n: p.shape for n, p in target.parameters.items()}
     assert not any(t.shape[-3:] == x.shape[-3:] or t.numel() == x.numel() for t in tensors.values())
@@ -381,6 +381,20 @@ def test_a_pickle_in_the_header_is_only_text(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
+# Samples.
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "samples"), [(1, 1, 1), (1, 4, 4), (3, 1, 3), (3, 4, 3)], ids=lambda number: str(number)
+)
+def test_the_client_tells_over_how_many_samples_it_averaged(said: int, expected: int, samples: int) -> None:
+    """One sample is what a client that says nothing is taken to say; the target then knows better."""
+    target = Target(small_model(), losses.Logistic(), (3, 5, 5), batch_size=expected)
+    update = Update({"w": torch.ones(2)}, Header(batch_size=said))
+    assert update.samples(target) == samples
+    assert Update({"w": torch.ones(2)}).samples(target) == expected
+
+
 # Capture.
 
 
@@ -419,6 +433,17 @@ def test_capture_averages_over_the_batch() -> None:
 def test_capture_keeps_the_models_precision(dtype: torch.dtype) -> None:
     update = capture(small_target(small_model(dtype=dtype)), sample().double(), LABEL)
     assert {gradient.dtype for gradient in update.gradients.values()} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_capture_keeps_labels_that_are_coarser_in_the_models_type(dtype: torch.dtype) -> None:
+    """bfloat16 has no 257."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 300).to(dtype)
+    target = Target(model, losses.CrossEntropy(300), (3,))
+    update = capture(target, sample(1).flatten(1)[:, :3], torch.tensor([257.0]))
+    assert (update.gradients["bias"] < 0).nonzero().flatten().tolist() == [257]
 
 
 def test_what_capture_says() -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rgap.checks import preflight
     from rgap.metrics import score
     from rgap.nn.chain import NotAChain
+    from rgap.protocol import Protocol
     from rgap.rank import RankAnalysis, rank_analysis
     from rgap.target import Target
     from rgap.update import Update, UpdateError, capture
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Audit": "rgap.auditing",
     "NotAChain": "rgap.nn.chain",
+    "Protocol": "rgap.protocol",
     "RankAnalysis": "rgap.rank",
     "Reconstruction": "rgap.attacks",
     "Target": "rgap.target",
@@ -37,6 +39,7 @@ _MODULES = ("attacks", "data", "losses", "models", "rank")
 __all__ = [
     "Audit",
     "NotAChain",
+    "Protocol",
     "RankAnalysis",
     "Reconstruction",
     "Target",

@@ -43,7 +43,8 @@ def preflight(target: Target, update: Update) -> Preflight:
     """Compare an update with the target; never raises for an update that `Update.check` accepts."""
     findings = [*_header(target, update), *_values(update)]
     products: tuple[tuple[str, float], ...] = ()
-    if not target.obstacles and update.norm > 0:
+    whole = all(name in update.gradients for name in target.parameters)
+    if whole and not target.obstacles and update.norm > 0:
         chain = target.chain
         products, noise = _products(chain, update)
         findings += _last_layer(target, update, products[-1][1], noise[-1])

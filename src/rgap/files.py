@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -26,3 +28,16 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with lists for tuples and None for NaN and infinity, which JSON does not have."""
+    return {key: _plain(entry) for key, entry in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return plain(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, runtime_checkable
+from typing import Protocol as Structure
 
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -15,7 +17,53 @@ from rgap.files import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from rgap.auditing import Audit
+
+@runtime_checkable
+class Level(Structure):
+    @property
+    def value(self) -> str: ...
+
+
+@runtime_checkable
+class Result(Structure):
+    """What came back of a sample."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def mse(self) -> float: ...
+    @property
+    def inputs(self) -> Tensor | None: ...
+
+
+@runtime_checkable
+class Case(Structure):
+    """A sample, and the best that came back of it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def truth(self) -> Tensor: ...
+    @property
+    def level(self) -> Level: ...
+    @property
+    def best(self) -> Result | None: ...
+
+
+@runtime_checkable
+class Pictured(Structure):
+    """What `side_by_side` draws: an `rgap.Audit`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        ...
+
+    @property
+    def value_range(self) -> tuple[float, float] | None: ...
+    @property
+    def cases(self) -> Sequence[Case]: ...
+
 
 ACROSS = 8
 """Pairs of pictures in one row."""
@@ -34,13 +82,13 @@ def show(axes: Axes, picture: Tensor, value_range: tuple[float, float]) -> None:
     axes.imshow(values, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
-def side_by_side(audit: Audit, path: str | Path) -> None:
+def side_by_side(audit: Pictured, path: str | Path) -> None:
     """Write a PNG with each original above its reconstruction.
 
     Raises:
         ValueError: the inputs are no pictures.
     """
-    shape = audit.target.input_shape
+    shape = audit.shape
     if not is_picture(shape):
         raise ValueError(f"inputs of shape {shape} are no pictures: expected (1 or 3, height, width)")
     rows = math.ceil(len(audit.cases) / ACROSS)
@@ -51,13 +99,14 @@ def side_by_side(audit: Audit, path: str | Path) -> None:
         ax.set_axis_off()
     for at, case in enumerate(audit.cases):
         row, column = divmod(at, ACROSS)
-        value_range = audit.target.value_range or (float(case.truth.min()), float(case.truth.max()))
+        value_range = audit.value_range or (float(case.truth.min()), float(case.truth.max()))
         above, below = axes[2 * row][column], axes[2 * row + 1][column]
         show(above, case.truth[0], value_range)
         above.set_title(case.name[-20:], fontsize=7)
-        if case.found.answers:
-            show(below, case.found.inputs[0], value_range)
-        below.set_title(f"{case.found.status.value}\nMSE {case.mse:.0e}", fontsize=7)
+        best = case.best
+        if best is not None and best.inputs is not None:
+            show(below, best.inputs[0], value_range)
+        below.set_title(case.level.value if best is None else f"{best.status}\nMSE {best.mse:.0e}", fontsize=7)
     for row in range(2 * rows):
         left = axes[row][0]
         word = "from its gradient" if row % 2 else "original"

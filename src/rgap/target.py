@@ -77,21 +77,27 @@ class Target:
     @cached_property
     def _state(self) -> Mapping[str, Tensor]:
         """Parameters and buffers for recomputing gradients: in float64 unless the model's code insists otherwise."""
-        double = {name: t.double() if t.is_floating_point() else t for name, t in self._tensors.items()}
         reason = ""
-        for state in (double, self._tensors):
-            floating = next(t for t in state.values() if t.is_floating_point())
-            sample = torch.zeros(1, *self.input_shape, dtype=floating.dtype, device=floating.device)
-            try:
-                with torch.no_grad(), torch.random.fork_rng(), self._mode():
-                    torch.func.functional_call(self.model, _copies(state), (sample,))
+        for state in (_cast(self._tensors, torch.float64), self._tensors):
+            reason = self._refuses(state)
+            if not reason:
                 return state
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                reason = str(error).strip().splitlines()[0]
+        shape = ", ".join(map(str, self.input_shape))
         raise ValueError(
-            f"the model does not take an input of shape (1, {', '.join(map(str, self.input_shape))}): {reason}. "
+            f"the model does not take an input of shape ({self.batch_size}, {shape}): {reason}. "
             "input_shape is one sample's shape without the batch: check it against the model."
         )
+
+    def _refuses(self, state: Mapping[str, Tensor]) -> str:
+        """Why the model does not run with these tensors; empty if it does."""
+        floating = next(t for t in state.values() if t.is_floating_point())
+        sample = torch.zeros(self.batch_size, *self.input_shape, dtype=floating.dtype, device=floating.device)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(), self._mode():
+                torch.func.functional_call(self.model, _copies(state), (sample,))
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            return str(error).strip().splitlines()[0] or type(error).__name__
+        return ""
 
     @cached_property
     def chain(self) -> Chain:
@@ -156,7 +162,7 @@ class Target:
         like = state[names[0]]
         with self._mode():
             outputs = torch.func.functional_call(self.model, state, (inputs.to(like),))
-        loss = self.loss(outputs, labels.to(like))
+        loss = self.loss(outputs, labels.to(like.device))
         found = torch.autograd.grad(loss, [state[n] for n in names], allow_unused=True)
         return {n: torch.zeros_like(state[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
@@ -171,16 +177,19 @@ class Target:
         It takes inputs (b, *input_shape) and label weights (b, labels), each row a distribution over the loss's
         labels, and computes in ``dtype`` where the model allows it.
         """
-        # _state is known to run; of coarser types the model's own is.
-        source = self._state if dtype == torch.float64 else self._tensors
-        own = source[next(iter(self.parameters))].dtype if dtype == torch.float64 else dtype
-        state = {name: t.to(own) if t.is_floating_point() else t for name, t in source.items()}
+        state: Mapping[str, Tensor] = _cast(self._tensors, dtype)
+        if dtype == torch.float64 or self._refuses(state):
+            state = self._state  # which is known to run
+        own = state[next(iter(self.parameters))].dtype
         trained = {name: state[name] for name in self.parameters}
         fixed = {name: t for name, t in state.items() if name not in trained}
 
         def loss(parameters: dict[str, Tensor], inputs: Tensor, weights: Tensor) -> Tensor:
+            # A model may write to its buffers: into values of this very call, which torch.func allows.
+            zero = torch.zeros_like(inputs.reshape(-1)[0])
+            buffers = {name: t + zero.to(t.dtype) for name, t in fixed.items()}
             with self._mode():
-                outputs = torch.func.functional_call(self.model, {**fixed, **parameters}, (inputs.to(own),))
+                outputs = torch.func.functional_call(self.model, {**buffers, **parameters}, (inputs.to(own),))
             return self.loss.expected(outputs, weights.to(own))
 
         def gradient(inputs: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -198,6 +207,10 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
 
 
 def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,10 +16,14 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from rgap.files import write_atomically
+from rgap.protocol import ADAM_EPSILON, MOMENTUM, Optimiser, Protocol, Sends
 from rgap.target import Target, fingerprint
 
 FORMAT = 1
 """Version of the update file. A reader refuses versions it does not know."""
+
+
+PLAIN = Protocol()
 
 
 class UpdateError(ValueError):
@@ -38,14 +42,17 @@ class Header:
     """The model's, as `rgap.Target.fingerprint`."""
     training: bool | None = None
     """Whether the model was in training mode."""
+    protocol: Protocol = PLAIN
+    """What lies between the gradient and what was sent."""
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """Named gradients, frozen.
+    """Named gradients, or weight differences, frozen.
 
     Args:
-        gradients: by parameter name, with the parameters' shapes.
+        gradients: by parameter name, with the parameters' shapes; what the client sent, be it a gradient or, as the
+            header's protocol says, a weight difference.
         header: what the client says about them.
     """
 
@@ -79,16 +86,38 @@ class Update:
         return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients.values()))
 
     def samples(self, target: Target) -> int:
-        """Over how many samples the gradient is averaged: as the client says, else as the target expects."""
-        return self.header.batch_size if self.header.batch_size != 1 else target.batch_size
+        """Over how many samples the gradient is averaged, all clients together: as the client says, else as the target
+        expects."""
+        own = self.header.batch_size if self.header.batch_size != 1 else target.batch_size
+        return own * self.header.protocol.clients
 
-    def check(self, target: Target) -> None:
+    def undone(self) -> tuple[Update, tuple[str, ...]]:
+        """The gradient of the mean loss behind what was sent, and what had to be taken for granted to get it.
+
+        A gradient of a mean loss is given back as it is. Another keeps the precision of what was sent: its entries
+        have the rounding of weights, not their own.
+        """
+        protocol = self.header.protocol
+        if protocol.sends is Sends.GRADIENT and not protocol.summed:
+            return self, ()
+        found, said = protocol.undo(self.gradients, self.header.batch_size)
+        plain = replace(
+            protocol, sends=Sends.GRADIENT, steps=1, learning_rate=None, optimiser=Optimiser.SGD, summed=False
+        )
+        dtype = self.dtype
+        kept = {name: t.to(dtype) for name, t in found.items()}
+        return Update(kept, replace(self.header, protocol=plain)), said
+
+    def check(self, target: Target, partial: bool = False) -> None:
         """Refuse an update that is not one of this target's model.
+
+        Args:
+            partial: accept an update in which some parameters are missing: frozen or withheld layers.
 
         Raises:
             UpdateError: names, shapes or fingerprint do not fit; says what was got and what was expected.
         """
-        missing = [name for name in target.parameters if name not in self.gradients]
+        missing = [] if partial else [name for name in target.parameters if name not in self.gradients]
         extra = [name for name in self.gradients if name not in target.parameters]
         if missing or extra:
             parts = [f"missing {_listed(missing)}"] * bool(missing) + [f"unknown {_listed(extra)}"] * bool(extra)
@@ -96,8 +125,8 @@ class Update:
                 f"the update's names do not fit the model: {'; '.join(parts)}. Expected one gradient for each of "
                 f"{_listed(list(target.parameters))}."
             )
-        for name, parameter in target.parameters.items():
-            got, expected = tuple(self.gradients[name].shape), tuple(parameter.shape)
+        for name, gradient in self.gradients.items():
+            got, expected = tuple(gradient.shape), tuple(target.parameters[name].shape)
             if got != expected:
                 raise UpdateError(f"{name}: got a gradient of shape {got}, expected {expected} as the model has it")
         if self.header.fingerprint not in (None, target.fingerprint):
@@ -114,7 +143,10 @@ class Update:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with a JSON header, in one step: the file is there whole or not at all."""
         tensors = {name: g.cpu().contiguous() for name, g in self.gradients.items()}
-        said = json.dumps({"format": FORMAT, "kind": "gradient", **asdict(self.header)})
+        header = asdict(self.header)
+        protocol = header.pop("protocol")
+        kind, optimiser = protocol.pop("sends").value, protocol.pop("optimiser").value
+        said = json.dumps({"format": FORMAT, "kind": kind, **header, "protocol": {**protocol, "optimiser": optimiser}})
         content = to_bytes(tensors, metadata={"rgap": said})
         write_atomically(path, content)
 
@@ -161,8 +193,8 @@ def _header(said: str | None, path: Path) -> Header:
             f"{path}: got update format {found.get('format')!r}, expected {FORMAT}; read it with the version of rgap "
             "that wrote it"
         )
-    if found.get("kind") != "gradient":
-        raise UpdateError(f"{path}: got an update of kind {found.get('kind')!r}, expected 'gradient'")
+    if found.get("kind") not in [sends.value for sends in Sends]:
+        raise UpdateError(f"{path}: got an update of kind {found.get('kind')!r}, expected 'gradient' or 'difference'")
     shape = found.get("input_shape")
     header: dict[str, Any] = {name: found.get(name) for name in ("batch_size", "loss", "fingerprint", "training")}
     right = (
@@ -174,7 +206,31 @@ def _header(said: str | None, path: Path) -> Header:
     )
     if not right:
         raise UpdateError(f"{path}: a field of the header has the wrong type: {said[:200]}")
-    return Header(**header, input_shape=None if shape is None else tuple(shape))
+    protocol = _protocol(found["kind"], found.get("protocol", {}), path)
+    return Header(**header, input_shape=None if shape is None else tuple(shape), protocol=protocol)
+
+
+def _protocol(kind: str, said: Any, path: Path) -> Protocol:
+    """The protocol of a header; fields that are not there have their defaults."""
+    if not isinstance(said, dict):
+        raise UpdateError(f"{path}: the protocol is {type(said).__name__}, expected an object")
+    steps, clients, rate = said.get("steps", 1), said.get("clients", 1), said.get("learning_rate")
+    optimisers = {optimiser.value: optimiser for optimiser in Optimiser}
+    optimiser, summed = said.get("optimiser", Optimiser.SGD.value), said.get("summed", False)
+    right = (
+        _is(steps, int)
+        and _is(clients, int)
+        and (rate is None or _is(rate, float) or _is(rate, int))
+        and isinstance(optimiser, str)
+        and optimiser in optimisers
+        and isinstance(summed, bool)
+    )
+    if not right:
+        raise UpdateError(f"{path}: a field of the protocol has the wrong type or value: {str(said)[:200]}")
+    try:
+        return Protocol(Sends(kind), steps, rate, optimisers[optimiser], summed, clients)
+    except ValueError as error:
+        raise UpdateError(f"{path}: {error}") from error
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -186,17 +242,19 @@ def _listed(names: list[str]) -> str:
     return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
 
 
-def capture(target: Target, x: Tensor, y: Tensor) -> Update:
-    """The update of a client whose batch is x, y: the gradient of the mean loss, taken in the model's own precision.
+def capture(target: Target, x: Tensor, y: Tensor, protocol: Protocol = PLAIN) -> Update:
+    """What clients whose batches are x, y would send, computed in the model's own precision.
 
-    The model is used as it stands, in its own mode; its gradients, buffers and mode are left as they were.
+    The model is used as it stands, in its own mode; its gradients, weights, buffers and mode are left as they were.
 
     Args:
-        x: (batch, *input_shape).
+        x: (batch, *input_shape), of all clients one after another.
         y: (batch,), in the loss's labels, such as {-1, 1} for the binary losses.
+        protocol: by default one client that sends the gradient of the mean loss.
 
     Raises:
-        ValueError: shapes or labels do not fit; says what was got and what was expected.
+        ValueError: shapes or labels do not fit, or the batch cannot be shared out evenly among the clients; says what
+            was got and what was expected.
     """
     expected = ", ".join(map(str, target.input_shape))
     if tuple(x.shape[1:]) != target.input_shape or len(x) == 0:
@@ -209,23 +267,42 @@ def capture(target: Target, x: Tensor, y: Tensor) -> Update:
     if tuple(y.shape) != (len(x),):
         raise ValueError(f"got labels of shape {tuple(y.shape)}, expected ({len(x)},), one for each input")
     target.loss.check_labels(y)
+    if len(x) % protocol.clients:
+        raise ValueError(f"got {len(x)} samples for {protocol.clients} clients, expected the same number for each")
+    model, own = target.model, len(x) // protocol.clients
+    sent = [_one_client(target, x[at : at + own], y[at : at + own], protocol) for at in range(0, len(x), own)]
+    mean = {name: torch.stack([each[name] for each in sent]).mean(0) for name in sent[0]} if len(sent) > 1 else sent[0]
+    header = Header(own, target.loss.name, target.input_shape, fingerprint(model), model.training, protocol)
+    return Update(mean, header)
+
+
+def _one_client(target: Target, x: Tensor, y: Tensor, protocol: Protocol) -> dict[str, Tensor]:
+    """The gradient, or the weight difference, of one client."""
     model = target.model
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {name: t.detach().clone() for name, t in tensors.items()}
     trained = list(target.parameters)
     for name in trained:
         state[name].requires_grad_()
-    like = state[trained[0]]
-    outputs = torch.func.functional_call(model, state, (x.to(like),))
-    loss = target.loss(outputs, y.to(like))
-    gradients = torch.autograd.grad(loss, [state[name] for name in trained], allow_unused=True)
-    return Update(
-        {n: torch.zeros_like(state[n]) if g is None else g for n, g in zip(trained, gradients, strict=True)},
-        Header(
-            batch_size=len(x),
-            loss=target.loss.name,
-            input_shape=target.input_shape,
-            fingerprint=fingerprint(model),
-            training=model.training,
-        ),
-    )
+    like, scale = state[trained[0]], len(x) if protocol.summed else 1
+
+    def gradient() -> dict[str, Tensor]:
+        outputs = torch.func.functional_call(model, state, (x.to(like),))
+        loss = scale * target.loss(outputs, y.to(like.device))
+        found = torch.autograd.grad(loss, [state[name] for name in trained], allow_unused=True)
+        return {n: torch.zeros_like(state[n]) if g is None else g for n, g in zip(trained, found, strict=True)}
+
+    if protocol.sends is Sends.GRADIENT or protocol.learning_rate is None:
+        return gradient()
+    weights = [state[name] for name in trained]
+    optimiser: torch.optim.Optimizer
+    if protocol.optimiser is Optimiser.ADAM:
+        optimiser = torch.optim.Adam(weights, lr=protocol.learning_rate, eps=ADAM_EPSILON)
+    else:
+        momentum = MOMENTUM if protocol.optimiser is Optimiser.MOMENTUM else 0.0
+        optimiser = torch.optim.SGD(weights, lr=protocol.learning_rate, momentum=momentum)
+    for _ in range(protocol.steps):
+        for name, found in gradient().items():
+            state[name].grad = found
+        optimiser.step()
+    return {name: state[name].detach() - tensors[name].detach() for name in trained}

@@ -3,108 +3,320 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from networks import Client, clients
-from torch import nn
+from torch import Tensor, nn
 
 from rgap import NotAChain, Target, Update, UpdateError, capture, data, losses, models, score
-from rgap.attacks import Attack, Closed, Recursive, Status
+from rgap.attacks import (
+    DLG,
+    IDLG,
+    Attack,
+    Closed,
+    Hybrid,
+    InvertingGradients,
+    Polish,
+    Reconstruction,
+    Recursive,
+    Status,
+)
+from rgap.attacks.bias import Bias
 
-ATTACKS = [Recursive(), Closed()]
-every_attack = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-DRAWN = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-def small() -> tuple[Target, torch.Tensor, Update]:
-    target = Target(models.cnn6(1, 12).double(), losses.Logistic(), (1, 12, 12), (0.0, 1.0))
-    x = data.photographs(1, 12, channels=1).inputs.double()
-    return target, x, capture(target, x, torch.tensor([1.0]))
-
-
-@every_attack
-@DRAWN
-@given(client=clients())
-def test_exact_is_never_said_of_a_wrong_answer(attack: Attack, client: Client) -> None:
-    found = attack(client.target, capture(client.target, client.x, client.y))
-    if found.status is Status.EXACT:
-        assert score(found, client.x).mse[0] <= 1e-12
-        assert float(found.labels[0]) == float(client.y[0])
-    if found.status is Status.GRADIENT_ZERO:
-        assert found.answers == ()
+# torch's forward mode compiles formulas of its own when first used.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 
-@every_attack
-@DRAWN
-@given(client=clients())
-def test_the_certificate_is_the_distance_of_the_recomputed_gradient(attack: Attack, client: Client) -> None:
-    update = capture(client.target, client.x, client.y)
-    model = client.target.model
-    for answer in attack(client.target, update).answers:
-        loss = client.target.loss(model(answer.inputs), answer.labels)
+@dataclass(frozen=True)
+class Row:
+    """An attack and what can be asked of it."""
+
+    attack: Attack
+    chain_only: bool
+    """Whether it refuses a model that is no chain; the others end in a status."""
+    exact: bool
+    """Whether it may call an answer exact."""
+    needs_bias: bool = False
+    """Whether it has no answer on a model without biases."""
+    examples: int = 10
+    """How many random networks it is tried on."""
+
+
+ROWS = [
+    Row(Recursive(), chain_only=True, exact=True, examples=40),
+    Row(Closed(), chain_only=True, exact=True, examples=40),
+    Row(DLG(iterations=4), chain_only=False, exact=False),
+    Row(IDLG(iterations=4), chain_only=False, exact=False),
+    Row(InvertingGradients(iterations=4), chain_only=False, exact=False),
+    Row(Hybrid((Recursive(), DLG(iterations=4))), chain_only=False, exact=True),
+    Row(Polish(Recursive(), steps=2, inner=4), chain_only=True, exact=True),
+    Row(Bias(), chain_only=False, exact=True, needs_bias=True, examples=40),
+]
+every_attack = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.attack.name)
+GOOD = (Status.EXACT, Status.AMBIGUOUS, Status.REPRODUCED)
+
+
+@dataclass(frozen=True)
+class Case:
+    target: Target
+    x: Tensor
+    update: Update
+
+
+def case(target: Target, y: float = 1.0) -> Case:
+    _, size, _ = target.input_shape
+    x = data.photographs(1, size, channels=1).inputs.double()
+    return Case(target, x, capture(target, x, torch.tensor([y])))
+
+
+def seeded(*layers: nn.Module) -> nn.Module:
+    """Layers that are made elsewhere, with weights from a seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for layer in layers:
+            for module in layer.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+    return nn.Sequential(*layers).double().eval()
+
+
+def plain() -> Case:
+    """A chain without biases."""
+    return case(Target(models.cnn6(1, 12).double(), losses.Logistic(), (1, 12, 12), (0.0, 1.0)))
+
+
+def biased() -> Case:
+    """A chain with biases."""
+    model = seeded(nn.Flatten(), nn.Linear(64, 20), nn.Tanh(), nn.Linear(20, 1))
+    return case(Target(model, losses.Logistic(), (1, 8, 8), (0.0, 1.0)))
+
+
+def branched(batch: int = 1) -> Case:
+    """No chain: batch norm, a maximum, and several classes."""
+    model = seeded(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
+    )  # fmt: skip
+    target = Target(model, losses.CrossEntropy(3), (1, 8, 8), (0.0, 1.0), batch)
+    x = data.photographs(batch, 8, channels=1).inputs.double()
+    return Case(target, x, capture(target, x, torch.arange(batch).float()))
+
+
+def able(row: Row) -> list[Case]:
+    """Cases on which the attack has something to say."""
+    cases = [biased()]
+    if not row.needs_bias:
+        cases.append(plain())
+    if not row.chain_only:
+        cases += [branched(), branched(2)] if not row.needs_bias else []
+    return cases
+
+
+def same(one: Reconstruction, other: Reconstruction, tolerance: float = 0.0) -> None:
+    assert (one.attack, one.status, one.assumptions) == (other.attack, other.status, other.assumptions)
+    assert len(one.answers) == len(other.answers)
+    for a, b in zip(one.answers, other.answers, strict=True):
+        torch.testing.assert_close(a.inputs, b.inputs, rtol=tolerance, atol=tolerance)
+        assert torch.equal(a.labels, b.labels)
+        assert a.error == pytest.approx(b.error, rel=tolerance, nan_ok=True)
+
+
+def certified(found: Reconstruction, target: Target, update: Update) -> None:
+    """Every residual is that of the plain model, in its own type, at the answer."""
+    model = target.model
+    for answer in found.answers:
+        loss = target.loss(model(answer.inputs), answer.labels)
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         distance = sum(
             float(((torch.zeros_like(u) if g is None else g) - u).square().sum())
             for g, u in zip(gradients, update.gradients.values(), strict=True)
         )
-        assert answer.gradient_residual == pytest.approx(math.sqrt(distance) / update.norm, rel=1e-6, abs=1e-12)
+        expected = math.sqrt(distance) / update.norm
+        assert answer.gradient_residual == pytest.approx(expected, rel=1e-6, abs=1e-12, nan_ok=True)
+
+
+# Random networks.
 
 
 @every_attack
-def test_the_same_update_gives_the_same_answer_and_nothing_is_changed(attack: Attack) -> None:
-    target, _, update = small()
-    weights = {name: p.clone() for name, p in target.model.named_parameters()}
-    gradients = {name: g.clone() for name, g in update.gradients.items()}
-    state = torch.get_rng_state()
-    first, second = attack(target, update), attack(target, update)
-    assert torch.equal(first.inputs, second.inputs)
-    assert first.answers[0].error == second.answers[0].error
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(weights[name], p) for name, p in target.model.named_parameters())
-    assert all(torch.equal(gradients[name], g) for name, g in update.gradients.items())
-    assert all(p.grad is None for p in target.model.parameters())
+def test_what_is_said_of_an_answer_is_true(row: Row) -> None:
+    """Exact is never said of a wrong answer, and the certificate is the distance of the recomputed gradient."""
+
+    @settings(max_examples=row.examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(client=clients())
+    def check(client: Client) -> None:
+        update = capture(client.target, client.x, client.y)
+        found = row.attack(client.target, update)
+        if found.status is Status.EXACT:
+            assert row.exact
+            assert score(found, client.x).mse[0] <= 1e-12
+            assert float(found.labels[0]) == float(client.y[0])
+        if found.status in GOOD:
+            assert found.gradient_residual <= found.tolerance
+        if found.status is Status.GRADIENT_ZERO:
+            assert found.answers == ()
+        certified(found, client.target, update)
+
+    check()
+
+
+# Answers.
 
 
 @every_attack
-def test_answers_have_the_inputs_shape_and_every_aid_is_listed(attack: Attack) -> None:
-    target, x, update = small()
-    found = attack(target, update)
-    assert found.inputs.shape == x.shape
-    assert found.labels.shape == (1,)
-    assert found.inputs.dtype == torch.float64
-    assert found.assumptions
-    assert found.seconds > 0
-    assert str(found).startswith(f"{attack.name}: exact")
+def test_the_certificate_of_a_model_that_is_no_chain(row: Row) -> None:
+    if not row.chain_only:
+        for batch in (1, 2):
+            here = branched(batch)
+            certified(row.attack(here.target, here.update), here.target, here.update)
 
 
 @every_attack
-def test_an_update_that_does_not_fit_is_refused(attack: Attack) -> None:
-    target, _, update = small()
-    with pytest.raises(UpdateError, match="names do not fit"):
-        attack(target, Update(dict(list(update.gradients.items())[1:])))
+def test_the_same_update_gives_the_same_answer_and_nothing_is_changed(row: Row) -> None:
+    for here in able(row):
+        model = here.target.model
+        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        gradients = {name: g.clone() for name, g in here.update.gradients.items()}
+        state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+        first, second = row.attack(here.target, here.update), row.attack(here.target, here.update)
+        assert first.answers
+        same(first, second)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+        assert all(torch.equal(gradients[name], g) for name, g in here.update.gradients.items())
+        assert all(p.grad is None and p.requires_grad for p in model.parameters())
+        assert [module.training for module in model.modules()] == modes
+
+
+@every_attack
+def test_answers_have_the_inputs_shape_and_every_aid_is_listed(row: Row) -> None:
+    for here in able(row):
+        found = row.attack(here.target, here.update)
+        assert found.answers
+        for answer in found.answers:
+            assert answer.inputs.shape == here.x.shape
+            assert answer.labels.shape == (len(here.x),)
+            assert answer.inputs.dtype is answer.labels.dtype is torch.float64
+            assert set(answer.labels.tolist()) <= set(here.target.loss.labels)
+            assert not answer.inputs.requires_grad
+        assert found.assumptions
+        assert found.reason
+        assert found.seconds > 0
+        assert found.attack == row.attack.name
+        assert str(found).startswith(f"{row.attack.name}: {found.status.value}, ")
+        assert all(f"assumed: {assumption}" in str(found) for assumption in found.assumptions)
+
+
+@every_attack
+def test_exact_is_said_by_those_who_may(row: Row) -> None:
+    here = biased() if row.needs_bias else plain()
+    found = row.attack(here.target, here.update)
+    if row.exact:
+        assert found.status is Status.EXACT, found
+        assert score(found, here.x).mse[0] <= 1e-12
+    else:
+        assert found.status in (Status.REPRODUCED, Status.AMBIGUOUS, Status.NOT_CONVERGED)
+
+
+@every_attack
+def test_many_updates_give_what_each_gives(row: Row) -> None:
+    for here in able(row):
+        others = here.x.flip(-1), torch.full((len(here.x),), here.target.loss.labels[0])
+        updates = [here.update, capture(here.target, *others), here.update]
+        together = row.attack.many(here.target, updates)
+        assert len(together) == 3
+        for update, found in zip(updates, together, strict=True):
+            same(found, row.attack(here.target, update), tolerance=1e-4)
+        assert row.attack.many(here.target, []) == ()
+
+
+# Refusals.
+
+
+@every_attack
+def test_an_update_that_does_not_fit_is_refused(row: Row) -> None:
+    attack, here = row.attack, plain()
+    gradients = dict(here.update.gradients)
+    first, grad = next(iter(gradients.items()))
+    extra, other_shape = {**gradients, "more": torch.ones(2)}, {**gradients, first: grad[..., :-1]}
+    missing = {name: g for name, g in gradients.items() if name != first}
+    with pytest.raises(UpdateError, match="unknown more"):
+        attack(here.target, Update(extra))
+    with pytest.raises(UpdateError, match=f"{first}: got a gradient of shape"):
+        attack(here.target, Update(other_shape))
+    if attack.partial:
+        assert isinstance(attack(here.target, Update(missing)).status, Status)
+    else:
+        with pytest.raises(UpdateError, match=f"missing {first}"):
+            attack(here.target, Update(missing))
     other = Target(models.cnn6(1, 12, seed=5).double(), losses.Logistic(), (1, 12, 12))
     with pytest.raises(UpdateError, match="another model or another checkpoint"):
-        attack(other, update)
+        attack(other, here.update)
+    with pytest.raises(UpdateError, match="another model or another checkpoint"):
+        attack.many(other, [Update(gradients), here.update])
 
 
 @every_attack
-def test_a_model_that_is_no_chain_is_refused_with_its_obstacles(attack: Attack) -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.GELU(), nn.Flatten(), nn.Linear(2, 1))
-    target = Target(model, losses.Logistic(), (1, 4, 4))
-    with pytest.raises(NotAChain, match=r"max_pool2d[\s\S]*gelu"):
-        attack(target, capture(target, torch.rand(1, 1, 4, 4), torch.tensor([1.0])))
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_model_that_is_no_chain_is_refused_or_ends_in_a_status(row: Row, classes: int) -> None:
+    model = seeded(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.GELU(), nn.Flatten(), nn.Linear(2, classes))
+    loss = losses.Logistic() if classes == 1 else losses.CrossEntropy(classes)
+    target = Target(model, loss, (1, 4, 4), (0.0, 1.0))
+    update = capture(target, data.photographs(1, 4, channels=1).inputs, torch.tensor([1.0]))
+    if row.chain_only:
+        with pytest.raises(NotAChain, match=r"max_pool2d[\s\S]*gelu") as refused:
+            row.attack(target, update)
+        assert refused.value.obstacles == target.obstacles
+    else:
+        assert row.attack(target, update).status in (*GOOD, Status.NOT_CONVERGED)
 
 
 @every_attack
-def test_a_gradient_of_nothing_but_noise_ends_in_a_status(attack: Attack) -> None:
-    target, _, update = small()
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_batch_norm_a_maximum_and_several_classes(row: Row, batch: int) -> None:
+    here = branched(batch)
+    if row.chain_only:
+        with pytest.raises(NotAChain, match="cross-entropy"):
+            row.attack(here.target, here.update)
+    else:
+        found = row.attack(here.target, here.update)
+        assert found.status in (Status.REPRODUCED, Status.AMBIGUOUS, Status.NOT_CONVERGED)
+        assert found.reason
+
+
+# Gradients that tell nothing.
+
+
+@every_attack
+@pytest.mark.parametrize("make", [plain, biased])
+def test_a_gradient_of_nothing_but_noise_ends_in_a_status(row: Row, make: Callable[[], Case]) -> None:
+    here, generator = make(), torch.Generator().manual_seed(0)
     noise = {
         name: torch.randn(g.shape, generator=generator, dtype=g.dtype) * g.norm() / g.numel() ** 0.5
-        for name, g in update.gradients.items()
+        for name, g in here.update.gradients.items()
     }
-    found = attack(target, Update(noise))
-    assert found.status not in (Status.EXACT, Status.AMBIGUOUS)
+    found = row.attack(here.target, Update(noise))
+    assert found.status not in GOOD
     assert found.reason
+
+
+@every_attack
+@pytest.mark.parametrize("make", [plain, biased, branched])
+def test_a_gradient_of_zero_has_no_answer(row: Row, make: Callable[[], Case]) -> None:
+    here = make()
+    if row.chain_only and here.target.obstacles:
+        return
+    zero = Update({name: torch.zeros_like(g) for name, g in here.update.gradients.items()}, here.update.header)
+    found = row.attack(here.target, zero)
+    assert found.answers == ()
+    assert found.reason
+    # What finds no layer to read says that first.
+    allowed = {Status.GRADIENT_ZERO, Status.NOT_CONVERGED} if row.needs_bias else {Status.GRADIENT_ZERO}
+    assert found.status in allowed
+    if make is biased:
+        assert found.status is Status.GRADIENT_ZERO
+    with pytest.raises(LookupError, match=row.attack.name):
+        _ = found.inputs

@@ -1,4 +1,4 @@
-"""One suite for every loss. A new one adds one row to LOSSES."""
+"""One suite for every loss. A new margin loss adds one row to LOSSES."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from rgap.nn import losses
-from rgap.nn.losses import Loss
+from rgap.nn.losses import CrossEntropy, Loss, MarginLoss
 
 
 @dataclass(frozen=True)
 class Row:
-    ours: Loss
+    ours: MarginLoss
     name: str
     oracle: Callable[[Tensor], Tensor]
     """The loss of every margin."""
@@ -233,11 +233,138 @@ def test_a_loss_is_found_by_its_name(row: Row) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    known = ", ".join(sorted(row.name for row in LOSSES))
+    known = ", ".join(sorted([*(row.name for row in LOSSES), "cross-entropy"]))
     with pytest.raises(ValueError, match="unknown loss") as refused:
         losses.by_name("Logistic")
     assert str(refused.value) == f"unknown loss 'Logistic': expected one of {known}"
 
 
-def test_every_loss_has_a_row() -> None:
-    assert {type(row.ours) for row in LOSSES} == set(losses._NAMES)
+def test_every_loss_is_covered() -> None:
+    assert {type(row.ours) for row in LOSSES} | {CrossEntropy} == set(losses._NAMES)
+
+
+# Cross-entropy.
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 2**31))
+def test_cross_entropy_is_minus_the_log_of_the_labels_share(classes: int, batch: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    outputs = 4 * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
+    labels = torch.randint(classes, (batch,), generator=generator)
+    shares = [np.exp(row) / np.exp(row).sum() for row in outputs.numpy()]
+    expected = -np.mean([np.log(row[y]) for row, y in zip(shares, labels.tolist(), strict=True)])
+    assert float(CrossEntropy(classes)(outputs, labels)) == pytest.approx(expected, rel=1e-12)
+    for given_labels in (labels.float(), labels.double(), labels[:, None]):
+        found = CrossEntropy(classes)(outputs, given_labels)
+        assert float(found) == pytest.approx(float(functional.cross_entropy(outputs, labels)), rel=1e-14)
+
+
+def test_cross_entropy_of_large_outputs_is_finite() -> None:
+    outputs = torch.tensor([[1000.0, -1000.0]], dtype=torch.float64)
+    assert float(CrossEntropy(2)(outputs, torch.tensor([1.0]))) == 2000.0
+    assert float(CrossEntropy(2)(outputs, torch.tensor([0.0]))) == 0.0
+
+
+def test_cross_entropy_of_two_classes_is_the_logistic_loss_of_the_outputs_difference() -> None:
+    outputs = torch.tensor([[0.3, -1.0], [2.0, 2.5], [-4.0, 1.0]], dtype=torch.float64)
+    labels = torch.tensor([1.0, 0.0, 1.0])
+    expected = losses.Logistic()(outputs[:, 1] - outputs[:, 0], 2 * labels.double() - 1)
+    torch.testing.assert_close(CrossEntropy(2)(outputs, labels), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_cross_entropy_has_a_label_and_an_output_for_each_class(classes: int) -> None:
+    loss = CrossEntropy(classes)
+    assert loss.labels == tuple(range(classes))
+    assert all(type(label) is float for label in loss.labels)
+    assert loss.outputs == classes
+    loss.check_labels(torch.arange(classes))
+    loss.check_labels(torch.arange(classes).float()[:, None])
+
+
+@pytest.mark.parametrize("row", LOSSES, ids=lambda row: row.name)
+def test_margin_losses_have_two_labels_and_one_output(row: Row) -> None:
+    assert row.ours.labels == (-1.0, 1.0)
+    assert row.ours.outputs == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [([3.0], "3"), ([0.0, -1.0, 5.0], "-1"), ([1.5], "1.5"), ([2.0, float("nan")], "nan"), ([float("inf")], "inf")],
+)
+def test_cross_entropy_refuses_other_labels(labels: list[float], named: str) -> None:
+    with pytest.raises(ValueError, match="got label") as refused:
+        CrossEntropy(3).check_labels(torch.tensor(labels))
+    expected = "a whole number from 0 to 2 for cross-entropy of 3 classes"
+    assert str(refused.value) == f"got label {named}, expected {expected}"
+
+
+@pytest.mark.parametrize("classes", [1, 0, -2])
+def test_cross_entropy_of_fewer_than_two_classes_is_refused(classes: int) -> None:
+    message = f"got {classes} classes, expected 2 or more, one for each output of the model"
+    for make in (CrossEntropy, lambda count: losses.by_name("cross-entropy", count)):
+        with pytest.raises(ValueError, match="classes") as refused:
+            make(classes)
+        assert str(refused.value) == message
+
+
+def test_cross_entropy_is_found_by_its_name_and_classes() -> None:
+    assert losses.by_name("cross-entropy", 7) == CrossEntropy(7) != CrossEntropy(6)
+    assert CrossEntropy(7).name == "cross-entropy"
+    with pytest.raises(ValueError, match="cross-entropy needs the number of classes: pass classes"):
+        losses.by_name("cross-entropy")
+
+
+@every_loss
+def test_the_number_of_classes_is_for_cross_entropy_alone(row: Row) -> None:
+    assert losses.by_name(row.name, 5) == row.ours
+
+
+# Labels that are not certain.
+
+ALL = [*(row.ours for row in LOSSES), CrossEntropy(2), CrossEntropy(4)]
+of_all = pytest.mark.parametrize("loss", ALL, ids=lambda loss: f"{loss.name}-{len(loss.labels)}")
+
+
+def a_batch(loss: Loss, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Outputs, and the numbers of the labels."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = 2 * torch.randn(batch, loss.outputs, generator=generator, dtype=torch.float64)
+    return outputs, torch.randint(len(loss.labels), (batch,), generator=generator)
+
+
+@of_all
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 2**31))
+def test_a_certain_label_gives_the_loss_itself(loss: Loss, batch: int, seed: int) -> None:
+    outputs, which = a_batch(loss, batch, seed)
+    weights = torch.eye(len(loss.labels), dtype=torch.float64)[which]
+    labels = torch.tensor(loss.labels, dtype=torch.float64)[which]
+    torch.testing.assert_close(loss.expected(outputs, weights), loss(outputs, labels), rtol=1e-12, atol=1e-15)
+
+
+@of_all
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 2**31))
+def test_an_uncertain_label_gives_the_mean_over_labels(loss: Loss, batch: int, seed: int) -> None:
+    """Sample by sample and label by label."""
+    outputs, _ = a_batch(loss, batch, seed)
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(batch, len(loss.labels), generator=generator, dtype=torch.float64).softmax(1)
+    total = sum(
+        float(weights[at, number]) * float(loss(outputs[at : at + 1], torch.tensor([label], dtype=torch.float64)))
+        for at in range(batch)
+        for number, label in enumerate(loss.labels)
+    )
+    assert float(loss.expected(outputs, weights)) == pytest.approx(total / batch, rel=1e-9, abs=1e-12)
+
+
+@of_all
+def test_the_mean_over_labels_is_linear_in_their_weights(loss: Loss) -> None:
+    outputs, _ = a_batch(loss, 3, 0)
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randn(3, len(loss.labels), generator=generator, dtype=torch.float64) for _ in range(2))
+    both = loss.expected(outputs, 2 * first - 3 * second)
+    apart = 2 * loss.expected(outputs, first) - 3 * loss.expected(outputs, second)
+    torch.testing.assert_close(both, apart, rtol=1e-10, atol=1e-12)

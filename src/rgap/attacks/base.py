@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,8 @@ from torch import Tensor
 from rgap.checks import Preflight, preflight
 from rgap.target import Target
 from rgap.update import Update
+
+MIXTURE = "of {} samples in one update the closed form gives a mixture"
 
 
 class Status(Enum):
@@ -177,9 +179,16 @@ class Reconstruction:
 class Attack(ABC):
     """``(Target, Update) -> Reconstruction``. Authors write `run` or `run_many`; nothing else reaches the attack."""
 
+    partial: ClassVar[bool] = False
+    """Whether the attack works on updates in which some parameters' gradients are missing."""
+
     @property
     def name(self) -> str:
         return type(self).__name__
+
+    def obstacle(self, target: Target, samples: int) -> str | None:
+        """Why this attack has nothing to offer on an update of so many samples; None if it is worth running."""
+        return None
 
     @final
     def __call__(self, target: Target, update: Update) -> Reconstruction:
@@ -198,11 +207,16 @@ class Attack(ABC):
         The seconds of attacks that ran together are shared out evenly. Errors are those of a single attack.
         """
         for update in updates:
-            update.check(target)
+            update.check(target, partial=self.partial)
         start = time.perf_counter()
-        found = self.run_many(target, updates, [preflight(target, update) for update in updates])
+        undone = [update.undone() for update in updates]
+        plain = [update for update, _ in undone]
+        found = self.run_many(target, plain, [preflight(target, update) for update in plain])
         together = (time.perf_counter() - start) / max(1, len(updates))
-        return tuple(replace(each, seconds=each.seconds or together) for each in found)
+        return tuple(
+            replace(each, seconds=each.seconds or together, assumptions=(*said, *each.assumptions))
+            for each, (_, said) in zip(found, undone, strict=True)
+        )
 
     def run_many(self, target: Target, updates: Sequence[Update], checks: Sequence[Preflight]) -> list[Reconstruction]:
         """The attack on updates that are known to fit the target, one after another unless a subclass can do better."""

@@ -18,6 +18,8 @@ TRIED = 32
 """How many units, those nearest to their kink, are tried on their other side."""
 NEAR = 0.2
 """A relative gradient residual above this has other causes than a few units."""
+VISIBLE = 1e-3
+"""A move above this fraction of the answer is no correction of its error."""
 FLIPS = 8
 """How many of them are changed at the most."""
 
@@ -50,6 +52,8 @@ def settle(
     if not changed:
         return x
     moved = step_over(chain, x, changed)
+    if float((moved - x).norm()) > VISIBLE * float(x.norm()):
+        return x  # an answer that must move so far has other causes than its own error
     inputs, outputs = chain.forward(moved)
     slopes = [layer.activation.slope(z) for layer, z in zip(chain, outputs, strict=True)]
     return moved if float(_residuals(chain, gradients, inputs, k, slopes)[0]) < start else x

@@ -18,6 +18,7 @@ Objective = Callable[[Float[Tensor, "a d"], Int[Tensor, " a"]], tuple[Float[Tens
 """Values and gradients at x of the systems whose numbers are given."""
 Watch = Callable[[int, float], None]
 """Called after each iteration with its number and the least value."""
+Project = Callable[[Float[Tensor, "a d"]], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,21 @@ class Minimiser(ABC):
     """Minimises s systems from s starting points."""
 
     @abstractmethod
-    def __call__(self, f: Objective, x: Float[Tensor, "s d"], stop: Stop, watch: Watch) -> Minima: ...
+    def __call__(
+        self, f: Objective, x: Float[Tensor, "s d"], stop: Stop, watch: Watch, project: Project | None = None
+    ) -> Minima:
+        """Minimise.
+
+        Args:
+            f: the functions.
+            x: where each begins.
+            stop: when each ends.
+            watch: is told of each iteration.
+            project: changes points in place to points that are allowed, after every step.
+
+        Raises:
+            ValueError: this minimiser cannot keep to what is allowed.
+        """
 
 
 class _Record:
@@ -70,7 +85,7 @@ class _Record:
     def note(self, which: Tensor, x: Tensor, value: Tensor, iteration: int) -> Bool[Tensor, " a"]:
         """Take up an iteration of the systems `which`; tells which of them go on."""
         self.iterations[which] = iteration
-        better = value < self.value[which]
+        better = (value < self.value[which]) & value.isfinite()
         at = which[better]
         self.x[at], self.value[at] = x[better], value[better]
         fell = ~(self.value[which] > 0.9 * self.mark[which])
@@ -93,7 +108,7 @@ class _Record:
         return ~over
 
     def minima(self) -> Minima:
-        ended = tuple(why or f"{self.stop.iterations} iterations" for why in self.ended)
+        ended = tuple(why or "no more were allowed" for why in self.ended)
         return Minima(self.x, self.value, self.iterations, ended)
 
 
@@ -105,20 +120,18 @@ class Adam(Minimiser):
         rate: the step size.
         signed: only the signs of the gradient are used (Geiping et al. 2020, Section 5).
         decay: the fractions at which the rate falls.
-        box: (low, high) that x is kept in after each step, for the first `boxed` values of a system.
-        boxed: how many values; None for all.
     """
 
     rate: float = 0.1
     signed: bool = False
     decay: tuple[float, ...] = ()
-    box: tuple[float, float] | None = None
-    boxed: int | None = None
 
-    def __call__(self, f: Objective, x: Tensor, stop: Stop, watch: Watch) -> Minima:
+    def __call__(self, f: Objective, x: Tensor, stop: Stop, watch: Watch, project: Project | None = None) -> Minima:
         record = _Record(x, stop)
         which = torch.arange(len(x), device=x.device)
         point = x.clone()
+        if project is not None:
+            project(point)
         optimiser = torch.optim.Adam([point], lr=self.rate)
         falls = [math.ceil(fraction * stop.iterations) for fraction in self.decay]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, falls, gamma=0.1)
@@ -136,8 +149,8 @@ class Adam(Minimiser):
             optimiser.step()
             schedule.step()
             point[~on] = held
-            if self.box is not None:
-                point[:, : self.boxed].clamp_(*self.box)
+            if project is not None:
+                project(point)
         return record.minima()
 
 
@@ -159,7 +172,9 @@ class LBFGS(Minimiser):
     decrease: float = 1e-4
     curvature: float = 0.9
 
-    def __call__(self, f: Objective, x: Tensor, stop: Stop, watch: Watch) -> Minima:
+    def __call__(self, f: Objective, x: Tensor, stop: Stop, watch: Watch, project: Project | None = None) -> Minima:
+        if project is not None:
+            raise ValueError("L-BFGS cannot keep a guess in the value range: use Adam, or boxed=False")
         record = _Record(x, stop)
         which = torch.arange(len(x), device=x.device)
         value, gradient = f(x, which)
@@ -176,10 +191,10 @@ class LBFGS(Minimiser):
             along = (step * turn).sum(1)
             curved = found & (along > 1e-10 * step.norm(dim=1) * turn.norm(dim=1))
             pair = torch.where(curved, 1 / along, torch.zeros_like(along))  # a pair of weight 0 changes nothing
-            steps, turns = (
-                torch.cat([old[-self.history + 1 :], new[None]]) for old, new in ((steps, step), (turns, turn))
+            steps, turns, inverse = (
+                torch.cat([old, new[None]])[-self.history :]
+                for old, new in ((steps, step), (turns, turn), (inverse, pair))
             )
-            inverse = torch.cat([inverse[-self.history + 1 :], pair[None]])
             x, value, gradient = moved, new_value, new_gradient
             on = record.note(which, x, value, iteration) & found
             record.end(which[~found], "no step lowers the loss any more")
@@ -214,7 +229,8 @@ class LBFGS(Minimiser):
         for _ in range(self.trials):
             at = x[search] + length[search, None] * direction[search]
             new, new_gradient = f(at, which[search])
-            fell = new <= value[search] + self.decrease * length[search] * slope[search]  # False for NaN
+            enough = new <= value[search] + self.decrease * length[search] * slope[search]
+            fell = enough & (new < value[search])  # False for NaN
             flat = (new_gradient * direction[search]).sum(1) >= self.curvature * slope[search]
             down = search[fell]
             best[down], best_value[down], best_gradient[down] = at[fell], new[fell], new_gradient[fell]

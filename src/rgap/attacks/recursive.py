@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rgap.attacks import kinks
 from rgap.attacks.base import (
+    MIXTURE,
     Answer,
     Attack,
     Reconstruction,
@@ -60,6 +61,11 @@ class Recursive(Attack):
     visible: float = 0.01
     seed: int = 0
 
+    def obstacle(self, target: Target, samples: int) -> str | None:
+        if target.obstacles:
+            return "the recursion cannot pass this model: " + "; ".join(str(each) for each in target.obstacles)
+        return MIXTURE.format(samples) if samples > 1 else None
+
     def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
         chain = target.chain
         eps = float(torch.finfo(update.dtype).eps)
@@ -79,6 +85,8 @@ class Recursive(Attack):
         if empty is not None:
             cause = "the loss is saturated" if empty is chain[-1] else "all units after it are dead"
             return ended(Status.GRADIENT_ZERO, f"the gradient of {empty.weight_name} is zero: {cause}")
+        if chain.scalable:
+            assumptions += ("the gradient was not scaled: here a scaled one is that of a brighter or darker input",)
         start = heads(chain, target.margin_loss, gradients, eps)
         assumptions += start.assumptions
         if len(start.labels) == 0:
@@ -92,6 +100,8 @@ class Recursive(Attack):
             assumptions += (f"of {len(good)} answers the one that fits the value range {target.value_range} is first",)
         assumptions += tuple({a.joint.prior: None for a in good if a.joint is not None})
         status, reason = self._judge(good, target, tolerance)
+        if update.samples(target) > 1 and status in (Status.EXACT, Status.AMBIGUOUS):
+            status, reason = Status.REPRODUCED, f"one input that stands for {update.samples(target)} samples; {reason}"
         return ended(status, reason, tuple(good))
 
     def _follow(

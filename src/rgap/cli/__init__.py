@@ -14,10 +14,11 @@ COMMANDS = {
     "audit": "Attack a model on pictures and show what comes out.",
     "capture": "Write the update that a client with one picture would send.",
     "rank": "Count and measure which layer protects the input, before any update.",
+    "reproduce": "Compute a table or figure of the paper again, beside the paper's numbers.",
 }
 
 EPILOG = """Exit codes: 0 the command did its work, whatever the attack found; 1 the input was refused, with the reason;
-2 the command line was wrong; 130 interrupted."""
+2 the command line was wrong; 3 the condition of --fail-if holds; 130 interrupted."""
 
 
 class _Lazy(click.Group):
@@ -47,7 +48,7 @@ def group() -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; refusals become one message and exit code 1."""
     try:
-        group.main(args=arguments, prog_name="rgap", standalone_mode=False)
+        code = group.main(args=arguments, prog_name="rgap", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)
@@ -57,4 +58,4 @@ def main(arguments: list[str] | None = None) -> Any:
     except (ValueError, OSError) as error:
         click.echo(f"rgap: {error}", err=True)
         sys.exit(1)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -12,7 +12,7 @@ from safetensors.torch import save as to_bytes
 
 from rgap.auditing import describe
 from rgap.cli import tables
-from rgap.cli.options import ATTACKS, attack_option, make_target, target_options
+from rgap.cli.options import attack_options, make_attack, make_target, shown, target_options
 from rgap.files import write_atomically
 from rgap.picture import is_picture, single
 from rgap.update import Update
@@ -21,19 +21,29 @@ from rgap.update import Update
 @click.command("attack")
 @click.argument("update", type=click.Path(path_type=Path))
 @target_options
-@attack_option
+@attack_options("closed")
 @click.option("--out", type=click.Path(path_type=Path), default="rgap-out", show_default=True, help="Folder to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
-def command(update: Path, attack: str, out: Path, as_json: bool, **named: Any) -> None:
+def command(
+    update: Path,
+    attack: str,
+    iterations: int | None,
+    restarts: int | None,
+    polish: bool,
+    out: Path,
+    as_json: bool,
+    **named: Any,
+) -> None:
     """Reconstruct the input behind one update file.
 
     UPDATE is a file written by `rgap capture` or rgap.Update.save. Writes reconstruction.json, the exact values as
     reconstruction.safetensors (inputs and labels of every answer, best first), and for pictures reconstruction.png.
     """
+    chosen = make_attack(attack, iterations, restarts, polish)
     target = make_target(**named)
     received = Update.load(update, target)
-    with Console(stderr=True).status("attacking"):
-        found = ATTACKS[attack]()(target, received)
+    with shown(Console(stderr=True)):
+        found = chosen(target, received)
     out.mkdir(parents=True, exist_ok=True)
     said = describe(found)
     write_atomically(out / "reconstruction.json", json.dumps(said, indent=1).encode())
@@ -52,13 +62,14 @@ def command(update: Path, attack: str, out: Path, as_json: bool, **named: Any) -
         click.echo(json.dumps(said))
         return
     report = Console()
-    if found.answers:
+    if found.answers and found.layers:
         report.print(tables.layers(found.answers[0], "Layer by layer"))
         if (joint := tables.together(found.answers[0])) is not None:
             report.print(joint, highlight=False)
     for note in tables.notes(found):
         report.print(f"- {note}", highlight=False)
-    label = f", label {float(found.labels[0]):+g}" if found.answers else ""
+    told = ", ".join(f"{label:+g}" for label in found.labels.tolist()) if found.answers else ""
+    label = f", label {told}" if told else ""
     twins = f", {len(found.twins)} twin(s)" if found.twins else ""
     report.print(f"\n[bold]{found.status.value}[/bold]{label}{twins}: {found.reason}", highlight=False)
     report.print(f"Written to {out}", highlight=False)

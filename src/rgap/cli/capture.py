@@ -16,7 +16,7 @@ from rgap.update import capture
 
 @click.command("capture")
 @click.argument("picture", type=click.Path(path_type=Path))
-@click.option("--label", type=float, required=True, help="-1 or 1.")
+@click.option("--label", type=float, required=True, help="-1 or 1; for cross-entropy the class, from 0.")
 @target_options
 @click.option(
     "--out", type=click.Path(path_type=Path), default="update.safetensors", show_default=True, help="File to write."

@@ -5,17 +5,23 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import safetensors
-from safetensors.torch import load_file
+import torch
+from rich.console import Console
 from torch import nn
 
 from rgap import losses, models
-from rgap.attacks import Attack, Closed, Recursive
+from rgap.attacks import DLG, IDLG, Attack, Bias, Closed, Hybrid, InvertingGradients, Matching, Polish, Recursive
+from rgap.attacks.progress import Tick, watching
+from rgap.protocol import Optimiser, Protocol, Sends
+from rgap.reading import load_weights
 from rgap.target import Target
 
 BUILT_IN: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
@@ -67,13 +73,16 @@ def target_options(command: F) -> F:
                 "Importing it is the only code of yours that runs.",
             ),
             click.option(
-                "--weights", type=click.Path(path_type=Path), help="safetensors file with the model's state dict."
+                "--weights",
+                type=click.Path(path_type=Path),
+                help="The model's state dict: safetensors, npz, or tensors alone as torch.save writes them.",
             ),
             click.option(
                 "--loss",
                 default="logistic",
                 show_default=True,
-                type=click.Choice(["exponential", "hinge", "logistic", "squared-hinge"]),
+                type=click.Choice(["cross-entropy", "exponential", "hinge", "logistic", "squared-hinge"]),
+                help="cross-entropy of as many classes as the model has outputs; the others take labels -1 and 1.",
             ),
             click.option(
                 "--input-shape",
@@ -100,20 +109,155 @@ def target_options(command: F) -> F:
     return command
 
 
-ATTACKS: dict[str, Callable[[], Attack]] = {"closed": Closed, "recursive": Recursive}
+ATTACKS: dict[str, Callable[[], Attack]] = {
+    "closed": Closed,
+    "recursive": Recursive,
+    "bias": Bias,
+    "dlg": DLG,
+    "idlg": IDLG,
+    "inverting-gradients": InvertingGradients,
+    "hybrid": Hybrid,
+}
 
 
-def attack_option(command: F) -> F:
-    """Which attack runs."""
+def attack_options(default: str | None) -> Callable[[F], F]:
+    """The options that say which attack runs, as `make_attack` takes them; several attacks, if there is no default."""
+    names = click.Choice(list(ATTACKS))
+    about = (
+        "closed: R-GAP, and where a layer leaves its input open, several layers together; recursive: layer by layer, "
+        "as in the paper; bias: a Linear layer with a bias; dlg, idlg, inverting-gradients: by optimisation; hybrid: "
+        "recursive and dlg, the smoother answer of the two."
+    )
+    which = (
+        click.option("--attack", multiple=True, type=names, help=f"Default: all that apply. {about}")
+        if default is None
+        else click.option("--attack", default=default, show_default=True, type=names, help=about)
+    )
+    options = (
+        which,
+        click.option("--iterations", type=click.IntRange(min=1), help="Of attacks by optimisation."),
+        click.option("--restarts", type=click.IntRange(min=1), help="Starts of attacks by optimisation; default: 1."),
+        click.option("--polish", is_flag=True, help="Go on from the answer by Gauss-Newton on the gradient residual."),
+    )
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def make_attack(attack: str, iterations: int | None, restarts: int | None, polish: bool) -> Attack:
+    """The attack that the options describe.
+
+    Raises:
+        click.BadParameter: sizes for an attack that has none.
+    """
+    made = ATTACKS[attack]()
+    if (iterations or restarts) and not isinstance(made, (Matching, Hybrid)):
+        raise click.BadParameter(f"--iterations and --restarts: {made.name} is no attack by optimisation")
+    made = resized(made, iterations, restarts)
+    return Polish(made) if polish else made
+
+
+def resized(attack: Attack, iterations: int | None, restarts: int | None) -> Attack:
+    """An attack by optimisation with other sizes; another attack as it is."""
+    if isinstance(attack, Matching):
+        return replace(attack, iterations=iterations or attack.iterations, restarts=restarts or attack.restarts)
+    if isinstance(attack, Hybrid):
+        return replace(attack, members=tuple(resized(member, iterations, restarts) for member in attack.members))
+    return attack
+
+
+def protocol_options(command: F) -> F:
+    """The options that say what a client does between its data and what it sends, as `make_protocol` takes them."""
+    for option in reversed(
+        (
+            click.option(
+                "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Of one client."
+            ),
+            click.option(
+                "--sends",
+                type=click.Choice([sends.value for sends in Sends]),
+                default=Sends.GRADIENT.value,
+                show_default=True,
+                help="A gradient, or the difference of its weights after local steps.",
+            ),
+            click.option("--local-steps", type=click.IntRange(min=1), default=1, show_default=True),
+            click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Of the local steps."),
+            click.option(
+                "--optimiser",
+                type=click.Choice([optimiser.value for optimiser in Optimiser]),
+                default=Optimiser.SGD.value,
+                show_default=True,
+                help="Of the local steps.",
+            ),
+            click.option("--summed", is_flag=True, help="The loss is summed over a batch, not averaged."),
+            click.option(
+                "--clients",
+                type=click.IntRange(min=1),
+                default=1,
+                show_default=True,
+                help="Averaged by the server.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def make_protocol(named: dict[str, Any]) -> Protocol:
+    """The protocol that the options describe, which are taken out of ``named`` but for the batch size."""
+    return Protocol(
+        sends=Sends(named.pop("sends")),
+        steps=named.pop("local_steps"),
+        learning_rate=named.pop("learning_rate"),
+        optimiser=Optimiser(named.pop("optimiser")),
+        summed=named.pop("summed"),
+        clients=named.pop("clients"),
+    )
+
+
+def config_option(command: F) -> F:
+    """``--config FILE``: a TOML file with the command's own options, by the same names."""
     return click.option(
-        "--attack",
-        "attack",
-        default="closed",
-        show_default=True,
-        type=click.Choice(sorted(ATTACKS)),
-        help="recursive: layer by layer, as in the paper; closed: and where a layer leaves its input open, several "
-        "layers together.",
+        "--config",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_configured,
+        help="TOML file with these options by the same names, such as batch-size = 4; the command line wins.",
     )(command)
+
+
+def _configured(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+    if value is None:
+        return
+    if not value.is_file():
+        raise click.BadParameter(f"{value}: no such file", ctx, param)
+    try:
+        said = tomllib.loads(value.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{value}: not TOML ({error})", ctx, param) from error
+    names = {name.lstrip("-"): each.name for each in ctx.command.params for name in each.opts if name.startswith("--")}
+    unknown = [name for name in said if name not in names or name == "config"]
+    if unknown:
+        known = ", ".join(sorted(set(names) - {"config"}))
+        raise click.BadParameter(f"{value}: unknown {', '.join(unknown)}; expected some of {known}", ctx, param)
+    ctx.default_map = {str(names[name]): entry for name, entry in said.items()}
+
+
+@contextmanager
+def shown(console: Console) -> Iterator[None]:
+    """Show how far an attack has come, for as long as it runs."""
+    with console.status("attacking") as status, watching(lambda tick: status.update(said(tick))):
+        yield
+
+
+def said(tick: Tick) -> str:
+    """One line of progress."""
+    return f"{tick.what} {tick.done}/{tick.total}, loss {tick.loss:.1e}, {tick.rate:.0f}/s, {tick.left:.0f} s left"
 
 
 def make_target(
@@ -123,12 +267,24 @@ def make_target(
     input_shape: tuple[int, ...],
     value_range: tuple[float, float] | None,
     seed: int,
+    batch_size: int = 1,
 ) -> Target:
     """The target the options describe."""
     module = _module(model, input_shape, seed)
     if weights is not None:
-        _load(module, weights)
-    return Target(module, losses.by_name(loss), input_shape, value_range)
+        load_weights(module, weights)
+    return Target(module, losses.by_name(loss, _outputs(module, input_shape)), input_shape, value_range, batch_size)
+
+
+def _outputs(module: nn.Module, input_shape: tuple[int, ...]) -> int | None:
+    """The number of outputs for one sample; None if the model does not take the shape, which `Target` explains."""
+    parameter = next(module.parameters(), torch.zeros(()))
+    try:
+        with torch.no_grad():
+            outputs = module(parameter.new_zeros(1, *input_shape))
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return None
+    return int(outputs.numel()) if isinstance(outputs, torch.Tensor) else None
 
 
 def _module(model: str, input_shape: tuple[int, ...], seed: int) -> nn.Module:
@@ -154,14 +310,3 @@ def _module(model: str, input_shape: tuple[int, ...], seed: int) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise click.BadParameter(f"--model {model}: got {type(module).__name__}, expected a torch.nn.Module")
     return module.eval()
-
-
-def _load(module: nn.Module, weights: Path) -> None:
-    if not weights.is_file():
-        raise ValueError(f"{weights}: no such file; expected a safetensors file with the model's state dict")
-    try:
-        module.load_state_dict(load_file(weights))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{weights}: not a whole safetensors file ({error})") from error
-    except RuntimeError as error:
-        raise ValueError(f"{weights}: does not fit the model: {error}") from error

@@ -2,64 +2,128 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from typing import Any
+
 from rich.table import Table
 
 from rgap.attacks import Answer, Reconstruction
-from rgap.auditing import Audit
+from rgap.auditing import Audit, Level, Sweep
+from rgap.auditing.describe import solved as describe_solved
 from rgap.rank import RankAnalysis
 from rgap.rank.analysis import about
 
 
 def pictures(audit: Audit) -> Table:
-    """One row for each sample."""
-    table = _table("What each picture's gradient gave away", ("picture", "label", "status"))
-    for name in ("MSE", "PSNR dB", "residual", "error", "twins", "seconds"):
+    """One row for each sample: the attack that gave most away."""
+    table = _table("What each sample's update gave away", ("sample", "attack", "level", "status"))
+    for name in ("MSE", "PSNR dB", "residual", "error", "seconds"):
         table.add_column(name, justify="right")
     for case in audit.cases:
-        found = case.found
-        answer = found.answers[0] if found.answers else None
-        label = f"{float(answer.labels[0]):+g}" if answer else "-"
+        best = case.best
+        if best is None:
+            table.add_row(case.name[-18:], "-", case.level.value, "-", "-", "-", "-", "-", "-")
+            continue
         table.add_row(
             case.name[-18:],
-            label if answer and float(answer.labels[0]) == case.label else f"[red]{label}[/red]",
-            found.status.value,
-            f"{case.mse:.0e}",
-            f"{case.psnr:.0f}",
-            f"{answer.gradient_residual:.0e}" if answer else "-",
-            f"{answer.error:.0e}" if answer else "-",
-            str(len(found.twins)),
-            f"{found.seconds:.2f}",
+            best.attack,
+            case.level.value,
+            best.status,
+            _number(best.mse, ".0e"),
+            _number(best.psnr, ".0f"),
+            _number(best.gradient_residual, ".0e"),
+            _number(best.error, ".0e"),
+            f"{best.seconds:.2f}",
         )
     return table
 
 
+def attacks(audit: Audit) -> Table:
+    """One row for each attack, over all samples."""
+    table = _table("What each attack read out", ("attack",))
+    for name in ("exact", "recognisable", "of", "median seconds"):
+        table.add_column(name, justify="right")
+    for ran in audit.attacks:
+        if ran.obstacle is None and ran.results:
+            counts = [
+                sum(r.level.rank >= least.rank for r in ran.results) for least in (Level.EXACT, Level.RECOGNISABLE)
+            ]
+            seconds = statistics.median(result.seconds for result in ran.results)
+            table.add_row(ran.name, *map(str, counts), str(len(ran.results)), f"{seconds:.2f}")
+    return table
+
+
+def sweep(found: Sweep) -> Table:
+    """One row for each strength of a defence."""
+    table = _table(f"{found.name}: what still leaks, and what it costs", (found.strength_name or "on",))
+    for name in ("median PSNR dB", "recognisable", "change of the update", "epsilon"):
+        table.add_column(name, justify="right")
+    for point in found.points:
+        table.add_row(
+            f"{point.strength:g}" if point.strength else "off",
+            _number(point.psnr, ".0f"),
+            f"{point.recovered:.0%}",
+            f"{point.gradient_error:.0e}",
+            "-" if point.epsilon is None else f"{point.epsilon:.2g}",
+        )
+    return table
+
+
+def audit_notes(audit: Audit) -> list[str]:
+    """What a reader must know beside the numbers."""
+    notes = [f"{ran.name} does not apply: {ran.obstacle}" for ran in audit.attacks if ran.obstacle is not None]
+    best = [case.best for case in audit.cases if case.best is not None]
+    notes += dict.fromkeys(f"assumed: {said}" for result in best for said in result.assumptions)
+    notes += dict.fromkeys(f"warning: {said}" for result in best for said in result.warnings)
+    notes += [
+        f"{case.name}: {case.best.status}, {case.best.reason}"
+        for case in audit.cases
+        if case.best is not None and case.level is not Level.EXACT
+    ]
+    notes += [each.sentence for each in audit.sweeps]
+    notes += [f"not run: {said}" for said in audit.not_run]
+    return notes
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
 def layers(answer: Answer, title: str) -> Table:
+    """One row for each layer of an answer; see `solved`."""
+    return solved(describe_solved(answer), title)
+
+
+def solved(said: dict[str, Any], title: str) -> Table:
     """One row for each layer, from the input to the output.
 
     Layers that were solved jointly show what the recursion measured of them alone, without its residual and error:
     those were of an input that the joint solve replaced.
     """
-    jointly = () if answer.joint is None else answer.joint.layers
+    jointly = () if said["joint"] is None else said["joint"]["layers"]
     table = _table(title, ("layer",))
     for name in ("|x|", "|z| rows", "|W| rows", "rank", "free", "condition", "residual", "error"):
         table.add_column(name, justify="right")
     table.add_column("solved by")
-    for layer in answer.layers:
-        replaced = layer.name in jointly
-        method = "jointly" if replaced else layer.method
+    for layer in said["layers"]:
+        replaced = layer["name"] in jointly
+        method = "jointly" if replaced else layer["method"]
+        residual = max(_real(layer["weight_residual"]), _real(layer["gradient_residual"]))
         table.add_row(
-            layer.name[-12:],
-            str(layer.unknowns),
-            str(layer.weight_rows),
-            str(layer.gradient_rows),
-            str(layer.rank),
-            str(layer.free),
-            f"{layer.condition:.0e}",
-            "-" if replaced else f"{max(layer.weight_residual, layer.gradient_residual):.0e}",
-            "-" if replaced else f"{layer.error:.0e}",
-            method + (f", {layer.dead_units} dead" if layer.dead_units else ""),
+            layer["name"][-12:],
+            *(str(layer[name]) for name in ("unknowns", "weight_rows", "gradient_rows", "rank", "free")),
+            _number(_real(layer["condition"]), ".0e"),
+            "-" if replaced else _number(residual, ".0e"),
+            "-" if replaced else _number(_real(layer["error"]), ".0e"),
+            method + (f", {layer['dead_units']} dead" if layer["dead_units"] else ""),
         )
     return table
+
+
+def _real(value: float | None) -> float:
+    """JSON has no NaN and no infinity."""
+    return math.nan if value is None else value
 
 
 def ranks(analysis: RankAnalysis) -> Table:

@@ -127,7 +127,7 @@ class MarginLoss(Loss):
         """The minimum of mu * dl/dmu: a smaller product belongs to no sample."""
 
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return self.value(labels.reshape(-1) * outputs.reshape(-1)).mean()
+        return self.value(labels.reshape(-1).to(outputs) * outputs.reshape(-1)).mean()
 
     def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
         output = outputs.reshape(-1)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import importlib
 
-from rgap.reproductions.base import Job, Options, Reproduction, ReproductionError, Row, Store, reproduce
+from rgap.reproductions.base import Job, Options, Reproduction, ReproductionError, reproduce
 
 NAMES = ("table1", "table2", "figure1", "figure3", "figure4", "figure5", "figure6", "figure7", "inverting-gradients")
 """In the paper's order; the last one is of another paper, and checks the attack that it brings."""
 
-__all__ = ["NAMES", "Job", "Options", "Reproduction", "ReproductionError", "Row", "Store", "by_name", "reproduce"]
+__all__ = [
+    "NAMES",
+    "Job",
+    "Options",
+    "Reproduction",
+    "ReproductionError",
+    "Row",
+    "Store",
+    "StoreError",
+    "by_name",
+    "reproduce",
+]
 
 
 def by_name(name: str) -> Reproduction:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from matplotlib.figure import Figure
 from rich.table import Table
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from rgap import data as pictures
-from rgap.auditing import plain
 from rgap.data import Images
-from rgap.files import write_atomically
+from rgap.files import plain, write_atomically
 from rgap.picture import save
+from rgap.store import Row, Store
 
 
 class ReproductionError(ValueError):
@@ -63,19 +59,9 @@ class Options:
         found = pictures.folder(self.data / name, size=size, channels=channels, limit=count)
         if len(found) < count:
             raise ReproductionError(
-                f"{self.data / name} holds {len(found)} pictures, expected {count}: pass --count {len(found)}"
+                f"{self.data / name} holds {len(found)} pictures, expected {count}: pass a smaller --count"
             )
         return found
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one job found."""
-
-    values: Mapping[str, Any]
-    """Ready for JSON."""
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """What is drawn, such as reconstructions."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +74,19 @@ class Job:
 
 
 class Reproduction(ABC):
-    """One table or figure of the paper, computed again."""
+    """One table or figure of the paper, computed again.
+
+    A frozen dataclass whose fields say how thorough it is (iterations, attacks): they belong to the settings of a run,
+    so that rows of different work are never mixed.
+    """
 
     name: ClassVar[str]
     """As on the command line, such as ``table1``."""
     title: ClassVar[str]
     count: ClassVar[int]
     """How many pictures it takes unless told otherwise."""
+    counted: ClassVar[str] = "pictures"
+    """What the count counts."""
 
     @abstractmethod
     def jobs(self, options: Options, count: int) -> Sequence[Job]:
@@ -121,65 +113,6 @@ class Reproduction(ABC):
         return "built-in photographs" if options.data is None else "CIFAR-10 and MNIST test pictures"
 
 
-class Store:
-    """A folder with the rows of one run. A job that is in it is never run again."""
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], fresh: bool = False):
-        self.folder, self.settings = folder, plain(dict(settings))
-        self._lines = folder / "rows.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            self._lines.unlink(missing_ok=True)
-            (folder / "settings.json").unlink(missing_ok=True)
-        self._check()
-        self.rows = dict(self._read())
-
-    def _check(self) -> None:
-        """Refuse to go on with a run that was started with other settings."""
-        path = self.folder / "settings.json"
-        said = json.loads(path.read_text()) if path.is_file() else None
-        if said is not None and said != json.loads(json.dumps(self.settings)):
-            changed = ", ".join(
-                f"{k}={said.get(k)!r} there, {v!r} now" for k, v in self.settings.items() if said.get(k) != v
-            )
-            raise ReproductionError(
-                f"{self.folder} holds a run with other settings ({changed}): pass --fresh to start over, or another "
-                "--out"
-            )
-        write_atomically(path, json.dumps(self.settings, indent=1).encode())
-
-    def _read(self) -> Iterator[tuple[str, Row]]:
-        if not self._lines.is_file():
-            return
-        whole = b""
-        for line in self._lines.read_bytes().splitlines(keepends=True):
-            try:
-                found = json.loads(line)
-            except ValueError:
-                break  # the line that was being written when the run ended
-            if not line.endswith(b"\n"):
-                break
-            whole += line
-            path = self._tensors(found["key"])
-            yield found["key"], Row(found["values"], load_file(path) if found["tensors"] else {})
-        if whole != self._lines.read_bytes():
-            write_atomically(self._lines, whole)
-
-    def _tensors(self, key: str) -> Path:
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-
-    def add(self, key: str, row: Row) -> None:
-        """Keep a row; it is on disk when this returns."""
-        if row.tensors:
-            write_atomically(self._tensors(key), to_bytes({k: t.contiguous().clone() for k, t in row.tensors.items()}))
-        line = json.dumps({"key": key, "values": plain(dict(row.values)), "tensors": bool(row.tensors)})
-        with self._lines.open("a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows[key] = Row(json.loads(line)["values"], row.tensors)
-
-
 def reproduce(
     reproduction: Reproduction,
     options: Options,
@@ -192,10 +125,11 @@ def reproduce(
     Args:
         folder: of this reproduction alone; a run that was interrupted goes on from what is in it.
         fresh: forget what is in it.
-        before: called before each job with its key, its number and the number of jobs.
+        before: called before each job that is left to do, with its key, its number from 0 and the number of all jobs.
 
     Raises:
-        ReproductionError: the folder holds a run with other settings, or the data is missing.
+        StoreError: the folder holds a run with other settings.
+        ReproductionError: the data is missing.
     """
     count = reproduction.count if options.count is None else options.count
     if count < 1:
@@ -205,28 +139,53 @@ def reproduce(
         "data": None if options.data is None else str(options.data.resolve()),
         "count": count,
         "seed": options.seed,
+        "work": _described(reproduction),
     }
     jobs = reproduction.jobs(options, count)
     store = Store(folder, settings, fresh)
+    document, picture = (folder / f"{reproduction.name}.{kind}" for kind in ("json", "png"))
+    if fresh:  # of the run that is forgotten
+        document.unlink(missing_ok=True)
+        picture.unlink(missing_ok=True)
     for at, job in enumerate(jobs):
-        if before is not None:
-            before(job.key, at, len(jobs))
         if job.key not in store.rows:
+            if before is not None:
+                before(job.key, at, len(jobs))
             store.add(job.key, job.run())
     rows = {job.key: store.rows[job.key] for job in jobs}
     written = {
         "format": 1,
         "kind": "rgap-reproduction",
         **settings,
+        "counted": reproduction.counted,
         "title": reproduction.title,
         "pictures": reproduction.pictures(options),
         "result": reproduction.summary(rows),
         "remarks": list(reproduction.remarks(rows)),
         "rows": {key: row.values for key, row in rows.items()},
     }
-    write_atomically(folder / f"{reproduction.name}.json", json.dumps(plain(written), indent=1).encode())
-    save(reproduction.draw(rows), folder / f"{reproduction.name}.png")
+    write_atomically(document, json.dumps(plain(written), indent=1).encode())
+    save(reproduction.draw(rows), picture)
     return rows
+
+
+def _described(value: Any) -> Any:
+    """A value's fields, and theirs, ready for JSON and the same in every process: functions and classes by name.
+
+    Fields that do not count when values are compared do not count here.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {each.name: _described(getattr(value, each.name)) for each in fields(value) if each.compare}
+        return {"class": type(value).__name__, **named}
+    if isinstance(value, Mapping):
+        return {str(key): _described(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_described(entry) for entry in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (torch.dtype, Path)):
+        return str(value)
+    return getattr(value, "__qualname__", type(value).__name__)
 
 
 def labels(count: int) -> Tensor:

@@ -1,0 +1,111 @@
+"""H-GAP: run several attacks, keep one answer (Zhu and Blaschko 2021, arXiv:2010.07733, Section 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from rgap.attacks.base import Attack, Reconstruction, Status, residual_tolerance
+from rgap.attacks.matching import DLG
+from rgap.attacks.recursive import Recursive
+from rgap.checks import Preflight
+from rgap.nn.chain import NotAChain
+from rgap.target import Target
+from rgap.update import Update
+
+
+class Rule(Enum):
+    """How an answer is chosen, without the truth."""
+
+    SMOOTHING = "smoothing"
+    """The paper's: the one nearest to its own average over 3 x 3 pixels. Failed answers are noise."""
+    RESIDUAL = "residual"
+    """The one whose recomputed gradient is nearest to the update."""
+
+
+def roughness(inputs: Float[Tensor, "b c h w"]) -> float:
+    """Mean squared distance between pictures and their average over 3 x 3 pixels, of those inside at the edges."""
+    smooth = functional.avg_pool2d(inputs, 3, stride=1, padding=1, count_include_pad=False)
+    return float((inputs - smooth).square().mean())
+
+
+def choose(found: Sequence[Reconstruction], rule: Rule) -> tuple[int, list[float]]:
+    """The place of the answer that a rule keeps, and the figure that it went by for each; infinite where none is.
+
+    Raises:
+        ValueError: nothing to choose from, or the smoothing rule on inputs that are no pictures.
+    """
+    if not found:
+        raise ValueError("got no reconstruction, expected one or more to choose from")
+    figures = []
+    for each in found:
+        if not each.answers:
+            figures.append(math.inf)
+        elif rule is Rule.RESIDUAL:
+            figures.append(each.gradient_residual)
+        elif each.inputs.ndim != 4:
+            raise ValueError(
+                f"got inputs of shape {tuple(each.inputs.shape)}: the smoothing rule takes pictures, (b, channels, "
+                "height, width); use Rule.RESIDUAL"
+            )
+        else:
+            figures.append(roughness(each.inputs))
+    figures = [math.inf if math.isnan(figure) else figure for figure in figures]
+    return min(range(len(found)), key=lambda at: figures[at]), figures
+
+
+MEMBERS = (Recursive(), DLG())
+
+
+@dataclass(frozen=True)
+class Hybrid(Attack):
+    """Run every member, and keep the answer that the rule prefers.
+
+    A member that does not apply to the model is left out and named.
+
+    Args:
+        members: the attacks.
+        rule: the paper's, unless told otherwise.
+    """
+
+    members: tuple[Attack, ...] = MEMBERS
+    rule: Rule = Rule.SMOOTHING
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ValueError("got no members, expected one attack or more")
+
+    def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
+        return self.run_many(target, [update], [checks])[0]
+
+    def run_many(self, target: Target, updates: Sequence[Update], checks: Sequence[Preflight]) -> list[Reconstruction]:
+        by_member: list[tuple[Reconstruction, ...]] = []
+        left_out: list[str] = []
+        for member in self.members:
+            try:
+                by_member.append(member.many(target, updates))
+            except NotAChain as error:
+                left_out.append(f"{member.name} was left out: {'; '.join(str(o) for o in error.obstacles)}")
+        if not by_member:
+            tolerance = residual_tolerance(updates[0].dtype)
+            nothing = Reconstruction(
+                self.name, Status.NOT_CONVERGED, "; ".join(left_out), (), (), checks[0], tolerance, target.value_range
+            )
+            return [replace(nothing, preflight=check) for check in checks]
+        return [self._keep(found, left_out) for found in zip(*by_member, strict=True)]
+
+    def _keep(self, found: Sequence[Reconstruction], left_out: Sequence[str]) -> Reconstruction:
+        at, figures = choose(found, self.rule)
+        kept = found[at]
+        compared = ", ".join(f"{each.attack} {figure:.1e}" for each, figure in zip(found, figures, strict=True))
+        said = (*kept.assumptions, f"the {self.rule.value} rule chooses {kept.attack} ({compared})", *left_out)
+        seconds = sum(each.seconds for each in found)
+        return replace(
+            kept, attack=self.name, reason=f"{kept.attack}: {kept.reason}", assumptions=said, seconds=seconds
+        )

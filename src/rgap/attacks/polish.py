@@ -1,0 +1,129 @@
+"""Gauss-Newton on the gradient residual: any reconstruction, made to agree with the update as well as it can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, lsmr
+from torch import Tensor
+
+from rgap.attacks.base import Answer, Attack, Reconstruction, Status, gradient_residual, residual_tolerance, rounding
+from rgap.attacks.labels import one_hot
+from rgap.attacks.progress import Reporter
+from rgap.attacks.recursive import Recursive
+from rgap.checks import Preflight
+from rgap.target import Target
+from rgap.update import Update
+
+RECURSIVE = Recursive()
+
+
+@dataclass(frozen=True)
+class Polish(Attack):
+    """Levenberg and Marquardt's steps from another attack's answer, its label taken for right.
+
+    The residual is the difference of the two gradients, each entry in units of its own rounding. A step solves
+    min |J d + r|^2 + (damping |d|)^2 without forming J: forward mode gives J v, reverse mode J' u (LSMR, Fong and
+    Saunders 2011). An answer that no step improves is given back as it was.
+
+    Args:
+        start: an attack, or what one found for the same update.
+        steps: at the most.
+        inner: iterations of LSMR in each step.
+    """
+
+    start: Attack | Reconstruction = RECURSIVE
+    steps: int = 12
+    inner: int = 200
+
+    def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
+        begin = self.start(target, update) if isinstance(self.start, Attack) else self.start
+        if not begin.answers:
+            return replace(begin, attack=self.name, reason=f"{begin.attack}: {begin.reason}")
+        answer = begin.answers[0]
+        inputs = self._improve(target, update, answer)
+        residual = gradient_residual(target, update, inputs, answer.labels)
+        said = (*begin.assumptions, f"the label is the one that {begin.attack} gives")
+        if not residual < answer.gradient_residual:
+            reason = f"no step improves on {begin.attack}: {begin.reason}"
+            return replace(begin, attack=self.name, reason=reason, assumptions=said)
+        better = replace(answer, inputs=inputs, gradient_residual=residual)
+        reproduced = residual <= residual_tolerance(update.dtype)
+        # Whether an input is the only one is what the start may know; that it reproduces the gradient is seen here.
+        status = begin.status
+        if status in (Status.NOT_CONVERGED, Status.REPRODUCED):
+            status = Status.REPRODUCED if reproduced else Status.NOT_CONVERGED
+        reason = f"gradient residual {answer.gradient_residual:.1e} of {begin.attack} lowered to {residual:.1e}"
+        return replace(
+            begin,
+            attack=self.name,
+            status=status,
+            reason=reason,
+            answers=(better, *begin.answers[1:]),
+            assumptions=said,
+        )
+
+    def _improve(self, target: Target, update: Update, answer: Answer) -> Tensor:
+        """(b, *input_shape) with the least residual that was met."""
+        residual = _residual(target, update, answer)
+        x = answer.inputs.detach().double().to(target.device).reshape(-1)
+        if not bool(x.isfinite().all()):
+            return answer.inputs
+        value = float(residual(x).norm())
+        report = Reporter(self.name, self.steps)
+        damping = 1e-3
+        for step in range(1, self.steps + 1):
+            lowered = False
+            move, size = self._move(residual, x, damping)
+            new = x + move
+            there = float(residual(new).norm())
+            if there < value:
+                lowered = there > 0.999 * value and size < 1e-12 * float(x.norm())
+                x, value, damping = new, there, damping / 10
+            else:
+                damping *= 10
+            report(step, value)
+            if lowered or damping > 1e6 or value < 1e-12:
+                break
+        return x.reshape(answer.inputs.shape)
+
+    def _move(self, residual: Callable[[Tensor], Tensor], x: Tensor, damping: float) -> tuple[Tensor, float]:
+        """One damped step, and its length; damping is relative to the size of J."""
+        pulled = torch.func.vjp(residual, x)
+        here, back = pulled[0], pulled[1]
+
+        def forward(v: NDArray[np.float64]) -> NDArray[np.float64]:
+            direction = torch.from_numpy(np.ascontiguousarray(v.reshape(-1))).to(x)
+            slope: Tensor = torch.func.jvp(residual, (x,), (direction,))[1]
+            return slope.cpu().numpy()
+
+        def reverse(u: NDArray[np.float64]) -> NDArray[np.float64]:
+            turned: Tensor = back(torch.from_numpy(np.ascontiguousarray(u.reshape(-1))).to(x))[0]
+            return turned.cpu().numpy()
+
+        operator = LinearOperator((len(here), len(x)), matvec=forward, rmatvec=reverse, dtype=np.float64)
+        # |J' r| / |r| tells the size of J where it matters.
+        size = float(back(here)[0].norm() / here.norm().clamp(min=1e-300))
+        found = lsmr(operator, -here.detach().cpu().numpy(), damp=damping * size, maxiter=self.inner, atol=0, btol=0)
+        move: Tensor = torch.from_numpy(found[0]).to(x)
+        return move, float(move.norm())
+
+
+def _residual(target: Target, update: Update, answer: Answer) -> Callable[[Tensor], Tensor]:
+    """The gradient's difference at a flattened input, in roundings of each entry, divided by their number's root."""
+    gradient = target.gradient_function(torch.float64)
+    weights = one_hot(target.loss, answer.labels).to(target.device)
+    given = {name: g.double().to(target.device) for name, g in update.gradients.items()}
+    units = {name: rounding(g, 1.0).clamp(min=torch.finfo(torch.float64).tiny) for name, g in given.items()}
+    count = sum(g.numel() for g in given.values())
+
+    def residual(x: Tensor) -> Tensor:
+        found = gradient(x.reshape(answer.inputs.shape), weights)
+        apart = torch.cat([((found[name] - g) / units[name]).reshape(-1) for name, g in given.items()])
+        return apart.div(count**0.5)
+
+    return residual

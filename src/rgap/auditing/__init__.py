@@ -1,0 +1,25 @@
+"""The audit: what clients would send for a few samples, attacked in every way that applies."""
+
+from rgap.auditing.audit import ATTACKS, Accounting, Audit, Case, Ran, Step, audit
+from rgap.auditing.describe import describe
+from rgap.auditing.results import Level, Result
+from rgap.auditing.sweep import Point, Sweep
+from rgap.auditing.verdict import Advice, LayerNote, Verdict
+
+__all__ = [
+    "ATTACKS",
+    "Accounting",
+    "Advice",
+    "Audit",
+    "Case",
+    "LayerNote",
+    "Level",
+    "Point",
+    "Ran",
+    "Result",
+    "Step",
+    "Sweep",
+    "Verdict",
+    "audit",
+    "describe",
+]

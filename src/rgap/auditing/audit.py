@@ -1,0 +1,410 @@
+"""Attack what clients would send for a few samples, in every way that applies, and say what came out."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients, Reconstruction
+from rgap.auditing.document import document, median
+from rgap.auditing.results import Level, Result, judge
+from rgap.auditing.sweep import Point, Sweep
+from rgap.auditing.verdict import Verdict, verdict
+from rgap.data import Images
+from rgap.defences import DPSGD, Defence, gradient_error
+from rgap.files import write_atomically
+from rgap.protocol import Protocol
+from rgap.rank import RankAnalysis, rank_analysis
+from rgap.report import render
+from rgap.store import Row, Store
+from rgap.target import Target
+from rgap.update import PLAIN, Update, capture
+
+ATTACKS: tuple[Attack, ...] = (Closed(), Bias(), IDLG(iterations=500), InvertingGradients(iterations=1500))
+"""In the order in which they run: those in closed form take seconds, and what they read out exactly needs no other."""
+SWEPT = 4
+"""Samples at the most on which a defence is swept."""
+SWEEP_ITERATIONS = 500
+"""Of an attack by optimisation in a sweep, which runs it many times."""
+TOGETHER = 8
+"""Updates that are attacked together: what an interruption can cost."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One sample, and what each attack made of it."""
+
+    name: str
+    truth: Tensor
+    """(1, *input_shape)"""
+    label: float
+    results: tuple[Result, ...]
+
+    @property
+    def best(self) -> Result | None:
+        """The result that gives the most away; None if no attack ran."""
+        return max(self.results, key=_gave, default=None)
+
+    @property
+    def level(self) -> Level:
+        return Level.NOTHING if self.best is None else self.best.level
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One attack, over all samples."""
+
+    name: str
+    obstacle: str | None
+    """Why it does not apply; None if it does."""
+    results: tuple[Result, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What the attacks read out of each sample's update."""
+
+    target: Target
+    protocol: Protocol
+    settings: dict[str, Any]
+    """What was asked for: seed, samples, data, budget, command."""
+    cases: tuple[Case, ...]
+    attacks: tuple[Ran, ...]
+    sweeps: tuple[Sweep, ...]
+    rank: RankAnalysis | None
+    not_run: tuple[str, ...]
+    complete: bool
+    seconds: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return self.target.input_shape
+
+    @property
+    def value_range(self) -> tuple[float, float] | None:
+        return self.target.value_range
+
+    @property
+    def verdict(self) -> Verdict:
+        return verdict(self.cases, self.sweeps, self.rank, self.target)
+
+    @property
+    def summary(self) -> str:
+        """One sentence: how many samples came back, and how well."""
+        return self.verdict.sentences[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, pictures included, as audit.json has it; see ``rgap/report/schema.json``."""
+        return document(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write audit.json, whole or not at all."""
+        write_atomically(path, json.dumps(self.to_dict(), indent=1).encode())
+
+    def render(self, path: str | Path) -> None:
+        """Write the report, one HTML file that needs no other."""
+        write_atomically(path, render(self.to_dict()).encode())
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """What differential privacy is counted with.
+
+    Args:
+        rate: the share of clients in a round.
+        steps: rounds of the whole training.
+        delta: the probability with which the guarantee may fail.
+    """
+
+    rate: float
+    steps: int
+    delta: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far an audit has come."""
+
+    what: str
+    done: int
+    total: int
+
+
+def audit(
+    target: Target,
+    samples: Images | Tensor,
+    labels: Sequence[float] | None = None,
+    attacks: Sequence[Attack] = ATTACKS,
+    defences: Sequence[Defence] = (),
+    protocol: Protocol = PLAIN,
+    accounting: Accounting | None = None,
+    seed: int = 0,
+    budget: float | None = None,
+    folder: Path | None = None,
+    fresh: bool = False,
+    about: dict[str, Any] | None = None,
+    progress: Callable[[Step], None] | None = None,
+) -> Audit:
+    """Capture what clients with these samples would send, attack it, compare.
+
+    The attacks see the updates and the target, never the samples; only the comparison does. An attack that does not
+    apply is named with the reason. A sample that one attack recovers exactly is not given to those after it.
+
+    Args:
+        samples: pictures, or (n, *input_shape); taken in groups of the target's batch size times the protocol's
+            clients, one update for each.
+        labels: one for each sample, in the loss's labels; by default all labels in turn.
+        attacks: in the order in which they run.
+        defences: each is swept over its own levels, on a few of the samples, with the attacks that did best.
+        protocol: what a client does between its data and what it sends.
+        accounting: to give an epsilon for each strength of DPSGD; None: none is given.
+        seed: of the defences' noise.
+        budget: seconds after which no further attack is begun; what was left out is listed.
+        folder: where results are kept as they come; an audit that was interrupted goes on from there.
+        fresh: forget what is in the folder.
+        about: model, data and command in words, for the report.
+        progress: called before each step.
+
+    Raises:
+        ValueError: samples or labels do not fit; says what was got and what was expected.
+        StoreError: the folder holds another audit.
+        KeyboardInterrupt: is not caught: what was found is in the folder.
+    """
+    asked = {"seed": seed, "budget": budget, "data": None, **(about or {})}
+    run = _Run(target, samples, labels, tuple(attacks), protocol, accounting, asked, folder, fresh, progress)
+    return run.all(tuple(defences))
+
+
+@dataclass
+class _Run:
+    """One audit as it goes on."""
+
+    target: Target
+    samples: Images | Tensor
+    given: Sequence[float] | None
+    attacks: tuple[Attack, ...]
+    protocol: Protocol
+    accounting: Accounting | None
+    asked: dict[str, Any]
+    folder: Path | None
+    fresh: bool
+    progress: Callable[[Step], None] | None
+    not_run: list[str] = field(default_factory=list)
+    found: dict[str, list[Result]] = field(default_factory=dict)
+    """By key, what one attack made of one update's samples."""
+
+    def __post_init__(self) -> None:
+        self.start = time.perf_counter()
+        images = isinstance(self.samples, Images)
+        self.inputs: Tensor = self.samples.inputs if isinstance(self.samples, Images) else self.samples
+        names = self.samples.names if isinstance(self.samples, Images) else ()
+        self.names = names if images else tuple(f"sample-{at}" for at in range(len(self.inputs)))
+        self.group = self.target.batch_size * self.protocol.clients
+        count = len(self.inputs) // self.group * self.group
+        if not count:
+            raise ValueError(
+                f"got {len(self.inputs)} samples, expected {self.group} or more: batch size {self.target.batch_size} "
+                f"times {self.protocol.clients} clients"
+            )
+        if count < len(self.inputs):
+            self.not_run.append(f"{len(self.inputs) - count} samples that do not fill another update")
+        choices = self.target.loss.labels
+        given = [choices[at % len(choices)] for at in range(len(self.inputs))] if self.given is None else self.given
+        if len(given) != len(self.inputs):
+            raise ValueError(f"got {len(given)} labels for {len(self.inputs)} samples, expected one for each")
+        self.labels = [float(label) for label in given]
+        self.updates = [
+            capture(self.target, self.inputs[own], torch.tensor(self.labels[own]), self.protocol)
+            for own in (slice(at, at + self.group) for at in range(0, count, self.group))
+        ]
+        self.store = None if self.folder is None else Store(self.folder, self.settings, self.fresh)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return {
+            "fingerprint": self.target.fingerprint,
+            "loss": self.target.loss.name,
+            "batch_size": self.target.batch_size,
+            "protocol": str(self.protocol),
+            "samples": [
+                float(self.inputs.double().sum()),
+                float(self.inputs.double().square().sum()),
+                len(self.inputs),
+            ],
+            "labels": self.labels,
+            "seed": self.seed,
+        }
+
+    @property
+    def seed(self) -> int:
+        return int(self.asked["seed"])
+
+    @property
+    def late(self) -> bool:
+        budget = self.asked["budget"]
+        return budget is not None and time.perf_counter() - self.start > budget
+
+    def all(self, defences: tuple[Defence, ...]) -> Audit:
+        """Everything, as far as the budget goes."""
+        rank = self._rank()
+        obstacles = [attack.obstacle(self.target, self.group) for attack in self.attacks]
+        able = [attack for attack, obstacle in zip(self.attacks, obstacles, strict=True) if obstacle is None]
+        self._attack(able)
+        sweeps = [self._sweep(defence, able) for defence in defences] if self._leaks() else []
+        if defences and not self._leaks():
+            self.not_run.append("the defences: nothing leaked that they could close")
+        cases = tuple(self._cases(able))
+        ran = tuple(
+            Ran(attack.name, obstacle, tuple(r for case in cases for r in case.results if r.attack == attack.name))
+            for attack, obstacle in zip(self.attacks, obstacles, strict=True)
+        )
+        seconds = time.perf_counter() - self.start
+        settings = {**self.asked, "samples": len(cases)}
+        swept = tuple(sweep for sweep in sweeps if sweep.points)
+        complete = not (self.late and self.not_run)
+        return Audit(
+            self.target, self.protocol, settings, cases, ran, swept, rank, tuple(self.not_run), complete, seconds
+        )
+
+    def _rank(self) -> RankAnalysis | None:
+        self._tell("rank analysis", 0)
+        if not self.target.graph.uses:
+            self.not_run.append("rank analysis: the model cannot be traced")
+            return None
+        return rank_analysis(self.target, batch_size=self.group)
+
+    def _tell(self, what: str, done: int) -> None:
+        if self.progress is not None:
+            self.progress(Step(what, done, len(self.updates) * max(1, len(self.attacks))))
+
+    def _attack(self, able: Sequence[Attack]) -> None:
+        """Every attack on every update that none before it recovered exactly."""
+        for number, attack in enumerate(able):
+            left = [at for at in range(len(self.updates)) if not self._exact(at, able[:number])]
+            self._tell(attack.name, number * len(self.updates))
+            begun = self._run("", attack, {at: self.updates[at] for at in left})
+            if len(begun) < len(left):
+                self.not_run.append(f"{attack.name} on {len(left) - len(begun)} updates: the time was up")
+
+    def _key(self, defence: str, at: int, attack: Attack) -> str:
+        return f"{defence}|{at}|{attack!r}"
+
+    def _run(self, defence: str, attack: Attack, updates: dict[int, Update]) -> dict[int, list[Result]]:
+        """One attack on updates by their number, from the store those that are there; fewer if the time is up."""
+        found: dict[int, list[Result]] = {}
+        for at in updates:
+            row = None if self.store is None else self.store.rows.get(self._key(defence, at, attack))
+            if row is not None:
+                said = row.values["results"]
+                found[at] = [Result.from_dict(each, row.tensors.get(str(n))) for n, each in enumerate(said)]
+        left = [at for at in updates if at not in found]
+        for start in range(0, len(left), TOGETHER):
+            if self.late:
+                break
+            chunk = left[start : start + TOGETHER]
+            for at, each in zip(chunk, attack.many(self.target, [updates[at] for at in chunk]), strict=True):
+                found[at] = self._judged(at, each)
+                if self.store is not None:
+                    tensors = {str(n): r.inputs for n, r in enumerate(found[at]) if r.inputs is not None}
+                    values = {"results": [r.to_dict() for r in found[at]]}
+                    self.store.add(self._key(defence, at, attack), Row(values, tensors))
+        for at, results in found.items():
+            self.found[self._key(defence, at, attack)] = results
+        return found
+
+    def _judged(self, at: int, found: Reconstruction) -> list[Result]:
+        inside = slice(at * self.group, (at + 1) * self.group)
+        truth = self.inputs[inside]
+        value_range = self.target.value_range or (float(truth.min()), float(truth.max()) + 1e-12)
+        return judge(found, truth, self.labels[inside], value_range)
+
+    def _exact(self, at: int, attacks: Sequence[Attack]) -> bool:
+        own = [self.found.get(self._key("", at, attack), []) for attack in attacks]
+        return any(results and all(r.level is Level.EXACT for r in results) for results in own)
+
+    def _cases(self, able: Sequence[Attack]) -> Iterator[Case]:
+        for at in range(len(self.updates)):
+            own = [self.found[key] for attack in able if (key := self._key("", at, attack)) in self.found]
+            for n in range(self.group):
+                index = at * self.group + n
+                truth, results = self.inputs[index : index + 1], tuple(results[n] for results in own)
+                yield Case(self.names[index], truth, self.labels[index], results)
+
+    def _leaks(self) -> bool:
+        return any(r.level is not Level.NOTHING for results in self.found.values() for r in results)
+
+    def _sweep(self, defence: Defence, able: Sequence[Attack]) -> Sweep:
+        """The defence at each of its levels, on the first updates, against the attacks that gave most away."""
+        best = self._best(able)
+        points: list[Point] = []
+        for strength in (None, *type(defence).levels):
+            point = None if self.late else self._point(defence, strength, best)
+            if point is None:
+                said = "at all" if strength is None else f"from {defence.strength_name} {strength:g} on"
+                self.not_run.append(f"{defence.name} {said}: the time was up")
+                break
+            points.append(point)
+        return Sweep(defence.name, defence.strength_name, defence.about, tuple(points))
+
+    def _best(self, able: Sequence[Attack]) -> list[Attack]:
+        """The attack that gave most away, and the best of those that look for the input by optimisation: the closed
+        form is the first to break down when a gradient is changed."""
+
+        def gave(attack: Attack) -> tuple[int, float]:
+            own = [r for at in range(len(self.updates)) for r in self.found.get(self._key("", at, attack), [])]
+            return max(map(_gave, own), default=(-1, -math.inf))
+
+        first = max(able, key=gave)
+        robust = (attack for attack in able if isinstance(attack, InvertingGradients))
+        short = [replace(attack, iterations=min(attack.iterations, SWEEP_ITERATIONS)) for attack in robust]
+        return list(dict.fromkeys([first, *short]))
+
+    def _point(self, defence: Defence, strength: float | None, attacks: Sequence[Attack]) -> Point | None:
+        """One strength, None for the update as it is; no point if the time is up."""
+        armed = defence if strength is None else defence.with_strength(strength)
+        self._tell(f"{defence.name} {'off' if strength is None else f'{strength:g}'}", 0)
+        sent = {}
+        for at, update in enumerate(self.updates[: max(1, SWEPT // self.group)]):
+            generator = torch.Generator().manual_seed(self.seed + at)
+            sent[at] = update if strength is None else armed(update, generator)
+        errors = [gradient_error(self.updates[at], update) for at, update in sent.items()]
+        every: dict[int, list[list[Result]]] = {at: [] for at in sent}
+        left = sent
+        for attack in attacks:
+            found = self._run("" if strength is None else repr(armed), attack, left)
+            for at, results in found.items():
+                every[at].append(results)
+            exact = [at for at, results in found.items() if all(r.level is Level.EXACT for r in results)]
+            left = {at: update for at, update in left.items() if at not in exact}
+        rounds = [tried for tried in every.values() if tried]
+        best = [max(each, key=_gave) for tried in rounds for each in zip(*tried, strict=True)]
+        if not best:
+            return None
+        return Point(
+            strength=0.0 if strength is None else strength,
+            psnr=median([r.psnr for r in best]),
+            ssim=median([r.ssim for r in best]),
+            recovered=sum(r.level is not Level.NOTHING for r in best) / len(best),
+            gradient_error=sum(errors) / len(errors),
+            epsilon=self._epsilon(armed) if strength is not None else None,
+        )
+
+    def _epsilon(self, defence: Defence) -> float | None:
+        if self.accounting is None or not isinstance(defence, DPSGD):
+            return None
+        return defence.epsilon(self.accounting.rate, self.accounting.steps, self.accounting.delta)
+
+
+def _gave(result: Result) -> tuple[int, float]:
+    """How much a result gives away, to be compared."""
+    return (result.level.rank, -math.inf if math.isnan(result.psnr) else result.psnr)

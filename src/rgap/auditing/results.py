@@ -1,0 +1,151 @@
+"""What one attack made of one sample, judged by someone who knows the sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from rgap.attacks import Answer, Reconstruction
+from rgap.auditing.describe import solved
+from rgap.files import plain
+from rgap.metrics import score
+
+EXACT_PSNR = 50.0
+"""In dB: errors below a step of 8-bit pixels."""
+RECOGNISABLE_PSNR, RECOGNISABLE_SSIM = 20.0, 0.5
+
+
+class Level(Enum):
+    """How much came back, worst for the client last."""
+
+    NOTHING = "not recovered"
+    RECOGNISABLE = "recognisable"
+    EXACT = "exact"
+
+    @property
+    def rank(self) -> int:
+        return list(Level).index(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What one attack made of one sample. NaN where there is no number."""
+
+    attack: str
+    status: str
+    reason: str
+    mse: float
+    psnr: float
+    ssim: float
+    shape_psnr: float
+    """PSNR after the reconstruction is made as bright as the sample: a dimmed picture is still the picture."""
+    best_mse: float
+    """The least among all answers, twins included: only someone who knows the sample can tell."""
+    gradient_residual: float
+    reproduced: bool
+    """Whether the recomputed gradient agrees."""
+    error: float
+    seconds: float
+    labels: tuple[float, ...]
+    labels_right: bool
+    twins: int
+    assumptions: tuple[str, ...]
+    warnings: tuple[str, ...]
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    joint: dict[str, Any] | None = None
+    inputs: Tensor | None = None
+    """(1, *input_shape): the reconstruction that belongs to this sample; None if there is none."""
+
+    @property
+    def level(self) -> Level:
+        if self.reproduced and self.psnr >= EXACT_PSNR:
+            return Level.EXACT
+        near = max(self.psnr, self.shape_psnr) >= RECOGNISABLE_PSNR or self.ssim >= RECOGNISABLE_SSIM
+        return Level.RECOGNISABLE if near else Level.NOTHING
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the inputs, ready for JSON."""
+        return plain({f.name: getattr(self, f.name) for f in fields(self) if f.name != "inputs"})
+
+    @classmethod
+    def from_dict(cls, said: dict[str, Any], inputs: Tensor | None) -> Result:
+        """The inverse of `to_dict`: None becomes NaN again."""
+        numbers = ("mse", "psnr", "ssim", "shape_psnr", "best_mse", "gradient_residual", "error")
+        values = {**said, **{name: math.nan if said[name] is None else said[name] for name in numbers}}
+        for name in ("labels", "assumptions", "warnings"):
+            values[name] = tuple(values[name])
+        return cls(**values, inputs=inputs)
+
+
+def judge(
+    found: Reconstruction, truth: Tensor, labels: Sequence[float], value_range: tuple[float, float]
+) -> list[Result]:
+    """One result for each sample of the update.
+
+    A gradient does not tell the order of its samples: reconstructions are matched to the samples so that the errors
+    are least altogether. Where there are fewer of them, samples stay without.
+
+    Args:
+        truth: (b, *input_shape).
+    """
+    answer = found.answers[0] if found.answers else None
+    places = _match(answer.inputs, truth) if answer is not None else {}
+    right = answer is not None and sorted(answer.labels.tolist()) == sorted(labels)
+    results = []
+    for at in range(len(truth)):
+        own = truth[at : at + 1]
+        inputs = None if answer is None or at not in places else answer.inputs[places[at]][None]
+        quality = None if inputs is None else score(inputs, own, value_range)
+        shaped = None if inputs is None else score(_as_bright(inputs, own), own, value_range)
+        every = [float((x - own.to(x)).square().mean()) for a in found.answers for x in a.inputs]
+        results.append(
+            Result(
+                attack=found.attack,
+                status=found.status.value,
+                reason=found.reason,
+                mse=math.nan if quality is None else quality.mse[0],
+                # An exact match is infinitely good, which JSON cannot say.
+                psnr=math.nan if quality is None else min(quality.psnr[0], 400.0),
+                ssim=math.nan if quality is None else quality.ssim[0],
+                shape_psnr=math.nan if shaped is None else min(shaped.psnr[0], 400.0),
+                best_mse=min(every, default=math.nan),
+                gradient_residual=math.nan if answer is None else answer.gradient_residual,
+                reproduced=answer is not None and answer.gradient_residual <= found.tolerance,
+                error=math.nan if answer is None else answer.error,
+                seconds=found.seconds,
+                labels=() if answer is None else tuple(answer.labels.tolist()),
+                labels_right=right,
+                twins=len(found.twins),
+                assumptions=found.assumptions,
+                warnings=found.preflight.findings,
+                inputs=inputs,
+                **_solved(answer),
+            )
+        )
+    return results
+
+
+def _solved(answer: Answer | None) -> dict[str, Any]:
+    return {} if answer is None else solved(answer)
+
+
+def _as_bright(found: Tensor, truth: Tensor) -> Tensor:
+    """The reconstruction times the one factor that brings it nearest to the sample."""
+    x, y = found.double().cpu().nan_to_num(posinf=1e150, neginf=-1e150), truth.double().cpu()
+    scale = x.abs().max().clamp(min=1e-300)
+    x = x / scale
+    return x * ((x * y).sum() / x.square().sum().clamp(min=1e-300))
+
+
+def _match(found: Tensor, truth: Tensor) -> dict[int, int]:
+    """By sample, the reconstruction that belongs to it."""
+    apart = (found.double().cpu()[:, None] - truth.double().cpu()[None]).flatten(2).square().mean(2)
+    rows, columns = linear_sum_assignment(torch.nan_to_num(apart, nan=1e300, posinf=1e300).numpy())
+    return dict(zip(columns.tolist(), rows.tolist(), strict=True))

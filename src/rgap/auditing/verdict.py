@@ -1,0 +1,148 @@
+"""The verdict in plain words, with the numbers behind it. It says what was tried; it never says "safe"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol as Structure
+from typing import runtime_checkable
+
+from rgap.auditing.results import EXACT_PSNR, RECOGNISABLE_PSNR, RECOGNISABLE_SSIM, Level, Result
+from rgap.auditing.sweep import Point, Sweep
+from rgap.rank import RankAnalysis
+from rgap.target import Target
+
+
+@runtime_checkable
+class HasResults(Structure):
+    """A sample with its results."""
+
+    @property
+    def results(self) -> tuple[Result, ...]: ...
+    @property
+    def best(self) -> Result | None: ...
+    @property
+    def level(self) -> Level: ...
+
+
+@dataclass(frozen=True)
+class LayerNote:
+    """The layer that gives the input away, or protects it."""
+
+    name: str
+    role: str
+    """``gives away`` or ``protects``."""
+    why: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to change; tried on these samples."""
+
+    what: str
+    why: str
+    before: Point
+    after: Point
+
+
+@dataclass(frozen=True)
+class Verdict:
+    level: str
+    """``exact``, ``recognisable``, ``not recovered``, or ``nothing sent`` for updates that are zero."""
+    headline: str
+    sentences: tuple[str, ...]
+    layer: LayerNote | None
+    advice: tuple[Advice, ...]
+    limits: tuple[str, ...]
+
+
+def verdict(cases: Sequence[HasResults], sweeps: Sequence[Sweep], rank: RankAnalysis | None, target: Target) -> Verdict:
+    """What the results mean for someone who must decide."""
+    count = len(cases)
+    exact = sum(case.level is Level.EXACT for case in cases)
+    seen = sum(case.level is not Level.NOTHING for case in cases)
+    silent = count > 0 and all(r.status == "gradient zero" for case in cases for r in case.results)
+    if silent:
+        level, headline = "nothing sent", "The updates hold nothing: every gradient is zero."
+    elif exact:
+        level, headline = Level.EXACT.value, _many(exact, count, "can be read out of the update exactly")
+    elif seen:
+        level, headline = (
+            Level.RECOGNISABLE.value,
+            _many(seen, count, "can be recognised in what the update gives away"),
+        )
+    else:
+        level = Level.NOTHING.value
+        headline = f"None of the {count} samples was recovered by the attacks that were tried."
+    return Verdict(
+        level,
+        headline,
+        tuple(_sentences(cases, exact, seen)),
+        _layer(rank, seen > 0),
+        tuple(_advice(sweeps)) if seen else (),
+        _limits(target),
+    )
+
+
+def _many(some: int, count: int, what: str) -> str:
+    if some == count:
+        return f"Every sample {what}." if count > 1 else f"The sample {what}."
+    return f"{some} of {count} samples {what}."
+
+
+def _sentences(cases: Sequence[HasResults], exact: int, seen: int) -> list[str]:
+    count = len(cases)
+    found = [f"{exact} of {count} samples recovered exactly, {seen - exact} more recognisably, {count - seen} not."]
+    best = [case.best for case in cases if case.best is not None and case.level is not Level.NOTHING]
+    if best:
+        worst = max(best, key=lambda r: r.psnr)
+        found.append(
+            f"The sample that came back best: {worst.attack}, {worst.psnr:.0f} dB, mean squared error {worst.mse:.0e}, "
+            f"in {worst.seconds:.1f} s."
+        )
+        if all(r.labels_right for r in best):
+            found.append("The label of each of them was inferred as well; the attack was told nothing.")
+    return found
+
+
+def _layer(rank: RankAnalysis | None, leaks: bool) -> LayerNote | None:
+    """The layer to look at; for chains, whose ranks were measured."""
+    if rank is None or not rank.layers:
+        return None
+    protecting = rank.protecting
+    if protecting is not None and not leaks:
+        why = f"its constraints leave {protecting.free} of the {protecting.unknowns} values that it reads open"
+        return LayerNote(protecting.name, "protects", why)
+    if leaks and rank.joint_free == 0:
+        first = rank.layers[0]
+        why = (
+            f"{first.gradient_rows} gradient and {first.weight_rows} weight constraints stand against the "
+            f"{first.unknowns} values that it reads, and no layer behind it leaves them open"
+        )
+        return LayerNote(first.name, "gives away", why)
+    return None
+
+
+def _advice(sweeps: Sequence[Sweep]) -> list[Advice]:
+    """Of each defence that closed the leak, the weakest strength that did, the cheapest first."""
+    found = []
+    for sweep in sweeps:
+        after = sweep.closes_at
+        if after is not None:
+            what = f"{sweep.name} with {sweep.strength_name} {after.strength:g}"
+            found.append(Advice(what, sweep.about, sweep.points[0], after))
+    return sorted(found, key=lambda each: each.after.gradient_error)
+
+
+def _limits(target: Target) -> tuple[str, ...]:
+    limits = [
+        "This says what was tried on these samples with these weights. Another attack, another checkpoint or another "
+        "sample may give more away; no result here means that a model is safe.",
+        f"Exact: the recomputed gradient agrees and the peak signal-to-noise ratio is {EXACT_PSNR:g} dB or more. "
+        f"Recognisable: {RECOGNISABLE_PSNR:g} dB or more, or a structural similarity of {RECOGNISABLE_SSIM:g} or more.",
+        "The server is honest but curious: it sends the right model and looks at what comes back. A server that "
+        "changes the model can learn more.",
+    ]
+    if target.obstacles:
+        limits.append("The closed form does not follow this model; only the attacks listed as applicable ran.")
+    return tuple(limits)

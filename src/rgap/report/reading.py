@@ -1,0 +1,117 @@
+"""Taking in an audit that someone else wrote: checked against the schema, and its text made harmless to show."""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator, TypeChecker
+from jsonschema.exceptions import best_match
+from jsonschema.validators import extend
+
+FORMAT = 2
+"""The format of audit.json that this version reads."""
+KIND = "rgap-audit"
+
+LONGEST = 1000
+"""Characters of one text that are shown; the middle of a longer one is left out."""
+LONGEST_COMMAND = 20_000
+_GREATEST = sys.float_info.max
+_SHOWN = 200
+"""Characters of a wrong value in an error message."""
+# They change the order in which the characters around them are shown: a name can pose as another one.
+_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+class ReportError(ValueError):
+    """A file that no report can be made from; says what is wrong, and where."""
+
+
+def load(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ReportError: the file is not JSON.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes(), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{path} is not JSON: {error}") from None
+
+
+def check(audit: Any) -> None:
+    """Hold an audit against the schema.
+
+    Raises:
+        ReportError: another kind or format, or a value that the schema does not allow.
+    """
+    if not isinstance(audit, dict) or audit.get("kind") != KIND:
+        got = repr(audit.get("kind")) if isinstance(audit, dict) else f"a {type(audit).__name__}"
+        raise ReportError(f"not an audit: got kind {_short(got)}, expected {KIND!r}")
+    if audit.get("format") != FORMAT:
+        raise ReportError(f"got audit format {_short(str(audit.get('format')))}, expected {FORMAT}")
+    error = best_match(_validator().iter_errors(audit))
+    if error is not None:
+        raise ReportError(f"{error.json_path}: {_short(error.message)}")
+
+
+def clean(value: Any, longest: int = LONGEST) -> Any:
+    """A copy in which every text can be shown as it is: see `visible`."""
+    if isinstance(value, str):
+        return visible(value, longest)
+    if isinstance(value, dict):
+        # Pictures are checked by the schema, and are longer than any text may be.
+        return {
+            key: entry if key == "picture" else clean(entry, LONGEST_COMMAND if key == "command" else longest)
+            for key, entry in value.items()
+        }
+    if isinstance(value, list):
+        return [clean(entry, longest) for entry in value]
+    return value
+
+
+def visible(text: str, longest: int = LONGEST) -> str:
+    """Characters that would hide, reorder or break what is around them are spelt out; endless text is cut."""
+    if len(text) > longest:
+        half = longest // 2
+        left_out = f"… {len(text) - 2 * half:,} characters left out …"
+        return f"{visible(text[:half], half)} {left_out} {visible(text[-half:], half)}"
+    return "".join(f"[U+{ord(each):04X}]" if _hides(each) else each for each in text)
+
+
+def _hides(character: str) -> bool:
+    # Controls, halves of a surrogate pair (a file name that is not UTF-8 has them), and line separators.
+    category = unicodedata.category(character)
+    return (category in ("Cc", "Cs", "Zl", "Zp") and character not in "\n\t") or character in _DIRECTIONS
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _short(message: str) -> str:
+    # ascii() keeps an error readable on any terminal, and one line long.
+    message = message if message.isprintable() and message.isascii() else ascii(message)[1:-1]
+    return message if len(message) <= _SHOWN else f"{message[:_SHOWN]}…"
+
+
+def _finite(_: TypeChecker, value: Any) -> bool:
+    # A comparison, since math.isfinite fails on an int that no float can hold.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _GREATEST
+
+
+def _whole(_: TypeChecker, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@cache
+def _validator() -> Any:
+    schema = json.loads(Path(__file__).with_name("schema.json").read_text(encoding="utf-8"))
+    # JSON knows neither NaN nor infinity, but Python's floats do; and 2.0 is no count, whatever JSON Schema says.
+    types = Draft202012Validator.TYPE_CHECKER.redefine_many({"number": _finite, "integer": _whole})
+    return extend(Draft202012Validator, type_checker=types)(schema)  # type: ignore[no-untyped-call]
