@@ -70,7 +70,7 @@ def examine(seed: int, anything: bool = False) -> dict[str, Any] | None:
     photograph = data.photographs(25, shape[1], shape[0])[seed % 25].inputs.double()
     update = capture(target, photograph, torch.tensor([(-1.0, 1.0)[seed % 2]]))
     found = {attack.name: attack(target, update) for attack in (attacks.Recursive(), attacks.Closed())}
-    joint = found["Virtual"].answers[0].joint if found["Virtual"].answers else None
+    joint = found["Closed"].answers[0].joint if found["Closed"].answers else None
     return {
         "seed": seed,
         "layers": [str(layer) for layer in target.chain],
@@ -93,9 +93,9 @@ def _best(found: attacks.Reconstruction, truth: torch.Tensor) -> float | None:
 PREDICTIONS = (
     ("Recursive", "counted: |x| - |W| - |z| <= 0 in every layer", "own index"),
     ("Recursive", "measured: every layer of full rank", "layers free"),
-    ("Virtual", "counted: the paper's index <= 0", "index"),
-    ("Virtual", "measured at random values: all layers together of full rank", "joint free"),
-    ("Virtual", "measured at the photograph: the same", "joint free at the sample"),
+    ("Closed", "counted: the paper's index <= 0", "index"),
+    ("Closed", "measured at random values: all layers together of full rank", "joint free"),
+    ("Closed", "measured at the photograph: the same", "joint free at the sample"),
 )
 
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from rgap import Audit, Target, losses
-from rgap.attacks import Reconstruction, Status
-from rgap.attacks.base import Answer
+from rgap import Audit, Protocol, Target, losses
+from rgap.attacks import Answer, Reconstruction, Status
 from rgap.auditing import Case
+from rgap.auditing.results import judge
 from rgap.checks import Preflight
 from rgap.picture import ACROSS, is_picture, show, side_by_side, single
 
@@ -36,12 +36,13 @@ def case(name: str, truth: Tensor, answer: Tensor | None) -> Case:
     answers = () if answer is None else (Answer(answer[None], torch.ones(1), 0.5, 1e-9, 1e-9),)
     status = Status.NOT_CONVERGED if answer is None else Status.EXACT
     found = Reconstruction("Some", status, "", answers, (), Preflight((), ()), 0.1)
-    return Case(name, truth[None], 1.0, found, 0.01, 20.0, 0.5, 0.01)
+    return Case(name, truth[None], 1.0, tuple(judge(found, truth[None], [1.0], (0.0, 1.0))))
 
 
 def audit_of(cases: list[Case], shape: tuple[int, ...], value_range: tuple[float, float] | None = (0.0, 1.0)) -> Audit:
     model = nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), 1))
-    return Audit(Target(model, losses.Logistic(), shape, value_range), tuple(cases))
+    target = Target(model, losses.Logistic(), shape, value_range)
+    return Audit(target, Protocol(), {}, tuple(cases), (), (), None, (), complete=True, seconds=1.0)
 
 
 def boxes(image: NDArray[np.uint8], colour: tuple[int, int, int]) -> tuple[float, float, int]:

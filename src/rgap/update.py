@@ -44,6 +44,8 @@ class Header:
     """Whether the model was in training mode."""
     protocol: Protocol = PLAIN
     """What lies between the gradient and what was sent."""
+    precision: float | None = None
+    """How far rounding may have moved the gradient, relative to its size; None: as far as its type rounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,17 @@ class Update:
         return max((g.dtype for g in self.gradients.values()), key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
+    def precision(self) -> float:
+        """How far rounding may have moved the gradient, relative to its size."""
+        own = float(torch.finfo(self.dtype).eps)
+        return own if self.header.precision is None else max(own, self.header.precision)
+
+    @property
+    def tolerance(self) -> float:
+        """How well a recomputed gradient must agree with this one, relatively: the square root of its rounding."""
+        return math.sqrt(self.precision)
+
+    @property
     def norm(self) -> float:
         """The Euclidean norm over all gradients."""
         return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients.values()))
@@ -91,11 +104,11 @@ class Update:
         own = self.header.batch_size if self.header.batch_size != 1 else target.batch_size
         return own * self.header.protocol.clients
 
-    def undone(self) -> tuple[Update, tuple[str, ...]]:
+    def undone(self, target: Target) -> tuple[Update, tuple[str, ...]]:
         """The gradient of the mean loss behind what was sent, and what had to be taken for granted to get it.
 
-        A gradient of a mean loss is given back as it is. Another keeps the precision of what was sent: its entries
-        have the rounding of weights, not their own.
+        A gradient of a mean loss is given back as it is. What comes of a weight difference is less precise than its
+        type: the weights were rounded, which are much larger than what they moved by.
         """
         protocol = self.header.protocol
         if protocol.sends is Sends.GRADIENT and not protocol.summed:
@@ -106,7 +119,11 @@ class Update:
         )
         dtype = self.dtype
         kept = {name: t.to(dtype) for name, t in found.items()}
-        return Update(kept, replace(self.header, protocol=plain)), said
+        precision = self.header.precision
+        if protocol.sends is Sends.DIFFERENCE and self.norm > 0:
+            weights = math.sqrt(sum(float(target.parameters[n].double().square().sum()) for n in self.gradients))
+            precision = float(torch.finfo(dtype).eps) * (1 + weights / self.norm)
+        return Update(kept, replace(self.header, protocol=plain, precision=precision)), said
 
     def check(self, target: Target, partial: bool = False) -> None:
         """Refuse an update that is not one of this target's model.
@@ -145,6 +162,8 @@ class Update:
         tensors = {name: g.cpu().contiguous() for name, g in self.gradients.items()}
         header = asdict(self.header)
         protocol = header.pop("protocol")
+        if header["precision"] is None:
+            del header["precision"]
         kind, optimiser = protocol.pop("sends").value, protocol.pop("optimiser").value
         said = json.dumps({"format": FORMAT, "kind": kind, **header, "protocol": {**protocol, "optimiser": optimiser}})
         content = to_bytes(tensors, metadata={"rgap": said})
@@ -196,12 +215,14 @@ def _header(said: str | None, path: Path) -> Header:
     if found.get("kind") not in [sends.value for sends in Sends]:
         raise UpdateError(f"{path}: got an update of kind {found.get('kind')!r}, expected 'gradient' or 'difference'")
     shape = found.get("input_shape")
-    header: dict[str, Any] = {name: found.get(name) for name in ("batch_size", "loss", "fingerprint", "training")}
+    names = ("batch_size", "loss", "fingerprint", "training", "precision")
+    header: dict[str, Any] = {name: found.get(name) for name in names}
     right = (
         _is(header["batch_size"], int)
         and header["batch_size"] >= 1
         and all(header[n] is None or isinstance(header[n], str) for n in ("loss", "fingerprint"))
         and (header["training"] is None or isinstance(header["training"], bool))
+        and (header["precision"] is None or (_is(header["precision"], float) and header["precision"] >= 0))
         and (shape is None or (isinstance(shape, list) and all(_is(size, int) for size in shape)))
     )
     if not right:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -320,3 +320,66 @@ def test_a_gradient_of_zero_has_no_answer(row: Row, make: Callable[[], Case]) ->
         assert found.status is Status.GRADIENT_ZERO
     with pytest.raises(LookupError, match=row.attack.name):
         _ = found.inputs
+
+
+# Updates in which a layer is missing.
+
+
+def without(here: Case, *missing: str) -> Update:
+    kept = {name: g for name, g in here.update.gradients.items() if name.rsplit(".", 1)[0] not in missing}
+    assert len(kept) < len(here.update.gradients)
+    return Update(kept, here.update.header)
+
+
+@every_attack
+@pytest.mark.parametrize("make", [biased, branched])
+def test_a_missing_layer_is_refused_or_left_out_of_the_certificate(row: Row, make: Callable[[], Case]) -> None:
+    here = make()
+    layer = "1" if make is biased else "0"
+    update = without(here, layer)
+    if not row.attack.partial:
+        with pytest.raises(UpdateError, match=rf"missing {layer}\.weight, {layer}\.bias"):
+            row.attack(here.target, update)
+        return
+    found = row.attack(here.target, update)
+    assert found.reason
+    model = here.target.model
+    for answer in found.answers:
+        loss = here.target.loss(model(answer.inputs), answer.labels)
+        names = [name for name, _ in model.named_parameters()]
+        every = dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+        apart = sum(float((every[name] - g).square().sum()) for name, g in update.gradients.items())
+        assert answer.gradient_residual == pytest.approx(math.sqrt(apart) / update.norm, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("attack", [DLG(iterations=40), IDLG(iterations=40)], ids=lambda attack: attack.name)
+def test_matching_asks_nothing_of_a_layer_that_is_missing(attack: Attack) -> None:
+    """What the other parameters tell is matched, whatever the missing one would have told."""
+    here = biased()
+    spoilt = {name: 100 * g if name.startswith("3.") else g for name, g in here.update.gradients.items()}
+    one = attack(here.target, without(here, "3"))
+    other = attack(here.target, without(replace(here, update=Update(spoilt, here.update.header)), "3"))
+    same(one, other)
+    assert one.status in (Status.REPRODUCED, Status.AMBIGUOUS, Status.NOT_CONVERGED)
+    assert one.answers
+
+
+def test_matching_finds_the_input_without_the_last_layer() -> None:
+    here = biased()
+    found = IDLG(iterations=300)(here.target, without(here, "3"))
+    assert found.status is Status.REPRODUCED, found
+    assert found.gradient_residual <= found.tolerance
+    assert score(found, here.x).mse[0] < 1e-6
+
+
+def test_updates_with_different_layers_missing_are_attacked_in_one_go() -> None:
+    here, attack = biased(), IDLG(iterations=5)
+    updates = [without(here, "3"), here.update, without(here, "1"), without(here, "3")]
+    for update, found in zip(updates, attack.many(here.target, updates), strict=True):
+        same(found, attack(here.target, update), tolerance=1e-4)
+
+
+def test_unknown_names_are_refused_in_partial_updates_too() -> None:
+    here = biased()
+    with pytest.raises(UpdateError, match="unknown more"):
+        IDLG(iterations=1)(here.target, Update({**without(here, "3").gradients, "more": torch.ones(2)}))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,19 +49,17 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
 
 def test_audit_on_built_in_photographs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, _ = run(capsys, "audit", *SMALL, "--count", 2, "--out", tmp_path)
+    words = " ".join(out.split())
     assert code == 0
-    assert "2 of 2 pictures recovered exactly" in out
-    assert all(word in out for word in ("astronaut", "MSE", "PSNR", "rank", "condition", "conv1"))
+    assert "Every sample can be read out of the update exactly. 2 of 2 samples recovered exactly" in words
+    assert all(word in out for word in ("astronaut", "Closed", "MSE", "PSNR", "rank", "condition", "conv1"))
     with Image.open(tmp_path / "audit.png") as picture:
         assert picture.format == "PNG"
-    assert json.loads((tmp_path / "audit.json").read_text())["kind"] == "rgap-audit"
-
-
-def test_audit_as_json_prints_nothing_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, err = run(capsys, "audit", *SMALL, "--count", 1, "--out", tmp_path, "--json")
-    assert code == 0
-    assert json.loads(out)["cases"][0]["reconstruction"]["status"] == "exact"
-    assert err == ""
+    said = json.loads((tmp_path / "audit.json").read_text())
+    assert said["kind"] == "rgap-audit"
+    assert said["verdict"]["headline"] in (tmp_path / "audit.html").read_text()
+    assert {attack["name"] for attack in said["attacks"] if attack["samples"]} == {"Closed"}
+    assert [attack["name"] for attack in said["attacks"]] == ["Closed", "Bias", "iDLG", "InvertingGradients"]
 
 
 def test_layers_solved_jointly_are_told(
@@ -77,23 +76,27 @@ def test_layers_solved_jointly_are_told(
     monkeypatch.setattr(sys, "path", list(sys.path))
     arguments = ("audit", *SMALL, "--count", 1, "--model", "my_narrow_network:make")
     with torch.random.fork_rng():
-        code, out, _ = run(capsys, *arguments)
+        code, out, _ = run(capsys, *arguments, "--attack", "closed")
     words = " ".join(out.split())
     assert code == 0
-    assert "1 of 1 pictures recovered exactly" in words
-    assert "0 and 2 solved together for the input: 144 unknowns" in words
+    assert "1 of 1 samples recovered exactly" in words
+    assert "jointly" in words
     assert "neighbouring values of the input are similar" in words
     said = json.loads((tmp_path / "rgap-out" / "audit.json").read_text())
-    assert said["cases"][0]["reconstruction"]["answers"][0]["joint"]["free"] == 0
+    assert said["samples"][0]["results"][0]["joint"]["free"] == 0
     with torch.random.fork_rng():
         _, out, _ = run(capsys, *arguments, "--attack", "recursive")
-    assert "0 of 1 pictures recovered exactly, 1 rank-deficient" in " ".join(out.split())
+    assert "0 of 1 samples recovered exactly" in " ".join(out.split())
+    assert "rank-deficient" in out
 
 
 def test_audit_of_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, photograph: Path) -> None:
-    code, out, _ = run(capsys, "audit", *SMALL, "--data", photograph.parent, "--out", tmp_path / "out", "--json")
+    where = ("--data", photograph.parent, "--out", tmp_path / "out", "--attack", "idlg", "--iterations", 1)
+    code, out, _ = run(capsys, "audit", *SMALL, *where, "--json")
+    said = json.loads(out)
     assert code == 0
-    assert json.loads(out)["cases"][0]["name"] == "client.png"
+    assert said["samples"][0]["name"] == "client.png"
+    assert said["settings"]["data"] == str(photograph.parent)
 
 
 def test_capture_then_attack(capsys: pytest.CaptureFixture[str], tmp_path: Path, photograph: Path) -> None:
@@ -212,12 +215,7 @@ def test_a_search_of_one_iteration_is_told_for_people(
 
 @pytest.mark.parametrize("attack", ["closed", "recursive"])
 @pytest.mark.parametrize(
-    ("chosen", "named"),
-    [
-        (("--iterations", 3), "--iterations"),
-        (("--restarts", 2), "--restarts"),
-        (("--restarts", 2, "--iterations", 3, "--polish"), "--iterations, --restarts"),
-    ],
+    "chosen", [("--iterations", 3), ("--restarts", 2), ("--restarts", 2, "--iterations", 3, "--polish")]
 )
 @pytest.mark.parametrize("command", [("audit",), ("attack", "update.safetensors")])
 def test_attacks_without_iterations_refuse_their_number(
@@ -226,14 +224,13 @@ def test_attacks_without_iterations_refuse_their_number(
     monkeypatch: pytest.MonkeyPatch,
     command: tuple[str, ...],
     chosen: tuple[object, ...],
-    named: str,
     attack: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, *command, *SMALL, "--attack", attack, *chosen)
     assert code == 2
-    assert f"{named}: " in " ".join(err.split())
-    assert "is no attack by optimisation, it has neither" in " ".join(err.split())
+    name = attack.capitalize()
+    assert f"--iterations and --restarts: {name} is no attack by optimisation" in " ".join(err.split())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,32 +240,265 @@ def test_the_closed_form_is_polished(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, short_polish: None, attack: Attack
 ) -> None:
     chosen = {kind: name for name, kind in ATTACKS.items()}[type(attack)]
-    arguments = ("audit", *SMALL, "--count", 1, "--attack", chosen, "--polish", "--out", tmp_path, "--json")
+    arguments = (
+        "audit",
+        "--input-shape",
+        "1,8,8",
+        "--count",
+        1,
+        "--attack",
+        chosen,
+        "--polish",
+        "--out",
+        tmp_path,
+        "--json",
+    )
     code, out, _ = run(capsys, *arguments)
-    (case,) = json.loads(out)["cases"]
     assert code == 0
-    assert case["reconstruction"]["attack"] == "Polish"
-    assert case["reconstruction"]["status"] == "exact"
-    assert f"the label is the one that {attack.name} gives" in case["reconstruction"]["assumptions"]
+    (sample,) = json.loads(out)["samples"]
+    (result,) = sample["results"]
+    assert result["attack"] == "Polish"
+    assert result["status"] == "exact"
+    assert f"the label is the one that {attack.name} gives" in result["assumptions"]
 
 
 def test_audit_of_what_is_no_chain(capsys: pytest.CaptureFixture[str], tmp_path: Path, classes: str) -> None:
     model = ("--model", classes, "--loss", "cross-entropy", *SMALL)
-    code, _, err = run(capsys, "audit", *model, "--count", 2)
-    words = " ".join(err.split())
-    assert code == 1
-    assert all(word in words for word in ("batch_norm", "max_pool2d", "cross-entropy"))
-    assert not (tmp_path / "rgap-out").exists()
+    both = ("--attack", "closed", "--attack", "idlg")
+    assert run(capsys, "audit", *model, *both, "--iterations", 2)[0] == 2
     code, out, _ = run(capsys, "audit", *model, "--count", 4, "--attack", "idlg", "--iterations", 2)
     assert code == 0
     assert "not converged" in out
     said = json.loads((tmp_path / "rgap-out" / "audit.json").read_text())
     told = json.dumps(said)
     assert all(word in told for word in ("batch_norm", "max_pool2d", "cross-entropy"))
-    assert [case["label"] for case in said["cases"]] == [0, 1, 2, 0]
-    assert {case["reconstruction"]["attack"] for case in said["cases"]} == {"iDLG"}
+    assert [sample["label"] for sample in said["samples"]] == [0, 1, 2, 0]
+    assert {result["attack"] for sample in said["samples"] for result in sample["results"]} == {"iDLG"}
     with Image.open(tmp_path / "rgap-out" / "audit.png") as picture:
         assert picture.format == "PNG"
+    code, out, _ = run(capsys, "audit", *model, "--count", 1, "--attack", "closed", "--out", "closed")
+    assert code == 0
+    assert "Closed does not apply" in out
+    assert all(word in out for word in ("batch_norm", "max_pool2d", "cross-entropy"))
+
+
+# An audit in milliseconds.
+
+TINY = ("--input-shape", "1,8,8", "--model", "my_open_network:make")
+
+
+@pytest.fixture
+def open_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Linear layer with a bias reads the picture; the folder of its module is the current one."""
+    for name, outputs in (("my_open_network", 1), ("my_open_classes", 4)):
+        (tmp_path / f"{name}.py").write_text(
+            "import torch\nfrom torch import nn\n\n\ndef make():\n    with torch.random.fork_rng():\n"
+            "        torch.manual_seed(0)\n        return nn.Sequential(\n            nn.Flatten(), nn.Linear(64, 80), "
+            f"nn.Tanh(), nn.Linear(80, {outputs})\n        ).double()\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def tiny(capsys: pytest.CaptureFixture[str], *more: object) -> tuple[int, str, str]:
+    return run(capsys, "audit", *TINY, "--count", 2, "--attack", "bias", *more)
+
+
+def read(folder: Path) -> Any:
+    return json.loads((folder / "rgap-out" / "audit.json").read_text())
+
+
+def test_audit_as_json_prints_nothing_else(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    code, out, err = tiny(capsys, "--json")
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    assert [sample["results"][0]["status"] for sample in said["samples"]] == ["exact", "exact"]
+    assert said["verdict"] == read(open_network)["verdict"]
+
+
+def test_several_attacks_one_after_the_other(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    assert run(capsys, "audit", *TINY, "--count", 1, "--attack", "recursive", "--attack", "bias")[0] == 0
+    said = read(open_network)
+    assert [attack["name"] for attack in said["attacks"]] == ["Recursive", "Bias"]
+    assert [result["attack"] for result in said["samples"][0]["results"]] == ["Recursive"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"),
+    [("exact>0", 3), ("exact>=1", 3), ("psnr>50", 3), ("recognisable > 0.9", 3), ("exact<1", 0), ("psnr<50", 0),
+     ("ssim>0", 0)],
+)  # fmt: skip
+def test_pipelines_stop_where_a_condition_holds(
+    capsys: pytest.CaptureFixture[str], open_network: Path, condition: str, code: int
+) -> None:
+    got, out, err = tiny(capsys, "--fail-if", condition)
+    assert got == code
+    assert ("holds" in err) is (code == 3)
+    assert "Every sample" in out
+    assert (open_network / "rgap-out" / "audit.html").is_file()
+
+
+def test_json_and_a_condition(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    code, out, err = tiny(capsys, "--json", "--fail-if", "exact>0")
+    assert code == 3
+    assert json.loads(out)["verdict"]["level"] == "exact"
+    assert err == "rgap: exact>0 holds\n"
+
+
+def test_weight_differences_on_the_command_line(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    sends = ("--sends", "difference", "--learning-rate", 0.1, "--optimiser", "momentum")
+    code, out, _ = tiny(capsys, *sends)
+    assert code == 0
+    assert "2 of 2 samples recovered exactly" in " ".join(out.split())
+    assert read(open_network)["protocol"] == {
+        "sends": "difference", "steps": 1, "learning_rate": 0.1, "optimiser": "momentum", "summed": False, "clients": 1,
+    }  # fmt: skip
+    # Another protocol is another audit.
+    code, _, err = tiny(capsys)
+    assert code == 1
+    assert "other settings" in " ".join(err.split())
+    assert tiny(capsys, "--fresh")[0] == 0
+
+
+def test_batches_and_clients(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    options = ("--batch-size", 2, "--summed", "--count", 3, "--attack", "idlg", "--iterations", 1)
+    code, out, _ = run(capsys, "audit", *TINY, *options)
+    assert code == 0
+    said = read(open_network)
+    assert (said["target"]["batch_size"], said["protocol"]["clients"], len(said["samples"])) == (2, 1, 2)
+    assert said["protocol"]["summed"] is True
+    assert "1 samples that do not fill another update" in " ".join(out.split())
+    code, _, err = run(capsys, "audit", *TINY, "--clients", 2, "--count", 1, "--out", "other")
+    assert code == 1
+    assert "got 1 samples, expected 2 or more" in " ".join(err.split())
+
+
+def test_classes(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    model = ("--model", "my_open_classes:make", "--loss", "cross-entropy", "--input-shape", "1,8,8")
+    assert run(capsys, "audit", *model, "--count", 3, "--attack", "bias")[0] == 0
+    said = read(open_network)
+    assert [sample["label"] for sample in said["samples"]] == [0, 1, 2]
+    assert [sample["level"] for sample in said["samples"]] == ["exact"] * 3
+    assert [sample["results"][0]["labels"] for sample in said["samples"]] == [[0], [1], [2]]
+
+
+def test_folders_of_classes_give_the_labels(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    pictures = data.photographs(3, 8, channels=1).inputs
+    for at, (folder, picture) in enumerate(zip(("zebra", "ant", "cow"), pictures, strict=True)):
+        (open_network / "all" / folder).mkdir(parents=True)
+        values = (picture[0] * 255).round().to(torch.uint8).numpy()
+        Image.fromarray(values).save(open_network / "all" / folder / f"{at}.png")
+    model = ("--model", "my_open_classes:make", "--loss", "cross-entropy", "--input-shape", "1,8,8")
+    assert run(capsys, "audit", *model, "--data", "all", "--attack", "bias")[0] == 0
+    given = {sample["name"]: sample["label"] for sample in read(open_network)["samples"]}
+    by_class = {Path(name).parts[-2]: label for name, label in given.items()}
+    assert by_class == {"ant": 0, "cow": 1, "zebra": 2}
+
+
+def test_a_defence_is_swept(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    code, out, _ = tiny(capsys, "--defence", "Sign", "--defence", "Clip")
+    assert code == 0
+    assert [defence["name"] for defence in read(open_network)["defences"]] == ["Sign", "Clip"]
+    assert "what still leaks" in " ".join(out.split())
+
+
+def test_epsilon_of_dpsgd(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    code, _, _ = tiny(capsys, "--defence", "DPSGD", "--dp-rate", 0.01, "--dp-steps", 100)
+    assert code == 0
+    (defence,) = read(open_network)["defences"]
+    assert defence["points"][-1]["epsilon"] > 0
+    for alone in (("--dp-rate", 0.1), ("--dp-steps", 5)):
+        code, _, err = tiny(capsys, "--defence", "DPSGD", *alone)
+        assert code == 2
+        assert "belong together" in " ".join(err.split())
+
+
+def test_an_audit_goes_on_where_it_was(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    assert tiny(capsys)[0] == 0
+    rows = (open_network / "rgap-out" / "results" / "rows.jsonl").read_bytes()
+    before = read(open_network)["samples"]
+    assert tiny(capsys, "--budget", 0)[0] == 0
+    assert read(open_network)["samples"] == before
+    assert read(open_network)["complete"] is True
+    assert (open_network / "rgap-out" / "results" / "rows.jsonl").read_bytes() == rows
+
+
+def test_no_time_at_all(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    code, out, _ = tiny(capsys, "--budget", 0, "--fail-if", "psnr>0")
+    assert code == 0
+    assert "Bias on 2 updates: the time was up" in " ".join(out.split())
+    assert "every gradient is zero" not in out
+    said = read(open_network)
+    assert (said["complete"], [sample["best"] for sample in said["samples"]]) == (False, [None, None])
+    assert (open_network / "rgap-out" / "audit.png").is_file()
+
+
+# A file with options.
+
+
+def configured(capsys: pytest.CaptureFixture[str], folder: Path, text: str, *more: object) -> tuple[int, str, str]:
+    (folder / "audit.toml").write_text(text)
+    return run(capsys, "audit", "--config", folder / "audit.toml", *more)
+
+
+OPTIONS = 'model = "my_open_network:make"\ninput-shape = "1,8,8"\ncount = 3\nattack = ["bias"]\n'
+
+
+def test_a_file_gives_options_and_the_command_line_wins(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    text = OPTIONS + 'defence = ["Sign", "DropBias"]\nbatch-size = 1\nsummed = true\njson = true\n'
+    code, out, err = configured(capsys, open_network, text)
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    assert len(said["samples"]) == 3
+    assert [defence["name"] for defence in said["defences"]] == ["Sign", "DropBias"]
+    assert said["protocol"]["summed"] is True
+    code, out, _ = configured(capsys, open_network, text, "--count", 1, "--defence", "Clip", "--fresh")
+    said = json.loads(out)
+    assert code == 0
+    assert len(said["samples"]) == 1
+    assert [defence["name"] for defence in said["defences"]] == ["Clip"]
+
+
+def test_a_file_can_say_when_to_fail(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    assert configured(capsys, open_network, OPTIONS + 'fail-if = "exact>0"\n')[0] == 3
+    assert configured(capsys, open_network, OPTIONS + 'fail-if = "exact>0"\n', "--fail-if", "exact<0")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour = 1\n", "unknown colour; expected some of attack, batch-size"),
+        ("batch_size = 1\n", "unknown batch_size"),
+        ('config = "other.toml"\n', "unknown config"),
+        ("[audit]\ncount = 1\n", "unknown audit"),
+        ('count = "many"\n', "'many' is not a valid integer"),
+        ("count = 0\n", "0 is not in the range"),
+        ("count = 1.5\n", "--count"),
+        ("count = true\n", "--count"),
+        ('loss = "mine"\n', "'mine' is not one of"),
+        ('defence = ["Nonsense"]\n', "Nonsense"),
+        ('defence = "Sign"\n', "Value must be an iterable"),
+        ('fail-if = "psnr"\n', "expected one of psnr"),
+        ("input-shape = [1, 8, 8]\n", "expected positive sizes with commas"),
+        ("count = \n", "not TOML"),
+    ],
+)
+def test_a_file_with_something_wrong_in_it(
+    capsys: pytest.CaptureFixture[str], open_network: Path, text: str, message: str
+) -> None:
+    begun = "\n".join(line for line in OPTIONS.splitlines() if line.split(" ")[0] != text.split(" ")[0]) + "\n"
+    code, out, err = configured(capsys, open_network, begun + text)
+    assert code in (1, 2)
+    assert message in " ".join(err.split())
+    assert out == ""
+    assert not (open_network / "rgap-out" / "audit.json").exists()
+
+
+def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, err = run(capsys, "audit", "--config", tmp_path / "nowhere.toml")
+    assert code == 2
+    assert "nowhere.toml: no such file" in "".join(err.split("\n")).replace("│", "") or "no such file" in err
 
 
 def test_cross_entropy_of_a_single_output_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -278,7 +508,7 @@ def test_cross_entropy_of_a_single_output_is_refused(capsys: pytest.CaptureFixtu
 
 
 def test_every_attack_of_the_command_line_can_be_made() -> None:
-    assert set(ATTACKS) == {"closed", "recursive", "dlg", "idlg", "inverting-gradients", "hybrid"}
+    assert set(ATTACKS) == {"closed", "recursive", "bias", "dlg", "idlg", "inverting-gradients", "hybrid"}
     for name in ("dlg", "idlg", "inverting-gradients"):
         made = make_attack(name, 7, 3, False)
         assert isinstance(made, Matching)
@@ -299,6 +529,13 @@ def test_every_attack_of_the_command_line_can_be_made() -> None:
     [
         (("audit", "--attack", "dlg", "--iterations", "0"), 2, "0 is not in the range"),
         (("audit", "--attack", "nonsense"), 2, "'nonsense' is not one of"),
+        (("audit", "--fail-if", "psnr"), 2, "got 'psnr', expected one of psnr, ssim, exact, recognisable"),
+        (("audit", "--fail-if", "mse>1"), 2, "got 'mse>1', expected one of"),
+        (("audit", "--defence", "Nonsense"), 1, "Nonsense"),
+        (("audit", "--sends", "difference"), 1, "a weight difference needs a positive one"),
+        (("audit", "--local-steps", "2"), 1, "takes no local steps"),
+        (("audit", "--learning-rate", "0"), 2, "0"),
+        (("audit", "--polish"), 2, "--polish needs an --attack to go on from"),
         (("audit", "--data", "nowhere"), 1, "nowhere does not exist"),
         (("audit", "--model", "resnet"), 2, "expected cnn6, cnn6-d, fcn3, or PKG.MOD:FACTORY"),
         (("audit", "--model", "no_such_package:make"), 2, "cannot import no_such_package"),

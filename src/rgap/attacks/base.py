@@ -209,7 +209,7 @@ class Attack(ABC):
         for update in updates:
             update.check(target, partial=self.partial)
         start = time.perf_counter()
-        undone = [update.undone() for update in updates]
+        undone = [update.undone(target) for update in updates]
         plain = [update for update, _ in undone]
         found = self.run_many(target, plain, [preflight(target, update) for update in plain])
         together = (time.perf_counter() - start) / max(1, len(updates))

@@ -71,7 +71,7 @@ class Bias(Attack):
         return MIXTURE.format(samples) if samples > 1 else None
 
     def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
-        tolerance = residual_tolerance(update.dtype)
+        tolerance = update.tolerance
         gradients = {name: g.double().to(target.device) for name, g in update.gradients.items()}
 
         def ended(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from rgap.attacks.base import Attack, Reconstruction, Status, residual_tolerance
+from rgap.attacks.base import Attack, Reconstruction, Status
 from rgap.attacks.matching import DLG
 from rgap.attacks.recursive import Recursive
 from rgap.checks import Preflight
@@ -93,7 +93,7 @@ class Hybrid(Attack):
             except NotAChain as error:
                 left_out.append(f"{member.name} was left out: {'; '.join(str(o) for o in error.obstacles)}")
         if not by_member:
-            tolerance = residual_tolerance(updates[0].dtype)
+            tolerance = updates[0].tolerance
             nothing = Reconstruction(
                 self.name, Status.NOT_CONVERGED, "; ".join(left_out), (), (), checks[0], tolerance, target.value_range
             )

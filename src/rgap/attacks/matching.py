@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from rgap.attacks.base import Answer, Attack, Reconstruction, Status, gradient_residual, residual_tolerance
+from rgap.attacks.base import Answer, Attack, Reconstruction, Status, gradient_residual
 from rgap.attacks.labels import candidates, one_hot
 from rgap.attacks.minimise import LBFGS, Adam, Minima, Minimiser, Stop
 from rgap.attacks.progress import Reporter
@@ -230,7 +230,7 @@ class Matching(Attack):
             points[:, :values].clamp_(*(target.value_range or (-math.inf, math.inf)))
 
         # A start that has arrived must reproduce the gradient, however finely that was sent.
-        goal = min(self.tolerance, *(residual_tolerance(update.dtype) for update in updates))
+        goal = min(self.tolerance, *(update.tolerance for update in updates))
 
         def minimise(which: Tensor, x: Tensor, iterations: int) -> Minima:
             """The systems `which`, from x."""
@@ -283,7 +283,7 @@ class Matching(Attack):
 
     def _judge(self, target: Target, update: Update, checks: Preflight, results: _Results) -> Reconstruction:
         """Certificates of the best start, and of every other one that reproduces the gradient at another input."""
-        tolerance = residual_tolerance(update.dtype)
+        tolerance = update.tolerance
         low, high = target.value_range or (0.0, 1.0)
         answers: list[Answer] = []
         for at, (x, y) in enumerate(zip(results.inputs, results.labels, strict=True)):
@@ -316,7 +316,7 @@ class Matching(Attack):
             (),
             (),
             checks,
-            residual_tolerance(update.dtype),
+            update.tolerance,
             target.value_range,
         )
 

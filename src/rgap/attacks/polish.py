@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
-from rgap.attacks.base import Answer, Attack, Reconstruction, Status, gradient_residual, residual_tolerance, rounding
+from rgap.attacks.base import Answer, Attack, Reconstruction, Status, gradient_residual, rounding
 from rgap.attacks.labels import one_hot
 from rgap.attacks.progress import Reporter
 from rgap.attacks.recursive import Recursive
@@ -52,7 +52,7 @@ class Polish(Attack):
             reason = f"no step improves on {begin.attack}: {begin.reason}"
             return replace(begin, attack=self.name, reason=reason, assumptions=said)
         better = replace(answer, inputs=inputs, gradient_residual=residual)
-        reproduced = residual <= residual_tolerance(update.dtype)
+        reproduced = residual <= update.tolerance
         # Whether an input is the only one is what the start may know; that it reproduces the gradient is seen here.
         status = begin.status
         if status in (Status.NOT_CONVERGED, Status.REPRODUCED):

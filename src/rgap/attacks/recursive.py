@@ -17,7 +17,6 @@ from rgap.attacks.base import (
     Reconstruction,
     Status,
     gradient_residual,
-    residual_tolerance,
     rounding,
 )
 from rgap.attacks.heads import Heads, heads
@@ -68,9 +67,9 @@ class Recursive(Attack):
 
     def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
         chain = target.chain
-        eps = float(torch.finfo(update.dtype).eps)
+        eps = update.precision
         rank_tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
-        tolerance = residual_tolerance(update.dtype)
+        tolerance = update.tolerance
         gradients = {name: g.double().to(target.device) for name, g in update.gradients.items()}
         assumptions: tuple[str, ...] = ()
         if target.batch_size != 1 or update.header.batch_size != 1:
@@ -111,7 +110,7 @@ class Recursive(Attack):
         chain = target.chain
         followed = start.select(start.one_per_label) if chain.scalable else start
         probe = torch.Generator(device=target.device).manual_seed(self.seed)
-        eps = float(torch.finfo(update.dtype).eps)
+        eps = update.precision
         found = recurse(chain, gradients, followed, eps, rank_tolerance, probe)
         ends: list[End] = []
         for end in found:
@@ -152,7 +151,7 @@ class Recursive(Attack):
         rank_tolerance: float,
         probe: torch.Generator,
     ) -> End:
-        """What is still done for a candidate after the recursion; `Virtual` solves jointly what it left open."""
+        """What is still done for a candidate after the recursion; `Closed` solves jointly what it left open."""
         return end
 
     def _judge(self, answers: list[Answer], target: Target, tolerance: float) -> tuple[Status, str]:

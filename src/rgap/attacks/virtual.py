@@ -22,7 +22,7 @@ FADING = Fading()
 
 
 @dataclass(frozen=True)
-class Virtual(Recursive):
+class Closed(Recursive):
     """The recursion as far as it is exact, then all constraints of the layers in front of it together.
 
     On a network whose layers all have full rank it is `Recursive`. Where a layer leaves dimensions of its input free,
@@ -84,8 +84,8 @@ class Virtual(Recursive):
         return replace(end, x=x, error=moved, joint=report)
 
 
-Closed = Virtual
-"""Everything there is in closed form: the recursion, and the joint solve where it breaks off."""
+Virtual = Closed
+"""The same, by the name of what it adds to the recursion: virtual constraints (Section 4)."""
 
 
 def _prior(target: Target, like: Tensor) -> tuple[Tensor, float, str]:

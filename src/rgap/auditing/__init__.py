@@ -1,6 +1,6 @@
 """The audit: what clients would send for a few samples, attacked in every way that applies."""
 
-from rgap.auditing.audit import ATTACKS, Accounting, Audit, Case, Ran, Step, audit
+from rgap.auditing.audit import ATTACKS, Accounting, Audit, Case, Interrupted, Ran, Step, audit
 from rgap.auditing.describe import describe
 from rgap.auditing.results import Level, Result
 from rgap.auditing.sweep import Point, Sweep
@@ -12,6 +12,7 @@ __all__ = [
     "Advice",
     "Audit",
     "Case",
+    "Interrupted",
     "LayerNote",
     "Level",
     "Point",

@@ -32,6 +32,10 @@ ATTACKS: tuple[Attack, ...] = (Closed(), Bias(), IDLG(iterations=500), Inverting
 """In the order in which they run: those in closed form take seconds, and what they read out exactly needs no other."""
 SWEPT = 4
 """Samples at the most on which a defence is swept."""
+LATE, INTERRUPTED = "the time was up", "the same audit goes on when it is run again"
+"""Ends of what is said of work that was left undone."""
+RESULTS = 1
+"""Version of what is kept in the folder of an audit."""
 SWEEP_ITERATIONS = 500
 """Of an attack by optimisation in a sweep, which runs it many times."""
 TOGETHER = 8
@@ -130,6 +134,14 @@ class Accounting:
     delta: float = 1e-5
 
 
+class Interrupted(KeyboardInterrupt):
+    """An audit that was interrupted; ``audit`` holds what was found so far."""
+
+    def __init__(self, audit: Audit):
+        super().__init__("the audit was interrupted")
+        self.audit = audit
+
+
 @dataclass(frozen=True)
 class Step:
     """How far an audit has come."""
@@ -177,7 +189,7 @@ def audit(
     Raises:
         ValueError: samples or labels do not fit; says what was got and what was expected.
         StoreError: the folder holds another audit.
-        KeyboardInterrupt: is not caught: what was found is in the folder.
+        Interrupted: a KeyboardInterrupt, with the audit as far as it came; the results are in the folder.
     """
     asked = {"seed": seed, "budget": budget, "data": None, **(about or {})}
     run = _Run(target, samples, labels, tuple(attacks), protocol, accounting, asked, folder, fresh, progress)
@@ -201,6 +213,8 @@ class _Run:
     not_run: list[str] = field(default_factory=list)
     found: dict[str, list[Result]] = field(default_factory=dict)
     """By key, what one attack made of one update's samples."""
+    sweeps: list[Sweep] = field(default_factory=list)
+    rank: RankAnalysis | None = None
 
     def __post_init__(self) -> None:
         self.start = time.perf_counter()
@@ -226,12 +240,15 @@ class _Run:
             capture(self.target, self.inputs[own], torch.tensor(self.labels[own]), self.protocol)
             for own in (slice(at, at + self.group) for at in range(0, count, self.group))
         ]
+        self.obstacles = [attack.obstacle(self.target, self.group) for attack in self.attacks]
+        self.able = [each for each, obstacle in zip(self.attacks, self.obstacles, strict=True) if obstacle is None]
         self.store = None if self.folder is None else Store(self.folder, self.settings, self.fresh)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the results depend on."""
         return {
+            "results": RESULTS,
             "fingerprint": self.target.fingerprint,
             "loss": self.target.loss.name,
             "batch_size": self.target.batch_size,
@@ -256,24 +273,41 @@ class _Run:
 
     def all(self, defences: tuple[Defence, ...]) -> Audit:
         """Everything, as far as the budget goes."""
-        rank = self._rank()
-        obstacles = [attack.obstacle(self.target, self.group) for attack in self.attacks]
-        able = [attack for attack, obstacle in zip(self.attacks, obstacles, strict=True) if obstacle is None]
-        self._attack(able)
-        sweeps = [self._sweep(defence, able) for defence in defences] if self._leaks() else []
-        if defences and not self._leaks():
-            self.not_run.append("the defences: nothing leaked that they could close")
-        cases = tuple(self._cases(able))
+        try:
+            self.rank = self._rank()
+            self._attack(self.able)
+            if self._leaks():
+                for defence in defences:
+                    self._sweep(defence)
+                if not defences:
+                    self.not_run.append(
+                        "defences: none was asked for; a sweep measures what it takes to close the leak"
+                    )
+            elif defences:
+                self.not_run.append("the defences: nothing leaked that they could close")
+        except KeyboardInterrupt as error:
+            self.not_run.append(f"the rest: interrupted, {INTERRUPTED}")
+            raise Interrupted(self.audit()) from error
+        return self.audit()
+
+    def audit(self) -> Audit:
+        """What was found so far."""
+        cases = tuple(self._cases())
         ran = tuple(
             Ran(attack.name, obstacle, tuple(r for case in cases for r in case.results if r.attack == attack.name))
-            for attack, obstacle in zip(self.attacks, obstacles, strict=True)
+            for attack, obstacle in zip(self.attacks, self.obstacles, strict=True)
         )
-        seconds = time.perf_counter() - self.start
-        settings = {**self.asked, "samples": len(cases)}
-        swept = tuple(sweep for sweep in sweeps if sweep.points)
-        complete = not (self.late and self.not_run)
         return Audit(
-            self.target, self.protocol, settings, cases, ran, swept, rank, tuple(self.not_run), complete, seconds
+            target=self.target,
+            protocol=self.protocol,
+            settings={**self.asked, "samples": len(cases)},
+            cases=cases,
+            attacks=ran,
+            sweeps=tuple(self.sweeps),
+            rank=self.rank,
+            not_run=tuple(self.not_run),
+            complete=not any(said.endswith((LATE, INTERRUPTED)) for said in self.not_run),
+            seconds=time.perf_counter() - self.start,
         )
 
     def _rank(self) -> RankAnalysis | None:
@@ -294,7 +328,7 @@ class _Run:
             self._tell(attack.name, number * len(self.updates))
             begun = self._run("", attack, {at: self.updates[at] for at in left})
             if len(begun) < len(left):
-                self.not_run.append(f"{attack.name} on {len(left) - len(begun)} updates: the time was up")
+                self.not_run.append(f"{attack.name} on {len(left) - len(begun)} updates: {LATE}")
 
     def _key(self, defence: str, at: int, attack: Attack) -> str:
         return f"{defence}|{at}|{attack!r}"
@@ -332,9 +366,9 @@ class _Run:
         own = [self.found.get(self._key("", at, attack), []) for attack in attacks]
         return any(results and all(r.level is Level.EXACT for r in results) for results in own)
 
-    def _cases(self, able: Sequence[Attack]) -> Iterator[Case]:
+    def _cases(self) -> Iterator[Case]:
         for at in range(len(self.updates)):
-            own = [self.found[key] for attack in able if (key := self._key("", at, attack)) in self.found]
+            own = [self.found[key] for attack in self.able if (key := self._key("", at, attack)) in self.found]
             for n in range(self.group):
                 index = at * self.group + n
                 truth, results = self.inputs[index : index + 1], tuple(results[n] for results in own)
@@ -343,20 +377,21 @@ class _Run:
     def _leaks(self) -> bool:
         return any(r.level is not Level.NOTHING for results in self.found.values() for r in results)
 
-    def _sweep(self, defence: Defence, able: Sequence[Attack]) -> Sweep:
+    def _sweep(self, defence: Defence) -> None:
         """The defence at each of its levels, on the first updates, against the attacks that gave most away."""
-        best = self._best(able)
+        best = self._best()
         points: list[Point] = []
         for strength in (None, *type(defence).levels):
             point = None if self.late else self._point(defence, strength, best)
             if point is None:
                 said = "at all" if strength is None else f"from {defence.strength_name} {strength:g} on"
-                self.not_run.append(f"{defence.name} {said}: the time was up")
+                self.not_run.append(f"{defence.name} {said}: {LATE}")
                 break
             points.append(point)
-        return Sweep(defence.name, defence.strength_name, defence.about, tuple(points))
+        if points:
+            self.sweeps.append(Sweep(defence.name, defence.strength_name or "on", defence.about, tuple(points)))
 
-    def _best(self, able: Sequence[Attack]) -> list[Attack]:
+    def _best(self) -> list[Attack]:
         """The attack that gave most away, and the best of those that look for the input by optimisation: the closed
         form is the first to break down when a gradient is changed."""
 
@@ -364,8 +399,8 @@ class _Run:
             own = [r for at in range(len(self.updates)) for r in self.found.get(self._key("", at, attack), [])]
             return max(map(_gave, own), default=(-1, -math.inf))
 
-        first = max(able, key=gave)
-        robust = (attack for attack in able if isinstance(attack, InvertingGradients))
+        first = max(self.able, key=gave)
+        robust = (attack for attack in self.able if isinstance(attack, InvertingGradients))
         short = [replace(attack, iterations=min(attack.iterations, SWEEP_ITERATIONS)) for attack in robust]
         return list(dict.fromkeys([first, *short]))
 

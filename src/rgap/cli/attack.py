@@ -12,16 +12,31 @@ from safetensors.torch import save as to_bytes
 
 from rgap.auditing import describe
 from rgap.cli import tables
-from rgap.cli.options import attack_options, make_attack, make_target, shown, target_options
+from rgap.cli.options import (
+    attack_options,
+    config_option,
+    make_attack,
+    make_protocol,
+    make_target,
+    protocol_options,
+    shown,
+    target_options,
+)
 from rgap.files import write_atomically
 from rgap.picture import is_picture, single
-from rgap.update import Update
+from rgap.reading import read_pair, read_update
 
 
 @click.command("attack")
 @click.argument("update", type=click.Path(path_type=Path))
+@config_option
 @target_options
+@protocol_options
 @attack_options("closed")
+@click.option(
+    "--before", type=click.Path(path_type=Path), help="Weights before local training; UPDATE then holds those after it."
+)
+@click.option("--partial", is_flag=True, help="Accept an update in which parameters are missing.")
 @click.option("--out", type=click.Path(path_type=Path), default="rgap-out", show_default=True, help="Folder to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
 def command(
@@ -30,18 +45,24 @@ def command(
     iterations: int | None,
     restarts: int | None,
     polish: bool,
+    before: Path | None,
+    partial: bool,
     out: Path,
     as_json: bool,
     **named: Any,
 ) -> None:
     """Reconstruct the input behind one update file.
 
-    UPDATE is a file written by `rgap capture` or rgap.Update.save. Writes reconstruction.json, the exact values as
+    UPDATE is a file written by `rgap capture` or rgap.Update.save, or gradients or weight differences as safetensors,
+    npz, or tensors alone as torch.save writes them. Writes reconstruction.json, the exact values as
     reconstruction.safetensors (inputs and labels of every answer, best first), and for pictures reconstruction.png.
     """
-    chosen = make_attack(attack, iterations, restarts, polish)
+    chosen, protocol = make_attack(attack, iterations, restarts, polish), make_protocol(named)
     target = make_target(**named)
-    received = Update.load(update, target)
+    if before is None:
+        received = read_update(update, target, protocol, target.batch_size, partial=partial)
+    else:
+        received = read_pair(before, update, target, protocol, target.batch_size, partial=partial)
     with shown(Console(stderr=True)):
         found = chosen(target, received)
     out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rgap import data
 from rgap.attacks import Attack
 from rgap.attacks.progress import watching
-from rgap.auditing import ATTACKS, Accounting, Audit, Step, audit
+from rgap.auditing import ATTACKS, Accounting, Audit, Interrupted, Step, audit
 from rgap.cli import tables
 from rgap.cli.condition import Condition, condition
 from rgap.cli.options import (
@@ -110,6 +111,24 @@ def command(
         "data": "built-in photographs" if folder is None else str(folder),
         "command": "rgap " + shlex.join(sys.argv[1:]),
     }
+
+    def run(step: Callable[[Step], None]) -> Audit:
+        return audit(
+            target,
+            samples,
+            labels=_labels(target, samples),
+            attacks=chosen,
+            defences=swept,
+            protocol=protocol,
+            accounting=accounting,
+            seed=named["seed"],
+            budget=budget,
+            folder=out / "results",
+            fresh=fresh,
+            about=about,
+            progress=step,
+        )
+
     with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
         at = [""]
@@ -119,26 +138,17 @@ def command(
             progress.update(task, description=now.what, completed=now.done, total=now.total)
 
         with watching(lambda tick: progress.update(task, description=f"{at[0]}: {said(tick)}")):
-            result = audit(
-                target,
-                samples,
-                labels=_labels(target, samples),
-                attacks=chosen,
-                defences=swept,
-                protocol=protocol,
-                accounting=accounting,
-                seed=named["seed"],
-                budget=budget,
-                folder=out / "results",
-                fresh=fresh,
-                about=about,
-                progress=step,
-            )
+            try:
+                result, interrupted = run(step), False
+            except Interrupted as error:
+                result, interrupted = error.audit, True
     _write(result, out)
     if as_json:
         click.echo(json.dumps(result.to_dict()))
     else:
         _show(result, out)
+    if interrupted:
+        raise click.exceptions.Abort
     if fail_if is not None and fail_if.holds(result.cases):
         click.echo(f"rgap: {fail_if} holds", err=True)
         raise click.exceptions.Exit(FAILED)

@@ -1,0 +1,130 @@
+"""The verdict: what is said to someone who must decide."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_audits import open_target, result
+
+from rgap import Target, losses
+from rgap.auditing import Case, Point, Result, Sweep, Verdict
+from rgap.auditing.verdict import verdict
+
+TARGET = open_target()
+KINDS = {
+    "exact": result(psnr=80.0),
+    "recognisable": result(psnr=30.0, labels_right=False),
+    "not recovered": result(psnr=5.0),
+}
+
+
+def case(*results: Result) -> Case:
+    return Case("a", torch.zeros(1, 1, 4, 4), 1.0, results)
+
+
+def said(*kinds: str, sweeps: tuple[Sweep, ...] = (), target: Target = TARGET) -> Verdict:
+    return verdict([case(KINDS[kind]) for kind in kinds], sweeps, None, target)
+
+
+def texts(found: Verdict) -> list[str]:
+    """Everything that is said but the limits."""
+    own = dataclasses.asdict(found)
+    own.pop("limits")
+
+    def inside(value: object) -> list[str]:
+        if isinstance(value, dict):
+            return [text for each in value.values() for text in inside(each)]
+        if isinstance(value, (list, tuple)):
+            return [text for each in value for text in inside(each)]
+        return [value] if isinstance(value, str) else []
+
+    return inside(own)
+
+
+@settings(max_examples=60, deadline=None)
+@given(kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=6))
+def test_levels_and_numbers(kinds: list[str]) -> None:
+    found = said(*kinds)
+    exact, some = kinds.count("exact"), kinds.count("recognisable")
+    none = len(kinds) - exact - some
+    assert found.level == ("exact" if exact else "recognisable" if some else "not recovered")
+    counts = f"{exact} of {len(kinds)} samples recovered exactly, {some} more recognisably, {none} not."
+    assert found.sentences[0] == counts
+    assert any("label" in sentence for sentence in found.sentences) is (exact > 0 == some)
+    assert any("came back best" in sentence for sentence in found.sentences) is (exact + some > 0)
+    if exact:
+        assert any("80 dB" in sentence for sentence in found.sentences)
+    assert not any("safe" in text.lower() for text in texts(found))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "headline"),
+    [
+        (["exact"], "The sample can be read out of the update exactly."),
+        (["exact"] * 3, "Every sample can be read out of the update exactly."),
+        (["exact", "not recovered"], "1 of 2 samples can be read out of the update exactly."),
+        (["recognisable"] * 2, "Every sample can be recognised in what the update gives away."),
+        (["recognisable", "not recovered"], "1 of 2 samples can be recognised in what the update gives away."),
+        (["not recovered"] * 2, "None of the 2 samples was recovered by the attacks that were tried."),
+    ],
+)
+def test_headlines(kinds: list[str], headline: str) -> None:
+    assert said(*kinds).headline == headline
+
+
+def test_safe_is_only_said_to_be_denied() -> None:
+    for kinds in (["exact"], ["recognisable"], ["not recovered"]):
+        with_it = [limit for limit in said(*kinds).limits if "safe" in limit.lower()]
+        assert len(with_it) == 1
+        assert "no result here means that a model is safe" in with_it[0]
+
+
+def test_the_limits_name_the_thresholds_and_the_closed_form() -> None:
+    told = " ".join(said("exact").limits)
+    assert all(number in told for number in ("50 dB", "20 dB", "0.5"))
+    assert "closed form does not follow" not in told
+    other = Target(TARGET.model, losses.Logistic(), (1, 4, 4))
+    assert "closed form does not follow" not in " ".join(said("exact", target=other).limits)
+    assert "closed form does not follow" in " ".join(said("exact", target=open_target(classes=3)).limits)
+
+
+def test_updates_of_zero_are_called_empty_only_if_all_are() -> None:
+    zero = result(psnr=float("nan"), ssim=float("nan"), reproduced=False, status="gradient zero")
+    assert verdict([case(zero), case(zero, zero)], (), None, TARGET).level == "nothing sent"
+    assert verdict([case(zero), case(KINDS["not recovered"])], (), None, TARGET).level == "not recovered"
+    assert verdict([case(zero), case(KINDS["exact"])], (), None, TARGET).level == "exact"
+
+
+def test_where_nothing_ran_nothing_is_said_of_the_updates() -> None:
+    for cases in ([case()], [case(), case()]):
+        found = verdict(cases, (), None, TARGET)
+        assert found.level == "not recovered"
+        assert "zero" not in found.headline
+
+
+def test_the_result_that_gives_most_away_counts() -> None:
+    worst_first = case(KINDS["not recovered"], KINDS["exact"], KINDS["recognisable"])
+    assert worst_first.best is KINDS["exact"]
+    # One that reproduces the gradient counts more than one that is merely near.
+    assert case(result(psnr=90.0, reproduced=False), result(psnr=55.0)).level.value == "exact"
+    nan = result(psnr=float("nan"))
+    assert case(nan, KINDS["not recovered"]).best is KINDS["not recovered"]
+
+
+def sweep(name: str, error: float, closes: bool) -> Sweep:
+    off, on = Point(0.0, 90.0, 1.0, 1.0, 0.0), Point(0.5, 9.0, 0.1, 0.0 if closes else 1.0, error)
+    return Sweep(name, "strength", f"What {name} does.", (off, on))
+
+
+def test_advice_is_what_closed_the_leak_the_cheapest_first() -> None:
+    sweeps = (sweep("Dear", 0.9, True), sweep("Vain", 0.01, False), sweep("Cheap", 0.1, True))
+    advice = said("exact", sweeps=sweeps).advice
+    assert [each.what.split()[0] for each in advice] == ["Cheap", "Dear"]
+    assert advice[0].why == "What Cheap does."
+    assert "0.5" in advice[0].what
+    assert (advice[0].before.recovered, advice[0].after.gradient_error) == (1.0, 0.1)
+    assert said("not recovered", sweeps=sweeps).advice == ()

@@ -1,0 +1,280 @@
+"""Protocols: what the server undoes is the gradient, and where it cannot be, that is said."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rgap import Protocol, Target, Update, UpdateError, capture, losses, models, score
+from rgap.attacks import Closed, Status
+from rgap.protocol import Optimiser, Sends
+from rgap.update import Header
+
+DIFFERENCE = Sends.DIFFERENCE
+MAKERS: dict[Optimiser, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
+    Optimiser.SGD: lambda weights, rate: torch.optim.SGD(weights, lr=rate),
+    Optimiser.MOMENTUM: lambda weights, rate: torch.optim.SGD(weights, lr=rate, momentum=0.9),
+    Optimiser.ADAM: lambda weights, rate: torch.optim.Adam(weights, lr=rate),
+}
+every_optimiser = pytest.mark.parametrize("optimiser", list(Optimiser), ids=lambda optimiser: optimiser.value)
+
+
+def make_target(batch_size: int = 1) -> Target:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1))
+    return Target(model.double().eval(), losses.Logistic(), (1, 3, 3), (0.0, 1.0), batch_size)
+
+
+def batch(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    x = torch.rand(count, 1, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x, torch.tensor([1.0, -1.0] * count)[:count]
+
+
+def gradients(target: Target, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Of the mean loss, by the model itself."""
+    model = copy.deepcopy(target.model)
+    target.loss(model(x), y).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(found: Update, expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    assert list(found.gradients) == list(expected)
+    for name, g in expected.items():
+        torch.testing.assert_close(found.gradients[name], g, rtol=tolerance, atol=tolerance * float(g.abs().max()))
+
+
+# What is sent.
+
+
+@every_optimiser
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_difference_is_that_of_a_training_loop(optimiser: Optimiser, summed: bool, steps: int) -> None:
+    target, (x, y) = make_target(), batch(3)
+    model = copy.deepcopy(target.model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimise = MAKERS[optimiser](list(model.parameters()), 0.05)
+    for _ in range(steps):
+        optimise.zero_grad()
+        loss = torch.nn.functional.softplus(-y * model(x)[:, 0])
+        (loss.sum() if summed else loss.mean()).backward()
+        optimise.step()
+    sent = capture(target, x, y, Protocol(DIFFERENCE, steps, 0.05, optimiser, summed))
+    close(sent, {name: (p - before[name]).detach() for name, p in model.named_parameters()})
+
+
+def test_a_summed_gradient_is_the_mean_times_the_batch() -> None:
+    target, (x, y) = make_target(3), batch(3)
+    sent = capture(target, x, y, Protocol(summed=True))
+    close(sent, {name: 3 * g for name, g in gradients(target, x, y).items()})
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        Protocol(clients=3),
+        Protocol(DIFFERENCE, 2, 0.1, clients=3),
+        Protocol(DIFFERENCE, 1, 0.1, summed=True, clients=3),
+    ],
+)
+def test_the_server_sees_the_mean_over_clients(protocol: Protocol) -> None:
+    target, (x, y) = make_target(2), batch(6)
+    alone = Protocol(protocol.sends, protocol.steps, protocol.learning_rate, protocol.optimiser, protocol.summed)
+    each = [capture(target, x[at : at + 2], y[at : at + 2], alone) for at in (0, 2, 4)]
+    sent = capture(target, x, y, protocol)
+    close(sent, {name: sum(u.gradients[name] for u in each) / 3 for name in sent.gradients})  # type: ignore[misc]
+    assert sent.header.batch_size == 2
+    assert sent.samples(target) == 6
+
+
+def test_samples_that_cannot_be_shared_out_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got 4 samples for 3 clients, expected the same number for each"):
+        capture(make_target(), *batch(4), Protocol(clients=3))
+
+
+@every_optimiser
+def test_capture_leaves_model_and_random_numbers_alone(optimiser: Optimiser) -> None:
+    target, (x, y) = make_target(), batch(4)
+    target.model.train()  # batch statistics are gathered in training mode
+    (kept, modes) = copy.deepcopy(target.model.state_dict()), [m.training for m in target.model.modules()]
+    weights = list(target.model.parameters())
+    outer = torch.optim.Adam(weights, lr=0.1)
+    outer_state, random = copy.deepcopy(outer.state_dict()), torch.get_rng_state()
+    first = capture(target, x, y, Protocol(DIFFERENCE, 3, 0.1, optimiser))
+    assert all(torch.equal(kept[name], t) for name, t in target.model.state_dict().items())
+    assert [m.training for m in target.model.modules()] == modes
+    assert all(p.grad is None and p.requires_grad for p in target.model.parameters())
+    assert outer.state_dict() == outer_state
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(a, b) for a, b in zip(weights, target.model.parameters(), strict=True))
+    again = capture(target, x, y, Protocol(DIFFERENCE, 3, 0.1, optimiser))
+    assert all(torch.equal(first.gradients[name], g) for name, g in again.gradients.items())
+
+
+# What is undone.
+
+
+@every_optimiser
+@pytest.mark.parametrize("summed", [False, True])
+def test_one_step_undone_is_the_gradient(optimiser: Optimiser, summed: bool) -> None:
+    target, (x, y) = make_target(2), batch(2)
+    sent = capture(target, x, y, Protocol(DIFFERENCE, 1, 0.1, optimiser, summed))
+    plain, said = sent.undone(target)
+    # Adam's first step all but loses the size: eight digits go into 1 - |step|.
+    close(plain, gradients(target, x, y), 1e-5 if optimiser is Optimiser.ADAM else 1e-9)
+    assert plain.header.protocol == Protocol()
+    assert plain.header.batch_size == 2
+    assert (len(said) > 0) is (optimiser is Optimiser.ADAM)
+
+
+def test_a_summed_gradient_undone_is_the_mean() -> None:
+    target, (x, y) = make_target(3), batch(3)
+    plain, said = capture(target, x, y, Protocol(summed=True)).undone(target)
+    close(plain, gradients(target, x, y))
+    assert said == ()
+    assert plain.header.protocol == Protocol()
+
+
+def test_a_plain_gradient_is_given_back_as_it_is() -> None:
+    target = make_target()
+    sent = capture(target, *batch(1))
+    assert sent.undone(target) == (sent, ())
+
+
+def test_clients_are_still_counted_when_the_rest_is_undone() -> None:
+    target, (x, y) = make_target(2), batch(4)
+    plain, _ = capture(target, x, y, Protocol(DIFFERENCE, 1, 0.1, summed=True, clients=2)).undone(target)
+    close(plain, gradients(target, x, y))
+    assert plain.header.protocol == Protocol(clients=2)
+    assert plain.samples(target) == 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    optimiser=st.sampled_from(list(Optimiser)),
+    steps=st.integers(1, 12),
+    rate=st.sampled_from([1e-3, 0.03, 1.0]),
+    summed=st.booleans(),
+    size=st.integers(1, 4),
+    values=st.lists(st.floats(-2, 2).filter(lambda v: v == 0 or abs(v) > 1e-3), min_size=1, max_size=4),
+)
+def test_equal_gradients_are_undone_exactly(
+    optimiser: Optimiser, steps: int, rate: float, summed: bool, size: int, values: list[float]
+) -> None:
+    """A loss that is linear in the weights has the same gradient at every step."""
+    mean = torch.tensor(values, dtype=torch.float64)
+    weight = nn.Parameter(torch.zeros_like(mean))
+    optimise = MAKERS[optimiser]([weight], rate)
+    for _ in range(steps):
+        weight.grad = size * mean if summed else mean.clone()
+        optimise.step()
+    found, said = Protocol(DIFFERENCE, steps, rate, optimiser, summed).undo({"w": weight.detach()}, size)
+    torch.testing.assert_close(found["w"], mean, rtol=1e-4 if optimiser is Optimiser.ADAM else 1e-9, atol=1e-9)
+    assert any(f"{steps} local steps" in line for line in said) is (steps > 1)
+
+
+def test_small_steps_are_nearly_the_gradient() -> None:
+    """The estimate is as good as the steps are small."""
+    target, (x, y) = make_target(), batch(1)
+    truth = gradients(target, x, y)
+    errors = []
+    for rate in (1e-1, 1e-2, 1e-3):
+        plain, _ = capture(target, x, y, Protocol(DIFFERENCE, 5, rate)).undone(target)
+        apart = sum(float((plain.gradients[name] - g).square().sum()) for name, g in truth.items())
+        errors.append(math.sqrt(apart / sum(float(g.square().sum()) for g in truth.values())))
+    assert errors[0] > 5 * errors[1] > 25 * errors[2] > 0
+
+
+# Attacks.
+
+
+@pytest.mark.parametrize("optimiser", [Optimiser.SGD, Optimiser.MOMENTUM], ids=lambda optimiser: optimiser.value)
+def test_the_closed_form_reads_a_picture_out_of_a_weight_difference(optimiser: Optimiser) -> None:
+    model = models.cnn6(1, 8).double()
+    target = Target(model, losses.Logistic(), (1, 8, 8), (0.0, 1.0))
+    x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = Closed()(target, capture(target, x, torch.ones(1), Protocol(DIFFERENCE, 1, 0.1, optimiser)))
+    assert found.status is Status.EXACT, found
+    assert score(found, x).mse[0] < 1e-10
+    assert not any("local steps" in said for said in found.assumptions)
+
+
+@every_optimiser
+def test_several_steps_end_in_a_status_that_names_what_was_assumed(optimiser: Optimiser) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(9, 12), nn.Tanh(), nn.Linear(12, 1)).double().eval()
+    target, (x, y) = Target(model, losses.Logistic(), (1, 3, 3), (0.0, 1.0)), batch(1)
+    found = Closed()(target, capture(target, x, y, Protocol(DIFFERENCE, 5, 0.5, optimiser)))
+    assert "the 5 local steps are taken for 5 times the first" in found.assumptions
+    assert found.status is not Status.EXACT
+    assert any("Adam" in said for said in found.assumptions) is (optimiser is Optimiser.ADAM)
+
+
+# What makes no sense.
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 0}, "got steps=0, clients=1: expected 1 or more"),
+        ({"clients": 0}, "got steps=1, clients=0: expected 1 or more"),
+        ({"steps": 2}, "takes no local steps"),
+        ({"learning_rate": 0.1}, "takes no local steps"),
+        ({"sends": DIFFERENCE}, "got learning_rate=None"),
+        ({"sends": DIFFERENCE, "learning_rate": 0.0}, "got learning_rate=0.0"),
+        ({"sends": DIFFERENCE, "learning_rate": -0.1}, "needs a positive one"),
+        ({"sends": DIFFERENCE, "learning_rate": math.nan}, "needs a positive one"),
+        ({"sends": DIFFERENCE, "learning_rate": 0.1, "steps": 0}, "got steps=0"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Protocol(**fields)  # type: ignore[arg-type]
+
+
+# In a file.
+
+protocols = st.one_of(
+    st.builds(Protocol, summed=st.booleans(), clients=st.integers(1, 99)),
+    st.builds(
+        Protocol,
+        st.just(DIFFERENCE),
+        st.integers(1, 99),
+        st.floats(1e-9, 1e3),
+        st.sampled_from(list(Optimiser)),
+        st.booleans(),
+        st.integers(1, 99),
+    ),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(protocol=protocols, size=st.integers(1, 99))
+def test_a_file_keeps_the_protocol(protocol: Protocol, size: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "protocol.safetensors"
+    Update({"w": torch.ones(2)}, Header(size, protocol=protocol)).save(path)
+    assert Update.load(path).header == Header(size, protocol=protocol)
+
+
+def test_a_file_with_a_protocol_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "update.safetensors"
+    Update({"w": torch.ones(2)}, Header(protocol=Protocol(DIFFERENCE, 2, 0.5))).save(path)
+    written = path.read_bytes()
+    for old, new in (
+        (b'\\"steps\\": 2', b'\\"steps\\": 0'),
+        (b'\\"optimiser\\": \\"sgd\\"', b'\\"optimiser\\": \\"sgx\\"'),
+    ):
+        assert old in written
+        path.write_bytes(written.replace(old, new))
+        with pytest.raises(UpdateError, match=r"update\.safetensors"):
+            Update.load(path)
