@@ -24,8 +24,8 @@ from rgap.nn.layers import Layer
 STRONG = 0.1
 """A direction is strong if its singular value in K0 is at least this fraction of the largest.
 
-The gradient's noise, its rounding or what a defence adds, enters a direction divided by its singular value. Where that is
-small the weight rows know better: with 0.1 in place of 0.001 the error under noise falls a thousandfold."""
+The gradient's noise, its rounding or what a defence adds, enters a direction divided by its singular value. Where that
+is small the weight rows know better: with 0.1 in place of 0.001 the error under noise falls a thousandfold."""
 LARGEST = 2**33
 """Bytes of the largest dense matrix that is formed."""
 REFINEMENTS = 2

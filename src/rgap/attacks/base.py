@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import time
 from abc import ABC, abstractmethod
@@ -168,6 +169,11 @@ class Reconstruction:
         if not self.answers:
             raise LookupError(f"{self.attack} has no answer: {self.status.value}, {self.reason}")
         return self.answers[0]
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what `str` says, as a list."""
+        first, *rest = (html.escape(line.strip()) for line in str(self).splitlines())
+        return f"<p><b>{first}</b></p><ul>{''.join(f'<li>{line}</li>' for line in rest)}</ul>"
 
     def __str__(self) -> str:
         lines = [f"{self.attack}: {self.status.value}, {self.reason}"]

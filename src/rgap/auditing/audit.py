@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
+import importlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -110,6 +114,32 @@ class Audit:
         """Everything, pictures included, as audit.json has it; see ``rgap/report/schema.json``."""
         return document(self)
 
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame with one row for each sample and attack.
+
+        Raises:
+            ImportError: pandas is not installed; says so.
+        """
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas, which is not installed: pip install pandas") from error
+        columns = ("attack", "status", "psnr", "ssim", "mse", "gradient_residual", "seconds")
+        return pandas.DataFrame(
+            [
+                {"sample": case.name, "label": case.label, "level": result.level.value}
+                | {name: getattr(result, name) for name in columns}
+                for case in self.cases
+                for result in case.results
+            ],
+            columns=["sample", "label", "level", *columns],
+        )
+
+    def _repr_html_(self) -> str:
+        """The report, in a frame of its own, for notebooks."""
+        page = html.escape(render(self.to_dict()))
+        return f'<iframe srcdoc="{page}" title="rgap audit" style="width: 100%; height: 40em; border: 0"></iframe>'
+
     def save(self, path: str | Path) -> None:
         """Write audit.json, whole or not at all."""
         write_atomically(path, json.dumps(self.to_dict(), indent=1).encode())
@@ -132,6 +162,13 @@ class Accounting:
     rate: float
     steps: int
     delta: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not (0 < self.rate <= 1 and 0 < self.delta < 1 and self.steps >= 0):
+            raise ValueError(
+                f"got rate={self.rate}, steps={self.steps}, delta={self.delta}: expected 0 < rate <= 1, steps >= 0, "
+                "0 < delta < 1"
+            )
 
 
 class Interrupted(KeyboardInterrupt):
@@ -191,7 +228,7 @@ def audit(
         StoreError: the folder holds another audit.
         Interrupted: a KeyboardInterrupt, with the audit as far as it came; the results are in the folder.
     """
-    asked = {"seed": seed, "budget": budget, "data": None, **(about or {})}
+    asked = {"seed": seed, "budget": budget, "data": "samples given to rgap.audit", **(about or {})}
     run = _Run(target, samples, labels, tuple(attacks), protocol, accounting, asked, folder, fresh, progress)
     return run.all(tuple(defences))
 
@@ -253,11 +290,9 @@ class _Run:
             "loss": self.target.loss.name,
             "batch_size": self.target.batch_size,
             "protocol": str(self.protocol),
-            "samples": [
-                float(self.inputs.double().sum()),
-                float(self.inputs.double().square().sum()),
-                len(self.inputs),
-            ],
+            "model": hashlib.sha256(repr(self.target.model).encode()).hexdigest(),
+            "value_range": self.target.value_range,
+            "samples": hashlib.sha256(self.inputs.detach().cpu().double().contiguous().numpy().tobytes()).hexdigest(),
             "labels": self.labels,
             "seed": self.seed,
         }
@@ -294,7 +329,7 @@ class _Run:
         """What was found so far."""
         cases = tuple(self._cases())
         ran = tuple(
-            Ran(attack.name, obstacle, tuple(r for case in cases for r in case.results if r.attack == attack.name))
+            Ran(attack.name, obstacle, tuple(self._of(attack)))
             for attack, obstacle in zip(self.attacks, self.obstacles, strict=True)
         )
         return Audit(
@@ -331,35 +366,39 @@ class _Run:
                 self.not_run.append(f"{attack.name} on {len(left) - len(begun)} updates: {LATE}")
 
     def _key(self, defence: str, at: int, attack: Attack) -> str:
-        return f"{defence}|{at}|{attack!r}"
+        # A function's repr holds its address, which is another one in the next process.
+        said = re.sub(r"<function (\S+) at 0x[0-9a-f]+>", r"\1", repr(attack))
+        return f"{defence}|{at}|{said}"
 
     def _run(self, defence: str, attack: Attack, updates: dict[int, Update]) -> dict[int, list[Result]]:
         """One attack on updates by their number, from the store those that are there; fewer if the time is up."""
         found: dict[int, list[Result]] = {}
         for at in updates:
+            if (known := self.found.get(self._key(defence, at, attack))) is not None:
+                found[at] = known
+                continue
             row = None if self.store is None else self.store.rows.get(self._key(defence, at, attack))
             if row is not None:
                 said = row.values["results"]
                 found[at] = [Result.from_dict(each, row.tensors.get(str(n))) for n, each in enumerate(said)]
+                self.found[self._key(defence, at, attack)] = found[at]
         left = [at for at in updates if at not in found]
         for start in range(0, len(left), TOGETHER):
             if self.late:
                 break
             chunk = left[start : start + TOGETHER]
             for at, each in zip(chunk, attack.many(self.target, [updates[at] for at in chunk]), strict=True):
-                found[at] = self._judged(at, each)
+                found[at] = self.found[self._key(defence, at, attack)] = self._judged(at, each)
                 if self.store is not None:
                     tensors = {str(n): r.inputs for n, r in enumerate(found[at]) if r.inputs is not None}
                     values = {"results": [r.to_dict() for r in found[at]]}
                     self.store.add(self._key(defence, at, attack), Row(values, tensors))
-        for at, results in found.items():
-            self.found[self._key(defence, at, attack)] = results
         return found
 
     def _judged(self, at: int, found: Reconstruction) -> list[Result]:
         inside = slice(at * self.group, (at + 1) * self.group)
         truth = self.inputs[inside]
-        value_range = self.target.value_range or (float(truth.min()), float(truth.max()) + 1e-12)
+        value_range = self.target.value_range or _range(self.inputs)
         return judge(found, truth, self.labels[inside], value_range)
 
     def _exact(self, at: int, attacks: Sequence[Attack]) -> bool:
@@ -373,6 +412,11 @@ class _Run:
                 index = at * self.group + n
                 truth, results = self.inputs[index : index + 1], tuple(results[n] for results in own)
                 yield Case(self.names[index], truth, self.labels[index], results)
+
+    def _of(self, attack: Attack) -> Iterator[Result]:
+        """What one attack made of all samples."""
+        for at in range(len(self.updates)):
+            yield from self.found.get(self._key("", at, attack), ())
 
     def _leaks(self) -> bool:
         return any(r.level is not Level.NOTHING for results in self.found.values() for r in results)
@@ -390,6 +434,16 @@ class _Run:
             points.append(point)
         if points:
             self.sweeps.append(Sweep(defence.name, defence.strength_name or "on", defence.about, tuple(points)))
+
+    def _swept(self) -> list[int]:
+        """The numbers of the updates of a sweep: those that leak before those that do not."""
+
+        def leaks(at: int) -> bool:
+            own = (self.found.get(self._key("", at, attack), ()) for attack in self.able)
+            return any(r.level is not Level.NOTHING for results in own for r in results)
+
+        first = sorted(range(len(self.updates)), key=lambda at: not leaks(at))
+        return sorted(first[: max(1, SWEPT // self.group)])
 
     def _best(self) -> list[Attack]:
         """The attack that gave most away, and the best of those that look for the input by optimisation: the closed
@@ -409,7 +463,8 @@ class _Run:
         armed = defence if strength is None else defence.with_strength(strength)
         self._tell(f"{defence.name} {'off' if strength is None else f'{strength:g}'}", 0)
         sent = {}
-        for at, update in enumerate(self.updates[: max(1, SWEPT // self.group)]):
+        for at in self._swept():
+            update = self.updates[at]
             generator = torch.Generator().manual_seed(self.seed + at)
             sent[at] = update if strength is None else armed(update, generator)
         errors = [gradient_error(self.updates[at], update) for at, update in sent.items()]
@@ -417,6 +472,8 @@ class _Run:
         left = sent
         for attack in attacks:
             found = self._run("" if strength is None else repr(armed), attack, left)
+            if len(found) < len(left):
+                return None  # without this attack a leak could pass for closed
             for at, results in found.items():
                 every[at].append(results)
             exact = [at for at, results in found.items() if all(r.level is Level.EXACT for r in results)]
@@ -438,6 +495,12 @@ class _Run:
         if self.accounting is None or not isinstance(defence, DPSGD):
             return None
         return defence.epsilon(self.accounting.rate, self.accounting.steps, self.accounting.delta)
+
+
+def _range(samples: Tensor) -> tuple[float, float]:
+    """The least and the greatest value of all samples; never the same."""
+    low, high = float(samples.min()), float(samples.max())
+    return (low, high) if low < high else (low, low + max(1.0, abs(low)))
 
 
 def _gave(result: Result) -> tuple[int, float]:

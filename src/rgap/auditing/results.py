@@ -67,7 +67,7 @@ class Result:
     def level(self) -> Level:
         if self.reproduced and self.psnr >= EXACT_PSNR:
             return Level.EXACT
-        near = max(self.psnr, self.shape_psnr) >= RECOGNISABLE_PSNR or self.ssim >= RECOGNISABLE_SSIM
+        near = any(psnr >= RECOGNISABLE_PSNR for psnr in (self.psnr, self.shape_psnr)) or self.ssim >= RECOGNISABLE_SSIM
         return Level.RECOGNISABLE if near else Level.NOTHING
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def judge(
                 psnr=math.nan if quality is None else min(quality.psnr[0], 400.0),
                 ssim=math.nan if quality is None else quality.ssim[0],
                 shape_psnr=math.nan if shaped is None else min(shaped.psnr[0], 400.0),
-                best_mse=min(every, default=math.nan),
+                best_mse=min((e for e in every if not math.isnan(e)), default=math.nan),
                 gradient_residual=math.nan if answer is None else answer.gradient_residual,
                 reproduced=answer is not None and answer.gradient_residual <= found.tolerance,
                 error=math.nan if answer is None else answer.error,

@@ -35,6 +35,8 @@ class Sweep:
     def closes_at(self) -> Point | None:
         """The weakest point from which on no sample was recognisable; None if there is none."""
         closed = None
+        if not self.points or self.points[0].recovered == 0:
+            return None  # there was nothing to close
         for point in reversed(self.points):
             if point.recovered > 0:
                 break
@@ -48,6 +50,8 @@ class Sweep:
             return f"From {self.strength_name} {at.strength:g} on no sample was recognisable to the attacks tried."
         if not self.points:
             return "No strength was tried."
+        if self.points[0].recovered == 0:
+            return "The samples of the sweep do not leak without it."
         strongest = self.points[-1]
         return (
             f"No strength tried closes the leak: at {self.strength_name} {strongest.strength:g} "

@@ -61,9 +61,13 @@ def verdict(cases: Sequence[HasResults], sweeps: Sequence[Sweep], rank: RankAnal
     count = len(cases)
     exact = sum(case.level is Level.EXACT for case in cases)
     seen = sum(case.level is not Level.NOTHING for case in cases)
-    silent = count > 0 and all(r.status == "gradient zero" for case in cases for r in case.results)
+    tried = any(case.results for case in cases)
+    silent = tried and all(r.status == "gradient zero" for case in cases for r in case.results)
     if silent:
         level, headline = "nothing sent", "The updates hold nothing: every gradient is zero."
+    elif not tried:
+        level = Level.NOTHING.value
+        headline = "No attack ran: this says nothing about what the updates give away."
     elif exact:
         level, headline = Level.EXACT.value, _many(exact, count, "can be read out of the update exactly")
     elif seen:

@@ -245,6 +245,10 @@ def _configured(ctx: click.Context, param: click.Parameter, value: Path | None) 
     if unknown:
         known = ", ".join(sorted(set(names) - {"config"}))
         raise click.BadParameter(f"{value}: unknown {', '.join(unknown)}; expected some of {known}", ctx, param)
+    whole = {each.name for each in ctx.command.params if isinstance(each.type, click.types.IntParamType)}
+    for name, entry in said.items():
+        if names[name] in whole and isinstance(entry, (bool, float)):
+            raise click.BadParameter(f"{value}: got --{name} {entry!r}, expected a whole number", ctx, param)
     ctx.default_map = {str(names[name]): entry for name, entry in said.items()}
 
 
