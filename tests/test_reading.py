@@ -826,7 +826,7 @@ def test_a_pair_is_what_capture_sends(tmp_path: Path) -> None:
     sent = capture(target, x, y, DIFFERENCE)
     after = {name: t + sent.gradients.get(name, 0) for name, t in model.state_dict().items()}
     update = read_pair(*pair(tmp_path, model.state_dict(), after), target, DIFFERENCE, batch_size=3)
-    gradient, _ = update.undone()
+    gradient, _ = update.undone(target)
     for name, expected in capture(target, x, y).gradients.items():
         assert torch.allclose(gradient.gradients[name], expected, atol=1e-13)
 

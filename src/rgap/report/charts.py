@@ -204,7 +204,8 @@ class _Axis:
         self.zero = self.log and min(values) == 0
         # Scaled by a power of ten first, since the difference of two floats may be more than a float can hold.
         largest = max(abs(value) for value in values)
-        self.scale = 10.0 ** math.floor(math.log10(largest)) if largest else 1.0
+        # The least numbers there are have no power of ten below them.
+        self.scale = (10.0 ** math.floor(math.log10(largest)) or largest) if largest else 1.0
         steps = [self._step(value) for value in values if value > 0 or not self.log]
         self.low, self.high = min(steps), max(steps)
         self.left = _LEFT + 10 if self.zero else _LEFT
