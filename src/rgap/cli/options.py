@@ -208,15 +208,23 @@ def protocol_options(command: F) -> F:
 
 
 def make_protocol(named: dict[str, Any]) -> Protocol:
-    """The protocol that the options describe, which are taken out of ``named`` but for the batch size."""
-    return Protocol(
-        sends=Sends(named.pop("sends")),
-        steps=named.pop("local_steps"),
-        learning_rate=named.pop("learning_rate"),
-        optimiser=Optimiser(named.pop("optimiser")),
-        summed=named.pop("summed"),
-        clients=named.pop("clients"),
-    )
+    """The protocol that the options describe, which are taken out of ``named`` but for the batch size.
+
+    Raises:
+        click.BadParameter: the options contradict each other.
+    """
+    fields = {
+        "sends": Sends(named.pop("sends")),
+        "steps": named.pop("local_steps"),
+        "learning_rate": named.pop("learning_rate"),
+        "optimiser": Optimiser(named.pop("optimiser")),
+        "summed": named.pop("summed"),
+        "clients": named.pop("clients"),
+    }
+    try:
+        return Protocol(**fields)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def config_option(command: F) -> F:
