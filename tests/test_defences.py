@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -208,9 +209,10 @@ def test_says_what_it_is(row: Row) -> None:
 
 
 def test_every_defence_has_its_row() -> None:
-    made = {kind for kind in vars(defences).values() if isinstance(kind, type) and issubclass(kind, Defence)}
-    assert {type(row.defence) for row in ROWS} == made - {Defence}
-    assert set(ALL) == made - {Defence, Compose}
+    kinds = {kind for kind in vars(defences).values() if isinstance(kind, type) and issubclass(kind, Defence)}
+    made = {kind for kind in kinds if not inspect.isabstract(kind)}
+    assert {type(row.defence) for row in ROWS} == made
+    assert set(ALL) == made - {Compose}
 
 
 # The oracle of each

@@ -107,8 +107,8 @@ class Defence(ABC):
 
 
 @dataclass(frozen=True)
-class GaussianNoise(Defence):
-    """Independent normal noise on every value.
+class Noise(Defence):
+    """Independent noise on every value; authors write `draw`.
 
     If relative, the gradient error is about ``deviation`` on every model. The noise then grows with the gradient, so
     that it gives no differential privacy; `DPSGD` does.
@@ -125,7 +125,6 @@ class GaussianNoise(Defence):
 
     deviation: float = 0.1
     relative: bool = True
-    about: ClassVar[str] = "Adds normal noise to every value."
     strength_name: ClassVar[str] = "deviation"
     levels: ClassVar[tuple[float, ...]] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -136,36 +135,36 @@ class GaussianNoise(Defence):
     def random(self) -> bool:
         return True
 
+    @abstractmethod
+    def draw(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Noise of standard deviation 1 in the shape of a gradient."""
+
     def run(self, gradients: Gradients, generator: torch.Generator | None) -> Gradients:
         deviation = self.deviation * (_root_mean_square(gradients) if self.relative else 1.0)
-        return {name: g + deviation * _normal(g, generator) for name, g in gradients.items()}
+        return {name: g + deviation * self.draw(g, generator) for name, g in gradients.items()}
 
 
 @dataclass(frozen=True)
-class LaplaceNoise(Defence):
-    """Independent Laplace noise on every value: more of it is small, and more is very large, than of normal noise.
+class GaussianNoise(Noise):
+    """Normal noise; arguments, units and errors are those of `Noise`."""
 
-    Arguments, units and errors are those of `GaussianNoise`; the scale of the distribution is the deviation / sqrt(2).
+    about: ClassVar[str] = "Adds normal noise to every value."
 
-    Source: L. Zhu, Z. Liu and S. Han, *Deep Leakage from Gradients*, NeurIPS 2019, section 5.
+    def draw(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        return _normal(like, generator)
+
+
+@dataclass(frozen=True)
+class LaplaceNoise(Noise):
+    """Laplace noise: more of it is small, and more is very large, than of normal noise.
+
+    Arguments, units and errors are those of `Noise`; the scale of the distribution is the deviation / sqrt(2).
     """
 
-    deviation: float = 0.1
-    relative: bool = True
     about: ClassVar[str] = "Adds Laplace noise to every value."
-    strength_name: ClassVar[str] = "deviation"
-    levels: ClassVar[tuple[float, ...]] = GaussianNoise.levels
 
-    def __post_init__(self) -> None:
-        _not_negative(deviation=self.deviation)
-
-    @property
-    def random(self) -> bool:
-        return True
-
-    def run(self, gradients: Gradients, generator: torch.Generator | None) -> Gradients:
-        deviation = self.deviation * (_root_mean_square(gradients) if self.relative else 1.0)
-        return {name: g + deviation * _laplace(g, generator) for name, g in gradients.items()}
+    def draw(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        return _laplace(like, generator)
 
 
 @dataclass(frozen=True)

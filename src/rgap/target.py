@@ -146,6 +146,18 @@ class Target:
             for module, mode in zip(modules, now, strict=True):
                 module.training = mode
 
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """What the model gives for inputs (b, *input_shape), in float64 where it allows that."""
+        return self._run(_copies(self._state), inputs)
+
+    def _run(self, state: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        """The model with these tensors, in the mode it had when the target was made."""
+        with self._mode():
+            outputs: Tensor = torch.func.functional_call(
+                self.model, dict(state), (inputs.to(state[next(iter(self.parameters))]),)
+            )
+        return outputs
+
     def gradient(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The gradient of the mean loss of a batch, recomputed through the model itself.
 
@@ -159,10 +171,7 @@ class Target:
         state = _copies(self._state)
         for name in names:
             state[name].requires_grad_()
-        like = state[names[0]]
-        with self._mode():
-            outputs = torch.func.functional_call(self.model, state, (inputs.to(like),))
-        loss = self.loss(outputs, labels.to(like.device))
+        loss = self.loss(self._run(state, inputs), labels.to(self.device))
         found = torch.autograd.grad(loss, [state[n] for n in names], allow_unused=True)
         return {n: torch.zeros_like(state[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
@@ -188,9 +197,7 @@ class Target:
             # A model may write to its buffers: into values of this very call, which torch.func allows.
             zero = torch.zeros_like(inputs.reshape(-1)[0])
             buffers = {name: t + zero.to(t.dtype) for name, t in fixed.items()}
-            with self._mode():
-                outputs = torch.func.functional_call(self.model, {**buffers, **parameters}, (inputs.to(own),))
-            return self.loss.expected(outputs, weights.to(own))
+            return self.loss.expected(self._run({**buffers, **parameters}, inputs), weights.to(own))
 
         def gradient(inputs: Tensor, weights: Tensor) -> dict[str, Tensor]:
             found: dict[str, Tensor] = torch.func.grad(loss)(trained, inputs, weights)

@@ -20,6 +20,7 @@ from rgap.target import Target
 from rgap.update import Update
 
 MIXTURE = "of {} samples in one update the closed form gives a mixture"
+AS_ONE = "the update is attacked as if it came from one sample; of several it gives a mixture"
 
 
 class Status(Enum):
@@ -258,3 +259,26 @@ def gradient_residual(
         for name, g in update.gradients.items()
     )
     return math.sqrt(total) / update.norm if update.norm else math.sqrt(total)
+
+
+def judge(
+    answer: Answer, tolerance: float, value_range: tuple[float, float] | None, visible: float
+) -> tuple[Status, str]:
+    """The status of one answer in closed form, and why.
+
+    Args:
+        visible: an estimated error above this fraction of the value range, or of the input's own spread, is no answer.
+    """
+    residual = f"gradient residual {answer.gradient_residual:.1e}"
+    opened = answer.layers[0].open_since if answer.joint is None else None
+    if opened is not None:
+        layer = next(layer for layer in answer.layers if layer.name == opened)
+        note = f"; {answer.note}" if answer.note else ""
+        left = f"{layer.name} leaves {layer.free} of {layer.unknowns} dimensions free"
+        return Status.RANK_DEFICIENT, f"{left}; {residual}{note}"
+    if not answer.gradient_residual <= tolerance:
+        return Status.NOT_CONVERGED, f"{residual}, tolerance {tolerance:.1e}"
+    low, high = value_range or (float(answer.inputs.min()), float(answer.inputs.max()))
+    if not answer.error <= visible * (high - low):
+        return Status.ILL_CONDITIONED, f"{residual}, but rounding may have moved each value by {answer.error:.1e}"
+    return Status.EXACT, f"{residual}, estimated error {answer.error:.1e}"

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.attacks.base import (
+    AS_ONE,
     MIXTURE,
     Answer,
     Attack,
@@ -27,6 +28,7 @@ from rgap.attacks.base import (
     Reconstruction,
     Status,
     gradient_residual,
+    judge,
     residual_tolerance,
     rounding,
 )
@@ -93,9 +95,8 @@ class Bias(Attack):
         answer = Answer(inputs, label, _margin(target, inputs, label), residuals[best], error, layers)
         assumptions: tuple[str, ...] = (place.said, possible.assumption)
         if update.samples(target) != 1:
-            several = "the update is attacked as if it came from one sample; of several it gives a mixture"
-            assumptions = (several, *assumptions)
-        status, reason = self._judge(answer, target, tolerance)
+            assumptions = (AS_ONE, *assumptions)
+        status, reason = judge(answer, tolerance, target.value_range, self.visible)
         return ended(status, reason, (answer,), assumptions)
 
     def _invert(
@@ -114,7 +115,7 @@ class Bias(Attack):
         for layer, heard in zip(reversed(place.front), reversed(place.heard), strict=True):
             inverse = layer.activation.invert(layer.pack_output(after.unpack_input(x)), x.new_tensor([error]))
             z_error = error / inverse.slope.clamp(min=1e-12)
-            k = _back(layer, after, k, inverse.slope)
+            k = layer.k_from(after, k) * inverse.slope  # Eq. 6 of R-GAP
             # Without gradient rows there are weight rows alone.
             own = k if heard else torch.zeros_like(k)
             grad = layer.pack_weight(gradients[layer.weight_name][None]) if heard else layer.weight[None] * 0
@@ -129,20 +130,6 @@ class Bias(Attack):
                 trail.layers[0] = replace(trail.layers[0], gradient_rows=0, dead_units=0)
             x, after = solved.x, layer
         return after.unpack_input(x), error, (*trail.layers, report)
-
-    def _judge(self, answer: Answer, target: Target, tolerance: float) -> tuple[Status, str]:
-        residual = f"gradient residual {answer.gradient_residual:.1e}"
-        opened = answer.layers[0].open_since
-        if opened is not None:
-            layer = next(layer for layer in answer.layers if layer.name == opened)
-            left = f"{layer.name} leaves {layer.free} of {layer.unknowns} dimensions free"
-            return Status.RANK_DEFICIENT, f"{left}; {residual}"
-        if not answer.gradient_residual <= tolerance:
-            return Status.NOT_CONVERGED, f"{residual}, tolerance {tolerance:.1e}"
-        low, high = target.value_range or (float(answer.inputs.min()), float(answer.inputs.max()))
-        if not answer.error <= self.visible * (high - low):
-            return Status.ILL_CONDITIONED, f"{residual}, but rounding may have moved each value by {answer.error:.1e}"
-        return Status.EXACT, f"{residual}, estimated error {answer.error:.1e}"
 
 
 def divide(
@@ -191,11 +178,6 @@ def _error(system: System, z_error: Tensor, grad: Tensor, dtype: torch.dtype, pr
     return float(system.apply_inverse(draw(z_error) * z_error, noise).square().mean().sqrt())
 
 
-def _back(layer: Layer, after: Layer, k: Float[Tensor, "1 q r"], slope: Float[Tensor, "1 o p"]) -> Tensor:
-    """k of a layer from that of the layer after it (Eq. 6 of R-GAP)."""
-    return layer.pack_output(after.unpack_input(after.grad_input(k))) * slope
-
-
 def _linear_report(layer: Layer, grad: Tensor, k: Tensor, x: Tensor, error: float) -> LayerReport:
     rows = int((k != 0).sum())
     return LayerReport(
@@ -216,11 +198,8 @@ def _linear_report(layer: Layer, grad: Tensor, k: Tensor, x: Tensor, error: floa
 def _margin(target: Target, inputs: Tensor, label: Tensor) -> float:
     if not isinstance(target.loss, MarginLoss):
         return math.nan
-    state = {name: t.clone() for name, t in target._state.items()}
-    like = state[next(iter(target.parameters))]
-    with torch.no_grad(), target._mode():
-        output = torch.func.functional_call(target.model, state, (inputs.to(like),))
-    return float(label) * float(output)
+    with torch.no_grad():
+        return float(label) * float(target.outputs(inputs))
 
 
 @dataclass(frozen=True)
@@ -331,7 +310,7 @@ def _heard(target: Target, linear: Layer, front: list[Layer]) -> tuple[bool, ...
     if not _follows(linear, inputs[-1], k, gradients, tolerance):
         return None
     for at in reversed(range(len(front))):
-        k = _back(chain[at], chain[at + 1], k, chain[at].activation.slope(outputs[at]))
+        k = chain[at].k_from(chain[at + 1], k) * chain[at].activation.slope(outputs[at])
         trained[at] = trained[at] and _follows(chain[at], inputs[at], k, gradients, tolerance)
     return tuple(trained)
 

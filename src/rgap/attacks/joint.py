@@ -196,7 +196,7 @@ class Problem:
     def _k_before(self, depth: int, k: Float[Tensor, "s o p"]) -> Float[Tensor, "s c n"]:
         """The gradient of a layer's activated output, from the next layer's k."""
         layer, after = self.layers[depth], self.layers[depth + 1]
-        return layer.pack_output(after.unpack_input(after.grad_input(k)))
+        return layer.k_from(after, k)
 
     def _of_doubtful(self, point: Point, doubtful: list[Tensor] | None) -> list[Float[Tensor, "m r"]]:
         """For each layer, an orthonormal basis of what the slopes of units in doubt put into its gradient.

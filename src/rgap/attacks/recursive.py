@@ -11,12 +11,14 @@ from torch import Tensor
 
 from rgap.attacks import kinks
 from rgap.attacks.base import (
+    AS_ONE,
     MIXTURE,
     Answer,
     Attack,
     Reconstruction,
     Status,
     gradient_residual,
+    judge,
     rounding,
 )
 from rgap.attacks.heads import Heads, heads
@@ -73,7 +75,7 @@ class Recursive(Attack):
         gradients = {name: g.double().to(target.device) for name, g in update.gradients.items()}
         assumptions: tuple[str, ...] = ()
         if target.batch_size != 1 or update.header.batch_size != 1:
-            assumptions = ("the update is attacked as if it came from one sample; of several it gives a mixture",)
+            assumptions = (AS_ONE,)
 
         def ended(status: Status, reason: str, answers: tuple[Answer, ...] = ()) -> Reconstruction:
             return Reconstruction(
@@ -157,8 +159,7 @@ class Recursive(Attack):
     def _judge(self, answers: list[Answer], target: Target, tolerance: float) -> tuple[Status, str]:
         """The status that the first answer deserves."""
         best = answers[0]
-        residual = f"gradient residual {best.gradient_residual:.1e}"
-        joint, note = best.joint, f"; {best.note}" if best.note else ""
+        residual, joint = f"gradient residual {best.gradient_residual:.1e}", best.joint
         if joint is not None and joint.free:
             together = f"{' and '.join(joint.layers)} together leave {joint.free} of {joint.unknowns} dimensions free"
             settled = "" if joint.converged else f", and {joint.steps} steps did not settle the rest"
@@ -166,22 +167,14 @@ class Recursive(Attack):
         if joint is not None and not joint.converged:
             together = f"{' and '.join(joint.layers)} together determine the input"
             return Status.NOT_CONVERGED, f"{together}, but {joint.steps} steps did not find it; {residual}"
-        if joint is None and best.layers[0].open_since is not None:
-            layer = next(layer for layer in best.layers if layer.name == best.layers[0].open_since)
-            left = f"{layer.name} leaves {layer.free} of {layer.unknowns} dimensions free"
-            return Status.RANK_DEFICIENT, f"{left}; {residual}{note}"
-        if not best.gradient_residual <= tolerance:
-            return Status.NOT_CONVERGED, f"{residual}, tolerance {tolerance:.1e}"
+        status, reason = judge(best, tolerance, target.value_range, self.visible)
+        if status is not Status.EXACT or len(answers) == 1:
+            return status, reason
         low, high = target.value_range or (float(best.inputs.min()), float(best.inputs.max()))
-        if best.error > self.visible * (high - low):
-            return Status.ILL_CONDITIONED, f"{residual}, but rounding may have moved each value by {best.error:.1e}"
         inside = [a for a in answers if _outside(a.inputs, target.value_range) <= 10 * a.error + 1e-3 * (high - low)]
-        if len(answers) > 1 and len(inside) != 1:
-            return (
-                Status.AMBIGUOUS,
-                f"{len(answers)} inputs reproduce the gradient, {len(inside)} inside the value range",
-            )
-        return Status.EXACT, f"{residual}, estimated error {best.error:.1e}"
+        if len(inside) == 1:
+            return status, reason
+        return Status.AMBIGUOUS, f"{len(answers)} inputs reproduce the gradient, {len(inside)} inside the value range"
 
 
 def recurse(
@@ -222,7 +215,7 @@ def recurse(
             inverse = before.activation.invert(after, error)
             z, row_weight = inverse.z, inverse.weight
             z_error = error[:, None, None] / inverse.slope.clamp(min=1e-12)
-            k = before.pack_output(layer.unpack_input(layer.grad_input(k)))
+            k = before.k_from(layer, k)
             of, slope = _branches(before.activation, after, inverse.slope, error)
             k = k[of] * slope  # Eq. 6
             z, z_error, head, family = z[of], z_error[of], head.select(of), family[of]

@@ -1,8 +1,8 @@
 """The audit: what clients would send for a few samples, attacked in every way that applies."""
 
-from rgap.auditing.audit import ATTACKS, Accounting, Audit, Case, Interrupted, Ran, Step, audit
+from rgap.auditing.audit import ATTACKS, Accounting, Audit, Interrupted, Ran, Step, audit
 from rgap.auditing.describe import describe
-from rgap.auditing.results import Level, Result
+from rgap.auditing.results import Case, Level, Result
 from rgap.auditing.sweep import Point, Sweep
 from rgap.auditing.verdict import Advice, LayerNote, Verdict
 

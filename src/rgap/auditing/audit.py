@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients, Reconstruction
 from rgap.auditing.document import document, median
-from rgap.auditing.results import Level, Result, judge
+from rgap.auditing.results import Case, Level, Result, gave_away, judge
 from rgap.auditing.sweep import Point, Sweep
 from rgap.auditing.verdict import Verdict, verdict
 from rgap.data import Images
@@ -44,26 +44,6 @@ SWEEP_ITERATIONS = 500
 """Of an attack by optimisation in a sweep, which runs it many times."""
 TOGETHER = 8
 """Updates that are attacked together: what an interruption can cost."""
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One sample, and what each attack made of it."""
-
-    name: str
-    truth: Tensor
-    """(1, *input_shape)"""
-    label: float
-    results: tuple[Result, ...]
-
-    @property
-    def best(self) -> Result | None:
-        """The result that gives the most away; None if no attack ran."""
-        return max(self.results, key=_gave, default=None)
-
-    @property
-    def level(self) -> Level:
-        return Level.NOTHING if self.best is None else self.best.level
 
 
 @dataclass(frozen=True)
@@ -255,10 +235,10 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.start = time.perf_counter()
-        images = isinstance(self.samples, Images)
-        self.inputs: Tensor = self.samples.inputs if isinstance(self.samples, Images) else self.samples
-        names = self.samples.names if isinstance(self.samples, Images) else ()
-        self.names = names if images else tuple(f"sample-{at}" for at in range(len(self.inputs)))
+        if isinstance(self.samples, Images):
+            self.inputs, self.names = self.samples.inputs, self.samples.names
+        else:
+            self.inputs, self.names = self.samples, tuple(f"sample-{at}" for at in range(len(self.samples)))
         self.group = self.target.batch_size * self.protocol.clients
         count = len(self.inputs) // self.group * self.group
         if not count:
@@ -373,26 +353,25 @@ class _Run:
     def _run(self, defence: str, attack: Attack, updates: dict[int, Update]) -> dict[int, list[Result]]:
         """One attack on updates by their number, from the store those that are there; fewer if the time is up."""
         found: dict[int, list[Result]] = {}
-        for at in updates:
-            if (known := self.found.get(self._key(defence, at, attack))) is not None:
-                found[at] = known
-                continue
-            row = None if self.store is None else self.store.rows.get(self._key(defence, at, attack))
-            if row is not None:
+        keys = {at: self._key(defence, at, attack) for at in updates}
+        for at, key in keys.items():
+            if key not in self.found and self.store is not None and key in self.store.rows:
+                row = self.store.rows[key]
                 said = row.values["results"]
-                found[at] = [Result.from_dict(each, row.tensors.get(str(n))) for n, each in enumerate(said)]
-                self.found[self._key(defence, at, attack)] = found[at]
+                self.found[key] = [Result.from_dict(each, row.tensors.get(str(n))) for n, each in enumerate(said)]
+            if key in self.found:
+                found[at] = self.found[key]
         left = [at for at in updates if at not in found]
         for start in range(0, len(left), TOGETHER):
             if self.late:
                 break
             chunk = left[start : start + TOGETHER]
             for at, each in zip(chunk, attack.many(self.target, [updates[at] for at in chunk]), strict=True):
-                found[at] = self.found[self._key(defence, at, attack)] = self._judged(at, each)
+                found[at] = self.found[keys[at]] = self._judged(at, each)
                 if self.store is not None:
                     tensors = {str(n): r.inputs for n, r in enumerate(found[at]) if r.inputs is not None}
                     values = {"results": [r.to_dict() for r in found[at]]}
-                    self.store.add(self._key(defence, at, attack), Row(values, tensors))
+                    self.store.add(keys[at], Row(values, tensors))
         return found
 
     def _judged(self, at: int, found: Reconstruction) -> list[Result]:
@@ -451,7 +430,7 @@ class _Run:
 
         def gave(attack: Attack) -> tuple[int, float]:
             own = [r for at in range(len(self.updates)) for r in self.found.get(self._key("", at, attack), [])]
-            return max(map(_gave, own), default=(-1, -math.inf))
+            return max(map(gave_away, own), default=(-1, -math.inf))
 
         first = max(self.able, key=gave)
         robust = (attack for attack in self.able if isinstance(attack, InvertingGradients))
@@ -479,7 +458,7 @@ class _Run:
             exact = [at for at, results in found.items() if all(r.level is Level.EXACT for r in results)]
             left = {at: update for at, update in left.items() if at not in exact}
         rounds = [tried for tried in every.values() if tried]
-        best = [max(each, key=_gave) for tried in rounds for each in zip(*tried, strict=True)]
+        best = [max(each, key=gave_away) for tried in rounds for each in zip(*tried, strict=True)]
         if not best:
             return None
         return Point(
@@ -501,8 +480,3 @@ def _range(samples: Tensor) -> tuple[float, float]:
     """The least and the greatest value of all samples; never the same."""
     low, high = float(samples.min()), float(samples.max())
     return (low, high) if low < high else (low, low + max(1.0, abs(low)))
-
-
-def _gave(result: Result) -> tuple[int, float]:
-    """How much a result gives away, to be compared."""
-    return (result.level.rank, -math.inf if math.isnan(result.psnr) else result.psnr)

@@ -84,6 +84,31 @@ class Result:
         return cls(**values, inputs=inputs)
 
 
+def gave_away(result: Result) -> tuple[int, float]:
+    """How much a result gives away, to be compared."""
+    return (result.level.rank, -math.inf if math.isnan(result.psnr) else result.psnr)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One sample, and what each attack made of it."""
+
+    name: str
+    truth: Tensor
+    """(1, *input_shape)"""
+    label: float
+    results: tuple[Result, ...]
+
+    @property
+    def best(self) -> Result | None:
+        """The result that gives the most away; None if no attack ran."""
+        return max(self.results, key=gave_away, default=None)
+
+    @property
+    def level(self) -> Level:
+        return Level.NOTHING if self.best is None else self.best.level
+
+
 def judge(
     found: Reconstruction, truth: Tensor, labels: Sequence[float], value_range: tuple[float, float]
 ) -> list[Result]:

@@ -4,25 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol as Structure
-from typing import runtime_checkable
 
-from rgap.auditing.results import EXACT_PSNR, RECOGNISABLE_PSNR, RECOGNISABLE_SSIM, Level, Result
+from rgap.auditing.results import EXACT_PSNR, RECOGNISABLE_PSNR, RECOGNISABLE_SSIM, Case, Level
 from rgap.auditing.sweep import Point, Sweep
 from rgap.rank import RankAnalysis
 from rgap.target import Target
-
-
-@runtime_checkable
-class HasResults(Structure):
-    """A sample with its results."""
-
-    @property
-    def results(self) -> tuple[Result, ...]: ...
-    @property
-    def best(self) -> Result | None: ...
-    @property
-    def level(self) -> Level: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +42,7 @@ class Verdict:
     limits: tuple[str, ...]
 
 
-def verdict(cases: Sequence[HasResults], sweeps: Sequence[Sweep], rank: RankAnalysis | None, target: Target) -> Verdict:
+def verdict(cases: Sequence[Case], sweeps: Sequence[Sweep], rank: RankAnalysis | None, target: Target) -> Verdict:
     """What the results mean for someone who must decide."""
     count = len(cases)
     exact = sum(case.level is Level.EXACT for case in cases)
@@ -94,7 +80,7 @@ def _many(some: int, count: int, what: str) -> str:
     return f"{some} of {count} samples {what}."
 
 
-def _sentences(cases: Sequence[HasResults], exact: int, seen: int) -> list[str]:
+def _sentences(cases: Sequence[Case], exact: int, seen: int) -> list[str]:
     count = len(cases)
     found = [f"{exact} of {count} samples recovered exactly, {seen - exact} more recognisably, {count - seen} not."]
     best = [case.best for case in cases if case.best is not None and case.level is not Level.NOTHING]

@@ -74,8 +74,7 @@ class Chain:
         found = [k]
         for depth in reversed(range(len(self.layers) - 1)):
             layer, after = self.layers[depth], self.layers[depth + 1]
-            back = layer.pack_output(after.unpack_input(after.grad_input(found[0])))
-            found.insert(0, back * slopes[depth])
+            found.insert(0, layer.k_from(after, found[0]) * slopes[depth])
         return found
 
     @property

@@ -149,6 +149,10 @@ class Layer:
         weight = self.weight if weight is None else weight
         return self.scatter(weight.mT @ self._by_group(k))
 
+    def k_from(self, after: Layer, k: Float[Tensor, "s q r"]) -> Float[Tensor, "s o p"]:
+        """W' k of the layer after this one, at this one's output: its own k, but for the activation's slope (Eq. 6)."""
+        return self.pack_output(after.unpack_input(after.grad_input(k)))
+
     def _by_group(self, k: Float[Tensor, "s o p"]) -> Float[Tensor, "s g j p"]:
         return k.reshape(len(k), self.groups, self.weight.shape[-2], self.positions)
 

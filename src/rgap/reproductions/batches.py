@@ -93,7 +93,7 @@ def by_slopes(
             combination = (shares[:, None, None] * xs[depth]).sum(0, keepdim=True)
             after = before.pack_output(layer.unpack_input(combination))
             slope = before.activation.invert(after, after.new_zeros(1)).slope
-            k = before.pack_output(layer.unpack_input(layer.grad_input(k))) * slope  # Eq. 6
+            k = before.k_from(layer, k) * slope  # Eq. 6
     return shares
 
 
