@@ -1,9 +1,9 @@
-"""A small convolutional network of your own with cross-entropy: what do optimisation attacks make of its gradients?
+"""A small convolutional network of your own with cross-entropy: what do the attacks make of its gradients?
 
     python examples/own_cnn.py [OUT]
 
-The closed form does not follow pooling or cross-entropy: the report says so, names what stands in its way, and shows
-what the attacks that apply make of the faces.
+The recursion stops at the last pooling, which makes one value of four; what is known there is solved jointly for the
+picture. The report names what stands in each attack's way, and shows what those that apply make of the faces.
 """
 
 from __future__ import annotations

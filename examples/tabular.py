@@ -23,7 +23,7 @@ def main(out: Path, count: int = 6) -> rgap.Audit:
     rows = torch.rand(count, 12, generator=torch.Generator().manual_seed(1))
     target = rgap.Target(model.eval(), losses.CrossEntropy(3), (12,), value_range=(0.0, 1.0))
     about = {"model": "a perceptron of two layers", "data": "random rows of 12 values"}
-    tried = (attacks.Closed(), attacks.Bias(), attacks.IDLG(iterations=200))
+    tried = (attacks.Bias(), attacks.Closed(), attacks.IDLG(iterations=200))
     found = rgap.audit(target, rows, attacks=tried, about=about)
     out.mkdir(parents=True, exist_ok=True)
     found.save(out / "audit.json")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.nn.chain import Chain
+from rgap.nn.losses import MarginLoss
 from rgap.target import Target
 from rgap.update import Update
 
@@ -47,7 +48,8 @@ def preflight(target: Target, update: Update) -> Preflight:
     if whole and not target.obstacles and update.norm > 0:
         chain = target.chain
         products, noise = _products(chain, update)
-        findings += _last_layer(target, update, products[-1][1], noise[-1])
+        if isinstance(target.loss, MarginLoss):
+            findings += _last_layer(target, update, products[-1][1], noise[-1])
         if chain.homogeneous:
             findings += _equal_products(products, noise)
     return Preflight(tuple(findings), products)

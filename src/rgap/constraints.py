@@ -12,6 +12,7 @@ same size. Where no direction is weak the layer passes no error on at all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,8 +50,26 @@ class Solved:
     method: str
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What one layer says of its input, in s systems."""
+
+    layer: Layer
+    k: Float[Tensor, "s o p"]
+    """Gradient of the loss with respect to the layer's output; zero where it, or that of the weight, is not known."""
+    row_weight: Float[Tensor, "s o p"] | None = None
+    """How far each value of z is known, 0 where its row is dropped; None means 1 everywhere."""
+
+
+Side = tuple[Tensor, Tensor]
+"""Of one layer, z without the bias (s, o, p) and the weight's gradient (s, g, j, i)."""
+
+
 class System:
-    """The constraints on one layer's input, factored, for s systems with their own k."""
+    """The constraints on one layer's input, factored, for s systems with their own k.
+
+    Where a skip connection begins several layers read the same input, and it may itself be told by a sum.
+    """
 
     def __init__(
         self,
@@ -58,21 +77,27 @@ class System:
         k: Float[Tensor, "s o p"],
         row_weight: Float[Tensor, "s o p"] | None,
         tolerance: float,
+        beside: Sequence[Rows] = (),
+        direct: Float[Tensor, "s c n"] | None = None,
     ):
         """
         Args:
             k: gradient of the loss with respect to the layer's output.
             row_weight: how far each value of z is known, 0 where its row is dropped; None means 1 everywhere.
             tolerance: singular values below this fraction of the largest count as zero.
+            beside: other layers that read the same input, with as many groups.
+            direct: how far each value of the input is known by itself.
 
         Raises:
             ValueError: the layer is too large for dense matrices.
         """
-        self.layer, self.k = layer, k
-        self.row_weight = row_weight
-        self._row_weight = None if row_weight is None else row_weight**2
+        self.layer, self.k, self.row_weight = layer, k, row_weight
+        self.rows = (Rows(layer, k, row_weight), *beside)
+        self.direct = direct
+        self._squares = [None if rows.row_weight is None else rows.row_weight**2 for rows in self.rows]
         _check_size(layer, len(k) * layer.groups * layer.pixels**2)
-        kernel = layer.kernel_matrix(k)
+        kernel = torch.cat([rows.layer.kernel_matrix(rows.k) for rows in self.rows], dim=2)
+        self._kernel_rows = kernel.shape[2]
         _, sigma, basis = torch.linalg.svd(kernel, full_matrices=True)
         self._basis: Float[Tensor, "s g n n"] = basis.mT
         self._sigma = torch.nn.functional.pad(sigma, (0, basis.shape[-1] - sigma.shape[-1]))
@@ -83,25 +108,42 @@ class System:
             self._factor_weak(tolerance)
 
     def _factor_weak(self, tolerance: float) -> None:
-        per_group = self.layer.channels // self.layer.groups
-        _check_size(self.layer, self.layer.groups * (per_group * self.layer.pixels) ** 2)
-        gram = self.layer.weight_gram(self._row_weight)
-        gradient_row = self._sigma.square().sum(-1) / (self.layer.outputs // self.layer.groups * self.layer.offsets)
-        used = self.layer.weight_rows / self.layer.groups
+        layer, s_all = self.layer, len(self.k)
+        per_group = layer.channels // layer.groups
+        _check_size(layer, layer.groups * (per_group * layer.pixels) ** 2)
+        gram = sum(
+            (rows.layer.weight_gram(square) for rows, square in zip(self.rows, self._squares, strict=True)),
+            start=self.k.new_zeros(()),
+        )
+        if self.direct is not None:
+            gram = gram + torch.diag_embed(self.direct.square().reshape(s_all, layer.groups, -1))
+        gradient_row = self._sigma.square().sum(-1) / self._kernel_rows
+        used = self._used(s_all)
         for s, g in (~self._strong).any(-1).nonzero().tolist():
             matrix = gram[s % len(gram), g]
             weak = ~self._strong[s, g]
             basis, sigma = self._basis[s, g][:, weak], self._sigma[s, g][weak]
             n = len(basis)
             reduced = psd.congruent(matrix.reshape(per_group, n, per_group * n), basis)
-            if self._row_weight is not None:
-                used = float((self._row_weight.reshape(len(self.k), self.layer.groups, -1)[s, g] > 0).sum())
-            weight_row = float(matrix.trace()) / max(used, 1)
+            weight_row = float(matrix.trace()) / max(float(used[s, g]), 1)
             row = float(gradient_row[s, g])
             scale = (weight_row or 1.0) / row if row else 1.0
             reduced.diagonal().add_((scale * sigma.square()).repeat(per_group))
             size = max(float(matrix.diagonal().max()), scale * float(self._sigma[s, g, 0]) ** 2)
             self._joint[s, g] = basis, scale, psd.factor(reduced, tolerance, size)
+
+    def _used(self, count: int) -> Float[Tensor, "s g"]:
+        """The number of weight rows in use."""
+        groups = self.layer.groups
+        used = self.k.new_zeros(count, groups)
+        for rows in self.rows:
+            if rows.row_weight is None:
+                used += rows.layer.weight_rows / groups
+            else:
+                used += (rows.row_weight.reshape(count, groups, -1) > 0).sum(-1)
+        if self.direct is not None:
+            used += (self.direct.reshape(count, groups, -1) > 0).sum(-1)
+        return used
 
     @property
     def method(self) -> str:
@@ -129,47 +171,94 @@ class System:
             ratio[s] = max(ratio[s], factor.condition)
         return tuple(ratio)
 
-    def solve(self, z: Float[Tensor, "s o p"], grad: Float[Tensor, "s g j i"]) -> Solved:
-        """The least-squares input for z (without the bias) and the weight's gradient; minimum norm where not unique."""
-        x = self.apply_inverse(z, grad)
+    def solve(
+        self,
+        z: Float[Tensor, "s o p"],
+        grad: Float[Tensor, "s g j i"],
+        beside: Sequence[Side] = (),
+        direct: Float[Tensor, "s c n"] | None = None,
+    ) -> Solved:
+        """The least-squares input for z (without the bias) and the weight's gradient; minimum norm where not unique.
+
+        Args:
+            beside: z and gradient of the other layers.
+            direct: the input's own values, as far as they are known.
+        """
+        sides = ((z, grad), *beside)
+        x = self._inverse(sides, direct)
         for _ in range(REFINEMENTS):
-            x = x + self.apply_inverse(z - self.layer.output(x), grad - self.layer.grad_weight(x, self.k))
-        misfit, rows = z - self.layer.output(x), torch.full_like(x[:, 0, 0], self.layer.weight_rows)
-        if self.row_weight is not None:
-            misfit, z = misfit * self.row_weight, z * self.row_weight
-            rows = (self.row_weight > 0).sum((1, 2)).clamp(min=1)
+            x = x + self._inverse(self._misses(sides, x), None if direct is None else direct - x)
+        misses = self._misses(sides, x)
+        weighted = [
+            (miss if rows.row_weight is None else miss * rows.row_weight)
+            for rows, (miss, _) in zip(self.rows, misses, strict=True)
+        ]
+        known = [
+            (z if rows.row_weight is None else z * rows.row_weight)
+            for rows, (z, _) in zip(self.rows, sides, strict=True)
+        ]
+        if direct is not None and self.direct is not None:
+            weighted.append((direct - x) * self.direct)
+            known.append(direct * self.direct)
+        misfit, told = _flat(weighted), _flat(known)
+        count = self._used(len(x)).sum(-1).clamp(min=1)
         return Solved(
             x,
             self.rank,
             self.condition,
-            _relative(misfit, z),
-            _relative(grad - self.layer.grad_weight(x, self.k), grad),
-            (misfit.square().sum((1, 2)) / rows).sqrt(),
+            _relative(misfit, told),
+            _relative(_flat([miss for _, miss in misses]), _flat([given for _, given in sides])),
+            (misfit.square().sum(1) / count).sqrt(),
             self.method,
         )
 
-    def apply_inverse(self, z: Float[Tensor, "s o p"], grad: Float[Tensor, "s g j i"]) -> Float[Tensor, "s c n"]:
+    def _misses(self, sides: Sequence[Side], x: Tensor) -> list[Side]:
+        """What an input leaves of the right-hand sides."""
+        return [
+            (z - rows.layer.output(x), grad - rows.layer.grad_weight(x, rows.k))
+            for rows, (z, grad) in zip(self.rows, sides, strict=True)
+        ]
+
+    def apply_inverse(
+        self,
+        z: Float[Tensor, "s o p"],
+        grad: Float[Tensor, "s g j i"],
+        beside: Sequence[Side] = (),
+        direct: Float[Tensor, "s c n"] | None = None,
+    ) -> Float[Tensor, "s c n"]:
         """The linear map from the right-hand sides to the solution, once, without refinement."""
-        layer = self.layer
-        shape = (len(z), layer.groups, layer.channels // layer.groups, layer.pixels)
+        return self._inverse(((z, grad), *beside), direct)
+
+    def _inverse(self, sides: Sequence[Side], direct: Tensor | None) -> Float[Tensor, "s c n"]:
+        layer, count = self.layer, len(sides[0][0])
+        shape = (count, layer.groups, layer.channels // layer.groups, layer.pixels)
         # Per channel in the singular basis: sigma^2 a = V' K0' grad.
-        pulled = layer.grad_input(self.k, grad).reshape(shape) @ self._basis
+        pulled = self.k.new_zeros(count, layer.channels, layer.pixels)
+        for rows, (_, grad) in zip(self.rows, sides, strict=True):
+            pulled = pulled + rows.layer.grad_input(rows.k, grad)
+        pulled = pulled.reshape(shape) @ self._basis
         strong, sigma = self._strong[:, :, None], self._sigma[:, :, None]
         x = (torch.where(strong, pulled / sigma.square().clamp(min=1e-300), 0.0) @ self._basis.mT).reshape(
-            len(z), layer.channels, layer.pixels
+            count, layer.channels, layer.pixels
         )
         if not self._joint:
             return x
-        rest = z - layer.output(x)
-        if self._row_weight is not None:
-            rest = rest * self._row_weight
-        back = layer.grad_input(rest).reshape(shape)
-        x = x.reshape(shape)
+        back = torch.zeros_like(x)
+        for rows, square, (z, _) in zip(self.rows, self._squares, sides, strict=True):
+            rest = z - rows.layer.output(x)
+            back = back + rows.layer.grad_input(rest if square is None else rest * square)
+        if direct is not None and self.direct is not None:
+            back = back + self.direct.square() * (direct - x)
+        back, x = back.reshape(shape), x.reshape(shape)
         for (s, g), (basis, scale, factor) in self._joint.items():
             rhs = back[s, g] @ basis + scale * pulled[s, g][:, ~self._strong[s, g]]
             y = factor.solve(rhs.reshape(-1, 1)).reshape(rhs.shape)
             x[s, g] = x[s, g] + y @ basis.mT
-        return x.reshape(len(z), layer.channels, layer.pixels)
+        return x.reshape(count, layer.channels, layer.pixels)
+
+
+def _flat(parts: Sequence[Tensor]) -> Float[Tensor, "s n"]:
+    return torch.cat([part.flatten(1) for part in parts], 1)
 
 
 def _check_size(layer: Layer, entries: int) -> None:

@@ -11,9 +11,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from rgap.nn.chain import Chain, Kind, NotAChain, Obstacle
+from rgap.nn.chain import Chain, NotAChain, Obstacle
 from rgap.nn.graph import Graph
 from rgap.nn.losses import Loss, MarginLoss
+from rgap.nn.network import Network
 from rgap.nn.trace import follow
 
 
@@ -110,23 +111,35 @@ class Target:
             raise NotAChain(self.obstacles)
         return self.graph.chain(self.parameters)
 
+    @cached_property
+    def network(self) -> Network:
+        """All operations of the model, whatever they are, made when first asked for.
+
+        Raises:
+            NotImplementedError: the model cannot be traced, or does something else than compute values from values.
+        """
+        program = self.graph.program
+        if program is None:
+            raise NotImplementedError("; ".join(str(each) for each in self.graph.obstacles))
+        return program.network(self._tensors, frozenset(self.parameters))
+
     @property
     def obstacles(self) -> tuple[Obstacle, ...]:
-        """What stands in the recursion's way; empty if `chain` can be used."""
-        if isinstance(self.loss, MarginLoss):
-            return self.graph.obstacles
-        remedy = "The closed form reads the margin of a loss with labels -1 and 1; other attacks take this loss."
-        return (*self.graph.obstacles, Obstacle("loss", self.loss.name, Kind.NOT_YET, remedy))
+        """What keeps the model from being a plain chain of layers; empty if `chain` can be used.
+
+        The recursion passes more than plain chains: see `network`.
+        """
+        return self.graph.obstacles
 
     @property
     def margin_loss(self) -> MarginLoss:
-        """The loss as the closed form needs it.
+        """The loss, where it is one of the margin.
 
         Raises:
-            NotAChain: it is of another kind; with every obstacle.
+            TypeError: it is another one.
         """
         if not isinstance(self.loss, MarginLoss):
-            raise NotAChain(self.obstacles)
+            raise TypeError(f"the {self.loss.name} loss is no function of a margin: expected logistic or the like")
         return self.loss
 
     @property

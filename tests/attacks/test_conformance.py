@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from networks import Client, clients
 from torch import Tensor, nn
 
-from rgap import NotAChain, Target, Update, UpdateError, capture, data, losses, models, score
+from rgap import Target, Update, UpdateError, capture, data, losses, models, score
 from rgap.attacks import (
     DLG,
     IDLG,
@@ -261,30 +261,23 @@ def test_an_update_that_does_not_fit_is_refused(row: Row) -> None:
 
 @every_attack
 @pytest.mark.parametrize("classes", [1, 3])
-def test_a_model_that_is_no_chain_is_refused_or_ends_in_a_status(row: Row, classes: int) -> None:
+def test_a_model_that_is_no_chain_ends_in_a_status(row: Row, classes: int) -> None:
     model = seeded(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.GELU(), nn.Flatten(), nn.Linear(2, classes))
     loss = losses.Logistic() if classes == 1 else losses.CrossEntropy(classes)
     target = Target(model, loss, (1, 4, 4), (0.0, 1.0))
     update = capture(target, data.photographs(1, 4, channels=1).inputs, torch.tensor([1.0]))
-    if row.chain_only:
-        with pytest.raises(NotAChain, match=r"max_pool2d[\s\S]*gelu") as refused:
-            row.attack(target, update)
-        assert refused.value.obstacles == target.obstacles
-    else:
-        assert row.attack(target, update).status in (*GOOD, Status.NOT_CONVERGED)
+    found = row.attack(target, update)
+    assert found.status in (*GOOD, Status.NOT_CONVERGED, Status.RANK_DEFICIENT)
+    assert found.reason
 
 
 @every_attack
 @pytest.mark.parametrize("batch", [1, 2])
 def test_batch_norm_a_maximum_and_several_classes(row: Row, batch: int) -> None:
     here = branched(batch)
-    if row.chain_only:
-        with pytest.raises(NotAChain, match="cross-entropy"):
-            row.attack(here.target, here.update)
-    else:
-        found = row.attack(here.target, here.update)
-        assert found.status in (Status.REPRODUCED, Status.AMBIGUOUS, Status.NOT_CONVERGED)
-        assert found.reason
+    found = row.attack(here.target, here.update)
+    assert found.status in (Status.REPRODUCED, Status.AMBIGUOUS, Status.NOT_CONVERGED, Status.RANK_DEFICIENT)
+    assert found.reason
 
 
 # Gradients that tell nothing.
@@ -307,8 +300,6 @@ def test_a_gradient_of_nothing_but_noise_ends_in_a_status(row: Row, make: Callab
 @pytest.mark.parametrize("make", [plain, biased, branched])
 def test_a_gradient_of_zero_has_no_answer(row: Row, make: Callable[[], Case]) -> None:
     here = make()
-    if row.chain_only and here.target.obstacles:
-        return
     zero = Update({name: torch.zeros_like(g) for name, g in here.update.gradients.items()}, here.update.header)
     found = row.attack(here.target, zero)
     assert found.answers == ()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rgap import Target, capture, losses
 from rgap.attacks.heads import Heads, heads
+from rgap.nn.activations import IDENTITY
 
 PRECISION = 1e-15
 NONNEGATIVE = {"relu", "sigmoid", "softplus"}
@@ -25,8 +26,15 @@ def true_head(target: Target, x: Tensor, y: Tensor) -> tuple[float, float, float
     return float(output.detach()), float(y) * float(output.detach()), float(k)
 
 
+def of(target: Target, gradients: dict[str, Tensor], precision: float = PRECISION) -> Heads:
+    """The candidates for a chain's last layer."""
+    chain = target.chain
+    before = chain[-2].activation if len(chain) > 1 else IDENTITY
+    return heads(chain[-1], before, target.loss, gradients, precision)
+
+
 def found(target: Target, x: Tensor, y: Tensor, precision: float = PRECISION) -> Heads:
-    return heads(target.chain, target.loss, dict(capture(target, x, y).gradients), precision)
+    return of(target, dict(capture(target, x, y).gradients), precision)
 
 
 def nearest(candidates: Heads, label: float, margin: float) -> int:
@@ -77,7 +85,7 @@ def test_the_truth_is_a_candidate(client: Client) -> None:
 def test_every_candidate_is_possible(client: Client) -> None:
     """Each gives back the product, with a label and a slope of the loss; none is given twice."""
     update, last = capture(client.target, client.x, client.y), client.target.chain[-1]
-    candidates = heads(client.target.chain, client.target.loss, dict(update.gradients), PRECISION)
+    candidates = of(client.target, dict(update.gradients))
     weight_product = float((last.weight.flatten() * update.gradients[last.weight_name].flatten()).sum())
     bias = 0.0 if last.bias is None else float(last.bias)
     rows = list(
@@ -161,7 +169,7 @@ def test_rounding_at_the_turning_point_does_not_lose_the_truth(
     target, x, y = head_only(features, loss, turn, 1.0, None, "leaky_relu")
     _, mu, k = true_head(target, x, y)
     gradients = {name: g.double() * (1 + pushed) for name, g in capture(target, x, y).gradients.items()}
-    candidates = heads(target.chain, loss, gradients, 1e-5)
+    candidates = of(target, gradients, 1e-5)
     at = nearest(candidates, 1.0, mu)
     assert float(candidates.margins[at]) == pytest.approx(turn, abs=2e-2)
     # It says itself how far k may be off.
@@ -184,7 +192,7 @@ def test_the_error_of_k_covers_the_rounding_of_the_gradient(
         name: g * (1 + precision * (2 * torch.rand(g.shape, generator=generator, dtype=g.dtype) - 1))
         for name, g in capture(target, x, y).gradients.items()
     }
-    candidates = heads(target.chain, loss, gradients, precision)
+    candidates = of(target, gradients, precision)
     at = nearest(candidates, 1.0, mu)
     assert float(candidates.k_error[at]) >= precision
     assert abs(float(candidates.k[at]) / k - 1) <= float(candidates.k_error[at]) * (1 + 1e-6)
@@ -199,11 +207,11 @@ def test_a_product_that_no_margin_gives_has_no_candidates(loss: losses.Loss) -> 
     lowest = float((grid * loss.slope(grid)).min())
     factor = 1.1 * lowest / (mu * k)
     gradients = {name: g * factor for name, g in capture(target, x, y).gradients.items()}
-    candidates = heads(target.chain, loss, gradients, PRECISION)
+    candidates = of(target, gradients)
     sizes = {tuple(getattr(candidates, name).shape) for name in ("labels", "margins", "k_error")}
     assert sizes == {(0,)}
     assert candidates.k.shape == candidates.z.shape == (0, 1, 1)
-    assert len(candidates.one_per_label) == 0
+    assert len(candidates.one_per_direction) == 0
 
 
 def test_a_bias_gradient_of_zero_has_no_candidates() -> None:
@@ -215,7 +223,14 @@ def test_a_bias_gradient_of_zero_has_no_candidates() -> None:
 def some_heads() -> Heads:
     labels = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
     margins, k_error = torch.arange(4.0, dtype=torch.float64), torch.tensor([0.3, 0.1, 0.2, 0.4], dtype=torch.float64)
-    return Heads(labels, margins, margins.reshape(-1, 1, 1) + 10, margins.reshape(-1, 1, 1) + 20, k_error, ("a",))
+    return Heads(
+        labels,
+        margins,
+        labels.reshape(-1, 1, 1) * (margins.reshape(-1, 1, 1) + 10),
+        margins.reshape(-1, 1, 1) + 20,
+        k_error,
+        ("a",),
+    )
 
 
 @pytest.mark.parametrize("index", [torch.tensor([3, 1]), torch.tensor([False, True, False, True])])
@@ -227,10 +242,11 @@ def test_select_keeps_the_columns_together(index: Tensor) -> None:
             chosen.labels, chosen.margins, chosen.k.flatten(), chosen.z.flatten(), chosen.k_error, strict=True
         )
     }
-    assert rows == {(1.0, 1.0, 11.0, 21.0, 0.1), (3.0, -1.0, 13.0, 23.0, 0.4)}
+    assert rows == {(1.0, 1.0, 11.0, 21.0, 0.1), (3.0, -1.0, -13.0, 23.0, 0.4)}
     assert chosen.k.shape == (2, 1, 1)
     assert chosen.assumptions == ("a",)
 
 
-def test_one_per_label_is_the_best_known() -> None:
-    assert some_heads().one_per_label.tolist() == [1, 2]
+def test_one_per_direction_is_the_best_known() -> None:
+    """The first two have k of one sign, the others of the other."""
+    assert some_heads().one_per_direction.tolist() == [1, 2]

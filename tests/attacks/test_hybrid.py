@@ -172,7 +172,9 @@ def test_a_member_without_an_answer_is_passed_over(rule: Rule) -> None:
 def no_chain() -> tuple[Target, Update]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.GELU(), nn.Flatten(), nn.Linear(2, 1)).double()
+        model = nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.GELU(), nn.Flatten(), nn.Linear(2, 1), nn.Tanh()
+        ).double()
     target = Target(model, losses.Logistic(), (1, 4, 4), (0.0, 1.0))
     return target, capture(target, torch.rand(1, 1, 4, 4, dtype=torch.float64), torch.tensor([1.0]))
 
@@ -196,7 +198,7 @@ def test_nobody_left_ends_in_a_status() -> None:
     for found in both:
         assert (found.attack, found.status, found.answers) == ("Hybrid", Status.NOT_CONVERGED, ())
         assert all(f"{name} was left out" in found.reason for name in (Recursive().name, Closed().name))
-        assert "max_pool2d" in found.reason
+        assert "tanh" in found.reason
     assert Hybrid((Recursive(),)).many(target, []) == ()
 
 
@@ -220,4 +222,3 @@ def test_batches_are_compared_whole() -> None:
     found = Hybrid((Recursive(), DLG(iterations=2), Says(picture(0.0, batch=2))))(target, update)
     assert found.reason == "Says: Says said"
     assert found.inputs.shape == (2, 1, 12, 12)
-    assert any(line.startswith("Recursive was left out: loss") for line in found.assumptions), found.assumptions

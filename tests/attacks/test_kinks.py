@@ -13,51 +13,58 @@ def small() -> tuple[Target, torch.Tensor]:
     return target, data.photographs(1, 10, channels=1).inputs.double()
 
 
-def put_at_kink(target: Target, x: torch.Tensor, depth: int, unit: int, distance: float) -> torch.Tensor:
-    """The input nearest to x at which one unit's pre-activation is the given distance from zero."""
-    chain = target.chain
-    moved = chain[0].pack_input(x)
+PLACE, UNIT = 5, 7
+"""The activation after conv3, and one of its units."""
+
+
+def height(target: Target, x: torch.Tensor) -> float:
+    """How far the unit is from its kink."""
+    network = target.network
+    return float(network.forward(x)[network.nodes[PLACE].reads[0]].reshape(-1)[UNIT])
+
+
+def put_at_kink(target: Target, x: torch.Tensor, distance: float) -> torch.Tensor:
+    """The input nearest to x at which the unit's pre-activation is the given distance from zero."""
+    moved = x
     for _ in range(4):  # the pattern of the other units may change on the way
-        value = float(chain.forward(moved)[1][depth].reshape(-1)[unit])
-        over = step_over(chain, moved, [(depth, unit)])  # moves the value to its negative, along a line
+        value = height(target, moved)
+        over = step_over(target.network, moved, [(PLACE, UNIT)])  # moves the value to its negative, along a line
         moved = moved + (over - moved) * (value - distance) / (2 * value)
     return moved
 
 
+def k_of(target: Target, x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    return target.loss.output_gradient(target.network.forward(x)[-1], label)
+
+
 def test_step_over_brings_units_to_the_other_side() -> None:
     target, x = small()
-    chain = target.chain
-    moved = put_at_kink(target, x, 2, 7, 1e-9)
-    before = chain.forward(moved)[1][2].reshape(-1)[7]
-    after = chain.forward(step_over(chain, moved, [(2, 7)]))[1][2].reshape(-1)[7]
-    assert abs(float(before)) < 1e-6
-    assert float(after) * float(before) < 0
+    moved = put_at_kink(target, x, 1e-9)
+    after = height(target, step_over(target.network, moved, [(PLACE, UNIT)]))
+    assert abs(height(target, moved)) < 1e-6
+    assert after * height(target, moved) < 0
 
 
 def test_a_unit_on_the_wrong_side_is_found_and_mended() -> None:
     target, x = small()
-    chain = target.chain
-    right = put_at_kink(target, x, 2, 7, 1e-9)
-    wrong = step_over(chain, right, [(2, 7)])
+    right = put_at_kink(target, x, 1e-9)
+    wrong = step_over(target.network, right, [(PLACE, UNIT)])
     assert float((wrong - right).abs().max()) < 1e-5
     label = torch.tensor([1.0], dtype=torch.float64)
-    update = capture(target, chain[0].unpack_input(right), label)
+    update = capture(target, right, label)
     gradients = {name: g.double() for name, g in update.gradients.items()}
-    k = label * target.loss.slope(label * chain.forward(right)[1][-1].reshape(1))
-    settled = settle(chain, gradients, wrong, k.reshape(1, 1, 1), 1e-6)
-    there = target.gradients(chain[0].unpack_input(wrong), label)
+    settled = settle(target.network, gradients, wrong, k_of(target, right, label), 1e-6)
+    there = target.gradients(wrong, label)
     residual = sum(float((there[n][0] - g).square().sum()) for n, g in gradients.items()) ** 0.5 / update.norm
     assert residual > 1e-5, "the test needs a unit whose side shows in the gradient"
     assert float((settled - right).abs().max()) < 1e-5
-    there = target.gradients(chain[0].unpack_input(settled), label)
+    there = target.gradients(settled, label)
     assert sum(float((there[n][0] - g).square().sum()) for n, g in gradients.items()) ** 0.5 / update.norm < 1e-6
 
 
 def test_an_input_that_agrees_is_left_alone() -> None:
     target, x = small()
-    chain, label = target.chain, torch.tensor([1.0], dtype=torch.float64)
-    packed = chain[0].pack_input(x)
+    label = torch.tensor([1.0], dtype=torch.float64)
     gradients = {name: g.double() for name, g in capture(target, x, label).gradients.items()}
-    k = label * target.loss.slope(label * chain.forward(packed)[1][-1].reshape(1))
-    settled = settle(chain, gradients, packed, k.reshape(1, 1, 1), 1e-8)
-    assert torch.equal(settled, packed)
+    settled = settle(target.network, gradients, x, k_of(target, x, label), 1e-8)
+    assert torch.equal(settled, x)

@@ -201,8 +201,12 @@ def test_what_is_no_chain_or_no_update_of_the_target_is_refused() -> None:
     pooled = Target(
         nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2, 1)), losses.Logistic(), (1, 4, 4)
     )
-    with pytest.raises(NotAChain, match="max_pool2d"):
-        attack(pooled, torch.rand(1, 1, 4, 4), 1.0)
+    found = attack(pooled, torch.rand(1, 1, 4, 4), 1.0)
+    assert (found.status, found.answers) == (Status.NOT_CONVERGED, ())
+    assert found.reason == "stops at 1: max_pool2d makes 2 values of 8"
+    ended = Target(nn.Sequential(nn.Flatten(), nn.Linear(16, 1), nn.Tanh()), losses.Logistic(), (1, 4, 4))
+    with pytest.raises(NotAChain, match="tanh after the last layer"):
+        attack(ended, torch.rand(1, 1, 4, 4), 1.0)
 
 
 def test_an_update_from_other_weights_is_not_converged_and_says_why() -> None:

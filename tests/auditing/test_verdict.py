@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_audits import open_target, result
+from torch import nn
 
 from rgap import Target, losses
 from rgap.auditing import Case, Point, Result, Sweep, Verdict
@@ -89,7 +90,9 @@ def test_the_limits_name_the_thresholds_and_the_closed_form() -> None:
     assert "closed form does not follow" not in told
     other = Target(TARGET.model, losses.Logistic(), (1, 4, 4))
     assert "closed form does not follow" not in " ".join(said("exact", target=other).limits)
-    assert "closed form does not follow" in " ".join(said("exact", target=open_target(classes=3)).limits)
+    assert "closed form does not follow" not in " ".join(said("exact", target=open_target(classes=3)).limits)
+    ended = Target(nn.Sequential(TARGET.model, nn.Tanh()), losses.Logistic(), (1, 4, 4))
+    assert "closed form does not follow this model (1: tanh" in " ".join(said("exact", target=ended).limits)
 
 
 def test_updates_of_zero_are_called_empty_only_if_all_are() -> None:

@@ -192,9 +192,6 @@ def test_attacks_by_optimisation(
     assert answer["labels"][0] in ((0, 1, 2) if mine else (-1, 1))
     if name == "iDLG":
         assert any(assumption.startswith("the best of") for assumption in said["assumptions"])
-    if name == "Hybrid" and mine:
-        (left_out,) = (line for line in said["assumptions"] if "was left out" in line)
-        assert all(word in left_out for word in ("Recursive", "batch_norm", "max_pool2d", "cross-entropy"))
     found = load_file(tmp_path / "rgap-out" / "reconstruction.safetensors")
     assert found["inputs.0"].shape == (1, 1, 12, 12)
     with Image.open(tmp_path / "rgap-out" / "reconstruction.png") as picture:
@@ -271,15 +268,14 @@ def test_audit_of_what_is_no_chain(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "not converged" in out
     said = json.loads((tmp_path / "rgap-out" / "audit.json").read_text())
     told = json.dumps(said)
-    assert all(word in told for word in ("batch_norm", "max_pool2d", "cross-entropy"))
+    assert all(word in told for word in ("batch_norm", "max_pool2d"))
     assert [sample["label"] for sample in said["samples"]] == [0, 1, 2, 0]
     assert {result["attack"] for sample in said["samples"] for result in sample["results"]} == {"iDLG"}
     with Image.open(tmp_path / "rgap-out" / "audit.png") as picture:
         assert picture.format == "PNG"
     code, out, _ = run(capsys, "audit", *model, "--count", 1, "--attack", "closed", "--out", "closed")
     assert code == 0
-    assert "Closed does not apply" in out
-    assert all(word in out for word in ("batch_norm", "max_pool2d", "cross-entropy"))
+    assert "not converged" in out or "rank-deficient" in out
 
 
 # An audit in milliseconds.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rgap.nn import losses
-from rgap.nn.losses import CrossEntropy, Loss, MarginLoss
+from rgap.nn.losses import BinaryCrossEntropy, CrossEntropy, Loss, MarginLoss, MeanSquaredError
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ LOSSES = [
     Row(losses.Hinge(), "hinge", lambda mu: functional.relu(1 - mu), attained=False),
     Row(losses.SquaredHinge(), "squared-hinge", lambda mu: functional.relu(1 - mu).square()),
 ]
+WEIGHTS = (0.5, 2.0, 1.0)
+SEVERAL: list[Loss] = [
+    CrossEntropy(2), CrossEntropy(4), CrossEntropy(3, label_smoothing=0.2), MeanSquaredError(), MeanSquaredError(3),
+    BinaryCrossEntropy(), BinaryCrossEntropy(3),
+]  # fmt: skip
+"""Losses of other outputs than one, and of other labels than two."""
+
 every_loss = pytest.mark.parametrize("row", LOSSES, ids=lambda row: row.name)
 
 STEP = 4e-3
@@ -233,14 +241,14 @@ def test_a_loss_is_found_by_its_name(row: Row) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    known = ", ".join(sorted([*(row.name for row in LOSSES), "cross-entropy"]))
+    known = ", ".join(sorted([*(row.name for row in LOSSES), "cross-entropy", "mse", "bce"]))
     with pytest.raises(ValueError, match="unknown loss") as refused:
         losses.by_name("Logistic")
     assert str(refused.value) == f"unknown loss 'Logistic': expected one of {known}"
 
 
 def test_every_loss_is_covered() -> None:
-    assert {type(row.ours) for row in LOSSES} | {CrossEntropy} == set(losses._NAMES)
+    assert {type(row.ours) for row in LOSSES} | {type(loss) for loss in SEVERAL} == set(losses._NAMES)
 
 
 # Cross-entropy.
@@ -323,8 +331,8 @@ def test_the_number_of_classes_is_for_cross_entropy_alone(row: Row) -> None:
 
 # Labels that are not certain.
 
-ALL = [*(row.ours for row in LOSSES), CrossEntropy(2), CrossEntropy(4)]
-of_all = pytest.mark.parametrize("loss", ALL, ids=lambda loss: f"{loss.name}-{len(loss.labels)}")
+ALL = [*(row.ours for row in LOSSES), *(loss for loss in SEVERAL if loss.labels)]
+of_all = pytest.mark.parametrize("loss", ALL, ids=str)
 
 
 def a_batch(loss: Loss, batch: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -368,3 +376,87 @@ def test_the_mean_over_labels_is_linear_in_their_weights(loss: Loss) -> None:
     both = loss.expected(outputs, 2 * first - 3 * second)
     apart = 2 * loss.expected(outputs, first) - 3 * loss.expected(outputs, second)
     torch.testing.assert_close(both, apart, rtol=1e-10, atol=1e-12)
+
+
+# Those of several outputs, against torch.
+
+
+def torchs(loss: Loss, outputs: Tensor, labels: Tensor) -> Tensor:
+    """The loss as torch has it."""
+    if isinstance(loss, CrossEntropy):
+        weight = None if loss.weight is None else torch.tensor(loss.weight, dtype=outputs.dtype)
+        return functional.cross_entropy(outputs, labels.long(), weight, label_smoothing=loss.label_smoothing)
+    if isinstance(loss, MeanSquaredError):
+        wanted = labels[:, None] if loss.outputs == 1 else functional.one_hot(labels.long(), loss.outputs)
+        return functional.mse_loss(outputs, wanted.to(outputs))
+    assert isinstance(loss, BinaryCrossEntropy)
+    rows = [[float(f"{int(y):b}".zfill(loss.outputs)[-1 - at]) for at in range(loss.outputs)] for y in labels]
+    return functional.binary_cross_entropy_with_logits(outputs, torch.tensor(rows, dtype=outputs.dtype))
+
+
+WEIGHTED = [*SEVERAL, CrossEntropy(3, weight=WEIGHTS), CrossEntropy(3, label_smoothing=0.1, weight=WEIGHTS)]
+
+
+def drawn_labels(loss: Loss, batch: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if not loss.labels:
+        return torch.randn(batch, generator=generator, dtype=torch.float64)
+    which = torch.randint(len(loss.labels), (batch,), generator=generator)
+    return torch.tensor(loss.labels, dtype=torch.float64)[which]
+
+
+@pytest.mark.parametrize("loss", WEIGHTED, ids=str)
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 2**31))
+def test_a_loss_of_several_outputs_is_torchs(loss: Loss, batch: int, seed: int) -> None:
+    outputs = 2 * torch.randn(batch, loss.outputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    labels = drawn_labels(loss, batch, seed)
+    torch.testing.assert_close(loss(outputs, labels), torchs(loss, outputs, labels), rtol=1e-12, atol=1e-15)
+    if loss.labels:
+        certain = (labels[:, None] == torch.tensor(loss.labels, dtype=torch.float64)).double()
+        torch.testing.assert_close(loss.expected(outputs, certain), loss(outputs, labels), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("loss", [*WEIGHTED, *(row.ours for row in LOSSES)], ids=str)
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31))
+def test_the_output_gradient_is_autograds_of_each_sample_alone(loss: Loss, seed: int) -> None:
+    outputs = 2 * torch.randn(3, loss.outputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    labels = drawn_labels(loss, 3, seed)
+    found = loss.output_gradient(outputs, labels)
+    for at in range(3):
+        leaf = outputs[at : at + 1].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(leaf, labels[at : at + 1]), leaf)
+        torch.testing.assert_close(found[at : at + 1], slope, rtol=1e-10, atol=1e-14)
+
+
+def test_one_number_stands_for_several_binary_labels() -> None:
+    loss = BinaryCrossEntropy(3)
+    digits = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1]])
+    assert loss.label(digits).tolist() == [0, 1, 6, 7]
+    assert loss.digits(loss.label(digits)).tolist() == digits.tolist()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CrossEntropy(3, label_smoothing=1.0), "label_smoothing 1, expected 0 or more and less than 1"),
+        (lambda: CrossEntropy(3, weight=(1.0, 2.0)), "expected 3 positive numbers"),
+        (lambda: CrossEntropy(2, weight=(1.0, 0.0)), "expected 2 positive numbers"),
+        (lambda: MeanSquaredError(0), "got 0 outputs, expected 1 or more"),
+        (lambda: BinaryCrossEntropy(17), "got 17 outputs, expected 1 to 16"),
+        (lambda: losses.by_name("mse"), "mse needs the number of classes"),
+        (lambda: MeanSquaredError().check_labels(torch.tensor([math.nan])), "expected a number"),
+        (lambda: MeanSquaredError(3).check_labels(torch.tensor([3.0])), "a whole number from 0 to 2 for the mse loss"),
+        (lambda: BinaryCrossEntropy(2).check_labels(torch.tensor([4.0])), "a whole number from 0 to 3 for the bce"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("loss", SEVERAL, ids=str)
+def test_a_loss_of_several_outputs_is_found_by_its_name(loss: Loss) -> None:
+    assert type(losses.by_name(loss.name, loss.outputs)) is type(loss)
+    assert losses.by_name(loss.name, loss.outputs).outputs == loss.outputs

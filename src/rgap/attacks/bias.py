@@ -11,14 +11,15 @@ Whatever follows the layer, and whatever the loss is, only changes k. Layers in 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.attacks.back import recurse
 from rgap.attacks.base import (
     AS_ONE,
     MIXTURE,
@@ -29,22 +30,19 @@ from rgap.attacks.base import (
     Status,
     gradient_residual,
     judge,
-    residual_tolerance,
     rounding,
 )
 from rgap.attacks.labels import of_one
-from rgap.attacks.trail import Step, Trail
+from rgap.attacks.trail import Front
+from rgap.attacks.trail import report as told_report
 from rgap.checks import Preflight
 from rgap.constraints import System
-from rgap.nn.chain import Chain
-from rgap.nn.graph import Use
 from rgap.nn.layers import Layer
 from rgap.nn.losses import MarginLoss
+from rgap.nn.network import Network
+from rgap.nn.ops import Affine, Elementwise, Move, Other, Trained
 from rgap.target import Target
 from rgap.update import Update
-
-DRAWS = 4
-"""Inputs of noise at which a gradient other than zero is looked for."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +65,15 @@ class Bias(Attack):
     partial: ClassVar[bool] = True
 
     def obstacle(self, target: Target, samples: int) -> str | None:
-        place = _first(target, _linear(target, target.parameters), target.parameters)
-        if isinstance(place, str):
-            return place
+        places = _places(target, set(target.parameters))
+        if isinstance(places, str):
+            return places
         return MIXTURE.format(samples) if samples > 1 else None
 
     def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
         tolerance = update.tolerance
-        gradients = {name: g.double().to(target.device) for name, g in update.gradients.items()}
+        # Zeros are a gradient that was withheld.
+        told = {name: g.double().to(target.device) for name, g in update.gradients.items() if g.any()}
 
         def ended(
             status: Status, reason: str, answers: tuple[Answer, ...] = (), assumptions: tuple[str, ...] = ()
@@ -83,53 +82,70 @@ class Bias(Attack):
                 self.name, status, reason, answers, assumptions, checks, tolerance, target.value_range
             )
 
-        place = _find(target, gradients)
-        if not isinstance(place, _Place):
-            return ended(*place)
-        x, error, layers = self._invert(place, gradients, update.dtype)
-        inputs = x.reshape(1, *target.input_shape)
-        possible = of_one(target, update)
-        residuals = [gradient_residual(target, update, inputs, y) for y in possible.labels]
-        best = min(range(len(residuals)), key=residuals.__getitem__)
-        label = possible.labels[best].to(inputs.device)
-        answer = Answer(inputs, label, _margin(target, inputs, label), residuals[best], error, layers)
-        assumptions: tuple[str, ...] = (place.said, possible.assumption)
-        if update.samples(target) != 1:
-            assumptions = (AS_ONE, *assumptions)
-        status, reason = judge(answer, tolerance, target.value_range, self.visible)
-        return ended(status, reason, (answer,), assumptions)
+        silent = _silent(target, update, set(told))
+        if silent is not None:
+            return ended(*silent)
+        places = _places(target, set(told))
+        if isinstance(places, str):
+            return ended(Status.NOT_CONVERGED, places)
+        reasons: dict[str, None] = {}
+        for place in places:
+            found = self._invert(target.network, place, told, update.dtype)
+            if isinstance(found, str):
+                reasons[found] = None
+                continue
+            x, error, layers = found
+            inputs = x.reshape(1, *target.input_shape)
+            possible = of_one(target, update)
+            residuals = [gradient_residual(target, update, inputs, y) for y in possible.labels]
+            best = min(range(len(residuals)), key=residuals.__getitem__)
+            label = possible.labels[best].to(inputs.device)
+            answer = Answer(inputs, label, _margin(target, inputs, label), residuals[best], error, layers)
+            assumptions: tuple[str, ...] = (place.said(layers), possible.assumption)
+            if update.samples(target) != 1:
+                assumptions = (AS_ONE, *assumptions)
+            status, reason = judge(answer, tolerance, target.value_range, self.visible)
+            return ended(status, reason, (answer,), assumptions)
+        return ended(Status.NOT_CONVERGED, "; ".join(reasons))
 
     def _invert(
-        self, place: _Place, gradients: dict[str, Tensor], dtype: torch.dtype
-    ) -> tuple[Tensor, float, tuple[LayerReport, ...]]:
-        """The model's input, its estimated error, and what happened at each layer."""
+        self, network: Network, place: _Place, told: dict[str, Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, float, tuple[LayerReport, ...]] | str:
+        """The model's input, its estimated error, and what happened at each layer; or why there is none."""
         eps = float(torch.finfo(dtype).eps)
         rank_tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
-        after = place.linear
-        probe = torch.Generator(device=after.weight.device).manual_seed(self.seed)
-        grad, k = after.pack_weight(gradients[after.weight_name][None]), gradients[str(after.bias_name)]
-        row, error = divide(grad[0, 0], k, dtype)
-        x, k = row.reshape(1, -1, 1), k.reshape(1, -1, 1)
-        report = _linear_report(after, grad, k, x, error)
-        trail = Trail()
-        for layer, heard in zip(reversed(place.front), reversed(place.heard), strict=True):
-            inverse = layer.activation.invert(layer.pack_output(after.unpack_input(x)), x.new_tensor([error]))
-            z_error = error / inverse.slope.clamp(min=1e-12)
-            k = layer.k_from(after, k) * inverse.slope  # Eq. 6 of R-GAP
-            # Without gradient rows there are weight rows alone.
-            own = k if heard else torch.zeros_like(k)
-            grad = layer.pack_weight(gradients[layer.weight_name][None]) if heard else layer.weight[None] * 0
-            system = System(layer, own, inverse.weight, rank_tolerance)
-            solved = system.solve(inverse.z if layer.bias is None else inverse.z - layer.bias[:, None], grad)
-            # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
-            z_error = z_error.maximum(solved.weight_misfit[:, None, None])
-            error = _error(system, z_error, grad, dtype, probe)
-            trail = trail.passed(layer)
-            trail.add(Step(own, inverse.z, z_error, solved.x, inverse.weight), layer, system, solved, 0, error, False)
-            if not heard:
-                trail.layers[0] = replace(trail.layers[0], gradient_rows=0, dead_units=0)
-            x, after = solved.x, layer
-        return after.unpack_input(x), error, (*trail.layers, report)
+        probe = torch.Generator(device=network.device).manual_seed(self.seed)
+        layer = place.layer
+        k = _k(network, place.value, told)
+        if k is None:
+            return f"k of {layer.name} is not told"
+        grad, k = layer.pack_weight(told[layer.weight_name][None]), layer.pack_output(k)
+        if _simple(layer):
+            row, error = divide(grad[0, 0], k.flatten(), dtype)
+            x = row.reshape(1, -1, 1)
+            report = _linear_report(layer, grad, k, x, error)
+        else:
+            system = System(layer, k, torch.zeros_like(k), rank_tolerance)
+            solved = system.solve(torch.zeros_like(k), grad)
+            if solved.rank[0] < layer.unknowns:
+                return f"the gradient of {layer.name} alone leaves its input open"
+            noise = torch.randn(grad.shape, generator=probe, dtype=grad.dtype, device=grad.device)
+            moved = system.apply_inverse(torch.zeros_like(k), noise * _rounding(grad, dtype))
+            x, error = solved.x, float(moved.square().mean().sqrt())
+            report = told_report(layer, k, torch.zeros_like(k), solved, 0, error, None)
+        entry = network.nodes[place.value - 1].reads[0]
+        y = layer.unpack_input(x).reshape(1, *network.shapes[entry])
+        if entry == 0:
+            return y, error, (report,)
+        before = _k(network, entry, told)
+        front = Front(y, torch.zeros_like(y) if before is None else before, None, y.new_full((1,) * y.dim(), error))
+        # Where k goes on by a way that is not told, the layers in front have weight constraints only.
+        heard = {} if before is None else told
+        segments = [segment for segment in network.segments if segment.exit <= entry]
+        [(_, end), *_] = recurse(network, segments, heard, front, y.new_zeros(1), eps, rank_tolerance, probe)
+        if end.stopped:
+            return end.stopped
+        return end.x, end.error, (*end.layers, report)
 
 
 def divide(
@@ -168,16 +184,6 @@ def _rounding(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return rounding(grad, limits.eps) + limits.eps * limits.smallest_normal
 
 
-def _error(system: System, z_error: Tensor, grad: Tensor, dtype: torch.dtype, probe: torch.Generator) -> float:
-    """Push one draw of the right-hand side's noise through the solver: the root mean square of what comes out."""
-
-    def draw(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=probe, dtype=like.dtype, device=like.device)
-
-    noise = draw(grad) * _rounding(grad, dtype)
-    return float(system.apply_inverse(draw(z_error) * z_error, noise).square().mean().sqrt())
-
-
 def _linear_report(layer: Layer, grad: Tensor, k: Tensor, x: Tensor, error: float) -> LayerReport:
     rows = int((k != 0).sum())
     return LayerReport(
@@ -206,131 +212,141 @@ def _margin(target: Target, inputs: Tensor, label: Tensor) -> float:
 class _Place:
     """Where the input is read off."""
 
-    linear: Layer
-    front: tuple[Layer, ...]
-    """The layers between the model's input and it."""
-    heard: tuple[bool, ...]
-    """For each of them, whether its gradient is shared and is K x with the k that comes back from `linear`."""
+    layer: Layer
+    value: int
+    """What the layer puts out, whose k is told."""
+    by: str
+    """The parameter whose gradient tells it."""
 
-    @property
-    def said(self) -> str:
-        source = f"the input of {self.linear.name} is grad W / grad b, the mean of its rows"
-        if not self.front:
+    def said(self, layers: tuple[LayerReport, ...]) -> str:
+        name = self.layer.name
+        if _simple(self.layer):
+            source = f"the input of {name} is grad W / grad b, the mean of its rows"
+            if self.by != self.layer.bias_name:
+                source = f"{source}, with the gradient of {self.by} for that of b"
+        else:
+            source = f"the gradient of {self.by} is k of {name}, whose gradient rows alone tell its input"
+        front = layers[:-1]
+        if not front:
             return source
-        alone = [layer.name for layer, heard in zip(self.front, self.heard, strict=True) if not heard]
+        alone = [each.name for each in front if not each.gradient_rows]
         by_weights = f", {' and '.join(alone)} by weights alone" if alone else ""
-        return f"{source}; {' and '.join(layer.name for layer in self.front)} in front of it inverted{by_weights}"
+        return f"{source}; {' and '.join(each.name for each in front)} in front of it inverted{by_weights}"
 
 
-def _find(target: Target, gradients: dict[str, Tensor]) -> _Place | tuple[Status, str]:
-    """The Linear layer nearest to the input that tells its input, or how the attack ends without one."""
-    told = [name for name, g in gradients.items() if g.any()]
-    linear = _linear(target, gradients)
-    alive = [use for use in linear if use.bias_name in told]
-    if linear and not alive:
-        names = " and ".join(str(use.bias_name) for use in linear)
-        if any(use.weight_name in told for use in linear):
-            return Status.NOT_CONVERGED, f"the gradient of {names} was withheld: it is zero, that of the weight is not"
-        return Status.GRADIENT_ZERO, f"the gradient of {names} is zero: a saturated loss, or all units after it dead"
-    place = _first(target, alive, told)
-    return (Status.NOT_CONVERGED, place) if isinstance(place, str) else place
+def _simple(layer: Layer) -> bool:
+    """Whether every row of the weight's gradient is a multiple of the input."""
+    return layer.positions == 1 and layer.offsets == 1 and layer.groups == 1
 
 
-def _linear(target: Target, names: Collection[str]) -> list[Use]:
-    """The Linear layers with grad W = k x' and grad b = k, both among the gradients of these names."""
-    found = []
-    for use in target.graph.uses:
-        if use.make is not None and use.weight_name in names and use.bias_name in names:
-            weight = target.parameters[str(use.weight_name)]
-            if weight.dim() == 2 and use.outputs == len(weight):
-                found.append(use)
-    return found
-
-
-def _first(target: Target, linear: Sequence[Use], names: Collection[str]) -> _Place | str:
-    """The first of these layers that the input reaches through layers that can be inverted, or why there is none.
+def _places(target: Target, told: Collection[str]) -> list[_Place] | str:
+    """The layers whose k is told and that the input reaches on one way, the nearest first; or why there are none.
 
     Args:
-        names: of the gradients that can be used.
+        told: names of the gradients that can be used.
     """
-    if not linear:
+    try:
+        network = target.network
+    except NotImplementedError:
+        network = None
+    found = [] if network is None else list(_told_layers(network, told))
+    if network is None or not found:
         layers = ", ".join(use.name for use in target.graph.uses) or "not known"
         return (
             f"no Linear layer with a bias and one position whose gradients were sent; the model's layers are {layers}"
         )
-    place = next((found for use in linear if (found := _place(target, use, names)) is not None), None)
-    if place is None:
-        layers = " or ".join(use.name for use in linear)
-        return f"the input does not reach {layers} through layers alone: {_between(target)}"
-    return place
+    between = {place: _between(network, network.nodes[place.value - 1].reads[0]) for place in found}
+    open_ones = [place for place, reason in between.items() if reason is None]
+    if open_ones:
+        return open_ones
+    names = " or ".join(place.layer.name for place in found)
+    reasons = "; ".join(dict.fromkeys(reason for reason in between.values() if reason is not None))
+    return f"the input does not reach {names} through layers alone: {reasons}"
 
 
-def _place(target: Target, use: Use, names: Collection[str]) -> _Place | None:
-    """The layers from the input to this one; None if there is no way back through them."""
-    front: list[Use] = []
-    at = use
-    while not at.mixed and at.before is not None:
-        at = target.graph.uses[at.before]
-        front.insert(0, at)
-    if at.mixed or not all(_invertible(each) for each in front):
-        return None
-    *before, linear = (each.layer(target._tensors) for each in (*front, use))
-    heard = _heard(target, linear, before)
-    if heard is None:
-        return None
-    sent = (layer.weight_name in names for layer in before)
-    return _Place(linear, tuple(before), tuple(h and s for h, s in zip(heard, sent, strict=True)))
+def _told_layers(network: Network, told: Collection[str]) -> Iterator[_Place]:
+    for place, node in enumerate(network.nodes):
+        op = node.op
+        if isinstance(op, Trained) and op.heard and op.layer.weight_name in told:
+            by = _told_by(network, place + 1, told)
+            if by is not None:
+                yield _Place(op.layer, place + 1, by)
 
 
-def _invertible(use: Use) -> bool:
-    return use.make is not None and use.weight_name is not None
+def _own(network: Network, value: int, told: Collection[str]) -> str | None:
+    """The parameter that is added to every entry of the value on its own, so that its gradient is k."""
+    op = network.nodes[value - 1].op
+    name = None
+    if isinstance(op, Trained) and op.heard and op.layer.positions == 1:
+        name = op.layer.bias_name
+    elif isinstance(op, Affine) and op.shift.numel() == math.prod(network.shapes[value]):
+        name = op.shift_name
+    return name if name is not None and name in told else None
 
 
-def _between(target: Target) -> str:
-    """What stands in a way through the model, for a message; a frozen layer does not."""
-    passed = {use.name for use in target.graph.uses if _invertible(use)}
-    named = [f"{o.where}: {o.what}" for o in target.graph.obstacles if o.where not in passed]
-    return "; ".join(named) or "it computes its gradients otherwise than its layers tell"
-
-
-def _heard(target: Target, linear: Layer, front: list[Layer]) -> tuple[bool, ...] | None:
-    """Which layers of the front have a gradient that follows from k of `linear`; None if they do not lead to it.
-
-    Asked of the model itself, at an input of noise: the graph does not tell of batch norm, of an activation on the
-    input, of a second way from one of these layers to the output, which adds to its k, or of a second use.
-    """
-    trained = [layer.weight_name in target.parameters for layer in front]
-    found = _noise_gradient(target, str(linear.bias_name))
-    if found is None:
-        return tuple(trained)
-    noise, gradients, tolerance = found
-    chain = Chain((*front, linear))
-    k = gradients[str(linear.bias_name)].reshape(1, -1, 1)
-    inputs, outputs = chain.forward(chain[0].pack_input(noise.to(k)))
-    if not _follows(linear, inputs[-1], k, gradients, tolerance):
-        return None
-    for at in reversed(range(len(front))):
-        k = chain[at].k_from(chain[at + 1], k) * chain[at].activation.slope(outputs[at])
-        trained[at] = trained[at] and _follows(chain[at], inputs[at], k, gradients, tolerance)
-    return tuple(trained)
-
-
-def _noise_gradient(target: Target, name: str) -> tuple[Tensor, dict[str, Tensor], float] | None:
-    """An input of noise at which the gradient of this parameter is not zero, all gradients, and how exact they are."""
-    low, high = target.value_range or (0.0, 1.0)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(DRAWS):
-        noise = low + (high - low) * torch.rand((1, *target.input_shape), generator=generator, dtype=torch.float64)
-        for y in target.loss.labels[:2]:
-            with torch.random.fork_rng():  # a model with dropout in training mode draws from the global state
-                found = target.gradient(noise, torch.tensor([y], dtype=torch.float64))
-            if found[name].any():
-                tolerance = residual_tolerance(found[name].dtype)
-                return noise, {each: g.double() for each, g in found.items()}, tolerance
+def _told_by(network: Network, value: int, told: Collection[str]) -> str | None:
+    """The parameter whose gradient is k of this value, or of one that it goes into alone and unchanged but for a
+    known factor."""
+    while value:
+        own = _own(network, value, told)
+        if own is not None:
+            return own
+        readers = [place for place, node in enumerate(network.nodes) if value in node.reads]
+        if len(readers) != 1 or not isinstance(network.nodes[readers[0]].op, (Affine, Move)):
+            return None
+        value = readers[0] + 1
     return None
 
 
-def _follows(layer: Layer, x: Tensor, k: Tensor, gradients: dict[str, Tensor], tolerance: float) -> bool:
-    """Whether the gradient of the layer's weight is K x."""
-    given = layer.pack_weight(gradients[layer.weight_name][None])
-    return bool((layer.grad_weight(x, k) - given).norm() <= tolerance * given.norm())
+def _k(network: Network, value: int, told: Mapping[str, Tensor]) -> Tensor | None:
+    """The gradient of a value, as far as gradients of biases and the like tell it without any slope."""
+    own = _own(network, value, told) if value else None
+    if own is not None:
+        return told[own].reshape(1, *network.shapes[value])
+    total: Tensor | None = None
+    for place, node in enumerate(network.nodes):
+        if value not in node.reads:
+            continue
+        k = None if isinstance(node.op, (Elementwise, Other)) else _k(network, place + 1, told)
+        if k is None:
+            return None
+        # Linear: the inputs only give their shapes.
+        xs = tuple(k.new_zeros(1, *network.shapes[at]) for at in node.reads)
+        for at, more in zip(node.reads, node.op.pull(k, xs), strict=True):
+            if at == value:
+                total = more if total is None else total + more
+    return total
+
+
+def _between(network: Network, value: int) -> str | None:
+    """What stands between the input and a value, for a message; None if nothing that is known beforehand."""
+    segments = [segment for segment in network.segments if segment.exit <= value]
+    if (segments[-1].exit if segments else 0) != value:
+        return f"{network.nodes[value - 1].op.name}: one of several ways"
+    for segment in reversed(segments):
+        for place in segment.nodes:
+            op = network.nodes[place].op
+            lost = isinstance(op, (Affine, Move)) and op.invert(op_output(network, place)) is None
+            if isinstance(op, Other) or (lost and not segment.block):
+                return f"{op.name}: {op.what if isinstance(op, Other) else op.loses}"
+    return None
+
+
+def op_output(network: Network, place: int) -> Tensor:
+    """Zeros in the shape of what an operation puts out."""
+    return torch.zeros(1, *network.nodes[place].shape, dtype=torch.float64, device=network.device)
+
+
+def _silent(target: Target, update: Update, told: Collection[str]) -> tuple[Status, str] | None:
+    """How the attack ends where the gradients that it needs were sent, and are zero."""
+    try:
+        network = target.network
+    except NotImplementedError:
+        return None
+    sent = list(_told_layers(network, set(update.gradients)))
+    if not sent or any(True for _ in _told_layers(network, told)):
+        return None
+    names = " and ".join(dict.fromkeys(place.by for place in sent))
+    if any(place.layer.weight_name in told for place in sent):
+        return Status.NOT_CONVERGED, f"the gradient of {names} was withheld: it is zero, that of the weight is not"
+    return Status.GRADIENT_ZERO, f"the gradient of {names} is zero: a saturated loss, or all units after it dead"

@@ -7,14 +7,15 @@ what the constraints do not yet tell, with a weight that falls to nothing as the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rgap.attacks.base import rounding
-from rgap.attacks.joint import Problem
 from rgap.linalg import psd
+from rgap.nn.layers import Layer
 
 DOUBTED, MARGIN = (4, 6), 8
 """For each unit that changed its side in the last step so many are in doubt, those nearest to their kinks, and a few
@@ -41,11 +42,41 @@ class Fading:
     """Linearisations at the most."""
 
 
+@runtime_checkable
+class Joint(Protocol):
+    """Constraints that are linear but for the slopes of the activations: `joint.Problem`, `branched.Branched`.
+
+    A point is where they are linearised; only its ``slopes`` are looked at here.
+    """
+
+    grads: list[Tensor]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def unknowns(self) -> int: ...
+    @property
+    def kinked(self) -> bool: ...
+    @property
+    def rows_in_front(self) -> int: ...
+    def forward(self, x: Tensor) -> Any: ...
+    def normal(self, point: Any, doubtful: list[Tensor] | None) -> tuple[Tensor, Tensor]: ...
+    def misfit(self, point: Any) -> float: ...
+    def changed(self, before: Any, after: Any) -> int: ...
+    def nearest_to_kink(self, point: Any, count: int) -> list[Tensor]: ...
+    def noise(self, point: Any, z: Tensor, grads: list[Tensor]) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Found:
     """The input that a joint solve ended with."""
 
-    x: Float[Tensor, "1 c n"]
+    x: Tensor
+    """In the shape that the constraints take."""
     misfit: float
     """Relative distance of the layers' gradients from the given ones."""
     steps: int
@@ -53,8 +84,8 @@ class Found:
 
 
 def solve(
-    problem: Problem,
-    outputs: list[Tensor],
+    problem: Joint,
+    point: Any,
     prior: Float[Tensor, "u u"],
     centre: float,
     fading: Fading,
@@ -63,14 +94,14 @@ def solve(
     """The input at which the layers' gradients agree, or the nearest that was found.
 
     Args:
-        outputs: z of the layers in front of the last, to start from.
+        point: where to linearise first.
         prior: its matrix, of the size of an identity.
         centre: the value of a constant input that the prior likes best.
         tolerance: relative misfit of the gradients at which they agree.
     """
     tries: list[Found] = []
     for doubted in DOUBTED:
-        tries.append(_descend(problem, outputs, prior, centre, fading, tolerance, doubted))
+        tries.append(_descend(problem, point, prior, centre, fading, tolerance, doubted))
         if tries[-1].misfit <= tolerance or not problem.kinked:
             break
         fading = replace(fading, by=fading.by**0.5)
@@ -79,20 +110,19 @@ def solve(
 
 
 def _descend(
-    problem: Problem,
-    outputs: list[Tensor],
+    problem: Joint,
+    point: Any,
     prior: Tensor,
     centre: float,
     fading: Fading,
     tolerance: float,
     doubted: int,
 ) -> Found:
-    point, first = problem.at(outputs, []), problem.layers[0]
-    middle = torch.full((first.unknowns,), centre, dtype=prior.dtype, device=prior.device)
-    # The z to start from are too coarse for the gradient rows in front.
+    middle = torch.full((problem.unknowns,), centre, dtype=prior.dtype, device=prior.device)
+    # The point to start from is too coarse for the gradient rows in front.
     doubtful: list[Tensor] | None = None if point.slopes else []
-    most = max(MOST, sum(layer.gradient_rows for layer in problem.layers[:-1]) // 2)
-    best = Found(middle.reshape(1, first.channels, first.pixels), torch.inf, 0)
+    most = max(MOST, problem.rows_in_front // 2)
+    best = Found(middle.reshape(problem.shape), torch.inf, 0)
     weight, fewest, progress, count = fading.strongest, torch.inf, 0, 0
     for step in range(fading.steps):
         gram, rhs = problem.normal(point, doubtful)
@@ -121,7 +151,7 @@ def _descend(
     return Found(best.x, best.misfit, step + 1)
 
 
-def factor(problem: Problem, x: Float[Tensor, "1 c n"], rank_tolerance: float) -> psd.Factor:
+def factor(problem: Joint, x: Tensor, rank_tolerance: float) -> psd.Factor:
     """The normal equations at an answer, without the prior."""
     point = problem.forward(x)
     gram, _ = problem.normal(point, problem.nearest_to_kink(point, 0))
@@ -129,16 +159,16 @@ def factor(problem: Problem, x: Float[Tensor, "1 c n"], rank_tolerance: float) -
 
 
 def error(
-    problem: Problem, x: Tensor, factored: psd.Factor, z_error: Tensor, eps: float, probe: torch.Generator
+    problem: Joint, x: Tensor, factored: psd.Factor, z_error: Tensor, eps: float, probe: torch.Generator
 ) -> float:
     """One draw of the noise of the last layer's rows, pushed through the answer's own normal equations."""
-    slopes = problem.forward(x).slopes
+    point = problem.forward(x)
 
     def draw(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=probe, dtype=like.dtype, device=like.device)
 
     noises = [rounding(grad, eps) * draw(grad) for grad in problem.grads]
-    rhs = problem.right_side(draw(z_error) * z_error, noises, slopes, None)
+    rhs = problem.noise(point, draw(z_error) * z_error, noises)
     return float(factored.solve(rhs[:, None]).square().mean().sqrt())
 
 

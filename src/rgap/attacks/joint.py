@@ -120,6 +120,16 @@ class Problem:
         return self.layers[0].unknowns
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the input, as `forward` takes it."""
+        return (1, self.layers[0].channels, self.layers[0].pixels)
+
+    @property
+    def rows_in_front(self) -> int:
+        """Gradient rows of the layers in front of the last."""
+        return sum(layer.gradient_rows for layer in self.layers[:-1])
+
+    @property
     def kinked(self) -> bool:
         """Whether units in front have sides to settle on."""
         return any(layer.activation.kinked for layer in self.layers[:-1])
@@ -185,6 +195,10 @@ class Problem:
                 told = (grad - away.mT @ (away @ grad)).reshape(grads[depth].shape)
                 rhs = rhs + self._scale[depth] * layer.grad_input(ks[depth], told)
         return rhs.flatten()
+
+    def noise(self, point: Point, z: Tensor, grads: list[Tensor]) -> Float[Tensor, " u"]:
+        """g for errors of z and of the gradients, for the matrix that `normal` made last."""
+        return self.right_side(z, grads, point.slopes, None)
 
     def _ks(self, slopes: list[Tensor]) -> list[Tensor]:
         """k of every layer (Eq. 6)."""

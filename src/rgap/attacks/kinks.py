@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.nn.activations import LeakyReLU
-from rgap.nn.chain import Chain
+from rgap.nn.network import Network, Slopes
 
 TRIED = 32
 """How many units, those nearest to their kink, are tried on their other side."""
@@ -24,26 +24,25 @@ FLIPS = 8
 """How many of them are changed at the most."""
 
 
-def settle(
-    chain: Chain, gradients: dict[str, Tensor], x: Float[Tensor, "1 c n"], k: Float[Tensor, "1 1 1"], tolerance: float
-) -> Float[Tensor, "1 c n"]:
+def settle(network: Network, gradients: dict[str, Tensor], x: Tensor, k: Tensor, tolerance: float) -> Tensor:
     """x, moved by next to nothing to the sides of its kinks on which the gradient agrees; x itself if none do.
 
     Args:
-        k: gradient of the loss with respect to the network's output.
+        x: (1, *input_shape).
+        k: gradient of the loss with respect to the network's output, (1, *output_shape).
         tolerance: relative residual of the gradient below which it agrees.
     """
-    inputs, outputs = chain.forward(x)
-    slopes = [layer.activation.slope(z) for layer, z in zip(chain, outputs, strict=True)]
-    start = best = float(_residuals(chain, gradients, inputs, k, slopes)[0])
+    values = network.forward(x)
+    slopes = network.slopes(values)
+    start = best = float(_residuals(network, gradients, values, k, slopes)[0])
     if not tolerance < start < NEAR:
         return x
-    near = _nearest_to_kink(chain, outputs)
+    near = _nearest_to_kink(network, values)
     changed: list[tuple[int, int]] = []
     while near and best > tolerance and len(changed) < FLIPS:
-        tried = [_flipped(chain, slopes, unit) for unit in near]
-        together = [torch.cat([each[depth] for each in tried]) for depth in range(len(chain))]
-        residuals = _residuals(chain, gradients, inputs, k, together)
+        tried = [_flipped(network, slopes, unit) for unit in near]
+        together = {place: torch.cat([each[place] for each in tried]) for place in slopes}
+        residuals = _residuals(network, gradients, values, k, together)
         at = int(residuals.argmin())
         if float(residuals[at]) > 0.7 * best:
             break
@@ -51,64 +50,67 @@ def settle(
         changed.append(near.pop(at))
     if not changed:
         return x
-    moved = step_over(chain, x, changed)
+    moved = step_over(network, x, changed)
     if float((moved - x).norm()) > VISIBLE * float(x.norm()):
         return x  # an answer that must move so far has other causes than its own error
-    inputs, outputs = chain.forward(moved)
-    slopes = [layer.activation.slope(z) for layer, z in zip(chain, outputs, strict=True)]
-    return moved if float(_residuals(chain, gradients, inputs, k, slopes)[0]) < start else x
+    values = network.forward(moved)
+    found = float(_residuals(network, gradients, values, k, network.slopes(values))[0])
+    return moved if found < start else x
 
 
-def step_over(chain: Chain, x: Float[Tensor, "1 c n"], units: list[tuple[int, int]]) -> Float[Tensor, "1 c n"]:
-    """x with the smallest move that brings the given units to the other side of their kinks."""
-    outputs = chain.forward(x)[1]
-    rows = []
-    for depth, index in units:
-        k = torch.zeros_like(outputs[depth])
+def step_over(network: Network, x: Tensor, units: list[tuple[int, int]]) -> Tensor:
+    """x with the smallest move that brings the given units to the other side of their kinks.
+
+    Args:
+        units: the place of each one's activation in the network, and which of its values.
+    """
+    values = network.forward(x)
+    slopes = network.slopes(values)
+    rows, heights = [], []
+    for place, index in units:
+        value = network.nodes[place].reads[0]
+        k = torch.zeros_like(values[value])
         k.view(-1)[index] = 1.0
-        for at in reversed(range(depth + 1)):
-            k_in = chain[at].grad_input(k)
-            if at == 0:
-                rows.append(k_in.reshape(-1))
-            else:
-                before = chain[at - 1]
-                k = before.pack_output(chain[at].unpack_input(k_in)) * before.activation.slope(outputs[at - 1])
-    jacobian = torch.stack(rows)
-    value = torch.stack([outputs[depth].view(-1)[index] for depth, index in units])
+        row = network.pull(values, slopes, {value: k})[0]
+        rows.append(torch.zeros_like(x).flatten() if row is None else row.flatten())
+        heights.append(values[value].reshape(-1)[index])
+    jacobian, value_of = torch.stack(rows), torch.stack(heights)
     # The move of minimum norm. The rows are few, and scaled to be compared with each other.
     scale = jacobian.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    move = torch.linalg.pinv(jacobian / scale) @ (-2 * value[:, None] / scale)
+    move = torch.linalg.pinv(jacobian / scale) @ (-2 * value_of[:, None] / scale)
     moved: Tensor = x + move.reshape(x.shape)
     return moved
 
 
-def _nearest_to_kink(chain: Chain, outputs: list[Tensor]) -> list[tuple[int, int]]:
+def _nearest_to_kink(network: Network, values: list[Tensor]) -> list[tuple[int, int]]:
     """Units of kinked activations, the nearest first, measured by the spread of their layer."""
     near: list[tuple[float, int, int]] = []
-    for depth, (layer, z) in enumerate(zip(chain, outputs, strict=True)):
-        if isinstance(layer.activation, LeakyReLU):
+    for place, activation in network.activations:
+        if isinstance(activation, LeakyReLU):
+            z = values[network.nodes[place].reads[0]]
             distance = (z / z.square().mean().sqrt()).abs().reshape(-1)
-            values, index = distance.topk(min(TRIED, len(distance)), largest=False)
-            near += [(v, depth, i) for v, i in zip(values.tolist(), index.tolist(), strict=True)]
-    return [(depth, index) for _, depth, index in sorted(near)[:TRIED]]
+            found, index = distance.topk(min(TRIED, len(distance)), largest=False)
+            near += [(v, place, i) for v, i in zip(found.tolist(), index.tolist(), strict=True)]
+    return [(place, index) for _, place, index in sorted(near)[:TRIED]]
 
 
-def _flipped(chain: Chain, slopes: list[Tensor], unit: tuple[int, int]) -> list[Tensor]:
-    depth, index = unit
-    changed = slopes[depth].clone()
-    changed.view(-1)[index] = chain[depth].activation.other_side(slopes[depth]).view(-1)[index]
-    return [changed if at == depth else slope for at, slope in enumerate(slopes)]
+def _flipped(network: Network, slopes: Slopes, unit: tuple[int, int]) -> dict[int, Tensor]:
+    place, index = unit
+    changed = slopes[place].clone()
+    activation = dict(network.activations)[place]
+    changed.view(-1)[index] = activation.other_side(slopes[place]).reshape(-1)[index]
+    return {at: changed if at == place else slope for at, slope in slopes.items()}
 
 
 def _residuals(
-    chain: Chain, gradients: dict[str, Tensor], inputs: list[Tensor], k: Tensor, slopes: list[Tensor]
+    network: Network, gradients: dict[str, Tensor], values: list[Tensor], k: Tensor, slopes: Slopes
 ) -> Float[Tensor, " s"]:
-    """Relative distance between the gradient with the given slopes and the given one; x is one, slopes are s."""
-    total, size = torch.zeros(len(slopes[0]), dtype=k.dtype, device=k.device), 0.0
-    ks = chain.backward(k.expand(len(slopes[0]), 1, 1), slopes)
-    for layer, x, each in zip(chain, inputs, ks, strict=True):
-        grad = gradients[layer.weight_name].reshape(1, *layer.weight.shape)
-        found = layer.grad_weight(x.expand(len(each), *x.shape[1:]), each)
-        total += (found - grad).flatten(1).square().sum(1)
+    """Relative distance of the gradient with the given slopes from the given one; values are of one, slopes of s."""
+    count = len(next(iter(slopes.values()))) if slopes else 1
+    total, size = torch.zeros(count, dtype=k.dtype, device=k.device), 0.0
+    ks = network.pull(values, slopes, {len(values) - 1: k.expand(count, *k.shape[1:])})
+    for layer, found in network.gradients(values, ks):
+        grad = layer.pack_weight(gradients[layer.weight_name][None])
+        total = total + (found - grad).flatten(1).square().sum(1)
         size += float(grad.square().sum())
     return (total / size).sqrt()

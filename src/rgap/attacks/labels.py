@@ -12,7 +12,7 @@ features that it reads. The label decides the signs of g.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
 import torch
@@ -20,6 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.attacks.base import residual_tolerance
+from rgap.attacks.heads import heads
+from rgap.nn.activations import IDENTITY
+from rgap.nn.layers import linear
 from rgap.nn.losses import CrossEntropy, Loss, MarginLoss
 from rgap.target import Target
 from rgap.update import Update
@@ -60,7 +63,9 @@ class Counts:
 
 
 def one_hot(loss: Loss, labels: Float[Tensor, " b"]) -> Float[Tensor, "b labels"]:
-    """Distributions that are certain of these labels."""
+    """Distributions that are certain of these labels; the labels themselves where they cannot be listed."""
+    if not loss.labels:
+        return labels[:, None]
     return (labels.cpu()[:, None] == torch.tensor(loss.labels, dtype=labels.dtype)).to(labels.dtype)
 
 
@@ -96,8 +101,12 @@ def of_one(target: Target, update: Update) -> Candidates:
     """The labels of an update that is taken for one sample's, whatever batch size it states."""
     last = _last(target)
     if isinstance(last, str):
+        if not target.loss.labels:
+            raise ValueError(f"the labels of the {target.loss.name} loss cannot be listed: {last}")
         return _some(target.loss.labels, f"all labels are tried: {last}")
     grad, bias = _told(update, last.weight_name), _told(update, last.bias_name)
+    if not isinstance(target.loss, MarginLoss) and not last.plain:
+        return _by_roots(last, update, grad)
     if bias is not None:
         signal, source = bias, "the last layer's bias gradient"
     elif grad is None:
@@ -112,6 +121,21 @@ def of_one(target: Target, update: Update) -> Candidates:
         label = -1.0 if float(signal) > 0 else 1.0  # dl/dmu < 0
         return _some((label,), f"the label is read off {source}")
     return _negative(signal, source)
+
+
+def _by_roots(last: _Last, update: Update, grad: Tensor | None) -> Candidates:
+    """The labels of all candidates that the last layer's gradient has; see `rgap.attacks.heads`."""
+    if grad is not None:
+        layer = linear("", last.weight, last.bias, last.weight.shape[1:], last.weight_name, last.bias_name or None)
+        if not last.bias_trained:
+            layer = replace(layer, bias=None, bias_name=None)
+        gradients = {name: g.double().to(layer.weight.device) for name, g in update.gradients.items()}
+        found = heads(layer, IDENTITY, last.loss, gradients, update.precision)
+        if len(found.labels):
+            return _some(tuple(dict.fromkeys(found.labels.tolist())), found.assumptions[0])
+    if not last.loss.labels:
+        raise ValueError(f"the labels of the {last.loss.name} loss cannot be listed, and the gradient tells none")
+    return _some(last.loss.labels, "all labels are tried: the last layer's gradient tells none")
 
 
 def _told(update: Update, name: str) -> Tensor | None:
@@ -170,6 +194,8 @@ def counts(target: Target, update: Update) -> Counts:
     grad, bias = _told(update, last.weight_name), _told(update, last.bias_name)
     if grad is None:
         raise ValueError("the last layer's gradient is zero, or not sent")
+    if not isinstance(target.loss, MarginLoss) and not last.plain:
+        raise ValueError(f"how often each label occurs is not estimated for the {target.loss.name} loss as it is set")
     if isinstance(target.loss, MarginLoss) and bias is None:
         raise ValueError(f"the last layer has no bias gradient, which shows the labels of a {target.loss.name} loss")
     features = _features(target, last, PROBES)
@@ -226,13 +252,15 @@ class _Last:
     nonnegative: str | None
     """The activation that keeps its input from being negative, if one is known to."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether g is softmax(o) - one_hot(y), in a batch as well as alone."""
+        loss = self.loss
+        return isinstance(loss, CrossEntropy) and not loss.label_smoothing and loss.weight is None
+
     def output_gradient(self, x: Float[Tensor, "s features"], y: Float[Tensor, " s"]) -> Float[Tensor, "s outputs"]:
         """g of each sample, from its features and label."""
-        o = x @ self.weight.mT + self.bias
-        if isinstance(self.loss, MarginLoss):
-            sign = y.to(o)[:, None]
-            return sign * self.loss.slope(sign * o)
-        return o.softmax(1) - one_hot(self.loss, y).to(o)
+        return self.loss.output_gradient(x @ self.weight.mT + self.bias, y.to(x.device))
 
     def shares(
         self,
@@ -302,7 +330,7 @@ def _features(target: Target, last: _Last, count: int) -> Float[Tensor, "s featu
     low, high = target.value_range or (0.0, 1.0)
     generator = torch.Generator().manual_seed(0)
     noise = low + (high - low) * torch.rand((count, *target.input_shape), generator=generator, dtype=torch.float64)
-    labels = [torch.tensor([y], dtype=torch.float64) for y in target.loss.labels[:2]]
+    labels = [torch.tensor([y], dtype=torch.float64) for y in target.loss.examples[:2]]
     found = []
     with torch.random.fork_rng():  # a model with dropout in training mode draws from the global state
         for x in noise:

@@ -157,6 +157,11 @@ class Matching(Attack):
             if value < 1:
                 raise ValueError(f"{name} is {value}: expected 1 or more")
 
+    def obstacle(self, target: Target, samples: int) -> str | None:
+        if target.loss.labels or not (self.optimise_label or samples > 1):
+            return None
+        return f"the labels of the {target.loss.name} loss cannot be listed, so that none can be chosen"
+
     def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
         return self.run_many(target, [update], [checks])[0]
 
@@ -178,7 +183,8 @@ class Matching(Attack):
     def _minimise(self, target: Target, updates: Sequence[Update], batch: int) -> list[_Results]:
         """Set up one system for each update, candidate label and restart, and minimise all of them."""
         device, shape = target.device, (batch, *target.input_shape)
-        values, labels = math.prod(shape), len(target.loss.labels)
+        # Of labels that cannot be listed there is one number each.
+        values, labels = math.prod(shape), len(target.loss.labels) or 1
         owners: list[int] = []  # the update that a system belongs to
         points: list[Tensor] = []
         weights: list[Tensor] = []
@@ -271,7 +277,8 @@ class Matching(Attack):
         for s in order:
             inputs.append(minima.x[s, :values].reshape(shape).double())
             scores = minima.x[s, values:].reshape(shape[0], -1) if self.optimise_label else known[s]
-            labels.append(classes[scores.argmax(1).cpu()].to(inputs[-1].device))
+            told = classes[scores.argmax(1).cpu()] if len(classes) else scores[:, 0].double()
+            labels.append(told.to(inputs[-1].device))
         return _Results(
             inputs,
             labels,

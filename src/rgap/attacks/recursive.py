@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rgap.attacks import kinks
+from rgap.attacks.back import recurse
 from rgap.attacks.base import (
     AS_ONE,
     MIXTURE,
@@ -19,14 +19,15 @@ from rgap.attacks.base import (
     Status,
     gradient_residual,
     judge,
-    rounding,
 )
 from rgap.attacks.heads import Heads, heads
-from rgap.attacks.trail import End, Step, Trail
+from rgap.attacks.trail import End, Front
 from rgap.checks import Preflight
-from rgap.constraints import System
-from rgap.nn.activations import Activation
-from rgap.nn.chain import Chain
+from rgap.nn.activations import IDENTITY, Activation
+from rgap.nn.chain import Kind, NotAChain, Obstacle
+from rgap.nn.layers import Layer
+from rgap.nn.network import Network
+from rgap.nn.ops import Elementwise, Move, Trained
 from rgap.target import Target
 from rgap.update import Update
 
@@ -37,10 +38,6 @@ def settled(eps: float) -> float:
     It is some hundred roundings of the gradient, and not less than float64 solves reach on conditions of 1e6.
     """
     return max(200 * eps, 1e-10)
-
-
-UNSURE, BRANCHES = 5.0, 3
-"""A value within so many errors of its activation's kink may lie on either side of it; how many are tried at once."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,16 @@ class Recursive(Attack):
     seed: int = 0
 
     def obstacle(self, target: Target, samples: int) -> str | None:
-        if target.obstacles:
-            return "the recursion cannot pass this model: " + "; ".join(str(each) for each in target.obstacles)
+        found = obstacle(target)
+        if found is not None:
+            return f"the recursion cannot pass this model: {found}"
         return MIXTURE.format(samples) if samples > 1 else None
 
     def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
-        chain = target.chain
+        found = obstacle(target)
+        if found is not None:
+            raise NotAChain(target.obstacles or [Obstacle("forward", found, Kind.SETTING, "")])
+        network = target.network
         eps = update.precision
         rank_tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
         tolerance = update.tolerance
@@ -82,17 +83,22 @@ class Recursive(Attack):
                 self.name, status, reason, answers, assumptions, checks, tolerance, target.value_range
             )
 
-        empty = next((layer for layer in reversed(chain.layers) if not gradients[layer.weight_name].any()), None)
+        last = network.layers[-1]
+        heard = [layer for layer in network.layers if layer.weight_name in gradients]
+        empty = next((layer for layer in reversed(heard) if not gradients[layer.weight_name].any()), None)
         if empty is not None:
-            cause = "the loss is saturated" if empty is chain[-1] else "all units after it are dead"
+            cause = "the loss is saturated" if empty is last else "all units after it are dead"
             return ended(Status.GRADIENT_ZERO, f"the gradient of {empty.weight_name} is zero: {cause}")
-        if chain.scalable:
+        if network.scalable:
             assumptions += ("the gradient was not scaled: here a scaled one is that of a brighter or darker input",)
-        start = heads(chain, target.margin_loss, gradients, eps)
+        start = heads(last, _before(network), target.loss, gradients, eps)
         assumptions += start.assumptions
         if len(start.labels) == 0:
-            return ended(Status.NOT_CONVERGED, f"under {target.loss.name} loss no sample gives this last gradient")
-        answers = self._follow(target, update, gradients, start, rank_tolerance)
+            reason = start.reason or f"under {target.loss.name} loss no sample gives this last gradient"
+            return ended(Status.NOT_CONVERGED, reason)
+        answers, stopped = self._follow(target, update, gradients, start, rank_tolerance)
+        if not answers:
+            return ended(Status.NOT_CONVERGED, stopped)
         best = min(a.gradient_residual for a in answers)
         # Where none agrees, those that come as near as the nearest are no worse than it.
         good = [a for a in answers if a.gradient_residual <= max(tolerance, 3 * best)]
@@ -107,42 +113,42 @@ class Recursive(Attack):
 
     def _follow(
         self, target: Target, update: Update, gradients: dict[str, Tensor], start: Heads, rank_tolerance: float
-    ) -> list[Answer]:
-        """Every candidate to its input, with certificates."""
-        chain = target.chain
-        followed = start.select(start.one_per_label) if chain.scalable else start
+    ) -> tuple[list[Answer], str]:
+        """Every candidate to its input, with certificates; and why none got there, if none did."""
+        network = target.network
+        followed = start.select(start.one_per_direction) if network.scalable else start
         probe = torch.Generator(device=target.device).manual_seed(self.seed)
         eps = update.precision
-        found = recurse(chain, gradients, followed, eps, rank_tolerance, probe)
+        shape = network.shapes[-1]
+        k = followed.k.reshape(-1, *shape)
+        z = followed.z.reshape(-1, *shape)
+        front = Front(z, k, None, torch.zeros_like(z))
         ends: list[End] = []
-        for end in found:
-            own = followed.select((followed.labels == end.label) & (followed.margins == end.margin))
+        stopped: dict[str, None] = {}
+        found = recurse(network, network.segments, gradients, front, followed.k_error, eps, rank_tolerance, probe)
+        for s, end in found:
+            end = replace(end, k=k[s : s + 1], label=followed.labels[s : s + 1], margin=float(followed.margins[s]))
             end = self.finish(target, gradients, end, eps, rank_tolerance, probe)
+            if end.stopped:
+                stopped[end.stopped] = None
+                continue
             if end.joint is None or end.joint.converged:
-                end = replace(end, x=kinks.settle(chain, gradients, end.x, own.k, settled(eps)))
-            if chain.scalable:  # the other roots' inputs are the same one, scaled: their gradients agree by Eq. 11
-                same = (start.labels == end.label).nonzero().flatten().tolist()
-                ends += [end.scaled(float(start.margins[at])) for at in same]
+                end = replace(end, x=kinks.settle(network, gradients, end.x, end.k, settled(eps)))
+            if network.scalable:  # the other candidates' inputs are the same one, scaled: their gradients agree
+                size, own = start.k.flatten(1).norm(dim=1), float(end.k.norm())
+                along = (start.k.flatten(1) @ end.k.flatten()) > 0
+                for at in along.nonzero().flatten().tolist():
+                    label, margin = start.labels[at : at + 1], float(start.margins[at])
+                    ends.append(end.scaled(own / float(size[at]), label, margin))
             else:
                 ends.append(end)
-        inputs = torch.cat([chain[0].unpack_input(end.x) for end in ends]).reshape(-1, *target.input_shape)
-        labels = torch.tensor([end.label for end in ends], dtype=inputs.dtype, device=inputs.device)
-        residuals = [
-            gradient_residual(target, update, x, y) for x, y in zip(inputs[:, None], labels[:, None], strict=True)
-        ]
-        return [
-            Answer(
-                inputs[s : s + 1],
-                labels[s : s + 1],
-                end.margin,
-                residuals[s],
-                end.error,
-                end.layers,
-                end.joint,
-                end.note,
-            )
-            for s, end in enumerate(ends)
-        ]
+        answers = []
+        for end in ends:
+            x = end.x.reshape(1, *target.input_shape)
+            label = end.label.to(x.device)
+            residual = gradient_residual(target, update, x, label)
+            answers.append(Answer(x, label, end.margin, residual, end.error, end.layers, end.joint, end.note))
+        return answers, "; ".join(stopped)
 
     def finish(
         self,
@@ -177,112 +183,38 @@ class Recursive(Attack):
         return Status.AMBIGUOUS, f"{len(answers)} inputs reproduce the gradient, {len(inside)} inside the value range"
 
 
-def recurse(
-    chain: Chain,
-    gradients: dict[str, Tensor],
-    start: Heads,
-    eps: float,
-    rank_tolerance: float,
-    probe: torch.Generator,
-) -> list[End]:
-    """Algorithm 1, on all candidates together; those that contradict their constraints fall out on the way."""
-    head, k, z = start, start.k, start.z
-    row_weight, z_error = None, torch.zeros_like(z)
-    family = torch.arange(len(k), device=k.device)
-    trails = [Trail() for _ in head.labels]
-    for depth in reversed(range(len(chain))):
-        layer = chain[depth]
-        grad = layer.pack_weight(gradients[layer.weight_name][None]).expand(len(k), *layer.weight.shape)
-        bias = 0.0 if layer.bias is None else layer.bias[:, None]
-        k_known = layer.bias_name is not None and layer.positions == 1
-        if layer.bias_name is not None and k_known:  # the gradient of the bias is k itself
-            k = gradients[layer.bias_name].reshape(1, -1, 1).expand_as(k)
-        system = System(layer, k, row_weight, rank_tolerance)
-        solved = system.solve(z - bias, grad)
-        # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
-        z_error = z_error.maximum(solved.weight_misfit[:, None, None])
-        error = _error(system, z_error, grad, eps, head.k_error, probe)
-        for s, trail in enumerate(trails):
-            one = slice(s, s + 1)
-            step = Step(k[one], z[one], z_error[one], solved.x[one], None if row_weight is None else row_weight[one])
-            trail.add(step, layer, system, solved, s, float(error[s]), k_known)
-        alive = _plausible(torch.maximum(solved.weight_residual, solved.gradient_residual), family)
-        x, k, error, head, family = solved.x[alive], k[alive], error[alive], head.select(alive), family[alive]
-        trails = [trail for trail, keep in zip(trails, alive.tolist(), strict=True) if keep]
-        if depth > 0:
-            before = chain[depth - 1]
-            after = before.pack_output(layer.unpack_input(x))
-            inverse = before.activation.invert(after, error)
-            z, row_weight = inverse.z, inverse.weight
-            z_error = error[:, None, None] / inverse.slope.clamp(min=1e-12)
-            k = before.k_from(layer, k)
-            of, slope = _branches(before.activation, after, inverse.slope, error)
-            k = k[of] * slope  # Eq. 6
-            z, z_error, head, family = z[of], z_error[of], head.select(of), family[of]
-            row_weight = None if row_weight is None else row_weight[of]
-            trails = [trails[parent].passed(before) for parent in of.tolist()]
-    return [
-        End(
-            x[s : s + 1],
-            float(head.labels[s]),
-            float(head.margins[s]),
-            float(error[s]),
-            tuple(trail.layers),
-            tuple(trail.steps),
-        )
-        for s, trail in enumerate(trails)
-    ]
+def obstacle(target: Target) -> str | None:
+    """Why the recursion has nowhere to begin; None if it has."""
+    try:
+        network = target.network
+    except NotImplementedError as error:
+        return str(error)
+    place = _last(network)
+    if place is None:
+        return f"{network.nodes[-1].op} is not a layer whose gradient is shared: the loss takes its raw output"
+    if math.prod(network.shapes[-1]) != target.loss.outputs:
+        return f"{math.prod(network.shapes[-1])} outputs a sample, the loss takes {target.loss.outputs}"
+    return None
 
 
-def _error(
-    system: System, z_error: Tensor, grad: Tensor, eps: float, k_error: Tensor, probe: torch.Generator
-) -> Tensor:
-    """Push one draw of the right-hand side's noise through the solver: the root mean square of what comes out.
-
-    z carries the error of the layers after this one, grad W its rounding, and an error of k acts like one of grad W.
-    """
-    layer, k = system.layer, system.k
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=probe, dtype=k.dtype, device=k.device)
-
-    grad_noise = draw(len(k), *grad.shape[1:]) * rounding(grad, eps)
-    grad_noise = grad_noise + grad * (k_error * draw(len(k)))[:, None, None, None]
-    z_noise = draw(len(k), layer.outputs, layer.positions) * z_error
-    return system.apply_inverse(z_noise, grad_noise).square().mean((1, 2)).sqrt()
+def _last(network: Network) -> Layer | None:
+    """The layer whose raw output the loss takes."""
+    for node in reversed(network.nodes):
+        if isinstance(node.op, Trained):
+            layer = node.op.layer
+            return layer if node.op.heard and layer.positions == 1 and layer.groups == 1 else None
+        if not isinstance(node.op, Move):
+            return None
+    return None
 
 
-def _branches(
-    activation: Activation, x: Float[Tensor, "s o p"], slope: Float[Tensor, "s o p"], error: Float[Tensor, " s"]
-) -> tuple[Int[Tensor, " b"], Float[Tensor, "b o p"]]:
-    """Values so near their kink that their error leaves the side open: every choice of sides becomes a candidate.
-
-    Returns:
-        The candidate that each of b branches comes from, and its slopes.
-    """
-    other = activation.other_side(slope)
-    of, slopes = [], []
-    for s in range(len(x)):
-        unsure = ((x[s].abs() <= UNSURE * error[s]) & (other[s] != slope[s])).nonzero()
-        unsure = unsure[:0] if len(unsure) > BRANCHES else unsure
-        for sides in product((False, True), repeat=len(unsure)):
-            branch = slope[s].clone()
-            for (o, p), change in zip(unsure.tolist(), sides, strict=True):
-                branch[o, p] = other[s, o, p] if change else slope[s, o, p]
-            of.append(s)
-            slopes.append(branch)
-    return torch.tensor(of, device=x.device), torch.stack(slopes)
-
-
-def _plausible(residual: Float[Tensor, " s"], family: Int[Tensor, " s"]) -> Bool[Tensor, " s"]:
-    """Which candidates go on.
-
-    Of the branches of one candidate, the one that satisfies its constraints best; of different ones, all but those
-    that contradict theirs while another satisfies them: those cannot be the sample.
-    """
-    rivals = torch.where(family[:, None] == family, residual, torch.inf)
-    best_of_family = rivals.argmin(1) == torch.arange(len(residual), device=residual.device)
-    return best_of_family & (residual <= max(1e3 * float(residual.min()), 1e-2))
+def _before(network: Network) -> Activation:
+    """The activation in front of the last layer, the identity if there is another operation."""
+    value = next(n.reads[0] for n in network.nodes if isinstance(n.op, Trained) and n.op.layer is network.layers[-1])
+    while value and isinstance(network.nodes[value - 1].op, Move):
+        value = network.nodes[value - 1].reads[0]
+    op = network.nodes[value - 1].op if value else None
+    return op.activation if isinstance(op, Elementwise) else IDENTITY
 
 
 def _outside(x: Tensor, value_range: tuple[float, float] | None) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rgap.attacks import joint, kinks
 from rgap.attacks.base import JointReport
-from rgap.attacks.fading import Fading, error, factor, smoothness, solve
+from rgap.attacks.branched import Branched
+from rgap.attacks.fading import Fading, Joint, error, factor, smoothness, solve
 from rgap.attacks.recursive import Recursive, settled
 from rgap.attacks.trail import End
 from rgap.target import Target
@@ -47,27 +50,39 @@ class Closed(Recursive):
         rank_tolerance: float,
         probe: torch.Generator,
     ) -> End:
-        """Solve jointly from the input to the last layer that leaves the input open; nothing if none does."""
-        if end.layers[0].open_since is None:
+        """Solve jointly from the input to the last value that is known for certain; nothing if the input is."""
+        if not end.stopped and end.layers[0].open_since is None:
             return end
-        chain = target.chain
-        depth = max(at for at, layer in enumerate(end.layers) if layer.open_since is not None)
-        widest = max(max(layer.unknowns, layer.weight_rows) for layer in chain.layers[: depth + 1])
+        network = target.network
+        front = network.part([segment for segment in network.segments if segment.exit <= end.at])
+        plain = not target.graph.obstacles
+        widest = max(math.prod(shape) for shape in front.shapes) if plain else math.prod(target.input_shape)
         if widest > self.largest:
             need = 3 * 8 * widest**2 / 2**30
             note = (
-                f"solving {depth + 1} layers jointly takes dense matrices of {widest} unknowns, about {need:.0f} GiB, "
-                f"more than largest={self.largest} allows"
+                f"solving {len(front.layers)} layers jointly takes dense matrices of {widest} unknowns, about "
+                f"{need:.0f} GiB, more than largest={self.largest} allows"
             )
-            return replace(end, note=note)
-        step = end.steps[depth]
-        problem = joint.Problem(chain, depth, joint.Known(step.k, step.z, step.row_weight), gradients)
-        prior, centre, said = _prior(target, step.k)
-        found = solve(problem, _start(end, target, depth), prior, centre, self.fading, settled(eps))
+            return replace(end, note=note, stopped=f"{end.stopped}; {note}" if end.stopped else "")
+        if plain:
+            depth = max(at for at, layer in enumerate(end.layers) if layer.open_since is not None)
+            step = end.steps[depth]
+            known = joint.Known(step.k, step.z, step.row_weight)
+            chained = joint.Problem(target.chain, depth, known, gradients)
+            problem: Joint = chained
+            begin: Any = chained.at(_start(end, target, depth), [])
+            z_error = step.z_error
+        else:
+            problem = Branched(front, end.known, gradients)
+            begin = problem.forward(_noise(target, end.known.y, probe))
+            z_error = end.known.error.expand(end.known.y.shape)
+        prior, centre, said = _prior(target, end.known.y)
+        found = solve(problem, begin, prior, centre, self.fading, settled(eps))
         x, misfit = found.x, found.misfit
         if misfit > settled(eps):  # a last unit or two may still be on the wrong side
-            k = target.margin_loss.slope(step.k.new_tensor(end.margin)) * end.label
-            x = kinks.settle(chain, gradients, x, k.reshape(1, 1, 1), settled(eps))
+            whole = network.layers[0].unpack_input(x) if plain else x
+            whole = kinks.settle(network, gradients, whole.reshape(1, *target.input_shape), end.k, settled(eps))
+            x = whole.reshape(x.shape) if not plain else network.layers[0].pack_input(whole)
             misfit = problem.misfit(problem.forward(x))
         factored = factor(problem, x, RANK_ROUNDINGS * eps)
         report = JointReport(
@@ -80,8 +95,9 @@ class Closed(Recursive):
             converged=misfit <= settled(eps),
             prior=said,
         )
-        moved = error(problem, x, factored, step.z_error, eps, probe)
-        return replace(end, x=x, error=moved, joint=report)
+        moved = error(problem, x, factored, z_error, eps, probe)
+        whole = network.layers[0].unpack_input(x) if plain else x
+        return replace(end, x=whole.reshape(1, *target.input_shape), error=moved, joint=report, stopped="")
 
 
 Virtual = Closed
@@ -94,8 +110,7 @@ def _prior(target: Target, like: Tensor) -> tuple[Tensor, float, str]:
     smooth = smoothness(target.input_shape, like)
     if smooth is not None:
         return smooth, centre, "where constraints are missing, neighbouring values of the input are similar"
-    first = target.chain[0]
-    identity = torch.eye(first.unknowns, dtype=like.dtype, device=like.device)
+    identity = torch.eye(math.prod(target.input_shape), dtype=like.dtype, device=like.device)
     return identity, centre, f"where constraints are missing, values of the input are near {centre:g}"
 
 
@@ -108,3 +123,10 @@ def _start(end: End, target: Target, depth: int) -> list[Tensor]:
         x = layer.pack_output(after.unpack_input(end.steps[at + 1].x))
         found.append(layer.activation.invert(x, torch.zeros(1, dtype=x.dtype, device=x.device)).z)
     return found
+
+
+def _noise(target: Target, like: Tensor, probe: torch.Generator) -> Tensor:
+    """An input that nothing is known of: near the middle of the range, and no two values alike."""
+    low, high = target.value_range or (-1.0, 1.0)
+    draw = torch.randn(1, *target.input_shape, generator=probe, dtype=like.dtype, device=like.device)
+    return (low + high) / 2 + 0.1 * (high - low) * draw

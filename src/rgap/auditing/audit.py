@@ -248,7 +248,7 @@ class _Run:
             )
         if count < len(self.inputs):
             self.not_run.append(f"{len(self.inputs) - count} samples that do not fill another update")
-        choices = self.target.loss.labels
+        choices = self.target.loss.examples
         given = [choices[at % len(choices)] for at in range(len(self.inputs))] if self.given is None else self.given
         if len(given) != len(self.inputs):
             raise ValueError(f"got {len(given)} labels for {len(self.inputs)} samples, expected one for each")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rgap.attacks.recursive import obstacle
 from rgap.auditing.results import EXACT_PSNR, RECOGNISABLE_PSNR, RECOGNISABLE_SSIM, Case, Level
 from rgap.auditing.sweep import Point, Sweep
 from rgap.rank import RankAnalysis
@@ -133,6 +134,7 @@ def _limits(target: Target) -> tuple[str, ...]:
         "The server is honest but curious: it sends the right model and looks at what comes back. A server that "
         "changes the model can learn more.",
     ]
-    if target.obstacles:
-        limits.append("The closed form does not follow this model; only the attacks listed as applicable ran.")
+    reason = obstacle(target)
+    if reason is not None:
+        limits.append(f"The closed form does not follow this model ({reason}); only the attacks that apply ran.")
     return tuple(limits)

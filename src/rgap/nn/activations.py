@@ -16,11 +16,11 @@ from torch.nn import functional
 class Inverse:
     """What an activation's output tells of its input."""
 
-    z: Float[Tensor, "s o p"]
+    z: Float[Tensor, "s *shape"]
     """The input, 0 where the output does not tell it."""
-    slope: Float[Tensor, "s o p"]
+    slope: Float[Tensor, "s *shape"]
     """The derivative at z (Eq. 6: k_i is W' k_(i+1) times this)."""
-    weight: Float[Tensor, "s o p"] | None
+    weight: Float[Tensor, "s *shape"] | None
     """How far z can be relied on: 0 where it is not known and its row is dropped, 1 where it is known as well as x,
     else the slope, which states the row in x; None means 1 everywhere."""
 
@@ -36,6 +36,9 @@ class Activation(ABC):
     kinked: bool = False
     """Whether the slope jumps at z = 0."""
 
+    folded: bool = False
+    """Whether some outputs have two inputs; see `Folded`."""
+
     def other_side(self, slope: Tensor) -> Tensor:
         """The slopes on the other side of the kink; the same ones where there is no kink or no telling."""
         return slope
@@ -48,7 +51,7 @@ class Activation(ABC):
         """The derivative at z, with the value that torch takes at a kink."""
 
     @abstractmethod
-    def invert(self, x: Float[Tensor, "s o p"], error: Float[Tensor, " s"]) -> Inverse:
+    def invert(self, x: Float[Tensor, "s *shape"], error: Float[Tensor, " s"]) -> Inverse:
         """z from x, where x is known to about +-error (one figure per system)."""
 
 
@@ -114,11 +117,42 @@ class ReLU(Activation):
 
     def invert(self, x: Tensor, error: Tensor) -> Inverse:
         # A zero comes back as noise of the size of the error; taking it for a value would claim z = 0 exactly.
-        active = (x > 10 * error[:, None, None]).to(x)
+        active = (x > 10 * error.reshape(-1, *[1] * (x.dim() - 1))).to(x)
         return Inverse(x * active, active, active)
 
     def __str__(self) -> str:
         return "relu"
+
+
+@dataclass(frozen=True)
+class Hardtanh(Activation):
+    """f(z) = z between two bounds, and the bound beyond them; ReLU6 is the one from 0 to 6.
+
+    An output at a bound tells only that z is beyond it: its weight row is dropped.
+    """
+
+    low: float = -1.0
+    high: float = 1.0
+    kinked = True
+
+    @property
+    def nonnegative(self) -> bool:  # type: ignore[override]
+        return self.low >= 0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return z.clamp(self.low, self.high)
+
+    def slope(self, z: Tensor) -> Tensor:
+        return ((z > self.low) & (z < self.high)).to(z)
+
+    def invert(self, x: Tensor, error: Tensor) -> Inverse:
+        # A bound comes back as noise of the size of the error around it.
+        margin = 10 * error.reshape(-1, *[1] * (x.dim() - 1))
+        active = ((x > self.low + margin) & (x < self.high - margin)).to(x)
+        return Inverse(x * active, active, active)
+
+    def __str__(self) -> str:
+        return "relu6" if (self.low, self.high) == (0.0, 6.0) else f"hardtanh({self.low:g}, {self.high:g})"
 
 
 class Smooth(Activation):
@@ -240,6 +274,102 @@ class ELU(Smooth):
 
     def __str__(self) -> str:
         return f"elu({self.alpha:g})" if self.scale == 1.0 else "selu"
+
+
+class Folded(Activation):
+    """A smooth activation that falls to a minimum and rises from there: outputs between it and 0 have two inputs.
+
+    `invert` names the upper one, `lower` the other; the constraints of the layer before decide between them.
+    """
+
+    folded = True
+    turn: float
+    """Where the minimum is."""
+
+    @abstractmethod
+    def slope(self, z: Tensor) -> Tensor: ...
+
+    def invert(self, x: Tensor, error: Tensor) -> Inverse:
+        z = self._between(x, torch.full_like(x, self.turn), x.clamp(min=0) + 2.0, rising=True)
+        # Near the minimum z moves far for a small move of x: the slope states the row in x.
+        slope = self.slope(z)
+        return Inverse(z, slope, slope.clamp(min=0.0, max=1.0))
+
+    def lower(self, x: Float[Tensor, "s *shape"]) -> Float[Tensor, "s *shape"]:
+        """The input below the minimum, of outputs below 0; elsewhere the upper one's place, the minimum's, is kept."""
+        z = self._between(x, torch.full_like(x, LOWEST), torch.full_like(x, self.turn), rising=False)
+        return torch.where(x < 0, z, self.turn)
+
+    def _between(self, x: Tensor, low: Tensor, high: Tensor, rising: bool) -> Tensor:
+        """Where f(z) = x, by bisection: to the last digit, whatever the slope."""
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            above = (self(middle) > x) == rising
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return (low + high) / 2
+
+
+LOWEST, BISECTIONS = -40.0, 64
+"""Below -40 GELU, SiLU and Mish are zero to float64; 64 halvings of 40 are less than its rounding."""
+
+
+@dataclass(frozen=True)
+class GELU(Folded):
+    """f(z) = z Phi(z), or with tanh in place of Phi where ``approximate`` says so."""
+
+    approximate: str = "none"
+
+    @property
+    def turn(self) -> float:  # type: ignore[override]
+        return -0.7524614220710162 if self.approximate == "tanh" else -0.7517915246935645
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return functional.gelu(z, approximate=self.approximate)
+
+    def slope(self, z: Tensor) -> Tensor:
+        if self.approximate == "tanh":
+            inner = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
+            t = torch.tanh(inner)
+            return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
+        below: Tensor = torch.special.ndtr(z)
+        return below + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+
+    def __str__(self) -> str:
+        return "gelu"
+
+
+@dataclass(frozen=True)
+class SiLU(Folded):
+    """f(z) = z / (1 + exp(-z))."""
+
+    turn = -1.2784645427610738
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return functional.silu(z)
+
+    def slope(self, z: Tensor) -> Tensor:
+        s = torch.sigmoid(z)
+        return s * (1 + z * (1 - s))
+
+    def __str__(self) -> str:
+        return "silu"
+
+
+@dataclass(frozen=True)
+class Mish(Folded):
+    """f(z) = z tanh(log(1 + exp(z)))."""
+
+    turn = -1.1924312145154753
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return functional.mish(z)
+
+    def slope(self, z: Tensor) -> Tensor:
+        t = torch.tanh(functional.softplus(z))
+        return t + z * torch.sigmoid(z) * (1 - t * t)
+
+    def __str__(self) -> str:
+        return "mish"
 
 
 SELU = ELU(alpha=1.6732632423543772848170429916717, scale=1.0507009873554804934193349852946)

@@ -69,7 +69,7 @@ class Chain:
                 inputs.append(self.layers[depth + 1].pack_input(after))
         return inputs, outputs
 
-    def backward(self, k: Float[Tensor, "s 1 1"], slopes: Sequence[Tensor]) -> list[Tensor]:
+    def backward(self, k: Float[Tensor, "s o 1"], slopes: Sequence[Tensor]) -> list[Tensor]:
         """Every layer's k (Eq. 6), from the last one's and the slopes of all activations but the last."""
         found = [k]
         for depth in reversed(range(len(self.layers) - 1)):

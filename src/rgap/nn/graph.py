@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from rgap.nn.activations import IDENTITY, Activation
 from rgap.nn.chain import Chain, NotAChain, Obstacle
 from rgap.nn.layers import Layer
+
+if TYPE_CHECKING:
+    from rgap.nn.build import Program
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class Graph:
 
     uses: tuple[Use, ...]
     obstacles: tuple[Obstacle, ...]
+    """What keeps the model from being a plain chain of layers."""
+    program: Program | None = field(default=None, repr=False, compare=False)
+    """The operations themselves; None if the model cannot be traced."""
 
     def chain(self, tensors: Mapping[str, Tensor]) -> Chain:
         """The layers with their weights, parameters by name.

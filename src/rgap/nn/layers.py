@@ -53,6 +53,8 @@ class Layer:
     activation: Activation = IDENTITY
     channels_last: bool = False
     """Whether the module keeps channels in the last dimension (Linear on more than one position)."""
+    turned: bool = False
+    """Whether the module's weight has its inputs before its outputs, as a transposed convolution's has."""
 
     @property
     def groups(self) -> int:
@@ -118,6 +120,10 @@ class Layer:
 
     def pack_weight(self, weight: Tensor) -> Float[Tensor, "s g j i"]:
         """Weights or their gradients, (s, *weight shape of the module), as (s, g, j, i)."""
+        if self.turned:
+            (g, j, i), n = self.weight.shape, len(weight)
+            weight = weight.reshape(n, g, self.channels // g, j, -1).transpose(2, 3)
+            return weight.reshape(n, g, j, i)
         return weight.reshape(len(weight), *self.weight.shape)
 
     # The trilinear form.
@@ -213,9 +219,20 @@ class Layer:
 
 
 def linear(
-    name: str, weight: Tensor, bias: Tensor | None, input_shape: Sequence[int], weight_name: str, bias_name: str | None
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_shape: Sequence[int],
+    weight_name: str,
+    bias_name: str | None,
+    turned: bool = False,
 ) -> Layer:
-    """A Linear layer, weight (outputs, features), on an input of shape (..., features)."""
+    """A Linear layer, weight (outputs, features), on an input of shape (..., features).
+
+    Args:
+        turned: the weight is (features, outputs), as in x @ W.
+    """
+    weight = weight.mT if turned else weight
     features, leading = input_shape[-1], tuple(input_shape[:-1])
     positions = math.prod(leading)
     return Layer(
@@ -230,6 +247,7 @@ def linear(
         weight_name=weight_name,
         bias_name=bias_name,
         channels_last=bool(leading),
+        turned=turned,
     )
 
 
@@ -275,4 +293,47 @@ def convolution(
         output_shape=(weight.shape[0], *out_size),
         weight_name=weight_name,
         bias_name=bias_name,
+    )
+
+
+def transposed_convolution(
+    name: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_shape: Sequence[int],
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    weight_name: str,
+    bias_name: str | None,
+) -> Layer:
+    """A transposed convolution in any number of dimensions, weight (channels, outputs/groups, *kernel)."""
+    channels, *size = input_shape
+    kernel = weight.shape[2:]
+    table = torch.zeros(1, 1, dtype=torch.long)
+    inside = torch.ones(1, 1, dtype=torch.bool)
+    sizes = zip(size, output_size, kernel, stride, padding, dilation, strict=True)
+    for length, count, width, step, before, spread in sizes:
+        # Pixel i reaches position i * step + offset * spread - before.
+        reach = torch.arange(count) + before - torch.arange(width)[:, None] * spread
+        at, fits = reach.div(step, rounding_mode="floor"), reach % step == 0
+        table = (table[:, None, :, None] * length + at[None, :, None, :]).reshape(table.shape[0] * width, -1)
+        inside = inside[:, None, :, None] & (fits & (at >= 0) & (at < length))[None, :, None, :]
+        inside = inside.reshape(table.shape)
+    pixels = math.prod(size)
+    turned = weight.detach().to(torch.float64, copy=True).reshape(groups, channels // groups, weight.shape[1], -1)
+    return Layer(
+        name=name,
+        weight=turned.transpose(1, 2).reshape(groups, weight.shape[1], -1),
+        bias=None if bias is None else bias.detach().to(torch.float64, copy=True),
+        table=torch.where(inside, table, pixels).to(weight.device),
+        channels=channels,
+        pixels=pixels,
+        input_shape=tuple(input_shape),
+        output_shape=(groups * weight.shape[1], *output_size),
+        weight_name=weight_name,
+        bias_name=bias_name,
+        turned=True,
     )

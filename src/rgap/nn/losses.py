@@ -1,8 +1,8 @@
-"""Losses: cross-entropy of several classes, and those of R-GAP, Figure 1, functions of the margin mu = y * output.
+"""Losses: those of several outputs, and those of R-GAP, Figure 1, functions of the margin mu = y * output.
 
 The closed-form attack reads mu off the gradient. Summed over the last layer's weights, <W, grad W> = mu * dl/dmu
 (Eqs. 9-11), a scalar equation whose roots are known in closed form for each margin loss here; where it has two, both
-are returned.
+are returned. Of a loss of several outputs it needs k, the gradient with respect to them, as a function of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from scipy.special import lambertw
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class Loss(ABC):
     @property
     @abstractmethod
     def labels(self) -> tuple[float, ...]:
-        """Every label there is."""
+        """Every label there is; () where any real number is one."""
 
     @property
     @abstractmethod
@@ -37,8 +38,22 @@ class Loss(ABC):
         """The mean loss of a batch: outputs (b, outputs), labels (b,)."""
 
     @abstractmethod
+    def output_gradient(
+        self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]
+    ) -> Float[Tensor, "s outputs"]:
+        """k: the gradient of one sample's loss with respect to its outputs, for s samples on their own."""
+
+    @abstractmethod
     def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """The mean over a batch whose labels are not certain: weights (b, labels), each row a distribution."""
+        """The mean over a batch whose labels are not certain: weights (b, labels), each row a distribution.
+
+        Where labels cannot be listed the weights are the labels themselves, (b, 1).
+        """
+
+    @property
+    def examples(self) -> tuple[float, ...]:
+        """Labels to try a model with."""
+        return self.labels or (0.0, 1.0)
 
     @property
     def name(self) -> str:
@@ -58,20 +73,29 @@ class Loss(ABC):
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """l = -log softmax(outputs)[label], for labels 0 to classes - 1.
+    """l = -log softmax(outputs)[label], for labels 0 to classes - 1; what torch's cross_entropy is by default.
 
     Args:
         classes: 2 or more; the model gives one output for each.
+        label_smoothing: the share of the label that is spread evenly over all classes, from 0 to below 1.
+        weight: of each class, positive; None for 1 each. As in torch a batch is averaged with these weights, so that
+            of one sample's loss without smoothing nothing changes.
 
     Raises:
-        ValueError: fewer than 2 classes.
+        ValueError: fewer than 2 classes, or smoothing or weights that make no sense.
     """
 
     classes: int
+    label_smoothing: float = 0.0
+    weight: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.classes < 2:
             raise ValueError(f"got {self.classes} classes, expected 2 or more, one for each output of the model")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"got label_smoothing {self.label_smoothing:g}, expected 0 or more and less than 1")
+        if self.weight is not None and (len(self.weight) != self.classes or min(self.weight) <= 0):
+            raise ValueError(f"got class weights {self.weight}, expected {self.classes} positive numbers")
 
     @property
     def labels(self) -> tuple[float, ...]:
@@ -82,13 +106,146 @@ class CrossEntropy(Loss):
         return self.classes
 
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(outputs, labels.reshape(-1).long())
+        return torch.nn.functional.cross_entropy(
+            outputs, labels.reshape(-1).long(), self._weights(outputs), label_smoothing=self.label_smoothing
+        )
+
+    def _weights(self, like: Tensor) -> Tensor | None:
+        return None if self.weight is None else like.new_tensor(self.weight)
+
+    def targets(self, like: Tensor) -> Float[Tensor, "labels classes"]:
+        """t of each label: the loss of one sample is -<t, log softmax(outputs)>."""
+        one_hot = torch.eye(self.classes, dtype=like.dtype, device=like.device)
+        weights = self._weights(like)
+        # torch divides both parts by the weight of the label.
+        spread = torch.ones_like(one_hot) if weights is None else weights / weights[:, None]
+        return (1 - self.label_smoothing) * one_hot + self.label_smoothing / self.classes * spread
 
     def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(outputs, weights)
+        own = self._weights(outputs)
+        values = -outputs.log_softmax(1) @ self.targets(outputs).mT
+        if own is None:
+            return (weights * values).sum(1).mean()
+        return (weights * own * values).sum() / (weights * own).sum()
+
+    def output_gradient(
+        self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]
+    ) -> Float[Tensor, "s outputs"]:
+        t = self.targets(outputs)[labels.long()]
+        return outputs.softmax(1) * t.sum(1, keepdim=True) - t
 
     def _expected(self, wrong: list[float]) -> str:
         return f"a whole number from 0 to {self.classes - 1} for cross-entropy of {self.classes} classes"
+
+
+@dataclass(frozen=True)
+class MeanSquaredError(Loss):
+    """l = (output - label)^2, for any real label; of several outputs the mean of the squares, the label a class.
+
+    Args:
+        outputs: of the model. With several, labels are classes from 0 to outputs - 1, and what the outputs are
+            compared with is 1 for the class and 0 for all others.
+
+    Raises:
+        ValueError: fewer outputs than 1.
+    """
+
+    outputs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.outputs < 1:
+            raise ValueError(f"got {self.outputs} outputs, expected 1 or more")
+
+    @property
+    def labels(self) -> tuple[float, ...]:
+        return () if self.outputs == 1 else tuple(float(label) for label in range(self.outputs))
+
+    def targets(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """What the outputs are compared with, (b, outputs)."""
+        if self.outputs == 1:
+            return labels.reshape(-1, 1).to(outputs)
+        return torch.eye(self.outputs, dtype=outputs.dtype, device=outputs.device)[labels.reshape(-1).long()]
+
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        outputs = outputs.reshape(-1, self.outputs)
+        return (outputs - self.targets(outputs, labels)).square().mean()
+
+    def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        outputs = outputs.reshape(-1, self.outputs)
+        if self.outputs == 1:
+            return (outputs - weights).square().mean()
+        # Of a label that is not certain the squares are averaged, not the label.
+        return (weights.sum(1, keepdim=True) * outputs.square() - 2 * outputs * weights + weights).mean()
+
+    def output_gradient(
+        self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]
+    ) -> Float[Tensor, "s outputs"]:
+        return 2 / self.outputs * (outputs - self.targets(outputs, labels))
+
+    def check_labels(self, labels: Tensor) -> None:
+        if self.outputs > 1:
+            super().check_labels(labels)
+        elif not bool(labels.isfinite().all()):
+            raise ValueError(f"got label {float(labels[~labels.isfinite()][0]):g}, expected a number for the mse loss")
+
+    def _expected(self, wrong: list[float]) -> str:
+        return f"a whole number from 0 to {self.outputs - 1} for the mse loss of {self.outputs} outputs"
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy(Loss):
+    """The mean over the outputs of l = -log sigmoid(output) or -log(1 - sigmoid(output)), for yes and no.
+
+    It is torch's binary_cross_entropy_with_logits. One label stands for all outputs: the number whose binary digits
+    are theirs, the first output's the last digit. ``label`` makes it.
+
+    Args:
+        outputs: of the model, 1 to 16.
+
+    Raises:
+        ValueError: another number of outputs.
+    """
+
+    outputs: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.outputs <= MOST_BINARY:
+            raise ValueError(f"got {self.outputs} outputs, expected 1 to {MOST_BINARY} for the bce loss")
+
+    @property
+    def labels(self) -> tuple[float, ...]:
+        return tuple(float(label) for label in range(2**self.outputs))
+
+    def label(self, digits: Tensor) -> Float[Tensor, " b"]:
+        """The labels of samples from the outputs' own, (b, outputs) of zeros and ones."""
+        return digits.double() @ 2.0 ** torch.arange(self.outputs, dtype=torch.float64, device=digits.device)
+
+    def digits(self, labels: Tensor) -> Float[Tensor, "b outputs"]:
+        """The outputs' own labels, from one number for all."""
+        places = torch.arange(self.outputs, device=labels.device)
+        return ((labels.reshape(-1, 1).long() >> places) & 1).double()
+
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        outputs = outputs.reshape(-1, self.outputs)
+        return torch.nn.functional.binary_cross_entropy_with_logits(outputs, self.digits(labels).to(outputs))
+
+    def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        every = self.digits(torch.tensor(self.labels, device=weights.device)).to(weights)
+        outputs = outputs.reshape(-1, self.outputs)
+        sure = torch.nn.functional.softplus(outputs) * weights.sum(1, keepdim=True)
+        return (sure - outputs * (weights @ every)).mean()
+
+    def output_gradient(
+        self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]
+    ) -> Float[Tensor, "s outputs"]:
+        return (outputs.sigmoid() - self.digits(labels).to(outputs)) / self.outputs
+
+    def _expected(self, wrong: list[float]) -> str:
+        return f"a whole number from 0 to {2**self.outputs - 1} for the bce loss of {self.outputs} outputs"
+
+
+MOST_BINARY = 16
+"""Outputs of the binary cross-entropy: their labels together are 65,536."""
 
 
 class MarginLoss(Loss):
@@ -128,6 +285,12 @@ class MarginLoss(Loss):
 
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return self.value(labels.reshape(-1).to(outputs) * outputs.reshape(-1)).mean()
+
+    def output_gradient(
+        self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]
+    ) -> Float[Tensor, "s outputs"]:
+        sign = labels.to(outputs)[:, None]
+        return sign * self.slope(sign * outputs)
 
     def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
         output = outputs.reshape(-1)
@@ -249,6 +412,8 @@ _NAMES: dict[type[Loss], str] = {
     Hinge: "hinge",
     SquaredHinge: "squared-hinge",
     CrossEntropy: "cross-entropy",
+    MeanSquaredError: "mse",
+    BinaryCrossEntropy: "bce",
 }
 
 
@@ -256,15 +421,18 @@ def by_name(name: str, classes: int | None = None) -> Loss:
     """The loss of that name.
 
     Args:
-        classes: of cross-entropy, and of no other.
+        classes: the model's outputs, for cross-entropy, mse and bce; the others take a single one.
 
     Raises:
-        ValueError: no loss has that name, the message lists those there are; or cross-entropy without classes.
+        ValueError: no loss has that name, the message lists those there are; or the number of outputs is missing.
     """
-    if name == "cross-entropy":
-        if classes is None:
-            raise ValueError("cross-entropy needs the number of classes: pass classes, the model's outputs")
-        return CrossEntropy(classes)
+    several: tuple[type[CrossEntropy] | type[MeanSquaredError] | type[BinaryCrossEntropy], ...]
+    several = (CrossEntropy, MeanSquaredError, BinaryCrossEntropy)
+    for many in several:
+        if _NAMES[many] == name:
+            if classes is None:
+                raise ValueError(f"{name} needs the number of classes: pass classes, the model's outputs")
+            return many(classes)
     margin: tuple[type[MarginLoss], ...] = (Logistic, Exponential, Hinge, SquaredHinge)
     for kind in margin:
         if _NAMES[kind] == name:

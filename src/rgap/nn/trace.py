@@ -19,20 +19,30 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_structure
 
 from rgap.nn import layers
-from rgap.nn.activations import ELU, SELU, Activation, Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
+from rgap.nn.activations import (
+    ELU,
+    GELU,
+    SELU,
+    Activation,
+    Hardtanh,
+    Identity,
+    LeakyReLU,
+    Mish,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Tanh,
+)
+from rgap.nn.build import Program
+from rgap.nn.calls import BLOCKS, VIEWS, operation, where
+from rgap.nn.calls import arguments as arguments_of
 from rgap.nn.chain import Chain, Kind, Obstacle
 from rgap.nn.graph import Graph, Use
 from rgap.nn.layers import Layer
 
-# Operations that keep all values and their order.
-_VIEWS = {
-    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone", "alias", "_unsafe_view",
-    "identity", "lift_fresh_copy",
-}  # fmt: skip
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 _NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
-# Operations around a graph of their own.
-_BLOCKS = {"wrap_with_set_grad_enabled", "wrap_with_autocast"}
 # Linear layers written by hand, which are counted but never part of a chain: the names of input, weight and bias.
 _PRODUCTS = {"matmul": ("self", "other", ""), "mm": ("self", "mat2", ""), "addmm": ("mat1", "mat2", "self")}
 
@@ -48,6 +58,15 @@ _ACTIVATIONS: dict[str, Callable[[dict[str, Any]], Activation]] = {
     "softplus": lambda a: Softplus(float(a["beta"]), float(a["threshold"])),
     "elu": lambda a: ELU(float(a["alpha"]), float(a["scale"])),
     "selu": lambda a: SELU,
+}
+
+# Those that a plain chain does not hold: they have two inputs for one output, or lose values.
+_OTHER_ACTIVATIONS: dict[str, Callable[[dict[str, Any]], Activation]] = {
+    "hardtanh": lambda a: Hardtanh(float(a["min_val"]), float(a["max_val"])),
+    "relu6": lambda a: Hardtanh(0.0, 6.0),
+    "gelu": lambda a: GELU(str(a["approximate"])),
+    "silu": lambda a: SiLU(),
+    "mish": lambda a: Mish(),
 }
 
 _NOT_MONOTONIC = "has two inputs for one output; use LeakyReLU, ELU or Softplus to attack this model"
@@ -123,7 +142,10 @@ def follow(model: nn.Module, input_shape: tuple[int, ...], outputs: int | None =
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     parameters = _Parameters(model, {n: names[n.name] for n in graph.nodes if n.name in names})
     walk = _Walk(parameters, graph, _heard(graph, silent), outputs, program.call_spec.out_spec == _ONE_TENSOR)
-    return walk.run({n for n in graph.nodes if n.name in signature.user_inputs})
+    found = walk.run({n for n in graph.nodes if n.name in signature.user_inputs})
+    written = signature.inputs_to_lifted_tensor_constants
+    constants = {n: program.constants[written[n.name]].detach() for n in graph.nodes if n.name in written}
+    return replace(found, program=walk.program(constants))
 
 
 def _example(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
@@ -139,8 +161,8 @@ def _inline(module: GraphModule) -> set[Node]:
     """
     silent: set[Node] = set()
     for node in list(module.graph.nodes):
-        name = _operation(node) if node.op == "call_function" else ""
-        if name not in _BLOCKS:
+        name = operation(node) if node.op == "call_function" else ""
+        if name not in BLOCKS:
             continue
         at = next(i for i, a in enumerate(node.args) if isinstance(a, Node) and a.op == "get_attr")
         body = getattr(module, str(node.args[at].target))
@@ -161,7 +183,7 @@ def _needed(graph: torch.fx.Graph) -> set[Node]:
     """The operations that the outputs depend on, or that change a value in place, and the blocks put in line."""
     found: set[Node] = set()
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and _operation(node) in _BLOCKS:
+        if node.op == "call_function" and operation(node) in BLOCKS:
             found.add(node)
             continue
         mutates = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
@@ -174,7 +196,7 @@ def _heard(graph: torch.fx.Graph, silent: set[Node]) -> set[Node]:
     """The operations that a gradient gets back to from the outputs."""
     found: set[Node] = set()
     for node in reversed(graph.nodes):
-        if node.op == "output" or (node in found and node not in silent and _operation(node) != "detach"):
+        if node.op == "output" or (node in found and node not in silent and operation(node) != "detach"):
             found |= set(node.all_input_nodes)
     return found - silent
 
@@ -213,10 +235,16 @@ class _Walk:
         self.uses: list[Use] = []
         self.activated: set[int] = set()
         self.named: set[str] = set()
+        self.shared: set[str] = set()
         self.obstacles: list[Obstacle] = []
+        # For the network that is built of the same operations.
+        self.places: dict[Node, int] = {}
+        self.activations: dict[Node, Activation] = {}
+        self.idle: set[Node] = set()
+        self.inputs: set[Node] = set()
 
     def run(self, inputs: set[Node]) -> Graph:
-        self.source = dict.fromkeys(inputs, _Source())
+        self.source, self.inputs = dict.fromkeys(inputs, _Source()), inputs
         needed = _needed(self.graph)
         for node in self.graph.nodes:
             if node not in needed:
@@ -227,6 +255,20 @@ class _Walk:
                 self.finish(node)
         return Graph(tuple(self.uses), tuple(self.obstacles))
 
+    def program(self, constants: dict[Node, Tensor]) -> Program:
+        """The operations themselves, with what was found out about each."""
+        return Program(
+            self.graph,
+            frozenset(self.inputs),
+            self.parameters.names,
+            constants,
+            {node: self.uses[place] for node, place in self.places.items()},
+            frozenset(self.shared),
+            frozenset(self.heard),
+            self.activations,
+            frozenset(self.idle),
+        )
+
     def block(self, where: str, what: str, kind: Kind, remedy: str) -> None:
         self.obstacles.append(Obstacle(where, what, kind, remedy[:1].upper() + remedy[1:] + "."))
 
@@ -234,26 +276,27 @@ class _Walk:
         data = [argument for argument in node.all_input_nodes if argument in self.source]
         if not data:
             return  # computed from weights alone; whoever uses it as a weight is told so
-        name = _operation(node)
+        name = operation(node)
         bare = name.removesuffix("_")
-        arguments = _arguments(node)
+        arguments = arguments_of(node)
         self.source[node] = _Source(mixed=True)
         if len(data) > 1:
             self.unknown(node, bare, len(data))
-        elif name in _VIEWS:
+        elif name in VIEWS:
             self.source[node] = self.source[data[0]]
         elif bare in _DROPOUTS:
             if arguments.get("train") and arguments.get("p"):
-                self.block(_where(node), "dropout in training mode", Kind.SETTING, "call model.eval() first")
+                self.block(where(node), "dropout in training mode", Kind.SETTING, "call model.eval() first")
             else:
+                self.idle.add(node)
                 self.source[node] = self.source[data[0]]
         elif name in _NORMS:
             own = arguments.get("training") or arguments.get("use_input_stats")  # of the batch, not those it has kept
             if own and arguments.get("running_mean") is not None:
                 what = f"{name} in training mode mixes the samples of a batch"
-                self.block(_where(node), what, Kind.SETTING, "call model.eval() first")
+                self.block(where(node), what, Kind.SETTING, "call model.eval() first")
             else:
-                self.block(_where(node), name, Kind.NOT_YET, "attack the model without its normalisation layers")
+                self.block(where(node), name, Kind.NOT_YET, "attack the model without its normalisation layers")
                 if name == "batch_norm" and not own:  # fixed statistics: one known factor and shift for every value
                     self.source[node] = self.source[data[0]]
         elif name == "linear":
@@ -264,9 +307,15 @@ class _Walk:
             self.activate(node, data[0], _ACTIVATIONS[bare](arguments))
         elif name != "getitem":  # takes a value out of what another operation returned, and that one is no chain's
             self.unknown(node, bare, len(data))
+            if bare in _OTHER_ACTIVATIONS:
+                self.activations[node] = _OTHER_ACTIVATIONS[bare](arguments)
             if name in _PRODUCTS and arguments[_PRODUCTS[name][0]] is data[0]:
                 x, weight, bias = (arguments.get(role) for role in _PRODUCTS[name])
-                self.count(node, x, weight, bias, _values(x))
+                make = None
+                by_hand = weight in self.parameters.names and len(_shape(weight)) == 2
+                if x is not None and by_hand and (bias is None or _plain(arguments)):
+                    make = partial(layers.linear, input_shape=_shape(x)[1:], turned=True)
+                self.count(node, x, weight, bias, _values(x), make)
             elif name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
                 self.transposed(node, arguments)
 
@@ -274,23 +323,24 @@ class _Walk:
         default = (Kind.NOT_YET, "no rule for it; replace it or attack the part of the model after it")
         kind, remedy = _KNOWN_OBSTACLES.get(name.removeprefix("_"), default)
         what = f"{name} of {inputs} values" if inputs > 1 else name
-        self.block(_where(node), what, kind, remedy)
+        self.block(where(node), what, kind, remedy)
 
     def parameter(self, node: Node, argument: Any, role: str) -> str | None:
         """The name of the parameter behind an argument; an obstacle if it is computed or its gradient is not shared."""
         name = self.parameters.names.get(argument)
         if name is None:
-            self.block(_where(node), f"its {role} is computed, not a parameter", Kind.NOT_YET, "use plain parameters")
+            self.block(where(node), f"its {role} is computed, not a parameter", Kind.NOT_YET, "use plain parameters")
             return None
         if not self.parameters.tensors[name].requires_grad:
             remedy = "without its gradient a layer has weight constraints only; set requires_grad before the attack"
-            self.block(_where(node), f"{name} is frozen", Kind.SETTING, remedy)
+            self.block(where(node), f"{name} is frozen", Kind.SETTING, remedy)
         elif node not in self.heard:
             remedy = "without its gradient a layer has weight constraints only; let the gradient through"
-            self.block(_where(node), f"no gradient gets to {name}", Kind.SETTING, remedy)
+            self.block(where(node), f"no gradient gets to {name}", Kind.SETTING, remedy)
         if name in self.named:
             remedy = "its gradient is a sum over its uses, which the recursion cannot take apart"
-            self.block(_where(node), f"{name} is used more than once", Kind.NOT_YET, remedy)
+            self.block(where(node), f"{name} is used more than once", Kind.NOT_YET, remedy)
+            self.shared.add(name)
         return name
 
     def linear(self, node: Node, arguments: dict[str, Any]) -> None:
@@ -298,7 +348,7 @@ class _Walk:
         shape = tuple(x.meta["val"].shape)
         if len(shape) < 2 or shape[0] != 1:
             remedy = "flatten all dimensions but the batch"
-            self.block(_where(node), "a Linear layer across the batch", Kind.SETTING, remedy)
+            self.block(where(node), "a Linear layer across the batch", Kind.SETTING, remedy)
         self.count(node, x, weight, bias, _values(x), partial(layers.linear, input_shape=shape[1:]))
 
     def convolution(self, node: Node, arguments: dict[str, Any]) -> None:
@@ -307,7 +357,7 @@ class _Walk:
         dims = len(kernel)
         if len(shape) < dims + 2 or shape[0] != 1:
             remedy = "keep the dimension of the batch"
-            self.block(_where(node), "a convolution across the batch", Kind.SETTING, remedy)
+            self.block(where(node), "a convolution across the batch", Kind.SETTING, remedy)
         stride, dilation = _each(arguments["stride"], dims), _each(arguments["dilation"], dims)
         padding: list[tuple[int, int]]
         if arguments["padding"] == "same":
@@ -341,25 +391,35 @@ class _Walk:
         out = node.meta["val"].shape[-dims:]
         sizes = zip(out, shape[-dims:], kernel, stride, padding, dilation, strict=True)
         used = [{position for position, _ in _reads(*size)} for size in sizes]
-        self.count(node, x, weight, arguments.get("bias"), math.prod(shape[:-dims]) * math.prod(map(len, used)))
+        make = partial(
+            layers.transposed_convolution,
+            input_shape=shape[1:],
+            output_size=tuple(out),
+            stride=stride,
+            padding=[p for p, _ in padding],
+            dilation=dilation,
+            groups=int(arguments["groups"]),
+        )
+        seen = math.prod(shape[:-dims]) * math.prod(map(len, used))
+        self.count(node, x, weight, arguments.get("bias"), seen, make)
 
     def count(self, node: Node, x: Any, weight: Any, bias: Any, seen: int, make: partial[Layer] | None = None) -> None:
         """Take up one use of a layer."""
         if x not in self.source or weight in self.source:
-            self.block(_where(node), "its weight is computed from the input", Kind.NOT_YET, "use plain parameters")
+            self.block(where(node), "its weight is computed from the input", Kind.NOT_YET, "use plain parameters")
             return
         weight_name = self.parameter(node, weight, "weight")
         bias_name = None if bias is None else self.parameter(node, bias, "bias")
         self.named |= {name for name in (weight_name, bias_name) if name is not None}
         came = self.source[x]
         self.source[node] = _Source(len(self.uses))
-        where = _where(node)
+        self.places[node] = len(self.uses)
         if make is not None:
-            make = partial(make, name=where, weight_name=weight_name, bias_name=bias_name)
+            make = partial(make, name=where(node), weight_name=weight_name, bias_name=bias_name)
         gets = node in self.heard
         self.uses.append(
             Use(
-                name=where,
+                name=where(node),
                 weight_name=weight_name,
                 bias_name=bias_name,
                 unknowns=_values(x),
@@ -378,22 +438,23 @@ class _Walk:
         at = self.source[data].layer
         if isinstance(activation, LeakyReLU) and activation.negative_slope < 0:
             what = f"leaky_relu with negative slope {activation.negative_slope:g}"
-            self.block(_where(node), what, Kind.NEVER, "has two inputs for one output; use a positive slope")
+            self.block(where(node), what, Kind.NEVER, "has two inputs for one output; use a positive slope")
             return
         if isinstance(activation, ELU) and activation.alpha <= 0:
-            self.block(_where(node), f"elu with alpha {activation.alpha:g}", Kind.NEVER, "use a positive alpha")
+            self.block(where(node), f"elu with alpha {activation.alpha:g}", Kind.NEVER, "use a positive alpha")
             return
         if isinstance(activation, Softplus) and (activation.beta <= 0 or activation.threshold < _SMOOTH):
             what = f"softplus with beta {activation.beta:g} and threshold {activation.threshold:g}"
             remedy = f"falls somewhere; use a positive beta and a threshold of {_SMOOTH} or more"
-            self.block(_where(node), what, Kind.SETTING, remedy)
+            self.block(where(node), what, Kind.SETTING, remedy)
             return
+        self.activations[node] = activation
         self.source[node] = self.source[data]
         if self.source[data].mixed:
             return  # behind an obstacle already named
         if at is None or at in self.activated:
             what = f"{activation} on the input, or on another activation"
-            self.block(_where(node), what, Kind.NOT_YET, "one activation after each layer is followed")
+            self.block(where(node), what, Kind.NOT_YET, "one activation after each layer is followed")
         else:
             self.uses[at] = replace(self.uses[at], activation=activation)
             self.activated.add(at)
@@ -439,39 +500,18 @@ def _reads(
                 yield position, pixel
 
 
+def _plain(arguments: dict[str, Any]) -> bool:
+    """Whether an addmm has no factors."""
+    return bool(arguments.get("alpha", 1) == 1 and arguments.get("beta", 1) == 1)
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
 def _values(node: Any) -> int:
     """The number of values of one sample, or of a parameter."""
     return int(node.meta["val"].numel())
-
-
-def _operation(node: Node) -> str:
-    """The operation's name without namespace and overload, such as ``conv2d``."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[-1]
-    return getattr(target, "__name__", str(target))
-
-
-def _arguments(node: Node) -> dict[str, Any]:
-    """Arguments by name, defaults filled in."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return dict(node.kwargs)
-    found: dict[str, Any] = {}
-    for position, argument in enumerate(node.target._schema.arguments):
-        if position < len(node.args):
-            found[argument.name] = node.args[position]
-        elif argument.name in node.kwargs:
-            found[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            found[argument.name] = argument.default_value
-    return found
-
-
-def _where(node: Node) -> str:
-    """The path of the module that ran the operation, or the operation's own name at the top level."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return paths[-1] if paths and paths[-1] else node.name
 
 
 def _each(value: Any, dims: int) -> list[int]:

@@ -1,0 +1,296 @@
+"""Algorithm 1 of R-GAP (arXiv:2010.07733): from a network's output back to its input, one segment at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rgap.attacks import block
+from rgap.attacks.base import rounding
+from rgap.attacks.trail import End, Front, Step, Trail, one
+from rgap.constraints import System
+from rgap.nn.activations import Activation, Folded
+from rgap.nn.network import Network, Segment
+from rgap.nn.ops import Affine, Elementwise, Op, Trained
+
+UNSURE, BRANCHES = 5.0, 3
+"""A value within so many errors of its activation's kink may lie on either side of it; how many are tried at once."""
+FOLDS = 20
+"""How often the places of folded activations are decided anew."""
+DOUBT = 1e-2
+"""The weight of a row whose value may be another one, while the others decide."""
+
+
+def recurse(
+    network: Network,
+    segments: Sequence[Segment],
+    gradients: dict[str, Tensor],
+    front: Front,
+    k_error: Float[Tensor, " s"],
+    eps: float,
+    rank_tolerance: float,
+    probe: torch.Generator,
+) -> list[tuple[int, End]]:
+    """All candidates together; those that contradict their constraints fall out on the way.
+
+    Args:
+        segments: from the network's input to the value that is known.
+        front: that value, for each candidate.
+        k_error: how far rounding may have moved k, relative to k.
+        eps: relative rounding of the gradient.
+
+    Returns:
+        Which candidate, and where it ended.
+    """
+    family = torch.arange(len(front.y), device=front.y.device)
+    trails = [Trail() for _ in front.y]
+    stopped, at = "", segments[-1].exit
+    for segment in reversed(segments):
+        at = segment.exit
+        op = network.nodes[segment.nodes[-1]].op
+        if segment.block:
+            passed = [
+                block.back(
+                    network.part([segment]),
+                    gradients,
+                    one(front, s),
+                    eps,
+                    rank_tolerance,
+                    probe,
+                    trail,
+                )
+                for s, trail in enumerate(trails)
+            ]
+            reasons = [each for each in passed if isinstance(each, str)]
+            fronts = [each for each in passed if isinstance(each, Front)]
+            if not fronts:
+                stopped = reasons[0]
+                break
+            keep = torch.tensor([isinstance(each, Front) for each in passed], device=front.y.device)
+            family, k_error = family[keep], k_error[keep]
+            trails = [trail for trail, each in zip(trails, passed, strict=True) if isinstance(each, Front)]
+            front = _together(fronts)
+        elif isinstance(op, Trained):
+            front, residual = _layer(op, gradients, front, k_error, eps, rank_tolerance, probe, trails, at)
+            alive = _plausible(residual, family)
+            front, k_error, family = front.select(alive), k_error[alive], family[alive]
+            trails = [trail for trail, keep in zip(trails, alive.tolist(), strict=True) if keep]
+        elif isinstance(op, Elementwise):
+            front, of = _activation(op.activation, front)
+            k_error, family = k_error[of], family[of]
+            trails = [trails[parent].passed(op.activation) for parent in of.tolist()]
+        else:
+            moved = _inverted(op, front, gradients)
+            if moved is None:
+                stopped = f"stops at {op.name}: {op.loses}"
+                break
+            front = moved
+    ends = []
+    for s, trail in enumerate(trails):
+        here = one(front, s)
+        none = torch.zeros(0)
+        ends.append(
+            (
+                int(family[s]),
+                End(
+                    here.y,
+                    none,
+                    none,
+                    float("nan"),
+                    float(here.spread[0]),
+                    tuple(trail.layers),
+                    tuple(trail.steps),
+                    at if trail.known is None else trail.at,
+                    here if trail.known is None else trail.known,
+                    stopped,
+                ),
+            )
+        )
+    return ends
+
+
+def _together(fronts: list[Front]) -> Front:
+    return Front(
+        torch.cat([each.y for each in fronts]),
+        torch.cat([each.k for each in fronts]),
+        None,
+        torch.cat([each.error.expand(each.y.shape) for each in fronts]),
+    )
+
+
+def _layer(
+    op: Trained,
+    gradients: dict[str, Tensor],
+    front: Front,
+    k_error: Float[Tensor, " s"],
+    eps: float,
+    rank_tolerance: float,
+    probe: torch.Generator,
+    trails: list[Trail],
+    at: int,
+) -> tuple[Front, Float[Tensor, " s"]]:
+    """The layer's input from its constraints (Eqs. 15 and 16), and how badly they are met."""
+    layer = op.layer
+    k_known = layer.bias_name in gradients and layer.positions == 1
+    if layer.bias_name is not None and k_known:  # the gradient of the bias is k itself
+        k = gradients[layer.bias_name].reshape(1, *front.k.shape[1:])
+        front = Front(front.y, k.expand_as(front.k), front.weight, front.error, front.other)
+    heard = op.heard and layer.weight_name in gradients
+    if heard:
+        grad = layer.pack_weight(gradients[layer.weight_name][None]).expand(len(front.y), *layer.weight.shape)
+    else:
+        grad = torch.zeros_like(layer.weight).expand(len(front.y), *layer.weight.shape)
+    if front.other is not None:
+        front = _unfolded(op, front, front.other, rank_tolerance)
+    k, z, row_weight = layer.pack_output(front.k), layer.pack_output(front.y), _rows(op, front)
+    z_error = layer.pack_output(front.error.expand(front.y.shape))
+    bias = 0.0 if layer.bias is None else layer.bias[:, None]
+    # Without gradient rows there are weight rows alone.
+    system = System(layer, k if heard else torch.zeros_like(k), row_weight, rank_tolerance)
+    solved = system.solve(z - bias, grad)
+    # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
+    z_error = z_error.maximum(solved.weight_misfit[:, None, None])
+    error = _error(system, z_error, grad, eps, k_error, probe)
+    for s, trail in enumerate(trails):
+        of = slice(s, s + 1)
+        step = Step(k[of], z[of], z_error[of], solved.x[of], None if row_weight is None else row_weight[of])
+        trail.add(step, layer, system, solved, s, float(error[s]), k_known, heard)
+        trail.open_at(at, one(front, s))
+    x = layer.unpack_input(solved.x)
+    before = Front(x, layer.unpack_input(layer.grad_input(k)), None, error.reshape(-1, *[1] * (x.dim() - 1)))
+    return before, torch.maximum(solved.weight_residual, solved.gradient_residual)
+
+
+def _rows(op: Trained, front: Front) -> Tensor | None:
+    return None if front.weight is None else op.layer.pack_output(front.weight)
+
+
+def _unfolded(op: Trained, front: Front, other: Front, rank_tolerance: float) -> Front:
+    """Of two values that a folded activation allows, the one that the weight rows of all the others come near to.
+
+    k of a unit depends on which it is, so the gradient rows say nothing before it is decided.
+    """
+    layer = op.layer
+    bias = 0.0 if layer.bias is None else layer.bias[:, None]
+    unsure = front.y != other.y
+    weight = torch.ones_like(front.y) if front.weight is None else front.weight
+    weight = layer.pack_output(torch.where(unsure, DOUBT * weight, weight))
+    nothing = torch.zeros_like(layer.pack_output(front.k))
+    system = System(layer, nothing, weight, rank_tolerance)
+    grad = torch.zeros_like(layer.weight).expand(len(nothing), *layer.weight.shape)
+    lower = torch.zeros_like(unsure)
+    for _ in range(FOLDS):
+        y = torch.where(lower, other.y, front.y)
+        x = system.solve(layer.pack_output(y) - bias, grad).x
+        z = layer.unpack_output(layer.output(x) + bias)
+        nearer = unsure & ((z - other.y).abs() < (z - front.y).abs())
+        if bool((nearer == lower).all()):
+            break
+        lower = nearer
+    chosen = None
+    if front.weight is not None and other.weight is not None:
+        chosen = torch.where(lower, other.weight, front.weight)
+    return Front(
+        torch.where(lower, other.y, front.y),
+        torch.where(lower, other.k, front.k),
+        chosen,
+        torch.where(lower, other.error, front.error.expand(front.y.shape)),
+    )
+
+
+def _activation(activation: Activation, front: Front) -> tuple[Front, Int[Tensor, " b"]]:
+    """Through an activation, with the candidate that each of the branches at its kinks comes from."""
+    error = front.spread
+    inverse = activation.invert(front.y, error)
+    rows = (slice(None), *[None] * (front.y.dim() - 1))
+    z_error = error[rows] / inverse.slope.abs().clamp(min=1e-12)
+    weight = inverse.weight
+    if front.weight is not None:
+        weight = front.weight if weight is None else weight * front.weight
+    of, slope = _branches(activation, front.y, inverse.slope, error)
+    other = None
+    if isinstance(activation, Folded):
+        z = activation.lower(front.y)
+        fold = activation.slope(z)
+        z = torch.where(front.y < 0, z, inverse.z)
+        fold = torch.where(front.y < 0, fold, inverse.slope)
+        other = Front(z, front.k * fold, fold.abs().clamp(max=1.0), error[rows] / fold.abs().clamp(min=1e-12))
+    found = Front(inverse.z, front.k, weight, z_error.expand(front.y.shape), other).select(of)
+    return replace(found, k=found.k * slope), of  # Eq. 6
+
+
+def _inverted(op: Op, front: Front, gradients: dict[str, Tensor]) -> Front | None:
+    """Through an operation that has one input for each output."""
+    if isinstance(op, Affine) and op.shift_name in gradients and op.shift.numel() == front.k[0].numel():
+        # The gradient of what is added to every value is k itself.
+        k = gradients[op.shift_name].reshape(1, *front.k.shape[1:]).expand_as(front.k)
+        front = Front(front.y, k, front.weight, front.error, front.other)
+    y = op.invert(front.y)
+    if y is None:
+        return None
+    k = op.pull(front.k, (y,))[0]
+    error = front.error.expand(front.y.shape)
+    if isinstance(op, Affine):
+        weight, error = front.weight, error / op.scale.abs()
+    else:
+        weight = None if front.weight is None else op.invert(front.weight)
+        moved = op.invert(error)
+        error = error if moved is None else moved
+    other = None if front.other is None else _inverted(op, front.other, {})
+    return Front(y, k, weight, error, other)
+
+
+def _error(
+    system: System, z_error: Tensor, grad: Tensor, eps: float, k_error: Tensor, probe: torch.Generator
+) -> Float[Tensor, " s"]:
+    """Push one draw of the right-hand side's noise through the solver: the root mean square of what comes out.
+
+    z carries the error of the layers after this one, grad W its rounding, and an error of k acts like one of grad W.
+    """
+    layer, k = system.layer, system.k
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=probe, dtype=k.dtype, device=k.device)
+
+    grad_noise = draw(len(k), *grad.shape[1:]) * rounding(grad, eps)
+    grad_noise = grad_noise + grad * (k_error * draw(len(k)))[:, None, None, None]
+    z_noise = draw(len(k), layer.outputs, layer.positions) * z_error
+    return system.apply_inverse(z_noise, grad_noise).square().mean((1, 2)).sqrt()
+
+
+def _branches(
+    activation: Activation, x: Tensor, slope: Tensor, error: Float[Tensor, " s"]
+) -> tuple[Int[Tensor, " b"], Tensor]:
+    """Values so near their kink that their error leaves the side open: every choice of sides becomes a candidate.
+
+    Returns:
+        The candidate that each of b branches comes from, and its slopes.
+    """
+    other = activation.other_side(slope)
+    of, slopes = [], []
+    for s in range(len(x)):
+        unsure = ((x[s].abs() <= UNSURE * error[s]) & (other[s] != slope[s])).flatten().nonzero().flatten()
+        unsure = unsure[:0] if len(unsure) > BRANCHES else unsure
+        for sides in product((False, True), repeat=len(unsure)):
+            branch = slope[s].clone()
+            for at, change in zip(unsure.tolist(), sides, strict=True):
+                branch.view(-1)[at] = (other[s] if change else slope[s]).reshape(-1)[at]
+            of.append(s)
+            slopes.append(branch)
+    return torch.tensor(of, device=x.device), torch.stack(slopes)
+
+
+def _plausible(residual: Float[Tensor, " s"], family: Int[Tensor, " s"]) -> Bool[Tensor, " s"]:
+    """Which candidates go on.
+
+    Of the branches of one candidate, the one that satisfies its constraints best; of different ones, all but those
+    that contradict theirs while another satisfies them: those cannot be the sample.
+    """
+    rivals = torch.where(family[:, None] == family, residual, torch.inf)
+    best_of_family = rivals.argmin(1) == torch.arange(len(residual), device=residual.device)
+    return best_of_family & (residual <= max(1e3 * float(residual.min()), 1e-2))

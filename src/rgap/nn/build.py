@@ -1,0 +1,309 @@
+"""From a traced model and its weights to a `Network`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node as Traced
+from torch.fx.node import map_arg
+
+from rgap.nn import calls
+from rgap.nn.activations import IDENTITY, Activation
+from rgap.nn.graph import Use
+from rgap.nn.layers import Layer
+from rgap.nn.network import Network, Node
+from rgap.nn.ops import Affine, Concat, Elementwise, Move, Op, Other, Sum, Trained
+
+# Operations whose output values are input values, or zeros.
+_MOVES = calls.VIEWS | {
+    "permute", "transpose", "t", "mT", "numpy_T", "swapdims", "expand_as", "cat", "rot90", "index_select",
+    "movedim", "swapaxes", "slice", "select", "narrow", "flip", "roll", "pixel_shuffle",
+    "pixel_unshuffle", "channel_shuffle", "split", "split_with_sizes", "chunk", "unbind", "expand", "repeat",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "pad", "constant_pad_nd", "reflection_pad1d",
+    "reflection_pad2d", "replication_pad1d", "replication_pad2d", "to", "_to_copy", "unsafe_split", "im2col", "unfold",
+}  # fmt: skip
+# Operations with f(a x) = a f(x) for a > 0.
+_SCALABLE = {
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "mean", "sum", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d", "upsample_bilinear2d", "amax",
+    "upsample_linear1d", "upsample_bicubic2d", "upsample_trilinear3d", "max_pool2d_with_indices", "abs",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A traced model, in memory only; it holds no weights."""
+
+    graph: torch.fx.Graph
+    inputs: frozenset[Traced]
+    names: Mapping[Traced, str]
+    """Of parameters and buffers, their names in the state dict."""
+    constants: Mapping[Traced, Tensor]
+    """Tensors that are written in the model's code."""
+    uses: Mapping[Traced, Use]
+    """What is known of each use of a layer."""
+    shared: frozenset[str]
+    """Weights that are used more than once."""
+    heard: frozenset[Traced]
+    """Operations that a gradient gets back to."""
+    activations: Mapping[Traced, Activation]
+    dropped: frozenset[Traced]
+    """Operations that do nothing, such as dropout in evaluation mode."""
+
+    def network(self, tensors: Mapping[str, Tensor], trained: frozenset[str]) -> Network:
+        """The operations with their weights, in float64.
+
+        Args:
+            tensors: parameters and buffers by name.
+            trained: the names of the parameters whose gradients are shared.
+
+        Raises:
+            NotImplementedError: an operation does something that a value cannot hold; says what.
+        """
+        return _Build(self, tensors, trained).run()
+
+
+class _Build:
+    """One pass over the traced operations."""
+
+    def __init__(self, program: Program, tensors: Mapping[str, Tensor], trained: frozenset[str]):
+        self.program, self.trained = program, trained
+        # Copies: the model's code may write to its buffers.
+        self.tensors = {n: t.double().clone() if t.is_floating_point() else t.clone() for n, t in tensors.items()}
+        self.known: dict[Traced, Any] = {}  # what does not depend on the input
+        self.place: dict[Traced, int] = {}  # of values that do
+        self.several: set[Traced] = set()  # operations that return several values
+        self.nodes: list[Node] = []
+        self.device = next(iter(self.tensors.values())).device
+
+    def run(self) -> Network:
+        program = self.program
+        example = next(iter(program.inputs)).meta["val"]
+        for node in program.graph.nodes:
+            if node in program.inputs:
+                self.place[node] = 0
+            elif node.op == "placeholder":
+                name = program.names.get(node)
+                self.known[node] = program.constants.get(node) if name is None else self.tensors[name]
+            elif node.op == "call_function":
+                self.visit(node)
+            elif node.op == "output":
+                return self.finish(node, tuple(example.shape[1:]))
+        raise NotImplementedError("the model returns nothing")
+
+    def finish(self, node: Traced, shape: tuple[int, ...]) -> Network:
+        result = node.all_input_nodes[0]
+        if len(node.all_input_nodes) != 1 or result not in self.place:
+            raise NotImplementedError("the model returns something else than one tensor of outputs")
+        end = self.place[result]
+        if end == 0:
+            raise NotImplementedError("the model returns its input")
+        needed, reads = {end}, {place + 1: node.reads for place, node in enumerate(self.nodes)}
+        for value in range(end, 0, -1):
+            if value in needed:
+                needed |= set(reads[value])
+        # What nobody reads is left out, and the rest numbered anew.
+        kept = [value for value in sorted(needed) if value > 0]
+        number = {0: 0} | {value: at for at, value in enumerate(kept, 1)}
+        nodes = (self.nodes[value - 1] for value in kept)
+        moved = (replace(node, reads=tuple(number[at] for at in node.reads)) for node in nodes)
+        return Network(tuple(moved), shape)
+
+    def visit(self, node: Traced) -> None:
+        data = [argument for argument in node.all_input_nodes if argument in self.place or argument in self.several]
+        name = calls.operation(node).removesuffix("_")
+        if not data:
+            if name not in calls.BLOCKS and all(argument in self.known for argument in node.all_input_nodes):
+                self.known[node] = self.call(node, {})
+            return
+        if name in calls.BLOCKS:
+            return
+        if node in self.program.dropped:
+            self.place[node] = self.place[data[0]]
+            return
+        if not isinstance(node.meta.get("val"), Tensor):
+            self.several.add(node)
+            return
+        if name == "getitem" and data[0] in self.several:
+            name = calls.operation(data[0]).removesuffix("_")
+            data = [each for each in data[0].all_input_nodes if each in self.place]
+        ops = self.ops(node, name, data)
+        reads = tuple(self.place[each] for each in self.reads(ops[0], node, data))
+        for op in ops:
+            self.nodes.append(Node(op, reads, tuple(node.meta["val"].shape[1:])))
+            reads = (len(self.nodes),)
+        self.place[node] = reads[0]
+        if calls.operation(node).endswith("_"):  # in place: who reads the old value from here on gets the new one
+            old = self.place[data[0]]
+            self.place.update({each: reads[0] for each, at in self.place.items() if at == old})
+
+    def reads(self, op: Op, node: Traced, data: list[Traced]) -> list[Traced]:
+        """The values that an operation reads, each as often as it does."""
+        arguments = calls.arguments(node)
+        if isinstance(op, Sum):
+            return [arguments["self"], arguments["other"]]
+        return list(arguments["tensors"]) if isinstance(op, Concat) else data
+
+    def ops(self, node: Traced, name: str, data: list[Traced]) -> list[Op]:
+        """What the operation is made of, one after another."""
+        where, arguments = calls.where(node), calls.arguments(node)
+        if node in self.program.heard:
+            trained = self.layer(node, data) if node in self.program.uses else None
+            if trained is not None:
+                return [trained]
+            if node in self.program.activations:
+                return [Elementwise(where, self.program.activations[node])]
+            if name == "batch_norm" and not arguments["training"]:
+                return [self.normalised(where, arguments)]
+            if name in ("add", "sub", "mul", "div"):
+                found = self.arithmetic(node, where, name, arguments, data)
+                if found is not None:
+                    return [found]
+            dim = int(arguments["dim"]) % node.meta["val"].dim() if name == "cat" else 0
+            if (
+                dim > 0
+                and len(data) == len(arguments["tensors"])
+                and all(e in self.place for e in arguments["tensors"])
+            ):
+                return [Concat(where, dim - 1)]
+            if name in _MOVES and len(data) == 1:
+                moved = self.moved(node, where, data[0])
+                if moved:
+                    return moved
+        trains = arguments.get("train") or arguments.get("training") or arguments.get("use_input_stats")
+        mode = " in training mode (call model.eval() first)" if trains else ""
+        function = self.function(node, data)
+        sizes = sum(each.meta["val"].numel() for each in data), node.meta["val"].numel()
+        return [Other(where, name + mode, function, *sizes, name in _SCALABLE, node not in self.program.heard)]
+
+    def call(self, node: Traced, values: Mapping[Traced, Any]) -> Any:
+        def value(argument: Traced) -> Any:
+            if argument in values:
+                return values[argument]
+            return self.known[argument] if argument in self.known else self.call(argument, values)
+
+        target: Any = node.target
+        return target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
+
+    def function(self, node: Traced, data: list[Traced]) -> Callable[..., Tensor]:
+        """The operation as a function of the values it reads, for one sample."""
+        mutates = calls.operation(node).endswith("_")
+
+        def run(*xs: Tensor) -> Tensor:
+            found: Tensor = self.call(node, dict(zip(data, (x.clone() for x in xs) if mutates else xs, strict=True)))
+            return found
+
+        return run
+
+    def layer(self, node: Traced, data: list[Traced]) -> Trained | None:
+        use = self.program.uses[node]
+        if use.make is None or use.weight_name is None or len(data) != 1:
+            return None
+        layer = replace(use.layer(self.tensors), activation=IDENTITY)
+        told = use.weight_name in self.trained and use.weight_name not in self.program.shared
+        heard = told and node in self.program.heard
+        bias = use.bias_name
+        if bias is not None and (not heard or bias not in self.trained or bias in self.program.shared):
+            layer = replace(layer, bias_name=None)
+        place = self.place[data[0]]
+        before = self.nodes[place - 1].op if place else None
+        if isinstance(before, Move) and not any(place in other.reads for other in self.nodes):
+            fused = _fused(layer, before)
+            if fused is not None:
+                self.place[data[0]] = self.nodes[place - 1].reads[0]
+                return Trained(fused, heard)
+        return Trained(layer, heard)
+
+    def normalised(self, where: str, arguments: dict[str, Any]) -> Affine:
+        """Batch norm with the statistics it has kept."""
+
+        def values(role: str) -> Tensor | None:
+            argument = arguments.get(role)
+            found: Tensor | None = self.known[argument] if isinstance(argument, Traced) else argument
+            return found
+
+        mean, var = values("running_mean"), values("running_var")
+        if mean is None or var is None:
+            raise NotImplementedError(f"{where}: batch norm without statistics of its own")
+        scale = (var + float(arguments["eps"])).rsqrt()
+        weight, bias = values("weight"), values("bias")
+        scale = scale if weight is None else scale * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        shape = (1, -1, *[1] * (arguments["input"].meta["val"].dim() - 2))
+        return Affine(where, scale.reshape(shape), shift.reshape(shape), self.trained_name(arguments.get("bias")))
+
+    def trained_name(self, argument: Any) -> str | None:
+        name = self.program.names.get(argument) if isinstance(argument, Traced) else None
+        return name if name in self.trained and name not in self.program.shared else None
+
+    def arithmetic(
+        self, node: Traced, where: str, name: str, arguments: dict[str, Any], data: list[Traced]
+    ) -> Op | None:
+        shape = node.meta["val"].shape
+        same = all(each.meta["val"].shape == shape for each in data)
+        first, second = arguments["self"], arguments["other"]
+        if not same or arguments.get("alpha", 1) != 1 or arguments.get("rounding_mode") is not None:
+            return None
+        both = isinstance(first, Traced) and isinstance(second, Traced) and {first, second} <= set(self.place)
+        if both:
+            return Sum(where) if name == "add" else None
+        constant = second if first in data else first
+        value = self.known[constant] if isinstance(constant, Traced) else constant
+        value = torch.as_tensor(value).double()
+        value = value.reshape(*[1] * (len(shape) - value.dim()), *value.shape)
+        if value.shape[0] != 1 or (name == "div" and first is not data[0]):
+            return None
+        one, zero = torch.ones_like(value), torch.zeros_like(value)
+        if name == "add":
+            full = value.numel() == math.prod(shape)
+            return Affine(where, one, value, self.trained_name(constant) if full else None)
+        if name == "sub":
+            return Affine(where, one, -value) if first is data[0] else Affine(where, -one, value)
+        return Affine(where, value if name == "mul" else 1 / value, zero)
+
+    def moved(self, node: Traced, where: str, data: Traced) -> list[Op]:
+        """What the operation does to numbered values: it moves them, and may add constants; nothing if it does else."""
+        shape, out_shape = data.meta["val"].shape, node.meta["val"].shape
+        if shape[0] != 1 or out_shape[0] != 1 or not node.meta["val"].is_floating_point():
+            return []
+        run, count = self.function(node, [data]), math.prod(shape)
+        numbers = torch.arange(1, count + 1, dtype=torch.float64, device=self.device).reshape(shape)
+        constant = run(torch.zeros_like(numbers))
+        if constant.dtype != torch.float64:
+            return []
+        out = run(numbers) - constant
+        index = out.round().long().reshape(-1) - 1
+        index = torch.where(index < 0, count, index)
+        move = Move(where, index, tuple(shape[1:]), tuple(out_shape[1:]))
+        # Any other values tell whether that is all it does.
+        draw = torch.Generator(device=self.device).manual_seed(0)
+        probe = torch.randn(shape, generator=draw, dtype=torch.float64, device=self.device)
+        if not torch.allclose(move.forward(probe) + constant, run(probe), rtol=0, atol=1e-12):
+            return []
+        if not bool(constant.any()):
+            return [move]
+        return [move, Affine(where, torch.ones_like(constant), constant)]
+
+
+def _fused(layer: Layer, before: Move) -> Layer | None:
+    """A convolution that reads its input through a move of pixels, the same in all channels; None if it is another."""
+    if layer.channels_last or len(before.input_shape) != len(layer.input_shape) or len(layer.input_shape) < 2:
+        return None
+    if before.output_shape != layer.input_shape or before.input_shape[0] != layer.channels:
+        return None
+    pixels = math.prod(before.input_shape[1:])
+    if before.index.numel() == before.size and bool((before.index < before.size).all()):
+        return None  # a reordering is inverted as it is
+    index = before.index.reshape(layer.channels, layer.pixels)
+    inside = index < before.size
+    offset = torch.arange(layer.channels, device=index.device)[:, None] * pixels
+    local = torch.where(inside, index - offset, pixels)
+    if not bool((local == local[:1]).all() and ((local >= 0) & (local <= pixels)).all()):
+        return None
+    reads = torch.cat([local[0], local.new_tensor([pixels])]).to(layer.table.device)
+    return replace(layer, table=reads[layer.table], pixels=pixels, input_shape=before.input_shape)

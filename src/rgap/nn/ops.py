@@ -1,0 +1,276 @@
+"""The operations of a network as an attack sees them: run, differentiated, and inverted where they can be.
+
+Values and their gradients have the shapes of the module, (s, *shape), with s independent systems in front.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rgap.nn.activations import Activation
+from rgap.nn.layers import Layer
+
+
+class Op(ABC):
+    """One operation. Authors write `forward`, and more where more is known."""
+
+    name: str
+    """Where it stands in the module."""
+    scalable: bool = False
+    """Whether a factor a > 0 on all inputs comes out as the same factor."""
+
+    @abstractmethod
+    def forward(self, *xs: Tensor) -> Tensor: ...
+
+    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The gradients of the inputs from that of the output, at inputs xs; k may be many where xs are one."""
+        wide = tuple(x.expand(len(k), *x.shape[1:]) for x in xs)
+        back: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(self.forward, *wide)[1]
+        return back(k)
+
+    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        """The move of the output from those of the inputs, at inputs xs; moves may be many where xs are one."""
+        wide = tuple(x.expand(len(moves[0]), *x.shape[1:]).contiguous() for x in xs)
+        moved: Tensor = torch.func.jvp(self.forward, wide, moves)[1]
+        return moved
+
+    def invert(self, y: Tensor) -> Tensor | None:
+        """The only input for this output; None if the operation does not have one."""
+        return None
+
+    @property
+    def loses(self) -> str:
+        """Why `invert` gives nothing, in a few words."""
+        return "is not inverted"
+
+    def to(self, device: torch.device) -> Op:
+        """The same operation with its tensors on another device."""
+        return self
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, eq=False)
+class Trained(Op):
+    """z = W x + b, whose gradient is shared if it is heard."""
+
+    layer: Layer
+    heard: bool = True
+    """Whether the gradient of its weight is that of this operation alone; else it has weight constraints only."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.layer.name
+
+    @property
+    def scalable(self) -> bool:  # type: ignore[override]
+        return self.layer.bias is None
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        z = self.push(xs, xs)
+        return (
+            z
+            if self.layer.bias is None
+            else z + self.layer.unpack_output(self.layer.bias[None, :, None].expand(1, -1, self.layer.positions))
+        )
+
+    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        layer = self.layer
+        return (layer.unpack_input(layer.grad_input(layer.pack_output(k))).reshape(len(k), *xs[0].shape[1:]),)
+
+    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return self.layer.unpack_output(self.layer.output(self.layer.pack_input(moves[0])))
+
+    def __str__(self) -> str:
+        return str(self.layer).removesuffix(", identity")
+
+
+@dataclass(frozen=True)
+class Elementwise(Op):
+    """x = f(z) for every value."""
+
+    name: str
+    activation: Activation
+
+    @property
+    def scalable(self) -> bool:  # type: ignore[override]
+        return self.activation.homogeneous
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.activation(xs[0])
+
+    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (k * self.activation.slope(xs[0]),)
+
+    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return moves[0] * self.activation.slope(xs[0])
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.activation}"
+
+
+@dataclass(frozen=True, eq=False)
+class Move(Op):
+    """Every output value is an input value, or zero: reshaping, reordering, slices, padding, nearest upsampling."""
+
+    name: str
+    index: Int[Tensor, " m"]
+    """Of each output value the place among the input's; n, the number of input values, where it is zero."""
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    scalable = True
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.input_shape)
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        x = xs[0].reshape(len(xs[0]), self.size)
+        padded = torch.cat([x, x.new_zeros(len(x), 1)], 1)
+        return padded[:, self.index].reshape(len(x), *self.output_shape)
+
+    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self._gather(k).reshape(len(k), *self.input_shape),)
+
+    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return self.forward(*moves)
+
+    def _gather(self, y: Tensor) -> Tensor:
+        flat = y.reshape(len(y), -1)
+        total = flat.new_zeros(len(y), self.size + 1).scatter_add_(1, self.index.expand_as(flat), flat)
+        return total[:, :-1]
+
+    def invert(self, y: Tensor) -> Tensor | None:
+        counts = torch.bincount(self.index, minlength=self.size + 1)[:-1]
+        if not bool((counts > 0).all()):
+            return None
+        return (self._gather(y) / counts).reshape(len(y), *self.input_shape)
+
+    @property
+    def loses(self) -> str:
+        kept = len(torch.unique(self.index[self.index < self.size]))
+        return f"keeps {kept} of {self.size} values"
+
+    def to(self, device: torch.device) -> Move:
+        return Move(self.name, self.index.to(device), self.input_shape, self.output_shape)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {list(self.input_shape)} -> {list(self.output_shape)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(Op):
+    """y = scale * x + shift, both known: batch norm with fixed statistics, added constants."""
+
+    name: str
+    scale: Tensor
+    """(1, ...), broadcast over the value."""
+    shift: Tensor
+    """Likewise."""
+    shift_name: str | None = None
+    """The trained parameter whose gradient is that of every value of the output, if there is one."""
+
+    @property
+    def scalable(self) -> bool:  # type: ignore[override]
+        return not bool(self.shift.any())
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.scale * xs[0] + self.shift
+
+    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (k * self.scale,)
+
+    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return moves[0] * self.scale
+
+    def invert(self, y: Tensor) -> Tensor | None:
+        return (y - self.shift) / self.scale if bool((self.scale != 0).all()) else None
+
+    @property
+    def loses(self) -> str:
+        return f"multiplies {int((self.scale == 0).sum())} channels by zero"
+
+
+@dataclass(frozen=True)
+class Sum(Op):
+    """y = x_1 + x_2 + ...: where a skip connection ends."""
+
+    name: str
+    scalable = True
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        total = xs[0]
+        for x in xs[1:]:
+            total = total + x
+        return total
+
+    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (k,) * len(xs)
+
+    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return self.forward(*moves)
+
+
+@dataclass(frozen=True)
+class Concat(Op):
+    """The values side by side along one dimension."""
+
+    name: str
+    dim: int
+    """Of a sample, without the batch."""
+    scalable = True
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return torch.cat(xs, self.dim + 1)
+
+    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.split(k, [x.shape[self.dim + 1] for x in xs], self.dim + 1)
+
+    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return self.forward(*moves)
+
+
+@dataclass(frozen=True, eq=False)
+class Other(Op):
+    """Anything else that torch can differentiate: pooling, layer norm, attention. No closed form passes it."""
+
+    name: str
+    what: str
+    """The operation, such as ``avg_pool2d``."""
+    function: Callable[..., Tensor]
+    """One sample with its batch dimension, (1, *shape), to one of the output."""
+    inputs: int
+    """Values that one sample's inputs hold."""
+    outputs: int
+    scalable: bool = False
+    silent: bool = False
+    """Whether it lets no gradient through, as under no_grad."""
+
+    def forward(self, *xs: Float[Tensor, "s ..."]) -> Tensor:
+        # The traced operation may have a batch of one in its arguments.
+        run: Callable[..., Tensor] = torch.func.vmap(
+            lambda *one: self.function(*(x[None] for x in one))[0], randomness="different"
+        )
+        return run(*xs)
+
+    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.silent:
+            return tuple(k.new_zeros(len(k), *x.shape[1:]) for x in xs)
+        return super().pull(k, xs)
+
+    @property
+    def loses(self) -> str:
+        if self.outputs < self.inputs:
+            return f"{self.what} makes {self.outputs} values of {self.inputs}"
+        return f"{self.what} is not inverted"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
