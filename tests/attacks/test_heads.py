@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rgap import Target, capture, losses
 from rgap.attacks.heads import Heads, heads
 from rgap.nn.activations import IDENTITY
+from rgap.nn.layers import Layer
 
 PRECISION = 1e-15
 NONNEGATIVE = {"relu", "sigmoid", "softplus"}
@@ -250,3 +251,161 @@ def test_select_keeps_the_columns_together(index: Tensor) -> None:
 def test_one_per_direction_is_the_best_known() -> None:
     """The first two have k of one sign, the others of the other."""
     assert some_heads().one_per_direction.tolist() == [1, 2]
+
+
+# Heads of several outputs.
+
+
+def of_several(kind: str, outputs: int, generator: torch.Generator) -> losses.Loss:
+    weight = tuple((0.3 + torch.rand(outputs, generator=generator)).tolist())
+    return {
+        "plain": losses.CrossEntropy(outputs),
+        "weighted": losses.CrossEntropy(outputs, 0.0, weight),
+        "smoothed": losses.CrossEntropy(outputs, 0.1),
+        "smoothed and weighted": losses.CrossEntropy(outputs, 0.2, weight),
+        "bce": losses.BinaryCrossEntropy(outputs),
+        "one bce": losses.BinaryCrossEntropy(1),
+        "mse": losses.MeanSquaredError(outputs),
+        "one mse": losses.MeanSquaredError(1),
+    }[kind]
+
+
+KINDS = ["plain", "weighted", "smoothed", "smoothed and weighted", "bce", "one bce", "mse", "one mse"]
+
+
+def a_head(
+    kind: str, outputs: int, size: float, bias: str, dtype: torch.dtype, seed: int
+) -> tuple[losses.Loss, Layer, dict[str, Tensor], float, Tensor, Tensor]:
+    """A Linear layer alone: its loss, the layer, its gradient, and the truth: label, k and z.
+
+    The bias is sent, frozen or not there; the gradient is autograd's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    loss = of_several(kind, outputs, generator)
+    features = int(torch.randint(2, 30, (1,), generator=generator))
+    weight = (size * torch.randn(loss.outputs, features, generator=generator) / features**0.5).to(dtype)
+    offset = torch.randn(loss.outputs, generator=generator).to(dtype) * (bias != "none")
+    x = torch.randn(1, features, generator=generator).to(dtype)
+    known = loss.labels or (0.3, -1.7)
+    label = float(known[int(torch.randint(len(known), (1,), generator=generator))])
+    weight.requires_grad_()
+    offset.requires_grad_()
+    z = x @ weight.mT + offset
+    z.retain_grad()
+    loss(z, torch.tensor([label], dtype=dtype)).backward()
+    layer = Layer(
+        "fc", weight.detach().double()[None], None if bias == "none" else offset.detach().double(),
+        torch.zeros(1, 1, dtype=torch.long), features, 1, (features,), (loss.outputs,), "w",
+        "b" if bias == "sent" else None,
+    )  # fmt: skip
+    gradients = {"w": weight.grad} | ({"b": offset.grad} if bias == "sent" else {})
+    return loss, layer, gradients, label, z.grad[0].double(), z[0].detach().double()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(KINDS), st.integers(2, 10), st.sampled_from([0.1, 1.0, 4.0, 15.0]),
+    st.sampled_from(["sent", "frozen", "none"]), st.sampled_from([torch.float64, torch.float32]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_the_truth_of_several_outputs_is_a_candidate(
+    kind: str, outputs: int, size: float, bias: str, dtype: torch.dtype, seed: int
+) -> None:
+    loss, layer, gradients, label, k, z = a_head(kind, outputs, size, bias, dtype, seed)
+    assume(bool(gradients["w"].any()))
+    precision = 4 * torch.finfo(dtype).eps
+    candidates = heads(layer, IDENTITY, loss, gradients, precision)
+    if kind == "one mse" and bias != "sent":
+        assert len(candidates.labels) == 0
+        assert "without a bias" in candidates.reason
+        return
+    assert not candidates.reason
+    exact = kind != "one mse"
+    same = (candidates.labels - label).abs() <= (0.0 if exact else 100 * precision * (1 + z.abs().max() + 30 * size))
+    assert bool(same.any()), "the true label is not among the candidates"
+    off = ((candidates.k[..., 0] - k).norm(dim=1) / k.norm()).masked_fill(~same, math.inf)
+    at = int(off.argmin())
+    # Entries of a saturated k are differences from 1 in the client's own arithmetic.
+    assert float(off[at]) <= 2 * float(candidates.k_error[at]) + 1e-13
+    assert bool(candidates.margins.isnan().all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([kind for kind in KINDS if kind != "one mse"]), st.integers(2, 7), st.sampled_from([0.1, 1.0, 4.0]),
+    st.sampled_from(["sent", "frozen", "none"]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_every_candidate_of_several_outputs_gives_the_gradient(
+    kind: str, outputs: int, size: float, bias: str, seed: int
+) -> None:
+    """By autograd at the candidate's own input, x = grad W' k / |k|^2, and label."""
+    loss, layer, gradients, _, _, _ = a_head(kind, outputs, size, bias, torch.float64, seed)
+    candidates = heads(layer, IDENTITY, loss, gradients, 1e-15)
+    assert len(candidates.labels) > 0
+    for label, k, z, error in zip(
+        candidates.labels, candidates.k[..., 0], candidates.z[..., 0], candidates.k_error, strict=True
+    ):
+        x = (gradients["w"].mT @ k / (k @ k))[None]
+        weight = layer.weight[0].clone().requires_grad_()
+        output = x @ weight.mT + (0 if layer.bias is None else layer.bias)
+        torch.testing.assert_close(output[0].detach(), z, rtol=1e-6 + 10 * float(error), atol=1e-7)
+        (found,) = torch.autograd.grad(loss(output, label[None]), weight)
+        assert float((found - gradients["w"]).norm()) <= (1e-7 + 100 * float(error)) * float(gradients["w"].norm())
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+@pytest.mark.parametrize("margin", [-3.0, -0.4, 0.2, 1.1, 1.28, 2.0, 9.0])
+@pytest.mark.parametrize("kind", ["one bce", "plain"])
+def test_two_classes_without_a_bias_have_the_roots_of_the_logistic_loss(kind: str, margin: float, label: float) -> None:
+    """Binary cross-entropy is that loss; two classes are it in the difference of their outputs."""
+    features = torch.linspace(0.2, 1, 5, dtype=torch.float64)
+    sign = 2 * label - 1
+    row = sign * margin * features / (features @ features)
+    weight = row[None] if kind == "one bce" else torch.stack([-row / 2, row / 2])
+    loss = losses.BinaryCrossEntropy(1) if kind == "one bce" else losses.CrossEntropy(2)
+    weight.requires_grad_()
+    loss((features @ weight.mT)[None], torch.tensor([label])).backward()
+    product = margin * float(losses.Logistic().slope(torch.tensor(margin, dtype=torch.float64)))
+    expected = sorted(losses.Logistic().roots(product) * 2)  # of either label
+    layer = Layer(
+        "fc", weight.detach()[None], None, torch.zeros(1, 1, dtype=torch.long), 5, 1, (5,), (len(weight),), "w", None
+    )
+    candidates = heads(layer, IDENTITY, loss, {"w": weight.grad}, 1e-15)
+    z = candidates.z[..., 0]
+    output = z[:, 0] if kind == "one bce" else z[:, 1] - z[:, 0]
+    assert sorted(((2 * candidates.labels - 1) * output).tolist()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "one mse"])
+def test_several_samples_without_a_bias_are_no_candidate(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    loss = of_several(kind, 4, generator)
+    weight = torch.randn(loss.outputs, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, 9, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([loss.labels[at % len(loss.labels)] for at in range(6)], dtype=torch.float64)
+    loss(x @ weight.mT, labels).backward()
+    layer = Layer(
+        "fc", weight.detach()[None], None, torch.zeros(1, 1, dtype=torch.long), 9, 1, (9,), (loss.outputs,), "w", None
+    )
+    candidates = heads(layer, IDENTITY, loss, {"w": weight.grad}, 1e-15)
+    if loss.outputs > 1:
+        assert len(candidates.labels) == 0
+        assert "rank one" in candidates.reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", ["sent", "none"])
+def test_a_gradient_of_zero_says_so(kind: str, bias: str) -> None:
+    loss, layer, gradients, *_ = a_head(kind, 3, 1.0, bias, torch.float64, 0)
+    candidates = heads(layer, IDENTITY, loss, {name: 0 * g for name, g in gradients.items()}, 1e-15)
+    assert len(candidates.labels) == 0
+    assert candidates.k.shape == candidates.z.shape == (0, loss.outputs, 1)
+    assert "zero" in candidates.reason
+    assert candidates.one_per_direction.tolist() == []
+
+
+def test_a_gradient_that_was_scaled_leads_to_the_nearest_label_and_says_so() -> None:
+    loss, layer, gradients, label, k, _ = a_head("plain", 5, 1.0, "sent", torch.float64, 3)
+    candidates = heads(layer, IDENTITY, loss, {name: 0.3 * g for name, g in gradients.items()}, 1e-15)
+    assert candidates.labels.tolist() == [label]
+    assert "nearest" in candidates.assumptions[0]
+    torch.testing.assert_close(candidates.k[0, :, 0], 0.3 * k)

@@ -460,3 +460,14 @@ def test_what_makes_no_sense_is_refused(make: Callable[[], object], message: str
 def test_a_loss_of_several_outputs_is_found_by_its_name(loss: Loss) -> None:
     assert type(losses.by_name(loss.name, loss.outputs)) is type(loss)
     assert losses.by_name(loss.name, loss.outputs).outputs == loss.outputs
+
+
+@pytest.mark.parametrize("far", [50.0, 200.0])
+def test_a_certain_and_right_model_leaves_a_small_gradient_and_not_nothing(far: float) -> None:
+    """1 - p is exp(-far) there, which the difference of p and 1 loses."""
+    label = torch.tensor([1.0], dtype=torch.float64)
+    outputs = torch.tensor([[0.0, far]], dtype=torch.float64)
+    small = np.exp(-far)
+    assert CrossEntropy(2).output_gradient(outputs, label)[0].tolist() == pytest.approx([small, -small], rel=1e-12)
+    found = BinaryCrossEntropy(1).output_gradient(outputs[:, 1:], label)
+    assert float(found) == pytest.approx(-small, rel=1e-12)

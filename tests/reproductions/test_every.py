@@ -14,17 +14,21 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from rgap import models
+from rgap import losses, models
 from rgap.attacks import InvertingGradients
 from rgap.reproductions import Options, Reproduction, by_name, figure4, figure5, reproduce
+from rgap.reproductions import models as zoo
 from rgap.reproductions.batches import OPTIMISED
 from rgap.reproductions.figure1 import Figure1
 from rgap.reproductions.figure3 import Figure3
 from rgap.reproductions.figure6 import Figure6
 from rgap.reproductions.figure7 import Figure7
 from rgap.reproductions.inverting_gradients import Inverting, Setting
+from rgap.reproductions.models import Models
 from rgap.reproductions.table1 import GREY, Cell, Table1
 from rgap.reproductions.table2 import Table2
+from rgap.reproductions.training import Cell as Learning
+from rgap.reproductions.training import Training
 
 
 def full_rank(seed: int) -> nn.Module:
@@ -50,6 +54,20 @@ def scaled_net(width: float, seed: int) -> nn.Module:
     return models.fcn3(hidden=(round(50 * width),), seed=seed)
 
 
+TEN = losses.CrossEntropy(10)
+
+
+def flat_net(seed: int) -> nn.Module:
+    return models.fcn3(3072, (12,), bias=True, seed=seed)
+
+
+def pooled_net(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = (nn.Conv2d(3, 2, 3, 4), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 10))
+        return nn.Sequential(*layers)
+
+
 def small_lenet(seed: int) -> nn.Module:
     return models.lenet(seed=seed)
 
@@ -73,6 +91,10 @@ CASES = {
         Inverting((Setting("LeNet", small_lenet, InvertingGradients(iterations=3), "-"),)), count=2
     ),
     "figure6": Case(Figure6(matching=HASTY, hidden=(20,))),
+    "models": Case(
+        Models((zoo.Cell("FCN3", flat_net, losses.Logistic(), 1), zoo.Cell("pooled", pooled_net, TEN, 1)), iterations=2)
+    ),
+    "training": Case(Training((Learning("FCN3", flat_net, losses.Logistic()),), epochs=(0, 1), learned=4)),
     "figure7": Case(Figure7(matching=HASTY, hidden=(20, 10)), count=2),
 }
 every_case = pytest.mark.parametrize("name", CASES)

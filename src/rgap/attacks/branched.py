@@ -19,6 +19,8 @@ from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Trained
 
+MOST_BYTES = 2**31
+"""Of the matrix of all rows, above which nothing is solved jointly."""
 COLUMNS = 128
 """Unit vectors that are pushed at once."""
 

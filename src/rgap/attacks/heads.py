@@ -1,53 +1,52 @@
-"""Where the recursion starts: label and k of the last layer, from its gradient.
+"""Where the recursion starts: label and k of the last layer, from its gradient (Eqs. 9-14).
 
-With a bias its gradient is k. Without one, for the losses of the margin mu = label * output,
+A margin loss has one output, and a margin mu = label * output:
 
-    <W, grad W> = mu * dl/dmu        (Eq. 11)
+    <W, grad W> = mu * dl/dmu        (Eq. 11, without bias)
     k           = label * dl/dmu     (Eq. 14)
 
-and for those of several outputs grad W = k x' is of rank one: k = s u and x = v / s, with s a root of the scalar
-equation <u, dl/do(W v / s)> = s. Every root and every label that nothing rules out becomes one candidate; the gradient
-residual decides later.
+Of several outputs grad W = k x'. With a bias k is its gradient, x' follows, and so does z = W x + b. Without, a
+singular pair of grad W gives k = s u and x = v / s with one unknown number s, a root of the loss's own equation
+
+    <u, k(z(s))> = s    with    z(s) = W v / s + b.
+
+Every root and every label that nothing rules out becomes one candidate; the gradient residual decides later.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import brentq
 from torch import Tensor
 
+from rgap.attacks.scalar import Scalar, leading
 from rgap.nn.activations import Activation
 from rgap.nn.layers import Layer
-from rgap.nn.losses import BinaryCrossEntropy, CrossEntropy, Loss, MarginLoss
+from rgap.nn.losses import BinaryCrossEntropy, CrossEntropy, Loss, MarginLoss, MeanSquaredError
 
-GRID = 400
-"""Values of s, evenly spread over its orders of magnitude, between which roots are looked for."""
-SMALLEST = 1e-12
-"""A smaller s is a saturated loss's: x would be a billion times the gradient's own direction."""
-HOLDS = 1e-3
-"""A candidate of several outputs must satisfy all their equations to this part of k, or to a thousand roundings."""
+SLACK = 20.0
+"""Times the estimated rounding by which k may miss the loss's equation."""
+BLUNT = 0.1
+"""A gradient of one sample has rank one; where more than this part of it does not, no root is looked for."""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """s candidates for what the last layer, of o outputs, put out."""
+    """s candidates for what the last layer put out."""
 
     labels: Float[Tensor, " s"]
     margins: Float[Tensor, " s"]
-    """The label times the output; NaN for other losses than those of the margin."""
+    """NaN if the loss has none."""
     k: Float[Tensor, "s o 1"]
     z: Float[Tensor, "s o 1"]
-    """The network's outputs, bias included."""
+    """The network's output, bias included."""
     k_error: Float[Tensor, " s"]
     """How far rounding may have moved k, relative to k."""
     assumptions: tuple[str, ...]
     reason: str = ""
-    """Why there are no candidates."""
+    """Why there are no candidates; empty if there are some, or where the loss alone excludes them."""
 
     def select(self, index: Tensor) -> Heads:
         """The candidates at an index or mask."""
@@ -64,14 +63,12 @@ class Heads:
     def one_per_direction(self) -> Int[Tensor, " directions"]:
         """The index of one candidate for each direction of k, the one with the best known k.
 
-        All k of one last layer are multiples of one vector, so that there are two directions at the most.
+        All candidates' k are multiples of one vector, so that there are two directions at most.
         """
-        first = self.k[:1].flatten()
-        if not len(first):
-            return torch.zeros(0, dtype=torch.long, device=self.k.device)
-        along = (self.k.flatten(1) @ first > 0).tolist()
         order = self.k_error.argsort(descending=True).tolist()
-        return torch.tensor(sorted({along[at]: at for at in order}.values()), dtype=torch.long, device=self.k.device)
+        along = (self.k.flatten(1) @ self.k[:1].flatten(1).mT > 0).flatten().tolist()
+        positions = {along[at]: at for at in order}
+        return torch.tensor(sorted(positions.values()), dtype=torch.long, device=self.labels.device)
 
 
 def heads(last: Layer, before: Activation, loss: Loss, gradients: dict[str, Tensor], precision: float) -> Heads:
@@ -83,11 +80,180 @@ def heads(last: Layer, before: Activation, loss: Loss, gradients: dict[str, Tens
     """
     if isinstance(loss, MarginLoss):
         return _of_margin(last, before, loss, gradients, precision)
-    bias = None if last.bias is None or last.bias_name not in gradients else gradients[last.bias_name].double()
-    grad = gradients[last.weight_name].double().reshape(last.weight[0].shape)
-    if bias is None:
-        return _without_bias(last, loss, grad, precision)
-    return _with_bias(last, loss, grad, bias, precision)
+    grad = last.pack_weight(gradients[last.weight_name].double()[None])[0, 0]
+    bias = None if last.bias_name is None else gradients.get(last.bias_name)
+    return of_layer(loss, last.weight[0], last.bias, grad, bias, precision)
+
+
+def of_layer(
+    loss: Loss,
+    weight: Float[Tensor, "o n"],
+    bias: Float[Tensor, " o"] | None,
+    grad_weight: Float[Tensor, "o n"],
+    grad_bias: Float[Tensor, " o"] | None,
+    precision: float,
+) -> Heads:
+    """The same for one layer z = W x + b, under a loss that is a function of z and no margin loss.
+
+    Args:
+        grad_bias: None if the bias is frozen or there is none; zeros count as not sent.
+        precision: relative rounding of the gradient.
+    """
+    weight, grad = weight.double(), grad_weight.double()
+    offset = weight.new_zeros(len(weight)) if bias is None else bias.double()
+    if not grad.any():
+        return _none(loss, weight, "the last layer's gradient is zero: the loss is saturated, or its input is zero")
+    if grad_bias is not None and grad_bias.any():
+        return _with_bias(loss, weight, offset, grad, grad_bias.double(), precision)
+    if not loss.labels:
+        return _none(
+            loss,
+            weight,
+            "without a bias the last layer's gradient leaves the scale of input and label open: an input twice as "
+            "bright with another label gives the same gradient under the mse loss",
+        )
+    return _by_roots(loss, weight, offset, grad, precision)
+
+
+def _none(loss: Loss, like: Tensor, reason: str) -> Heads:
+    some = like.new_zeros(0)
+    z = like.new_zeros(0, loss.outputs, 1)
+    return Heads(some, some, z, z, some, (), reason)
+
+
+def _with_bias(
+    loss: Loss, weight: Tensor, offset: Tensor, grad: Tensor, grad_bias: Float[Tensor, " o"], precision: float
+) -> Heads:
+    """k is the gradient of the bias, and the label follows from z."""
+    scale = grad_bias.abs().max()  # squares of a saturated loss's gradient would be lost
+    k = grad_bias / scale
+    x = (grad / scale).mT @ k / (k @ k)
+    z = (weight @ x + offset)[None]
+    labels = _fitting(loss, z, grad_bias[None])
+    moved = _moved(weight, offset, x[None], precision)
+    off = _misses(loss, z, labels, grad_bias[None], moved, precision)
+    said = "k is read off the last layer's bias gradient, and the label is the one with which the loss gives it"
+    fits = off <= 1
+    if not bool(fits.any()):
+        # A gradient that was clipped still has its direction and leads to its input, one with noise near it.
+        given = loss.output_gradient(z.expand(len(labels), -1), labels)
+        along = given @ k / given.norm(dim=1)
+        fits = along == along.max()
+        said = "with no label the loss gives the last layer's bias gradient exactly, as it does of one sample: the "
+        said += "label with the nearest direction is taken"
+    labels = labels[fits]
+    count = len(labels)
+    k_, z_ = grad_bias.expand(count, -1)[..., None], z.expand(count, -1)[..., None]
+    nan = z.new_full((count,), float("nan"))
+    return Heads(labels, nan, k_, z_, z.new_full((count,), precision), (said,))
+
+
+def _fitting(loss: Loss, z: Float[Tensor, "1 o"], k: Float[Tensor, "1 o"]) -> Float[Tensor, " t"]:
+    """The labels to try with outputs and their gradient."""
+    if isinstance(loss, BinaryCrossEntropy):
+        return _binary(loss, z, k)
+    return torch.tensor(loss.labels).to(z) if loss.labels else (z - k / 2)[:, 0]
+
+
+def _binary(loss: BinaryCrossEntropy, z: Float[Tensor, "s o"], k: Float[Tensor, "s o"]) -> Float[Tensor, " s"]:
+    """The labels of binary cross-entropy, whose k is (sigmoid(z) - y) / outputs."""
+    return loss.label((z.sigmoid() - loss.outputs * k).round().clamp(0, 1))
+
+
+def _moved(weight: Tensor, offset: Tensor, x: Float[Tensor, "s n"], precision: float) -> Float[Tensor, " s"]:
+    """How far rounding may have moved z = W x + b, in its worst output."""
+    each = weight.norm(dim=1) * x.norm(dim=1, keepdim=True) + offset.abs()
+    moved: Tensor = precision * each.amax(1)
+    return moved
+
+
+def _misses(
+    loss: Loss,
+    z: Float[Tensor, "*s o"],
+    labels: Float[Tensor, " t"],
+    k: Float[Tensor, "*s o"],
+    moved: Float[Tensor, " *s"],
+    precision: float,
+) -> Float[Tensor, " t"]:
+    """By how much k misses what the loss gives at z with each label, in units of what rounding may explain.
+
+    k_c is the difference of a share of the label's and one of the output's. Where both are there it has the rounding
+    of the larger one, otherwise that of its own.
+    """
+    z, k, moved = (t.expand(len(labels), *t.shape[1:]) for t in (z, k, moved))
+    given = loss.output_gradient(z, labels)
+    if isinstance(loss, CrossEntropy):
+        of_label = loss.targets(z)[labels.long()]
+        of_output = of_label.sum(1, keepdim=True) * z.softmax(1)
+    elif isinstance(loss, BinaryCrossEntropy):
+        of_label = loss.digits(labels).to(z) / loss.outputs
+        of_output = z.sigmoid() / loss.outputs
+    else:
+        assert isinstance(loss, MeanSquaredError)
+        of_label, of_output = loss.targets(z, labels).abs(), z.abs()
+    size = k.norm(dim=1, keepdim=True)
+    allowed = precision * (size + of_label + of_output) + 2 * moved[:, None] * of_output.clamp(max=1)
+    if isinstance(loss, MeanSquaredError):
+        allowed = allowed + moved[:, None]
+    # What agrees as well as a recomputed gradient must is not dropped: the certificate decides.
+    allowed = SLACK * allowed + precision**0.5 * size + torch.finfo(z.dtype).tiny
+    off: Tensor = ((given - k).abs() / allowed).amax(1)
+    return off
+
+
+def _by_roots(loss: Loss, weight: Tensor, offset: Tensor, grad: Tensor, precision: float) -> Heads:
+    """Every scale of k at which the loss gives it back, by label."""
+    u, size, v, left = leading(grad)
+    if left > BLUNT:
+        return _none(
+            loss,
+            weight,
+            f"the last layer's gradient is not of rank one, as that of one sample is: {left:.0%} of it is left over; "
+            "it is of several samples, or was changed",
+        )
+    said = ["label and scale of k are the roots of the loss's equation; the gradient residual decides among them"]
+    if left > 10 * precision:
+        said.append(f"the last layer's gradient is of rank one, but for {left:.1e} of it, which is taken for noise")
+        precision = left
+    scalar = Scalar(loss, u, size * (weight @ v), offset)
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # label, k, z, error of k
+    for label in _possible(loss, u, precision):
+        root = scalar.roots(label)
+        if not len(root):
+            continue
+        k, z = u / root[:, None], scalar.outputs(root)
+        x = v * (size * root)[:, None]
+        moved = _moved(weight, offset, x, precision)
+        error = scalar.error(root, label, moved, precision)
+        own = label.expand(len(root))
+        if isinstance(loss, BinaryCrossEntropy):
+            own = _binary(loss, z, k)
+        z_moved = moved + error * (z - offset).abs().amax(1)
+        fits = _misses(loss, z, own, k, z_moved, precision) <= 1
+        found.append((own[fits], k[fits], z[fits], error[fits]))
+    if not any(len(labels) for labels, *_ in found):
+        return _none(
+            loss,
+            weight,
+            f"under {loss.name} loss no label and no scale of k give the last layer's gradient: it is scaled, of "
+            "several samples, of a loss that is saturated, or of another loss",
+        )
+    labels, k, z, error = (torch.cat(column) for column in zip(*found, strict=True))
+    return Heads(labels, torch.full_like(error, float("nan")), k[..., None], z[..., None], error, tuple(said))
+
+
+def _possible(loss: Loss, u: Float[Tensor, " o"], precision: float) -> Float[Tensor, " t"]:
+    """The labels that the direction of k leaves, whatever its sign."""
+    if isinstance(loss, BinaryCrossEntropy):  # k_j < 0 where the label is 1
+        return loss.label(torch.stack([u < 0, u > 0]))
+    every = torch.tensor(loss.labels).to(u)
+    if not isinstance(loss, CrossEntropy) or loss.label_smoothing:
+        return every
+    # Without smoothing all other entries have one sign.
+    sure = u.abs() > SLACK * precision
+    up, down = sure & (u > 0), sure & (u < 0)
+    one_sign = [int((up & (every != y)).sum()) == 0 or int((down & (every != y)).sum()) == 0 for y in every.tolist()]
+    return every[torch.tensor(one_sign, device=u.device)]
 
 
 def _collected(
@@ -113,106 +279,6 @@ def _collected(
     )
 
 
-# Several outputs.
-
-
-def _with_bias(last: Layer, loss: Loss, grad: Tensor, k: Tensor, precision: float) -> Heads:
-    """The gradient of the bias is k; x = grad W' k / |k|^2, and the label is the one that gives this k at W x + b."""
-    if not bool(k.any()):
-        return _collected([], last, "", "the last layer's bias gradient is zero: the loss is saturated")
-    assert last.bias is not None
-    z = last.weight[0] @ (grad.mT @ k / (k @ k)) + last.bias
-    said = "the label and k are read off the last layer's bias gradient"
-    if not loss.labels:
-        label = float(z - k / loss.output_gradient(torch.ones(1, 1).to(z), torch.zeros(1).to(z))[0])
-        return _collected([(label, math.nan, k, z, precision)], last, said)
-    labels = _labels(loss, k, z)
-    wrong = (loss.output_gradient(z.expand(len(labels), -1), labels) - k).norm(dim=1) / k.norm()
-    least = float(wrong.min())
-    if least > max(HOLDS, 1000 * precision):
-        said = f"{said}; none of one sample gives it, the nearest label is taken"
-    near = (wrong <= max(10 * least, 100 * precision)).nonzero().flatten().tolist()
-    return _collected([(float(labels[at]), math.nan, k, z, precision) for at in near], last, said)
-
-
-def _labels(loss: Loss, k: Tensor, z: Tensor) -> Float[Tensor, " s"]:
-    """The labels that k and outputs do not rule out at once."""
-    if isinstance(loss, BinaryCrossEntropy):  # sigmoid(z) - y, with y 0 or 1: the sign of k tells y
-        return loss.label((k < 0)[None])
-    return torch.tensor(loss.labels, dtype=torch.float64, device=z.device)
-
-
-def _without_bias(last: Layer, loss: Loss, grad: Tensor, precision: float) -> Heads:
-    """The roots s, with k = s u and x = v / s."""
-    if not loss.labels:
-        return _collected(
-            [],
-            last,
-            "",
-            "without a bias the last layer's gradient leaves the scale open: an input twice as bright with another "
-            f"label gives the same gradient of the {loss.name} loss",
-        )
-    u, sigma, v = torch.linalg.svd(grad, full_matrices=False)
-    if float(sigma[0]) == 0:
-        return _collected([], last, "", "the last layer's gradient is zero: the loss is saturated")
-    rest = float(sigma[1:].norm() / sigma[0])
-    if rest > max(HOLDS, 1000 * precision):
-        reason = f"the last layer's gradient is not that of one sample: it is of rank one to {rest:.1e} only"
-        return _collected([], last, "", reason)
-    found: list[tuple[float, float, Tensor, Tensor, float]] = []
-    for sign in (1.0, -1.0):
-        along, way = sign * u[:, 0], sign * (last.weight[0] @ v[0]) * sigma[0]
-        for label in _signed(loss, along):
-            for s, error in _roots(loss, along, way, label, precision):
-                k, z = s * along, way / s
-                wrong = float((loss.output_gradient(z[None], label[None])[0] - k).norm() / k.norm())
-                if wrong <= max(HOLDS, 1000 * error):
-                    found.append((float(label), math.nan, k, z, error))
-    said = "the label and the size of k are roots of the loss's equation for the last layer's gradient; all are tried"
-    return _collected(found, last, said if found else "", "" if found else _saturated(loss, float(sigma[0])))
-
-
-def _saturated(loss: Loss, size: float) -> str:
-    return f"under {loss.name} loss no sample gives this last gradient, of size {size:.1e}, or it is below rounding"
-
-
-def _signed(loss: Loss, along: Tensor) -> Float[Tensor, " labels"]:
-    """The labels for which k can point this way."""
-    labels = torch.tensor(loss.labels, dtype=torch.float64, device=along.device)
-    if isinstance(loss, BinaryCrossEntropy):
-        return loss.label((along < 0)[None])
-    if isinstance(loss, CrossEntropy) and not loss.label_smoothing:
-        below = (along < 0).nonzero().flatten()  # of p - y the label's alone
-        return labels[below] if len(below) == 1 else labels[:0]
-    return labels
-
-
-def _roots(loss: Loss, along: Tensor, way: Tensor, label: Tensor, precision: float) -> Iterator[tuple[float, float]]:
-    """Every s > 0 with <u, dl/do(W v / s)> = s, and its relative error."""
-
-    def miss(s: Tensor) -> Tensor:
-        return loss.output_gradient(way / s[:, None], label.expand(len(s))) @ along - s
-
-    def at(s: float) -> float:
-        return float(miss(way.new_tensor([s]))[0])
-
-    grid = torch.logspace(math.log10(SMALLEST), 1, GRID, dtype=torch.float64, device=along.device)
-    values = miss(grid)
-    for place in (values[:-1].sign() != values[1:].sign()).nonzero().flatten().tolist():
-        low, high = float(grid[place]), float(grid[place + 1])
-        s = low if at(low) == 0 else brentq(at, low, high, xtol=1e-300, rtol=1e-15)
-        # s is moved by the size of grad W, which enters as way / s.
-        step = 1e-6
-        scaled = way.new_tensor([s])
-        up = float((loss.output_gradient((1 + step) * way[None] / s, label[None]) @ along)[0])
-        down = float((loss.output_gradient((1 - step) * way[None] / s, label[None]) @ along)[0])
-        slope = (up - down) / (2 * step)
-        yield float(scaled), precision * (1 + abs(slope / (s + slope) if s + slope else math.inf))
-
-
-# One output: the losses of the margin.
-
-
 def _of_margin(
     last: Layer, before: Activation, loss: MarginLoss, gradients: dict[str, Tensor], precision: float
 ) -> Heads:
@@ -231,6 +297,9 @@ def _of_margin(
             z = product / k + float(last.bias.sum())
             candidate(label, label * z, k, z, precision)
         return _collected(found, last, "the label and k are read off the last layer's bias gradient")
+    if last.bias is not None and bool(last.bias.any()):
+        reason = "the last layer's bias is frozen: without its gradient the margin is not read off"
+        return _collected([], last, "", reason)
     labels, said = _margin_labels(before, loss, grad)
     roots = loss.roots(product) or loss.roots(product + noise)
     for mu in roots:

@@ -154,7 +154,7 @@ def _descend(rows: Constraints, x: Tensor) -> Tensor:
                 break
         else:
             break
-        done = there > 0.5 * size and float(move.norm()) < 1e-9 * float(x.norm())
+        done = there > 0.5 * size and (there > 0.99 * size or float(move.norm()) < 1e-9 * float(x.norm()))
         x, size = new, there
         if done:
             break

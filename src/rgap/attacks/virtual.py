@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rgap.attacks import joint, kinks
 from rgap.attacks.base import JointReport
-from rgap.attacks.branched import Branched
+from rgap.attacks.branched import MOST_BYTES, Branched
 from rgap.attacks.fading import Fading, Joint, error, factor, smoothness, solve
 from rgap.attacks.recursive import Recursive, settled
 from rgap.attacks.trail import End
@@ -57,11 +57,12 @@ class Closed(Recursive):
         front = network.part([segment for segment in network.segments if segment.exit <= end.at])
         plain = not target.graph.obstacles
         widest = max(math.prod(shape) for shape in front.shapes) if plain else math.prod(target.input_shape)
-        if widest > self.largest:
-            need = 3 * 8 * widest**2 / 2**30
+        rows = 0 if plain else sum(layer.gradient_rows for layer in front.layers)
+        if widest > self.largest or 8 * widest * rows > MOST_BYTES:
+            need = (3 * 8 * widest**2 + 8 * widest * rows) / 2**30
             note = (
                 f"solving {len(front.layers)} layers jointly takes dense matrices of {widest} unknowns, about "
-                f"{need:.0f} GiB, more than largest={self.largest} allows"
+                f"{need:.0f} GiB with {rows} gradient rows, more than is solved (largest={self.largest})"
             )
             return replace(end, note=note, stopped=f"{end.stopped}; {note}" if end.stopped else "")
         if plain:

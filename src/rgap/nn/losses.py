@@ -131,8 +131,12 @@ class CrossEntropy(Loss):
     def output_gradient(
         self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]
     ) -> Float[Tensor, "s outputs"]:
-        t = self.targets(outputs)[labels.long()]
-        return outputs.softmax(1) * t.sum(1, keepdim=True) - t
+        which, part = labels.long(), 1 - self.label_smoothing
+        own = torch.eye(self.classes, dtype=outputs.dtype, device=outputs.device)[which]
+        p, smooth = outputs.softmax(1), self.targets(outputs)[which] - part * own
+        # p_y - 1 as minus the sum of all others: the difference cancels where the model is certain and right.
+        others = p * (1 - own)
+        return part * (others - own * others.sum(1, keepdim=True)) + (smooth.sum(1, keepdim=True) * p - smooth)
 
     def _expected(self, wrong: list[float]) -> str:
         return f"a whole number from 0 to {self.classes - 1} for cross-entropy of {self.classes} classes"
@@ -238,7 +242,9 @@ class BinaryCrossEntropy(Loss):
     def output_gradient(
         self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]
     ) -> Float[Tensor, "s outputs"]:
-        return (outputs.sigmoid() - self.digits(labels).to(outputs)) / self.outputs
+        one = self.digits(labels).to(outputs)
+        # Of label 1 minus sigmoid(-output): sigmoid(output) - 1 cancels.
+        return ((1 - one) * outputs.sigmoid() - one * (-outputs).sigmoid()) / self.outputs
 
     def _expected(self, wrong: list[float]) -> str:
         return f"a whole number from 0 to {2**self.outputs - 1} for the bce loss of {self.outputs} outputs"

@@ -6,8 +6,21 @@ import importlib
 
 from rgap.reproductions.base import Job, Options, Reproduction, ReproductionError, reproduce
 
-NAMES = ("table1", "table2", "figure1", "figure3", "figure4", "figure5", "figure6", "figure7", "inverting-gradients")
-"""In the paper's order; the last one is of another paper, and checks the attack that it brings."""
+NAMES = (
+    "table1",
+    "table2",
+    "figure1",
+    "figure3",
+    "figure4",
+    "figure5",
+    "figure6",
+    "figure7",
+    "inverting-gradients",
+    "models",
+    "training",
+)
+"""In the paper's order; then one of another paper, which checks the attack that it brings, and two
+of no paper: models that people train, and what training changes."""
 
 __all__ = [
     "NAMES",

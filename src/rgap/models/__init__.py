@@ -1,0 +1,29 @@
+"""Networks to attack, with weights that depend on the seed alone.
+
+Weights are drawn as torch draws them by default: the same seed gives the same weights, and the global random state
+stays as it was.
+"""
+
+from __future__ import annotations
+
+from rgap.models.leakage import convnet, lenet
+from rgap.models.paper import cnn6, cnn6_d, fcn3
+from rgap.models.resnet import residual, resnet18, resnet20, settled
+from rgap.models.table import mlp
+from rgap.models.vgg import vgg11
+from rgap.models.vit import vit_tiny
+
+__all__ = [
+    "cnn6",
+    "cnn6_d",
+    "convnet",
+    "fcn3",
+    "lenet",
+    "mlp",
+    "residual",
+    "resnet18",
+    "resnet20",
+    "settled",
+    "vgg11",
+    "vit_tiny",
+]

@@ -1,0 +1,205 @@
+"""Residual networks (K. He, X. Zhang, S. Ren and J. Sun, *Deep Residual Learning for Image Recognition*, CVPR 2016)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from rgap.models.common import Activation, check_sizes, leaky_relu, seeded
+
+
+class Block(nn.Module):
+    """out = act(shortcut(x) + F(x)), with two convolutions of 3 x 3 in F."""
+
+    def __init__(self, channels: int, outputs: int, stride: int, norm: bool, shortcut: str, activation: Activation):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, outputs, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs) if norm else nn.Identity()
+        self.act1 = activation()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs) if norm else nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or channels != outputs:
+            if shortcut == "pad":
+                self.shortcut = Pad(stride, outputs - channels)
+            else:
+                parts = [nn.Conv2d(channels, outputs, 1, stride, bias=False)]
+                self.shortcut = nn.Sequential(*parts, nn.BatchNorm2d(outputs)) if norm else parts[0]
+        self.act2 = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)))))
+        out: Tensor = self.act2(self.shortcut(x) + inner)
+        return out
+
+
+class Pad(nn.Module):
+    """Every so manyth pixel, and channels of zeros: the shortcut without parameters, option A of the paper."""
+
+    def __init__(self, stride: int, channels: int):
+        super().__init__()
+        self.stride, self.channels = stride, channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.channels))
+
+
+class Mean(nn.Module):
+    """The mean of every channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def resnet20(
+    in_channels: int = 3,
+    size: int = 32,
+    classes: int = 10,
+    width: int = 16,
+    norm: bool = True,
+    pool: bool = True,
+    activation: Activation = nn.ReLU,
+    shortcut: str = "pad",
+    blocks: int = 3,
+    seed: int = 0,
+) -> nn.Sequential:
+    """ResNet-20 as the paper has it for CIFAR-10 (Section 4.2), in evaluation mode.
+
+    A convolution, three stages of `blocks` blocks with 1, 2 and 4 times `width` channels, the last two beginning with
+    stride 2, the mean of every channel, and a Linear layer: (batch, in_channels, size, size) to (batch, classes).
+
+    Args:
+        in_channels: of the input.
+        size: its height and width.
+        classes: outputs, one for each.
+        width: channels after the first convolution.
+        norm: batch norm after every convolution.
+        pool: take the mean of every channel; else the Linear layer reads all values.
+        activation: makes a new activation each time.
+        shortcut: "pad", without parameters, as the paper has it for CIFAR-10, or "conv", a convolution of 1 x 1.
+        blocks: in each stage; 3 give 20 layers.
+        seed: of the weights.
+
+    Raises:
+        ValueError: a size is less than 1, or another shortcut.
+    """
+    check_sizes(in_channels=in_channels, size=size, classes=classes, width=width, blocks=blocks)
+    if shortcut not in ("pad", "conv"):
+        raise ValueError(f"got shortcut={shortcut!r}: expected 'pad' or 'conv'")
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    with seeded(seed):
+        layers["conv"] = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        if norm:
+            layers["norm"] = nn.BatchNorm2d(width)
+        layers["act"] = activation()
+        channels = width
+        for stage in range(3):
+            for number in range(blocks):
+                stride, outputs = 2 if stage and not number else 1, width * 2**stage
+                block = Block(channels, outputs, stride, norm, shortcut, activation)
+                layers[f"block{stage + 1}_{number + 1}"] = block
+                channels, size = outputs, (size - 1) // stride + 1
+        layers["pool" if pool else "flatten"] = Mean() if pool else nn.Flatten()
+        layers["fc"] = nn.Linear(channels if pool else channels * size * size, classes)
+    return nn.Sequential(layers).eval()
+
+
+def resnet18(in_channels: int = 3, classes: int = 1000, width: int = 64, seed: int = 0) -> nn.Sequential:
+    """ResNet-18 as the paper has it for ImageNet (Table 1), in evaluation mode.
+
+    A convolution of 7 x 7 with stride 2, a maximum over 3 x 3, four stages of two blocks, the mean of every channel,
+    and a Linear layer: (batch, in_channels, height, width), 224 x 224 in the paper, to (batch, classes).
+
+    Args:
+        in_channels: of the input.
+        classes: outputs, one for each.
+        width: channels after the first convolution.
+        seed: of the weights.
+
+    Raises:
+        ValueError: an argument is less than 1.
+    """
+    check_sizes(in_channels=in_channels, classes=classes, width=width)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    with seeded(seed):
+        layers["conv"] = nn.Conv2d(in_channels, width, 7, 2, padding=3, bias=False)
+        layers["norm"] = nn.BatchNorm2d(width)
+        layers["act"] = nn.ReLU()
+        layers["maximum"] = nn.MaxPool2d(3, 2, padding=1)
+        channels = width
+        for stage in range(4):
+            for number in range(2):
+                outputs, stride = width * 2**stage, 2 if stage and not number else 1
+                layers[f"block{stage + 1}_{number + 1}"] = Block(channels, outputs, stride, True, "conv", nn.ReLU)
+                channels = outputs
+        layers["pool"] = Mean()
+        layers["fc"] = nn.Linear(channels, classes)
+    return nn.Sequential(layers).eval()
+
+
+def residual(
+    in_channels: int = 3,
+    size: int = 32,
+    classes: int = 1,
+    width: int = 36,
+    blocks: int = 2,
+    activation: Activation = leaky_relu,
+    norm: bool = False,
+    seed: int = 0,
+) -> nn.Sequential:
+    """A residual network whose layers all have full rank, so that the recursion recovers the input.
+
+    It is CNN6 with residual blocks in place of its third and fourth convolution. On 32 x 32 the maps in the blocks are
+    of 9 x 9 = 81 values, and each convolution has 9 * width gradient rows for every channel of its input.
+
+    Layers conv1, act1, conv2, act2, block1, ..., conv3, act3, conv4, act4, flatten, fc:
+    (batch, in_channels, size, size) to (batch, classes).
+
+    Args:
+        in_channels: of the input.
+        size: its height and width.
+        classes: outputs, one for each; 1 for the binary losses.
+        width: channels in the blocks.
+        blocks: how many.
+        activation: makes a new activation each time.
+        norm: batch norm after every convolution of a block; the network is in evaluation mode.
+        seed: of the weights.
+
+    Raises:
+        ValueError: an argument is less than 1.
+    """
+    check_sizes(in_channels=in_channels, size=size, classes=classes, width=width, blocks=blocks)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+
+    def convolution(number: int, channels: int, outputs: int, kernel: int, stride: int, padding: int) -> None:
+        nonlocal size
+        layers[f"conv{number}"] = nn.Conv2d(channels, outputs, kernel, stride, padding, bias=False)
+        layers[f"act{number}"] = activation()
+        size = (size + 2 * padding - kernel) // stride + 1
+
+    with seeded(seed):
+        convolution(1, in_channels, 12, 4, 2, 2)
+        convolution(2, 12, width, 3, 2, 1)
+        for number in range(1, blocks + 1):
+            layers[f"block{number}"] = Block(width, width, 1, norm, "conv", activation)
+        convolution(3, width, 64, 3, 2, 1)
+        convolution(4, 64, 128, 3, 1, 1)
+        layers["flatten"] = nn.Flatten()
+        layers["fc"] = nn.Linear(128 * size * size, classes, bias=False)
+    return nn.Sequential(layers).eval()
+
+
+def settled(model: nn.Module, inputs: Tensor, rounds: int = 20) -> nn.Module:
+    """The model with batch norm's statistics as they are on these inputs, in evaluation mode.
+
+    Args:
+        inputs: (b, *input_shape), two or more.
+        rounds: passes; each moves the statistics a tenth of the way.
+    """
+    model.train()
+    with torch.no_grad():
+        for _ in range(rounds):
+            model(inputs)
+    return model.eval()

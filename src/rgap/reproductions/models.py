@@ -1,0 +1,272 @@
+"""Models that people train, and the attacks on each: rank analysis, recursion, joint solve, bias and matching.
+
+No table of the paper: it asks which of today's models the closed form passes, and what stops it at the others.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor, nn
+
+from rgap import losses, models
+from rgap.attacks import IDLG, Adam, Attack, Bias, Closed, Recursive
+from rgap.losses import Loss
+from rgap.metrics import score
+from rgap.rank import rank_analysis
+from rgap.reproductions.base import Job, Options, Reproduction
+from rgap.store import Row
+from rgap.target import Target
+from rgap.update import capture
+
+SHAPE, VALUE_RANGE = (3, 32, 32), (0.0, 1.0)
+SETTLED = 64
+"""Pictures that batch norm's statistics are taken from; none of them is attacked."""
+CLASSES = losses.CrossEntropy(10)
+
+
+def _leaky_relu() -> nn.Module:
+    return nn.LeakyReLU(0.2)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model, its loss, and how many of the pictures the slow attacks take."""
+
+    name: str
+    build: Callable[[int], nn.Module]
+    """From a seed."""
+    loss: Loss
+    matched: int
+    """Pictures for gradient matching."""
+
+
+def vgg11(seed: int) -> nn.Module:
+    return models.vgg11(seed=seed)
+
+
+def residual(seed: int) -> nn.Module:
+    return models.residual(seed=seed)
+
+
+def residual_norm(seed: int) -> nn.Module:
+    return models.residual(classes=10, norm=True, seed=seed)
+
+
+def mlp(seed: int) -> nn.Module:
+    return models.mlp(3072, (512, 128), 10, seed=seed)
+
+
+def cnn6(seed: int) -> nn.Module:
+    return models.cnn6(seed=seed)
+
+
+def cnn6_d(seed: int) -> nn.Module:
+    return models.cnn6_d(seed=seed)
+
+
+def lenet(seed: int) -> nn.Module:
+    return models.lenet(seed=seed)
+
+
+def convnet(seed: int) -> nn.Module:
+    return models.convnet(seed=seed)
+
+
+def resnet20(seed: int) -> nn.Module:
+    return models.resnet20(seed=seed)
+
+
+def resnet20_plain(seed: int) -> nn.Module:
+    return models.resnet20(norm=False, pool=False, shortcut="conv", activation=_leaky_relu, seed=seed)
+
+
+def resnet18(seed: int) -> nn.Module:
+    return models.resnet18(classes=10, seed=seed)
+
+
+def vit_tiny(seed: int) -> nn.Module:
+    return models.vit_tiny(seed=seed)
+
+
+CELLS = (
+    Cell("CNN6, logistic", cnn6, losses.Logistic(), 20),
+    Cell("CNN6-d, logistic", cnn6_d, losses.Logistic(), 20),
+    Cell("MLP 512-128", mlp, CLASSES, 20),
+    Cell("LeNet, sigmoid", lenet, CLASSES, 20),
+    Cell("VGG-11, strided", vgg11, CLASSES, 1),
+    Cell("residual, logistic", residual, losses.Logistic(), 2),
+    Cell("residual, batch norm", residual_norm, CLASSES, 2),
+    Cell("ResNet-20, no norm, no pool", resnet20_plain, CLASSES, 1),
+    Cell("ResNet-20", resnet20, CLASSES, 1),
+    Cell("ResNet-18", resnet18, CLASSES, 1),
+    Cell("ConvNet-64", convnet, CLASSES, 1),
+    Cell("ViT-tiny", vit_tiny, CLASSES, 1),
+)
+
+
+@dataclass(frozen=True)
+class Models(Reproduction):
+    """All models.
+
+    Args:
+        cells: models and losses.
+        iterations: of gradient matching.
+    """
+
+    name: ClassVar[str] = "models"
+    title: ClassVar[str] = "Models that people train, and the attacks on each (no table of the paper)"
+    count: ClassVar[int] = 20
+
+    cells: tuple[Cell, ...] = CELLS
+    iterations: int = 200
+
+    @property
+    def attacks(self) -> dict[str, Attack]:
+        adam = Adam(rate=0.025, signed=True, decay=(3 / 8, 5 / 8, 7 / 8))
+        matching = IDLG(minimiser=adam, boxed=True, iterations=self.iterations, dtype=torch.float32)
+        return {"recursive": Recursive(), "joint": Closed(), "bias": Bias(), "matching": matching}
+
+    def jobs(self, options: Options, count: int) -> Sequence[Job]:
+        found = []
+        for cell in self.cells:
+            found.append(Job(f"{cell.name}, rank", partial(self._rank, cell, options)))
+            for name in self.attacks:
+                pictures = min(count, cell.matched) if name == "matching" else count
+                for at in range(pictures):
+                    found.append(Job(f"{cell.name}, {name}, {at}", partial(self._attack, cell, name, options, at)))
+        return found
+
+    def _target(self, cell: Cell, options: Options) -> tuple[Target, Tensor]:
+        """With the pictures, and batch norm as it is on others."""
+        images = options.colour(self.count if options.count is None else options.count).inputs
+        model = cell.build(options.seed)
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+            generator = torch.Generator().manual_seed(options.seed)
+            mixed = images[torch.randint(len(images), (SETTLED,), generator=generator)]
+            models.settled(model, mixed.flip(-1))
+        return Target(model, cell.loss, SHAPE, VALUE_RANGE), images
+
+    def _rank(self, cell: Cell, options: Options) -> Row:
+        target, _ = self._target(cell, options)
+        found = rank_analysis(target, measure=False)
+        worst = max((layer for layer in found.layers), key=lambda layer: layer.index)
+        return Row({"layer": worst.name, "index": worst.index, "layers": len(found.layers)}, {})
+
+    def _attack(self, cell: Cell, name: str, options: Options, at: int) -> Row:
+        target, images = self._target(cell, options)
+        choices = target.loss.examples
+        y = torch.tensor([choices[at % len(choices)]])
+        attack, x = self.attacks[name], images[at : at + 1]
+        reason = attack.obstacle(target, 1)
+        if reason is not None:
+            return Row({"status": "does not apply", "reason": reason, "mse": None, "seconds": 0.0}, {})
+        found = attack(target, capture(target, x, y))
+        mse = score(found, x).mse[0] if found.answers else None
+        values = {"status": found.status.value, "reason": found.reason, "mse": mse, "seconds": found.seconds}
+        return Row(values, {"inputs": found.inputs.float()} if found.answers else {})
+
+    def outcomes(self, rows: Mapping[str, Row], cell: Cell, name: str) -> list[Mapping[str, Any]]:
+        """One attack on all pictures of a model."""
+        start = f"{cell.name}, {name}, "
+        return [row.values for key, row in rows.items() if key.startswith(start)]
+
+    def table(self, rows: Mapping[str, Row]) -> Table:
+        table = Table("model", "attack", title=self.title, title_justify="left", box=None)
+        for column in ("pictures", "median MSE", "worst", "s a picture"):
+            table.add_column(column, justify="right")
+        table.add_column("status")
+        table.add_column("reason", max_width=60)
+        for cell in self.cells:
+            rank = rows[f"{cell.name}, rank"].values
+            said = f"worst index {rank['index']} at {rank['layer']}, of {rank['layers']} layers"
+            table.add_row(cell.name, "rank", "", "", "", "", "leaks" if rank["index"] <= 0 else "protects", said)
+            for name in self.attacks:
+                own = self.outcomes(rows, cell, name)
+                if not own:
+                    continue
+                mse = [each["mse"] for each in own if each["mse"] is not None]
+                statuses = statistics.multimode(each["status"] for each in own)
+                count = sum(each["status"] == statuses[0] for each in own)
+                table.add_row(
+                    "",
+                    name,
+                    str(len(own)),
+                    f"{statistics.median(mse):.1e}" if mse else "-",
+                    f"{max(mse):.0e}" if mse else "-",
+                    f"{statistics.fmean(each['seconds'] for each in own):.2f}",
+                    statuses[0] if count == len(own) else f"{statuses[0]} ({count} of {len(own)})",
+                    "" if statuses[0] == "exact" else own[0]["reason"],
+                )
+            table.add_section()
+        return table
+
+    def summary(self, rows: Mapping[str, Row]) -> dict[str, Any]:
+        return {
+            cell.name: {
+                "rank": rows[f"{cell.name}, rank"].values,
+                **{
+                    name: {
+                        "pictures": len(own),
+                        "median": statistics.median(mse) if mse else None,
+                        "worst": max(mse) if mse else None,
+                        "exact": sum(each["status"] == "exact" for each in own),
+                        "exact and wrong": sum(each["status"] == "exact" and each["mse"] > WRONG for each in own),
+                        "seconds": statistics.fmean(each["seconds"] for each in own),
+                        "reason": own[0]["reason"],
+                    }
+                    for name in self.attacks
+                    if (own := self.outcomes(rows, cell, name))
+                    for mse in [[each["mse"] for each in own if each["mse"] is not None]]
+                },
+            }
+            for cell in self.cells
+        }
+
+    def draw(self, rows: Mapping[str, Row]) -> Figure:
+        figure = Figure(figsize=(9, 0.45 * len(self.cells) + 1.6), layout="constrained", dpi=150)
+        ax = figure.subplots()
+        colours = {"recursive": "tab:blue", "joint": "tab:purple", "bias": "tab:orange", "matching": "tab:grey"}
+        for at, (name, colour) in enumerate(colours.items()):
+            points = [
+                (max(each["mse"], 1e-20), row + 0.15 * (at - 1.5))
+                for row, cell in enumerate(self.cells)
+                for each in self.outcomes(rows, cell, name)
+                if each["mse"] is not None
+            ]
+            ax.scatter([x for x, _ in points], [y for _, y in points], s=9, color=colour, label=name)
+        ax.set_xscale("log")
+        ax.set_yticks(range(len(self.cells)), [cell.name for cell in self.cells], fontsize=8)
+        ax.invert_yaxis()
+        ax.grid(axis="x", alpha=0.3)
+        ax.set_xlabel("MSE of each picture, values in [0, 1]; no point where an attack has no answer")
+        ax.legend(fontsize=7)
+        return figure
+
+    def remarks(self, rows: Mapping[str, Row]) -> Sequence[str]:
+        wrong = sum(
+            own["exact and wrong"]
+            for cell in self.summary(rows).values()
+            for name, own in cell.items()
+            if name != "rank"
+        )
+        return (
+            "Weights are as torch draws them; batch norm has statistics of other pictures. Nothing is told to any "
+            "attack.",
+            f"Of all answers that were called exact {wrong} are off by more than an MSE of {WRONG:g}.",
+            f"Matching is {self.iterations} iterations of signed Adam from one start, and takes fewer pictures of the "
+            "large models.",
+        )
+
+
+WRONG = 1e-6
+"""An answer called exact whose MSE is above this is wrong."""
+
+REPRODUCTION = Models()

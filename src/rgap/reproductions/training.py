@@ -1,0 +1,207 @@
+"""What training changes: the attacks on a network before, during and after it has learned its pictures.
+
+No figure of the paper: it asks whether a trained network still gives away what an untrained one does. The loss of a
+sample that the network is sure of is saturated, and its gradient sinks towards the rounding of float32.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor, nn
+
+from rgap import losses, models
+from rgap.attacks import Attack, Bias, Closed, Polish, Recursive
+from rgap.losses import Loss
+from rgap.metrics import score
+from rgap.reproductions.base import Job, Options, Reproduction
+from rgap.store import Row
+from rgap.target import Target
+from rgap.update import capture
+
+SHAPE, VALUE_RANGE = (3, 32, 32), (0.0, 1.0)
+BATCH = 16
+
+
+def cnn6(seed: int) -> nn.Module:
+    return models.cnn6(seed=seed)
+
+
+def residual(seed: int) -> nn.Module:
+    return models.residual(classes=10, seed=seed)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A network and the loss that it is trained with."""
+
+    name: str
+    build: Callable[[int], nn.Module]
+    """From a seed."""
+    loss: Loss
+
+
+CELLS = (
+    Cell("CNN6, logistic", cnn6, losses.Logistic()),
+    Cell("residual, cross-entropy", residual, losses.CrossEntropy(10)),
+)
+
+
+@dataclass(frozen=True)
+class Training(Reproduction):
+    """The same attacks after so many epochs on the very pictures that are attacked, and more of them.
+
+    Args:
+        cells: networks and losses.
+        epochs: after which the network is attacked.
+        learned: pictures that it is trained on, the attacked ones among them.
+        rate: Adam's learning rate.
+    """
+
+    name: ClassVar[str] = "training"
+    title: ClassVar[str] = "What training changes (no figure of the paper)"
+    count: ClassVar[int] = 5
+
+    cells: tuple[Cell, ...] = CELLS
+    epochs: tuple[int, ...] = (0, 1, 5, 20, 60)
+    learned: int = 320
+    rate: float = 1e-3
+
+    @property
+    def attacks(self) -> dict[str, Attack]:
+        return {
+            "recursive": Recursive(),
+            "joint": Closed(),
+            "polished": Polish(Closed(), steps=4, inner=100),
+            "bias": Bias(),
+        }
+
+    def jobs(self, options: Options, count: int) -> Sequence[Job]:
+        return [
+            Job(f"{cell.name}, {epochs}", partial(self._stage, cell, epochs, options, count))
+            for cell in self.cells
+            for epochs in self.epochs
+        ]
+
+    def _pictures(self, cell: Cell, options: Options) -> tuple[Tensor, Tensor]:
+        images = options.colour(self.learned).inputs
+        choices = cell.loss.examples
+        return images, torch.tensor([choices[at % len(choices)] for at in range(len(images))])
+
+    def _trained(self, cell: Cell, epochs: int, options: Options) -> tuple[nn.Module, float]:
+        """The network after some epochs, and the share of its pictures that it labels right."""
+        model = cell.build(options.seed)
+        images, labels = self._pictures(cell, options)
+        optimiser = torch.optim.Adam(model.parameters(), self.rate)
+        generator = torch.Generator().manual_seed(options.seed)
+        for _ in range(epochs):
+            for which in torch.split(torch.randperm(len(images), generator=generator), BATCH):
+                loss = cell.loss(model(images[which]), labels[which])
+                for parameter, grad in zip(
+                    model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+                ):
+                    parameter.grad = grad
+                optimiser.step()
+        with torch.no_grad():
+            outputs = model(images)
+        said = outputs.argmax(1).float() if outputs.shape[1] > 1 else outputs[:, 0].sign()
+        return model.requires_grad_(True), float((said == labels).float().mean())
+
+    def _stage(self, cell: Cell, epochs: int, options: Options, count: int) -> Row:
+        model, accuracy = self._trained(cell, epochs, options)
+        target = Target(model, cell.loss, SHAPE, VALUE_RANGE)
+        images, labels = self._pictures(cell, options)
+        values: dict[str, Any] = {"cell": cell.name, "epochs": epochs, "accuracy": accuracy, "attacks": {}}
+        updates = [capture(target, images[at : at + 1], labels[at : at + 1]) for at in range(count)]
+        values["loss"] = [
+            float(cell.loss(model(images[at : at + 1]), labels[at : at + 1]).detach()) for at in range(count)
+        ]
+        values["gradient"] = [update.norm for update in updates]
+        for name, attack in self.attacks.items():
+            if attack.obstacle(target, 1) is not None:
+                continue
+            found = [attack(target, update) for update in updates]
+            values["attacks"][name] = {
+                "status": [each.status.value for each in found],
+                "reason": [each.reason for each in found],
+                "mse": [
+                    score(each, images[at : at + 1]).mse[0] if each.answers else None for at, each in enumerate(found)
+                ],
+            }
+        return Row(values, {})
+
+    def table(self, rows: Mapping[str, Row]) -> Table:
+        table = Table("network", title=self.title, title_justify="left", box=None)
+        for column in ("epochs", "right", "loss", "|gradient|", "attack", "exact", "median MSE", "worst"):
+            table.add_column(column, justify="right")
+        table.add_column("where it is not exact", max_width=60)
+        for row in rows.values():
+            v = row.values
+            first = (
+                v["cell"],
+                str(v["epochs"]),
+                f"{v['accuracy']:.0%}",
+                f"{statistics.median(v['loss']):.1e}",
+                f"{statistics.median(v['gradient']):.1e}",
+            )
+            for name, own in v["attacks"].items():
+                mse = [each for each in own["mse"] if each is not None]
+                exact = own["status"].count("exact")
+                other = next((r for r, s in zip(own["reason"], own["status"], strict=True) if s != "exact"), "")
+                table.add_row(
+                    *first,
+                    name,
+                    f"{exact} of {len(own['status'])}",
+                    f"{statistics.median(mse):.1e}" if mse else "-",
+                    f"{max(mse):.0e}" if mse else "-",
+                    other,
+                )
+                first = ("", "", "", "", "")
+            table.add_section()
+        return table
+
+    def summary(self, rows: Mapping[str, Row]) -> dict[str, Any]:
+        return {key: row.values for key, row in rows.items()}
+
+    def draw(self, rows: Mapping[str, Row]) -> Figure:
+        figure = Figure(figsize=(4.2 * len(self.cells), 3.8), layout="constrained", dpi=150)
+        axes = figure.subplots(1, len(self.cells), sharey=True, squeeze=False)[0]
+        for ax, cell in zip(axes, self.cells, strict=True):
+            stages = [row.values for row in rows.values() if row.values["cell"] == cell.name]
+            for name in self.attacks:
+                points = [
+                    (at, max(mse, 1e-18))
+                    for at, stage in enumerate(stages)
+                    for mse in stage["attacks"].get(name, {"mse": []})["mse"]
+                    if mse is not None
+                ]
+                if points:
+                    ax.scatter([x for x, _ in points], [y for _, y in points], s=10, alpha=0.7, label=name)
+            ax.set_yscale("log")
+            ax.set_xticks(range(len(stages)), [f"{s['epochs']}\n{s['accuracy']:.0%}" for s in stages], fontsize=8)
+            ax.set_title(cell.name, fontsize=9)
+            ax.set_xlabel("epochs, and pictures that are labelled right")
+            ax.grid(axis="y", alpha=0.3)
+        axes[0].set_ylabel("MSE, values in [0, 1]")
+        axes[0].legend(fontsize=7)
+        return figure
+
+    def remarks(self, rows: Mapping[str, Row]) -> Sequence[str]:
+        least = min(each for row in rows.values() for each in row.values["gradient"])
+        return (
+            f"Networks are trained on {self.learned} pictures with Adam, in batches of {BATCH}; those attacked are "
+            "among them. Gradients are in float32, one sample each.",
+            f"The smallest gradient has a norm of {least:.1e}. float32 keeps seven digits of any value above 1e-38, so "
+            "that a small gradient is as telling as a large one until it underflows; what a saturated loss loses is "
+            "the last layer's k, a difference of two numbers that are nearly equal.",
+        )
+
+
+REPRODUCTION = Training()
