@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rgap import models
+from rgap import Target, losses, models
 
 # (in, out, kernel, stride, padding) of each convolution, as the paper's figures draw them.
 CNN6 = [
@@ -117,7 +117,7 @@ def test_activation_and_bias_can_be_chosen(build):
 
 
 def test_impossible_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"in_channels=0, size=32: expected 1 or more"):
+    with pytest.raises(ValueError, match=r"in_channels=0, size=32, width=36: expected 1 or more"):
         models.cnn6(0)
     with pytest.raises(ValueError, match=r"size=\(4, 0\)"):
         models.cnn6_d(size=(4, 0))
@@ -194,3 +194,94 @@ def test_impossible_sizes_of_networks_of_several_classes_are_refused():
     for size in (8, 0):
         with pytest.raises(ValueError, match=f"^got size={size}: expected 9 or more"):
             models.convnet(size=size)
+
+
+# Networks that people train.
+
+
+def parameters(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def widths(*sizes: tuple[int, int, int]) -> int:
+    """Weights of convolutions (in, out, kernel)."""
+    return sum(i * o * k * k for i, o, k in sizes)
+
+
+TRAINED = [
+    ("vgg11", lambda seed: models.vgg11(width=4, seed=seed), (3, 32, 32), 10),
+    ("resnet20", lambda seed: models.resnet20(width=4, blocks=1, seed=seed), (3, 32, 32), 10),
+    ("resnet20 conv", lambda seed: models.resnet20(width=4, norm=False, pool=False, shortcut="conv", seed=seed), (1, 17, 17), 10),
+    ("resnet18", lambda seed: models.resnet18(width=4, classes=7, seed=seed), (3, 40, 48), 7),
+    ("residual", lambda seed: models.residual(size=16, classes=3, norm=True, seed=seed), (3, 16, 16), 3),
+    ("mlp", lambda seed: models.mlp(12, (5, 4), 3, seed=seed), (12,), 3),
+    ("vit_tiny", lambda seed: models.vit_tiny(size=8, width=12, depth=2, heads=3, seed=seed), (3, 8, 8), 10),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "shape", "classes"), [row[1:] for row in TRAINED], ids=[row[0] for row in TRAINED])
+def test_a_network_that_people_train(make, shape, classes):
+    before = torch.get_rng_state()
+    net, again, other = make(5), make(5), make(6)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    assert net(torch.rand(2, *shape)).shape == (2, classes)
+    assert Target(net.eval(), losses.CrossEntropy(classes), shape).network.shapes[-1] == (classes,)
+
+
+def test_published_parameter_counts():
+    """ResNet-18 has 11,689,512 (He et al. 2016, as torch counts them), DeiT-Ti 5.7 million, ResNet-20 0.27 million."""
+    assert parameters(models.resnet18()) == 11_689_512
+    assert round(parameters(models.vit_tiny(size=224, patch=16, classes=1000)) / 1e6, 1) == 5.7
+    assert round(parameters(models.resnet20()) / 1e6, 2) == 0.27
+    plain = widths((3, 16, 3), (16, 16, 3)) + 5 * widths((16, 16, 3)) + widths((16, 32, 3)) + 5 * widths((32, 32, 3))
+    plain += widths((32, 64, 3)) + 5 * widths((64, 64, 3)) + 64 * 10 + 10
+    assert parameters(models.resnet20(norm=False)) == plain
+    vgg = zip((3, 64, 128, 256, 256, 512, 512, 512), (64, 128, 256, 256, 512, 512, 512, 512), strict=True)
+    assert parameters(models.vgg11(bias=False)) == sum(9 * i * o for i, o in vgg) + 512 * 10
+
+
+def test_the_shortcut_without_parameters_takes_every_second_pixel():
+    block = models.resnet20(width=2, blocks=1, norm=False).block2_1
+    x = torch.rand(1, 2, 6, 6)
+    out = block.shortcut(x)
+    assert torch.equal(out[:, :2], x[:, :, ::2, ::2])
+    assert not out[:, 2:].any()
+    with torch.no_grad():
+        inner = block.conv2(torch.relu(block.conv1(x)))
+        assert torch.equal(block(x), torch.relu(out + inner))
+
+
+def test_cnn6_of_another_width_is_cnn6_d():
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(models.cnn6(width=20, seed=3).parameters(), models.cnn6_d(seed=3).parameters(), strict=True)
+    )
+
+
+def test_settled_batch_norm_has_the_inputs_statistics():
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    x = torch.randn(50, 3) * 4 + 2
+    models.settled(net, x, 200)
+    assert not net.training
+    torch.testing.assert_close(net[0].running_mean, x.mean(0))
+    torch.testing.assert_close(net(x).std(0), torch.ones(3), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: models.vgg11(width=0), "width=0"),
+        (lambda: models.resnet20(blocks=0), "blocks=0"),
+        (lambda: models.resnet20(shortcut="B"), "shortcut='B': expected 'pad' or 'conv'"),
+        (lambda: models.resnet18(classes=0), "classes=0"),
+        (lambda: models.residual(size=0), "size=0"),
+        (lambda: models.mlp(3, (0,)), r"hidden=\(0,\), classes=2: expected widths of 1 or more"),
+        (lambda: models.vit_tiny(size=30), "a size that is a multiple of the patch"),
+        (lambda: models.vit_tiny(width=10), "a width that is one of the heads"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -533,7 +533,11 @@ def test_every_attack_of_the_command_line_can_be_made() -> None:
         (("audit", "--learning-rate", "0"), 2, "0"),
         (("audit", "--polish"), 2, "--polish needs an --attack to go on from"),
         (("audit", "--data", "nowhere"), 1, "nowhere does not exist"),
-        (("audit", "--model", "resnet"), 2, "expected cnn6, cnn6-d, fcn3, or PKG.MOD:FACTORY"),
+        (
+            ("audit", "--model", "resnet"),
+            2,
+            "expected cnn6, cnn6-d, fcn3, residual, lenet, vgg11, resnet20",
+        ),
         (("audit", "--model", "no_such_package:make"), 2, "cannot import no_such_package"),
         (("audit", "--model", "rgap.models:nothing"), 2, "rgap.models has no nothing"),
         (("audit", "--input-shape", "3,x"), 2, "expected positive sizes with commas"),

@@ -2,7 +2,7 @@
 
 With the output out = x + F(x) of a residual block there are as many weight constraints as unknowns, and the gradient
 rows of the layers inside come on top. They are linear but for the activations: linearise at the present input, solve
-the least-squares problem by products alone (LSMR, Fong and Saunders 2011), repeat.
+the least-squares problem by products alone, repeat.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from torch import Tensor
 
 from rgap.attacks.base import LayerReport, rounding
 from rgap.attacks.trail import Front
+from rgap.linalg.cgls import cgls
 from rgap.nn.network import Network
 from rgap.nn.ops import Trained
 
 STEPS, INNER = 40, 400
 """Linearisations, and products in each, at the most."""
+CLOSE = 1e-10
+"""Of the normal equations, relative; the next linearisation makes up for the rest."""
 AGREES = 1e-6
 """Relative misfit of outputs and gradients above which what was found is not the input."""
 HALVINGS = 6
@@ -145,7 +148,7 @@ def _descend(rows: Constraints, x: Tensor) -> Tensor:
     rows.at(x)
     size = float(rows.misses().norm())
     for _ in range(STEPS):
-        move = _move(rows)
+        move = cgls(rows.forward, rows.adjoint, rows.misses(), INNER, CLOSE)
         for halving in range(HALVINGS):
             new = x + move * 0.5**halving
             rows.at(new)
@@ -160,14 +163,6 @@ def _descend(rows: Constraints, x: Tensor) -> Tensor:
             break
     rows.at(x)
     return x
-
-
-def _move(rows: Constraints) -> Tensor:
-    """The least-squares move at the present linearisation."""
-    misses, x = rows.misses(), rows.values[0]
-    operator = _operator(rows)
-    found = lsmr(operator, misses.cpu().numpy(), maxiter=INNER, atol=1e-14, btol=1e-14, conlim=1e12)
-    return torch.from_numpy(found[0]).to(x).reshape(x.shape)
 
 
 def _operator(rows: Constraints) -> LinearOperator:

@@ -28,6 +28,11 @@ BUILT_IN: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "cnn6": lambda shape, seed: models.cnn6(shape[0], shape[1], seed=seed),
     "cnn6-d": lambda shape, seed: models.cnn6_d(shape[0], shape[1], seed=seed),
     "fcn3": lambda shape, seed: models.fcn3(_product(shape), seed=seed),
+    "residual": lambda shape, seed: models.residual(shape[0], shape[1], seed=seed),
+    "lenet": lambda shape, seed: models.lenet(shape[0], shape[1], seed=seed),
+    "vgg11": lambda shape, seed: models.vgg11(shape[0], shape[1], seed=seed),
+    "resnet20": lambda shape, seed: models.resnet20(shape[0], shape[1], seed=seed),
+    "vit-tiny": lambda shape, seed: models.vit_tiny(shape[0], shape[1], seed=seed),
 }
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -79,10 +84,10 @@ def target_options(command: F) -> F:
             ),
             click.option(
                 "--loss",
-                default="logistic",
-                show_default=True,
-                type=click.Choice(["cross-entropy", "exponential", "hinge", "logistic", "squared-hinge"]),
-                help="cross-entropy of as many classes as the model has outputs; the others take labels -1 and 1.",
+                type=click.Choice(["bce", "cross-entropy", "exponential", "hinge", "logistic", "mse", "squared-hinge"]),
+                help="By default logistic for a model of one output, cross-entropy for one of several. bce: labels are "
+                "numbers whose binary digits are the outputs'; mse: a real label, or a class for several outputs; the "
+                "others but cross-entropy take labels -1 and 1.",
             ),
             click.option(
                 "--input-shape",
@@ -275,7 +280,7 @@ def said(tick: Tick) -> str:
 def make_target(
     model: str,
     weights: Path | None,
-    loss: str,
+    loss: str | None,
     input_shape: tuple[int, ...],
     value_range: tuple[float, float] | None,
     seed: int,
@@ -285,7 +290,10 @@ def make_target(
     module = _module(model, input_shape, seed)
     if weights is not None:
         load_weights(module, weights)
-    return Target(module, losses.by_name(loss, _outputs(module, input_shape)), input_shape, value_range, batch_size)
+    outputs = _outputs(module, input_shape)
+    if loss is None:
+        loss = "logistic" if outputs is None or outputs == 1 else "cross-entropy"
+    return Target(module, losses.by_name(loss, outputs), input_shape, value_range, batch_size)
 
 
 def _outputs(module: nn.Module, input_shape: tuple[int, ...]) -> int | None:

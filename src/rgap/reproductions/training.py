@@ -91,7 +91,8 @@ class Training(Reproduction):
         ]
 
     def _pictures(self, cell: Cell, options: Options) -> tuple[Tensor, Tensor]:
-        images = options.colour(self.learned).inputs
+        # There are 25 built-in photographs.
+        images = options.colour(self.learned if options.data is not None else min(self.learned, 25)).inputs
         choices = cell.loss.examples
         return images, torch.tensor([choices[at % len(choices)] for at in range(len(images))])
 
