@@ -117,7 +117,7 @@ def test_activation_and_bias_can_be_chosen(build):
 
 
 def test_impossible_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"in_channels=0, size=32, width=36: expected 1 or more"):
+    with pytest.raises(ValueError, match=r"in_channels=0, size=32: expected 1 or more"):
         models.cnn6(0)
     with pytest.raises(ValueError, match=r"size=\(4, 0\)"):
         models.cnn6_d(size=(4, 0))
@@ -211,7 +211,7 @@ def widths(*sizes: tuple[int, int, int]) -> int:
 TRAINED = [
     ("vgg11", lambda seed: models.vgg11(width=4, seed=seed), (3, 32, 32), 10),
     ("resnet20", lambda seed: models.resnet20(width=4, blocks=1, seed=seed), (3, 32, 32), 10),
-    ("resnet20 conv", lambda seed: models.resnet20(width=4, norm=False, pool=False, shortcut="conv", seed=seed), (1, 17, 17), 10),
+    ("without norm", lambda s: models.resnet20(1, 17, 10, 4, False, False, shortcut="conv", seed=s), (1, 17, 17), 10),
     ("resnet18", lambda seed: models.resnet18(width=4, classes=7, seed=seed), (3, 40, 48), 7),
     ("residual", lambda seed: models.residual(size=16, classes=3, norm=True, seed=seed), (3, 16, 16), 3),
     ("mlp", lambda seed: models.mlp(12, (5, 4), 3, seed=seed), (12,), 3),
@@ -277,7 +277,7 @@ def test_settled_batch_norm_has_the_inputs_statistics():
         (lambda: models.resnet20(shortcut="B"), "shortcut='B': expected 'pad' or 'conv'"),
         (lambda: models.resnet18(classes=0), "classes=0"),
         (lambda: models.residual(size=0), "size=0"),
-        (lambda: models.mlp(3, (0,)), r"hidden=\(0,\), classes=2: expected widths of 1 or more"),
+        (lambda: models.mlp(3, (0,)), r"hidden=\(0,\): expected widths of 1 or more"),
         (lambda: models.vit_tiny(size=30), "a size that is a multiple of the patch"),
         (lambda: models.vit_tiny(width=10), "a width that is one of the heads"),
     ],

@@ -12,8 +12,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from rgap.models.common import Activation, leaky_relu, seeded
+from rgap.models.common import Activation, check_sizes, leaky_relu, seeded
 from rgap.models.table import mlp
+
+CHANNELS = (12, 36, 36, 36, 64, 128)
+"""After each convolution of CNN6."""
+GEOMETRY = ((4, 2, 2), (3, 2, 1), (3, 1, 1), (3, 1, 1), (3, 2, 1), (3, 1, 1))
+"""Kernel, stride and padding of each convolution of CNN6."""
 
 
 def cnn6(
@@ -39,7 +44,8 @@ def cnn6(
     Raises:
         ValueError: in_channels, size or width is less than 1.
     """
-    return _cnn(in_channels, size, width, activation, bias, seed)
+    check_sizes(width=width)
+    return six_convolutions((CHANNELS[0], width, *CHANNELS[2:]), in_channels, size, activation, bias, seed)
 
 
 def cnn6_d(
@@ -51,9 +57,9 @@ def cnn6_d(
 ) -> nn.Sequential:
     """CNN6-d: CNN6 with 20 channels instead of 36 after conv2, which makes that layer rank-deficient.
 
-    Layers, arguments and errors are those of `cnn6`.
+    Layers, arguments and errors are those of `cnn6` with width 20.
     """
-    return _cnn(in_channels, size, 20, activation, bias, seed)
+    return cnn6(in_channels, size, activation, bias, seed, width=20)
 
 
 def fcn3(
@@ -80,28 +86,32 @@ def fcn3(
     return mlp(in_features, hidden, 1, activation, bias, seed)
 
 
-def _cnn(
-    in_channels: int, size: int | tuple[int, int], width: int, activation: Activation, bias: bool, seed: int
+def six_convolutions(
+    channels: Sequence[int],
+    in_channels: int = 3,
+    size: int | tuple[int, int] = 32,
+    activation: Activation = leaky_relu,
+    bias: bool = False,
+    seed: int = 0,
 ) -> nn.Sequential:
-    """CNN6 with `width` channels after the second convolution."""
+    """CNN6 with other numbers of channels; layers, the other arguments and errors are those of `cnn6`.
+
+    Args:
+        channels: after each of the six convolutions.
+    """
     height, breadth = (size, size) if isinstance(size, int) else size
-    if min(in_channels, height, breadth, width) < 1:
-        raise ValueError(f"got in_channels={in_channels}, size={size}, width={width}: expected 1 or more")
-    # (channels in, channels out, kernel, stride, padding)
-    rows = (
-        (in_channels, 12, 4, 2, 2),
-        (12, width, 3, 2, 1),
-        (width, 36, 3, 1, 1),
-        (36, 36, 3, 1, 1),
-        (36, 64, 3, 2, 1),
-        (64, 128, 3, 1, 1),
-    )
+    if min(in_channels, height, breadth) < 1:
+        raise ValueError(f"got in_channels={in_channels}, size={size}: expected 1 or more")
+    if len(channels) != len(GEOMETRY) or min(channels) < 1:
+        raise ValueError(f"got channels={tuple(channels)}: expected {len(GEOMETRY)} numbers of 1 or more")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
+    before = in_channels
     with seeded(seed):
-        for number, (c_in, c_out, kernel, stride, padding) in enumerate(rows, 1):
-            layers[f"conv{number}"] = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=bias)
+        for number, (after, (kernel, stride, padding)) in enumerate(zip(channels, GEOMETRY, strict=True), 1):
+            layers[f"conv{number}"] = nn.Conv2d(before, after, kernel, stride, padding, bias=bias)
             layers[f"act{number}"] = activation()
             height, breadth = ((n + 2 * padding - kernel) // stride + 1 for n in (height, breadth))
+            before = after
         layers["flatten"] = nn.Flatten()
-        layers["fc"] = nn.Linear(128 * height * breadth, 1, bias=bias)
+        layers["fc"] = nn.Linear(before * height * breadth, 1, bias=bias)
     return nn.Sequential(layers)

@@ -11,21 +11,33 @@ from rgap.models.common import Activation, check_sizes, leaky_relu, seeded
 
 
 class Block(nn.Module):
-    """out = act(shortcut(x) + F(x)), with two convolutions of 3 x 3 in F."""
+    """out = act(shortcut(x) + F(x)), with two convolutions of 3 x 3 in F.
 
-    def __init__(self, channels: int, outputs: int, stride: int, norm: bool, shortcut: str, activation: Activation):
+    The shortcut is x itself, unless stride or channels change: then as "pad" or "conv" says, see `resnet20`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        outputs: int,
+        stride: int = 1,
+        norm: bool = True,
+        shortcut: str = "conv",
+        activation: Activation = nn.ReLU,
+        bias: bool = False,
+    ):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, outputs, 3, stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, outputs, 3, stride, padding=1, bias=bias)
         self.norm1 = nn.BatchNorm2d(outputs) if norm else nn.Identity()
         self.act1 = activation()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=bias)
         self.norm2 = nn.BatchNorm2d(outputs) if norm else nn.Identity()
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or channels != outputs:
             if shortcut == "pad":
                 self.shortcut = Pad(stride, outputs - channels)
             else:
-                parts = [nn.Conv2d(channels, outputs, 1, stride, bias=False)]
+                parts = [nn.Conv2d(channels, outputs, 1, stride, bias=bias)]
                 self.shortcut = nn.Sequential(*parts, nn.BatchNorm2d(outputs)) if norm else parts[0]
         self.act2 = activation()
 
@@ -63,12 +75,16 @@ def resnet20(
     activation: Activation = nn.ReLU,
     shortcut: str = "pad",
     blocks: int = 3,
+    bias: bool = False,
     seed: int = 0,
 ) -> nn.Sequential:
     """ResNet-20 as the paper has it for CIFAR-10 (Section 4.2), in evaluation mode.
 
     A convolution, three stages of `blocks` blocks with 1, 2 and 4 times `width` channels, the last two beginning with
-    stride 2, the mean of every channel, and a Linear layer: (batch, in_channels, size, size) to (batch, classes).
+    stride 2, the mean of every channel, and a Linear layer.
+
+    Layers conv, norm, act, block1_1, ..., block3_3, pool, fc: (batch, in_channels, size, size) to (batch, classes).
+    Without norm there is no norm, without pool there is flatten in its place.
 
     Args:
         in_channels: of the input.
@@ -80,6 +96,7 @@ def resnet20(
         activation: makes a new activation each time.
         shortcut: "pad", without parameters, as the paper has it for CIFAR-10, or "conv", a convolution of 1 x 1.
         blocks: in each stage; 3 give 20 layers.
+        bias: give every convolution a bias; the paper's leave it to batch norm.
         seed: of the weights.
 
     Raises:
@@ -90,7 +107,7 @@ def resnet20(
         raise ValueError(f"got shortcut={shortcut!r}: expected 'pad' or 'conv'")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     with seeded(seed):
-        layers["conv"] = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        layers["conv"] = nn.Conv2d(in_channels, width, 3, padding=1, bias=bias)
         if norm:
             layers["norm"] = nn.BatchNorm2d(width)
         layers["act"] = activation()
@@ -98,7 +115,7 @@ def resnet20(
         for stage in range(3):
             for number in range(blocks):
                 stride, outputs = 2 if stage and not number else 1, width * 2**stage
-                block = Block(channels, outputs, stride, norm, shortcut, activation)
+                block = Block(channels, outputs, stride, norm, shortcut, activation, bias)
                 layers[f"block{stage + 1}_{number + 1}"] = block
                 channels, size = outputs, (size - 1) // stride + 1
         layers["pool" if pool else "flatten"] = Mean() if pool else nn.Flatten()
@@ -106,14 +123,22 @@ def resnet20(
     return nn.Sequential(layers).eval()
 
 
-def resnet18(in_channels: int = 3, classes: int = 1000, width: int = 64, seed: int = 0) -> nn.Sequential:
+def resnet18(
+    in_channels: int = 3, size: int = 224, classes: int = 1000, width: int = 64, seed: int = 0
+) -> nn.Sequential:
     """ResNet-18 as the paper has it for ImageNet (Table 1), in evaluation mode.
 
-    A convolution of 7 x 7 with stride 2, a maximum over 3 x 3, four stages of two blocks, the mean of every channel,
-    and a Linear layer: (batch, in_channels, height, width), 224 x 224 in the paper, to (batch, classes).
+    A convolution of 7 x 7 with stride 2, a maximum over 3 x 3 with stride 2, four stages of two blocks with 1, 2, 4 and
+    8 times `width` channels, the last three beginning with stride 2 and a convolution of 1 x 1 for a shortcut, the mean
+    of every channel, and a Linear layer.
+
+    Layers conv, norm, act, maximum, block1_1, ..., block4_2, pool, fc: (batch, in_channels, size, size) to
+    (batch, classes).
 
     Args:
         in_channels: of the input.
+        size: its height and width. No weight depends on it, since `pool` leaves one value of every channel: the network
+            takes pictures of any size.
         classes: outputs, one for each.
         width: channels after the first convolution.
         seed: of the weights.
@@ -121,7 +146,7 @@ def resnet18(in_channels: int = 3, classes: int = 1000, width: int = 64, seed: i
     Raises:
         ValueError: an argument is less than 1.
     """
-    check_sizes(in_channels=in_channels, classes=classes, width=width)
+    check_sizes(in_channels=in_channels, size=size, classes=classes, width=width)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     with seeded(seed):
         layers["conv"] = nn.Conv2d(in_channels, width, 7, 2, padding=3, bias=False)
@@ -132,7 +157,7 @@ def resnet18(in_channels: int = 3, classes: int = 1000, width: int = 64, seed: i
         for stage in range(4):
             for number in range(2):
                 outputs, stride = width * 2**stage, 2 if stage and not number else 1
-                layers[f"block{stage + 1}_{number + 1}"] = Block(channels, outputs, stride, True, "conv", nn.ReLU)
+                layers[f"block{stage + 1}_{number + 1}"] = Block(channels, outputs, stride, True, "conv")
                 channels = outputs
         layers["pool"] = Mean()
         layers["fc"] = nn.Linear(channels, classes)
@@ -146,13 +171,19 @@ def residual(
     width: int = 36,
     blocks: int = 2,
     activation: Activation = leaky_relu,
+    bias: bool = False,
     norm: bool = False,
     seed: int = 0,
 ) -> nn.Sequential:
     """A residual network whose layers all have full rank, so that the recursion recovers the input.
 
-    It is CNN6 with residual blocks in place of its third and fourth convolution. On 32 x 32 the maps in the blocks are
-    of 9 x 9 = 81 values, and each convolution has 9 * width gradient rows for every channel of its input.
+    A design of this package, not a published network: CNN6 (J. Zhu and M. Blaschko, ICLR 2021) with residual blocks in
+    place of its third and fourth convolution, x -> act(x + conv2(act(conv1(x)))). On 32 x 32 the maps in the blocks are
+    of 9 x 9 = 81 values, and the gradient of a convolution of 3 x 3 has 9 * width rows for every channel of its input:
+    with `width` 36 four times as many as it has unknowns, so that this gradient alone determines the input.
+
+    The weights need no scaling: as torch draws them, a convolution makes its input's variance about a third, so that
+    two in a row add to x about a tenth of its variance, and many blocks leave the activations at their size.
 
     Layers conv1, act1, conv2, act2, block1, ..., conv3, act3, conv4, act4, flatten, fc:
     (batch, in_channels, size, size) to (batch, classes).
@@ -163,7 +194,8 @@ def residual(
         classes: outputs, one for each; 1 for the binary losses.
         width: channels in the blocks.
         blocks: how many.
-        activation: makes a new activation each time.
+        activation: makes a new activation each time; by default LeakyReLU with slope 0.2.
+        bias: give every layer a bias.
         norm: batch norm after every convolution of a block; the network is in evaluation mode.
         seed: of the weights.
 
@@ -175,7 +207,7 @@ def residual(
 
     def convolution(number: int, channels: int, outputs: int, kernel: int, stride: int, padding: int) -> None:
         nonlocal size
-        layers[f"conv{number}"] = nn.Conv2d(channels, outputs, kernel, stride, padding, bias=False)
+        layers[f"conv{number}"] = nn.Conv2d(channels, outputs, kernel, stride, padding, bias=bias)
         layers[f"act{number}"] = activation()
         size = (size + 2 * padding - kernel) // stride + 1
 
@@ -183,11 +215,11 @@ def residual(
         convolution(1, in_channels, 12, 4, 2, 2)
         convolution(2, 12, width, 3, 2, 1)
         for number in range(1, blocks + 1):
-            layers[f"block{number}"] = Block(width, width, 1, norm, "conv", activation)
+            layers[f"block{number}"] = Block(width, width, norm=norm, activation=activation, bias=bias)
         convolution(3, width, 64, 3, 2, 1)
         convolution(4, 64, 128, 3, 1, 1)
         layers["flatten"] = nn.Flatten()
-        layers["fc"] = nn.Linear(128 * size * size, classes, bias=False)
+        layers["fc"] = nn.Linear(128 * size * size, classes, bias=bias)
     return nn.Sequential(layers).eval()
 
 

@@ -21,7 +21,7 @@ def mlp(
 ) -> nn.Sequential:
     """Linear layers with activations between: any input of in_features values, (batch, ...), to (batch, classes).
 
-    Layers flatten, fc1, act1, ..., and a last fc without an activation.
+    Layers flatten, fc1, act1, fc2, act2, ..., with no activation after the last fc.
 
     Args:
         in_features: the number of values in one input, such as the columns of a table.
@@ -36,7 +36,7 @@ def mlp(
     """
     widths = (in_features, *hidden, classes)
     if min(widths) < 1:
-        said = f"in_features={in_features}, hidden={tuple(hidden)}, classes={classes}"
+        said = f"in_features={in_features}, classes={classes}, hidden={tuple(hidden)}"
         raise ValueError(f"got {said}: expected widths of 1 or more")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     with seeded(seed):

@@ -25,6 +25,10 @@ def vgg11(
 ) -> nn.Sequential:
     """VGG-11 with strides in place of its maxima, and one Linear layer, as it is used on CIFAR-10.
 
+    Eight convolutions of 3 x 3 with 1, 2, 4, 4, 8, 8, 8 and 8 times `width` channels. The five that a maximum over
+    2 x 2 follows in the original have stride 2 instead, so that every layer is linear in its input but for the
+    activation; 32 x 32 becomes 1 x 1.
+
     Layers conv1, act1, ..., conv8, act8, flatten, fc: (batch, in_channels, size, size) to (batch, classes).
 
     Args:

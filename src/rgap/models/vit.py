@@ -67,7 +67,14 @@ def vit_tiny(
     classes: int = 10,
     seed: int = 0,
 ) -> VisionTransformer:
-    """ViT-tiny, with the sizes of DeiT-Ti (H. Touvron et al., ICML 2021): (batch, in_channels, size, size) to classes.
+    """ViT-tiny, with the sizes of DeiT-Ti (H. Touvron et al., ICML 2021), in evaluation mode.
+
+    A convolution with as great a stride as its kernel makes a token of every patch; a class token joins them, and
+    learned positions are added. Each encoder adds attention and then a perceptron of 4 times `width` with GELU, both
+    behind a layer norm. A layer norm and a Linear layer read the class token.
+
+    Layers embed, encoders.0, ..., norm, head, and the parameters token and positions:
+    (batch, in_channels, size, size) to (batch, classes).
 
     Args:
         in_channels: of the input.

@@ -254,7 +254,7 @@ class _Build:
             return Sum(where) if name == "add" else None
         constant = second if first in data else first
         value = self.known[constant] if isinstance(constant, Traced) else constant
-        value = torch.as_tensor(value).double()
+        value = torch.as_tensor(value, dtype=torch.float64)
         value = value.reshape(*[1] * (len(shape) - value.dim()), *value.shape)
         if value.shape[0] != 1 or (name == "div" and first is not data[0]):
             return None

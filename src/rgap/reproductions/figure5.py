@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from rgap import losses, models
 from rgap.attacks import Recursive
+from rgap.models.paper import CHANNELS, six_convolutions
 from rgap.reproductions.base import Job, Options, Reproduction, labels
 from rgap.store import Row
 from rgap.target import Target
@@ -43,19 +43,8 @@ def wide_cnn6(width: float, seed: int, slope: float = 0.2) -> nn.Sequential:
     Args:
         slope: of LeakyReLU on the negative side.
     """
-    channels = [round(width * c) for c in (12, 36, 36, 36, 64, 128)]
-    geometry = ((4, 2, 2), (3, 2, 1), (3, 1, 1), (3, 1, 1), (3, 2, 1), (3, 1, 1))  # kernel, stride, padding
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    before, size = 3, 32
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        for number, (after, (kernel, stride, padding)) in enumerate(zip(channels, geometry, strict=True), 1):
-            layers[f"conv{number}"] = nn.Conv2d(before, after, kernel, stride, padding, bias=False)
-            layers[f"act{number}"] = nn.LeakyReLU(slope)
-            before, size = after, (size + 2 * padding - kernel) // stride + 1
-        layers["flatten"] = nn.Flatten()
-        layers["fc"] = nn.Linear(before * size * size, 1, bias=False)
-    return nn.Sequential(layers)
+    channels = [round(width * c) for c in CHANNELS]
+    return six_convolutions(channels, activation=partial(nn.LeakyReLU, slope), seed=seed)
 
 
 def straight_cnn6(width: float, seed: int) -> nn.Sequential:

@@ -1,0 +1,168 @@
+"""Any traced model as a network: its values, its gradients and its segments, against the module and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rgap import Target, losses
+from rgap.nn.network import Network
+from rgap.nn.ops import Affine, Concat, Elementwise, Move, Other, Sum, Trained
+from tests.nn.modules import MODULES, SHAPE, Call, Skip, made
+
+every_module = pytest.mark.parametrize("name", MODULES)
+
+
+def headed(*names: str) -> tuple[nn.Module, Network]:
+    """Two layers around the modules, so that gradients go in and out, and the network."""
+    inner = made(*names)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        count = inner(torch.rand(1, *SHAPE, dtype=torch.float64)).numel()
+        model = nn.Sequential(nn.Conv2d(4, 4, 1), inner, nn.Flatten(), nn.Linear(count, 3)).double().eval()
+    return model, Target(model, losses.CrossEntropy(3), SHAPE).network
+
+
+def samples(count: int) -> Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+@every_module
+def test_values_are_the_modules(name: str) -> None:
+    model, network = headed(name)
+    x = samples(3)
+    values = network.forward(x)
+    torch.testing.assert_close(values[-1], model(x), rtol=1e-12, atol=1e-12)
+    assert [tuple(value.shape[1:]) for value in values] == list(network.shapes)
+
+
+@every_module
+def test_gradients_are_autograds(name: str) -> None:
+    model, network = headed(name)
+    x = samples(1).requires_grad_()
+    k = torch.randn(1, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+    wanted = torch.autograd.grad((model(x) * k).sum(), [x, *parameters.values()], allow_unused=True)
+    values = network.forward(x.detach())
+    ks = network.pull(values, network.slopes(values), {len(values) - 1: k})
+    torch.testing.assert_close(ks[0], wanted[0], rtol=1e-9, atol=1e-12)
+    by_name = dict(zip(parameters, wanted[1:], strict=True))
+    told = {layer.weight_name: (layer, found) for layer, found in network.gradients(values, ks)}
+    assert {"0.weight", "3.weight"} <= set(told)
+    for weight, (layer, found) in told.items():
+        expected = layer.pack_weight(by_name[weight][None])
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@every_module
+def test_pushed_moves_are_forward_modes(name: str) -> None:
+    model, network = headed(name)
+    x, moves = samples(1), samples(2) - samples(1)
+    values = network.forward(x)
+    pushed = network.push(values, network.slopes(values), moves)[-1]
+    for move, found in zip(moves, pushed, strict=True):
+        _, expected = torch.func.jvp(lambda value: model(value), (x,), (move[None],))
+        torch.testing.assert_close(found[None], expected, rtol=1e-9, atol=1e-11)
+
+
+@every_module
+def test_segments_cut_the_network_where_all_ways_meet(name: str) -> None:
+    _, network = headed(name, "gelu") if name != "linear" else headed(name)
+    places = [place for segment in network.segments for place in segment.nodes]
+    assert places == list(range(len(network.nodes)))
+    for segment in network.segments:
+        for place in segment.nodes:
+            assert min(network.nodes[place].reads) >= segment.entry
+        part = network.part([segment])
+        x = torch.randn(2, *network.shapes[segment.entry], dtype=torch.float64)
+        assert part.shapes[-1] == network.shapes[segment.exit]
+        values = part.forward(x)
+        assert tuple(values[-1].shape) == (2, *network.shapes[segment.exit])
+
+
+def test_blocks_are_what_branches() -> None:
+    blocks = {name for name in MODULES if any(segment.block for segment in headed(name)[1].segments)}
+    assert blocks == {"gate", "skip", "strided skip", "side by side", "nested"}
+
+
+@every_module
+def test_what_can_be_inverted_is(name: str) -> None:
+    _, network = headed(name)
+    values = network.forward(samples(2))
+    for node, y in zip(network.nodes, values[1:], strict=True):
+        if isinstance(node.op, (Move, Affine)):
+            found = node.op.invert(y)
+            if found is not None:
+                torch.testing.assert_close(found, values[node.reads[0]], rtol=1e-12, atol=1e-12)
+            else:
+                assert name in ("sliced", "split", "circular")
+        elif isinstance(node.op, Other):
+            assert node.op.invert(y) is None
+            assert node.op.loses
+
+
+EXPECTED = {
+    "reflected": [Trained], "upsampled, convolution": [Trained], "transposed": [Trained], "by hand": [Move, Trained],
+    "batch norm": [Affine], "scaled and shifted": [Affine] * 4, "padded with ones": [Move, Affine],
+    "rolled and flipped": [Move, Move], "twice": [Sum], "dropout": [], "relu6": [Elementwise], "maximum": [Other],
+    "side by side": [Elementwise, Trained, Concat], "shifted": [Affine],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_operations_are_recognised(name: str) -> None:
+    _, network = headed(name)
+    kinds = [type(node.op) for node in network.nodes][1:-1]
+    if kinds and kinds[-1] is Move and network.nodes[-2].shape == (network.nodes[-2].op.index.numel(),):  # type: ignore[attr-defined]
+        kinds = kinds[:-1]  # the flattening before the last layer
+    assert kinds == EXPECTED[name]
+
+
+def test_weights_that_are_used_twice_or_frozen_are_not_heard() -> None:
+    shared = nn.Conv2d(4, 4, 1)
+    frozen = nn.Conv2d(4, 4, 1).requires_grad_(False)
+    model = nn.Sequential(shared, nn.ReLU(), shared, frozen, nn.Flatten(), nn.Linear(144, 2))
+    network = Target(model, losses.CrossEntropy(2), SHAPE).network
+    heard = {node.op.layer.weight_name: node.op.heard for node in network.nodes if isinstance(node.op, Trained)}
+    assert heard == {"0.weight": False, "3.weight": False, "5.weight": True}
+
+
+def test_what_is_computed_without_gradient_passes_none_on() -> None:
+    def part(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            still = x * 3
+        return x + still
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), Call(part), nn.Flatten(), nn.Linear(144, 2)).double()
+    network = Target(model, losses.CrossEntropy(2), SHAPE).network
+    x = samples(1).requires_grad_()
+    (wanted,) = torch.autograd.grad(model(x)[0, 0], x)
+    values = network.forward(x.detach())
+    torch.testing.assert_close(values[-1], model(x), rtol=1e-12, atol=1e-12)
+    k = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(network.pull(values, {}, {len(values) - 1: k})[0], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_values_changed_in_place_are_read_as_they_are_then() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            z = y.relu_()
+            return y + z
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), InPlace(), nn.Flatten(), nn.Linear(144, 2)).double()
+    network = Target(model, losses.CrossEntropy(2), SHAPE).network
+    torch.testing.assert_close(network.forward(samples(2))[-1], model(samples(2)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("bias", "act", "scalable"), [(False, nn.ReLU(), True), (True, nn.ReLU(), False), (False, nn.Tanh(), False)]
+)
+def test_scalable_networks_scale(bias: bool, act: nn.Module, scalable: bool) -> None:
+    inner = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=bias), act, nn.Conv2d(4, 4, 1, bias=bias))
+    model = nn.Sequential(Skip(inner), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 2, bias=False)).double()
+    network = Target(model, losses.CrossEntropy(2), SHAPE).network
+    assert network.scalable == scalable
+    scaled = torch.allclose(network.forward(3 * samples(2))[-1], 3 * network.forward(samples(2))[-1])
+    assert scaled == scalable
