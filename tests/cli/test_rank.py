@@ -82,9 +82,9 @@ def test_models_that_are_no_chain(
     assert (code, err) == (0, "")
     assert "not measured" in out
     said = " ".join(out.split())
-    assert "in the way: add of 2 values (not supported yet)" in said
+    assert "no plain chain: add of 2 values (the recursion passes it)" in said
     assert "the input of c is no single layer's output" in said
-    assert "the recursion cannot pass" in said
+    assert "it is no plain chain, with add of 2 values" in said
     layers = json.loads((tmp_path / "rank.json").read_text())["layers"]
     assert [layer["name"] for layer in layers] == ["a", "b", "c"]
     assert [layer["virtual_rows"] for layer in layers] == [0, 4 * 144 - 144, 0]

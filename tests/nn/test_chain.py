@@ -167,7 +167,7 @@ def test_the_message_lists_every_obstacle() -> None:
     assert isinstance(error, ValueError)
     assert error.obstacles == tuple(obstacles)
     assert str(error).splitlines() == [
-        "the recursion cannot pass this model, 3 obstacle(s):",
+        "the model is no plain chain of layers, 3 obstacle(s):",
         "  - features.3: max_pool2d (not supported yet). Replace it.",
         "  - head: softmax (wrong setting). Remove it.",
         "  - forward: sign (never invertible). Nothing to be done.",

@@ -357,6 +357,7 @@ STRIDED = "replace it by a strided convolution"
 FLATTENED = "replace it by a flatten and a Linear layer"
 REORDERED = "reordering is not followed; use flatten or reshape only"
 CALL = "write it as torch.nn.functional.linear"
+PLAIN = "ranks are measured of plain chains only"
 TWICE = "has two inputs for one output; use LeakyReLU, ELU or Softplus to attack this model"
 NO_RULE = "no rule for it; replace it or attack the part of the model after it"
 SKIPS = "skip connections and added constants are not followed; attack the model without them"
@@ -367,26 +368,26 @@ PAD = "use the padding argument of the convolution, with zeros"
 ONE = "one activation after each layer is followed"
 
 OBSTACLES: dict[str, Row] = {
-    "add": Row(lambda z: z + 1, "add", Kind.NOT_YET, SKIPS),
-    "add of two": Row(lambda z: z + z.flatten(1).reshape(z.shape), "add of 2 values", Kind.NOT_YET, SKIPS),
-    "cat": Row(lambda z: torch.cat([z, z.clone()], 1), "cat of 2 values", Kind.NOT_YET, "branches are not followed"),
+    "add": Row(lambda z: z + 1, "add", Kind.PASSED, PLAIN),
+    "add of two": Row(lambda z: z + z.flatten(1).reshape(z.shape), "add of 2 values", Kind.PASSED, PLAIN),
+    "cat": Row(lambda z: torch.cat([z, z.clone()], 1), "cat of 2 values", Kind.PASSED, PLAIN),
     "max_pool1d": Row(lambda z: functional.max_pool1d(z.flatten(2), 2), "max_pool1d", Kind.NOT_YET, STRIDED),
     "max_pool2d": Row(nn.MaxPool2d(2), "max_pool2d", Kind.NOT_YET, STRIDED),
     "avg_pool2d": Row(nn.AvgPool2d(2), "avg_pool2d", Kind.NOT_YET, STRIDED),
     "adaptive_avg_pool2d": Row(nn.AdaptiveAvgPool2d(1), "adaptive_avg_pool2d", Kind.NOT_YET, FLATTENED),
     "mean": Row(lambda z: z.mean((2, 3)), "mean", Kind.NOT_YET, FLATTENED),
-    "permute": Row(lambda z: z.permute(0, 2, 3, 1), "permute", Kind.NOT_YET, REORDERED),
-    "transpose": Row(lambda z: z.transpose(2, 3), "transpose", Kind.NOT_YET, REORDERED),
-    "matmul": Row(lambda z: z @ torch.ones(4, 3), "matmul", Kind.NOT_YET, CALL),
-    "mm": Row(lambda z: torch.mm(z.flatten(1), torch.ones(32, 3)), "mm", Kind.NOT_YET, CALL),
-    "addmm": Row(lambda z: torch.addmm(torch.ones(3), z.flatten(1), torch.ones(32, 3)), "addmm", Kind.NOT_YET, CALL),
-    "pad": Row(nn.ZeroPad2d(1), "pad", Kind.NOT_YET, PAD),
-    "pad by reflection": Row(nn.ReflectionPad2d(1), "pad", Kind.NOT_YET, PAD),
-    "gelu": Row(nn.GELU(), "gelu", Kind.NOT_YET, TWICE),
-    "silu": Row(nn.SiLU(), "silu", Kind.NOT_YET, TWICE),
-    "silu in place": Row(nn.SiLU(inplace=True), "silu", Kind.NOT_YET, TWICE),
-    "mish": Row(nn.Mish(), "mish", Kind.NOT_YET, TWICE),
-    "hardtanh": Row(nn.Hardtanh(), "hardtanh", Kind.NEVER, "clamps values away; use Tanh"),
+    "permute": Row(lambda z: z.permute(0, 2, 3, 1), "permute", Kind.PASSED, PLAIN),
+    "transpose": Row(lambda z: z.transpose(2, 3), "transpose", Kind.PASSED, PLAIN),
+    "matmul": Row(lambda z: z @ torch.ones(4, 3), "matmul", Kind.PASSED, PLAIN),
+    "mm": Row(lambda z: torch.mm(z.flatten(1), torch.ones(32, 3)), "mm", Kind.PASSED, PLAIN),
+    "addmm": Row(lambda z: torch.addmm(torch.ones(3), z.flatten(1), torch.ones(32, 3)), "addmm", Kind.PASSED, PLAIN),
+    "pad": Row(nn.ZeroPad2d(1), "pad", Kind.PASSED, PLAIN),
+    "pad by reflection": Row(nn.ReflectionPad2d(1), "pad", Kind.PASSED, PLAIN),
+    "gelu": Row(nn.GELU(), "gelu", Kind.PASSED, PLAIN),
+    "silu": Row(nn.SiLU(), "silu", Kind.PASSED, PLAIN),
+    "silu in place": Row(nn.SiLU(inplace=True), "silu", Kind.PASSED, PLAIN),
+    "mish": Row(nn.Mish(), "mish", Kind.PASSED, PLAIN),
+    "hardtanh": Row(nn.Hardtanh(), "hardtanh", Kind.PASSED, PLAIN),
     "clamp": Row(lambda z: z.clamp(0, 1), "clamp", Kind.NEVER, "clamps values away"),
     "softmax": Row(nn.Softmax(1), "softmax", Kind.SETTING, RAW),
     "log_softmax": Row(nn.LogSoftmax(1), "log_softmax", Kind.SETTING, RAW),
@@ -398,9 +399,9 @@ OBSTACLES: dict[str, Row] = {
     "floor": Row(torch.floor, "floor", Kind.NEVER, "its gradient is zero"),
     "detach": Row(lambda z: z.detach(), "detach", Kind.NEVER, "stops the gradient"),
     "argmax": Row(lambda z: z.argmax(1, keepdim=True) * z, "argmax", Kind.NEVER, "its gradient is zero"),
-    "without a rule": Row(lambda z: z.flip(1), "flip", Kind.NOT_YET, NO_RULE),
-    "without a rule, of two": Row(lambda z: z * z.clone(), "mul of 2 values", Kind.NOT_YET, NO_RULE),
-    "transposed convolution": Row(nn.ConvTranspose2d(2, 2, 2), "conv_transpose2d", Kind.NOT_YET, NO_RULE),
+    "without a rule": Row(lambda z: z.flip(1), "flip", Kind.PASSED, PLAIN),
+    "without a rule, of two": Row(lambda z: z * z.clone(), "mul of 2 values", Kind.PASSED, PLAIN),
+    "transposed convolution": Row(nn.ConvTranspose2d(2, 2, 2), "conv_transpose2d", Kind.PASSED, PLAIN),
     "wrap_with_set_grad_enabled": Row(
         torch.no_grad()(lambda z: z * 2), "wrap_with_set_grad_enabled", Kind.SETTING, "compute them with gradients"
     ),
@@ -416,7 +417,7 @@ OBSTACLES: dict[str, Row] = {
     "batch norm in training": Row(
         nn.BatchNorm2d(2), "batch_norm in training mode mixes the samples of a batch", Kind.SETTING, EVAL
     ),
-    "batch norm": Row(nn.BatchNorm2d(2).eval(), "batch_norm", Kind.NOT_YET, NORMS),
+    "batch norm": Row(nn.BatchNorm2d(2).eval(), "batch_norm", Kind.PASSED, PLAIN),
     "layer norm": Row(nn.LayerNorm(4), "layer_norm", Kind.NOT_YET, NORMS),
     "group norm": Row(nn.GroupNorm(1, 2), "group_norm", Kind.NOT_YET, NORMS),
     "rms norm": Row(nn.RMSNorm(4), "rms_norm", Kind.NOT_YET, NORMS),
@@ -432,7 +433,7 @@ OBSTACLES: dict[str, Row] = {
     "elu that folds": Row(nn.ELU(-0.5), "elu with alpha -0.5", Kind.NEVER, "use a positive alpha"),
     "elu that is flat": Row(nn.ELU(0.0), "elu with alpha 0", Kind.NEVER, "use a positive alpha"),
     "two activations": Row(
-        nn.Sequential(nn.Tanh(), nn.Sigmoid()), "sigmoid on the input, or on another activation", Kind.NOT_YET, ONE
+        nn.Sequential(nn.Tanh(), nn.Sigmoid()), "sigmoid on the input, or on another activation", Kind.PASSED, PLAIN
     ),
 }
 
@@ -558,7 +559,7 @@ ENDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[tuple[str, 
     "activation on the input": (
         lambda: nn.Sequential(nn.ReLU(), nn.Linear(4, 1)),
         (4,),
-        [("0", "relu on the input, or on another activation", Kind.NOT_YET, ONE)],
+        [("0", "relu on the input, or on another activation", Kind.PASSED, PLAIN)],
     ),
     "activation after the last layer": (
         lambda: nn.Sequential(nn.Linear(4, 1), nn.Sigmoid()),

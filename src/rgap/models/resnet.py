@@ -223,7 +223,7 @@ def residual(
     return nn.Sequential(layers).eval()
 
 
-def settled(model: nn.Module, inputs: Tensor, rounds: int = 20) -> nn.Module:
+def settled(model: nn.Module, inputs: Tensor, rounds: int = 60) -> nn.Module:
     """The model with batch norm's statistics as they are on these inputs, in evaluation mode.
 
     Args:

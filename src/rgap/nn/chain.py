@@ -13,7 +13,9 @@ from rgap.nn.layers import Layer
 
 
 class Kind(Enum):
-    """Why an operation stops the recursion."""
+    """Why a model is no plain chain of layers."""
+
+    PASSED = "the recursion passes it"
 
     NEVER = "never invertible"
     NOT_YET = "not supported yet"
@@ -22,7 +24,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Obstacle:
-    """One thing in a model that the recursion cannot pass."""
+    """One thing in a model that keeps it from being a plain chain of layers; most of them the recursion passes."""
 
     where: str
     """The module or operation, such as ``features.3``."""
@@ -35,17 +37,17 @@ class Obstacle:
 
 
 class NotAChain(ValueError):
-    """The model is not a chain of invertible layers; ``obstacles`` lists all that stands in the way."""
+    """The model is no plain chain of layers; ``obstacles`` lists all that keeps it from being one."""
 
     def __init__(self, obstacles: Sequence[Obstacle]):
         self.obstacles = tuple(obstacles)
         lines = "\n".join(f"  - {obstacle}" for obstacle in obstacles)
-        super().__init__(f"the recursion cannot pass this model, {len(obstacles)} obstacle(s):\n{lines}")
+        super().__init__(f"the model is no plain chain of layers, {len(obstacles)} obstacle(s):\n{lines}")
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Layers from the input to the output; the last one has a single output and no activation."""
+    """Layers from the input to the output; the last one has no activation."""
 
     layers: tuple[Layer, ...]
 

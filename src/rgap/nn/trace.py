@@ -69,25 +69,31 @@ _OTHER_ACTIVATIONS: dict[str, Callable[[dict[str, Any]], Activation]] = {
     "mish": lambda a: Mish(),
 }
 
-_NOT_MONOTONIC = "has two inputs for one output; use LeakyReLU, ELU or Softplus to attack this model"
+_PASSED = (Kind.PASSED, "ranks are measured of plain chains only")
+# Further operations that the recursion passes.
+_FOLLOWED = {
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "relu6", "pixel_shuffle", "pixel_unshuffle", "flip",
+    "slice", "select", "split", "chunk", "roll", "sub", "mul", "div", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "channel_shuffle", "mT", "t", "narrow", "unbind",
+}  # fmt: skip
 _KNOWN_OBSTACLES: dict[str, tuple[Kind, str]] = {
-    "add": (Kind.NOT_YET, "skip connections and added constants are not followed; attack the model without them"),
-    "cat": (Kind.NOT_YET, "branches are not followed; attack the model without them"),
+    "add": _PASSED,
+    "cat": _PASSED,
     "max_pool1d": (Kind.NOT_YET, "keeps only the maxima; replace it by a strided convolution"),
     "max_pool2d": (Kind.NOT_YET, "keeps only the maxima; replace it by a strided convolution"),
     "avg_pool2d": (Kind.NOT_YET, "replace it by a strided convolution"),
     "adaptive_avg_pool2d": (Kind.NOT_YET, "replace it by a flatten and a Linear layer"),
     "mean": (Kind.NOT_YET, "replace it by a flatten and a Linear layer"),
-    "permute": (Kind.NOT_YET, "reordering is not followed; use flatten or reshape only"),
-    "transpose": (Kind.NOT_YET, "reordering is not followed; use flatten or reshape only"),
-    "matmul": (Kind.NOT_YET, "write it as torch.nn.functional.linear"),
-    "mm": (Kind.NOT_YET, "write it as torch.nn.functional.linear"),
-    "addmm": (Kind.NOT_YET, "write it as torch.nn.functional.linear"),
-    "pad": (Kind.NOT_YET, "use the padding argument of the convolution, with zeros"),
-    "gelu": (Kind.NOT_YET, _NOT_MONOTONIC),
-    "silu": (Kind.NOT_YET, _NOT_MONOTONIC),
-    "mish": (Kind.NOT_YET, _NOT_MONOTONIC),
-    "hardtanh": (Kind.NEVER, "clamps values away; use Tanh"),
+    "permute": _PASSED,
+    "transpose": _PASSED,
+    "matmul": _PASSED,
+    "mm": _PASSED,
+    "addmm": _PASSED,
+    "pad": _PASSED,
+    "gelu": _PASSED,
+    "silu": _PASSED,
+    "mish": _PASSED,
+    "hardtanh": _PASSED,
     "clamp": (Kind.NEVER, "clamps values away"),
     "softmax": (Kind.SETTING, "give the loss the raw outputs"),
     "log_softmax": (Kind.SETTING, "give the loss the raw outputs"),
@@ -296,7 +302,10 @@ class _Walk:
                 what = f"{name} in training mode mixes the samples of a batch"
                 self.block(where(node), what, Kind.SETTING, "call model.eval() first")
             else:
-                self.block(where(node), name, Kind.NOT_YET, "attack the model without its normalisation layers")
+                if name == "batch_norm" and not own:
+                    self.block(where(node), name, *_PASSED)
+                else:
+                    self.block(where(node), name, Kind.NOT_YET, "attack the model without its normalisation layers")
                 if name == "batch_norm" and not own:  # fixed statistics: one known factor and shift for every value
                     self.source[node] = self.source[data[0]]
         elif name == "linear":
@@ -321,6 +330,7 @@ class _Walk:
 
     def unknown(self, node: Node, name: str, inputs: int) -> None:
         default = (Kind.NOT_YET, "no rule for it; replace it or attack the part of the model after it")
+        default = _PASSED if name.removeprefix("_") in _FOLLOWED else default
         kind, remedy = _KNOWN_OBSTACLES.get(name.removeprefix("_"), default)
         what = f"{name} of {inputs} values" if inputs > 1 else name
         self.block(where(node), what, kind, remedy)
@@ -454,7 +464,7 @@ class _Walk:
             return  # behind an obstacle already named
         if at is None or at in self.activated:
             what = f"{activation} on the input, or on another activation"
-            self.block(where(node), what, Kind.NOT_YET, "one activation after each layer is followed")
+            self.block(where(node), what, *_PASSED)
         else:
             self.uses[at] = replace(self.uses[at], activation=activation)
             self.activated.add(at)

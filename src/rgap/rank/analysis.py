@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.nn.chain import Chain, NotAChain, Obstacle
+from rgap.nn.chain import Chain, Kind, NotAChain, Obstacle
 from rgap.nn.layers import Layer
 from rgap.rank import measured
 from rgap.rank.counts import LayerRank, Measured, count
@@ -114,11 +114,13 @@ class RankAnalysis:
             )
         else:
             told = f"By counting, every layer has as many constraints as inputs: the paper's index is {self.index}."
-        groups = sorted(summarise(self.obstacles), key=lambda group: -group.count)
+        stops = [obstacle for obstacle in self.obstacles if obstacle.kind is not Kind.PASSED]
+        groups = sorted(summarise(stops or self.obstacles), key=lambda group: -group.count)
         more = f" and {len(groups) - NAMED} more kinds" if len(groups) > NAMED else ""
+        named = ", ".join(str(group) for group in groups[:NAMED]) + more
+        why = f"the recursion cannot pass {named}" if stops else f"it is no plain chain, with {named}"
         return (
-            f"{told} This says nothing certain of the model's input: the recursion cannot pass "
-            f"{', '.join(str(group) for group in groups[:NAMED])}{more}, so ranks were not measured, and the counts "
+            f"{told} This says nothing certain of the model's input: {why}, so ranks were not measured, and the counts "
             "take each layer alone, as if skip connections, normalisation and pooling were not there."
         )
 
@@ -130,7 +132,11 @@ class RankAnalysis:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know beside the numbers."""
-        found = [f"in the way: {group} ({group.kind.value}). {group.remedy}" for group in self.groups]
+        found = [
+            f"{'no plain chain' if group.kind is Kind.PASSED else 'in the way'}: {group} ({group.kind.value}). "
+            f"{group.remedy}"
+            for group in self.groups
+        ]
         silent = [layer.name for layer in self.layers if not layer.gradient_rows]
         if silent:
             found.append(f"no gradient is sent for the weights of {names(silent)}: |W| is 0")
