@@ -16,12 +16,14 @@ from rgap.attacks.trail import End, Front, Step, Trail, one
 from rgap.constraints import System
 from rgap.nn.activations import Activation, Folded
 from rgap.nn.network import Network, Segment
-from rgap.nn.ops import Affine, Elementwise, Op, Trained
+from rgap.nn.ops import Affine, Elementwise, Norm, Op, Trained
 
 UNSURE, BRANCHES = 5.0, 3
 """A value within so many errors of its activation's kink may lie on either side of it; how many are tried at once."""
 FOLDS = 20
 """How often the places of folded activations are decided anew."""
+CANCELS = 1e-4
+"""Sums over positions below this fraction of their terms' sizes say nothing of a norm's size."""
 DOUBT = 1e-2
 """The weight of a row whose value may be another one, while the others decide."""
 
@@ -85,7 +87,9 @@ def recurse(
             k_error, family = k_error[of], family[of]
             trails = [trails[parent].passed(op.activation) for parent in of.tolist()]
         else:
-            moved = _inverted(op, front, gradients)
+            behind = network.nodes[segment.entry - 1].op if segment.entry else None
+            moved = _unscaled(op, behind, front, gradients) if isinstance(op, Norm) else None
+            moved = _inverted(op, front, gradients) if moved is None else moved
             if moved is None:
                 stopped = f"stops at {op.name}: {op.loses}"
                 break
@@ -222,6 +226,31 @@ def _activation(activation: Activation, front: Front) -> tuple[Front, Int[Tensor
         other = Front(z, front.k * fold, fold.abs().clamp(max=1.0), error[rows] / fold.abs().clamp(min=1e-12))
     found = Front(inverse.z, front.k, weight, z_error.expand(front.y.shape), other).select(of)
     return replace(found, k=found.k * slope), of  # Eq. 6
+
+
+def _unscaled(op: Norm, behind: Op | None, front: Front, gradients: dict[str, Tensor]) -> Front | None:
+    """k of what a norm reads, its size from the gradient of the bias that was added there; the value stays unknown.
+
+    The bias's gradient is k summed over positions, and each group's k is known but for its size: as many linear
+    equations as there are biases.
+    """
+    name = behind.layer.bias_name if isinstance(behind, Trained) else None
+    if not isinstance(behind, Trained) or name is None or name not in gradients:
+        return None
+    layer = behind.layer
+    times = layer.pack_output(op.pull_times_size(front.k, front.y))
+    count = front.k[0].numel()
+    group = torch.arange(count, device=times.device).div(count // op.groups, rounding_mode="floor")
+    group = layer.pack_output(group.reshape(1, *front.k.shape[1:])).expand(times.shape)
+    matrix = times.new_zeros(len(times), layer.outputs, op.groups).scatter_add_(2, group, times)
+    sizes = times.new_zeros(matrix.shape).scatter_add_(2, group, times.abs()).amax((1, 2))
+    if bool((torch.linalg.svdvals(matrix)[:, -1] <= CANCELS * sizes).any()) or layer.outputs < op.groups:
+        return None  # the sums over positions cancel, as those of a whole group do
+    told = gradients[name].reshape(1, -1, 1).expand(len(times), -1, 1)
+    inverse = torch.linalg.lstsq(matrix, told).solution[..., 0]
+    k = times * inverse.gather(1, group.flatten(1)).reshape(times.shape)
+    nothing = torch.zeros_like(front.y)
+    return Front(nothing, layer.unpack_output(k).reshape(front.k.shape), nothing, front.error)
 
 
 def _inverted(op: Op, front: Front, gradients: dict[str, Tensor]) -> Front | None:

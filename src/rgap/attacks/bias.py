@@ -40,7 +40,7 @@ from rgap.constraints import System
 from rgap.nn.layers import Layer
 from rgap.nn.losses import MarginLoss
 from rgap.nn.network import Network
-from rgap.nn.ops import Affine, Elementwise, Move, Other, Trained
+from rgap.nn.ops import Affine, Elementwise, Move, Norm, Other, Trained
 from rgap.target import Target
 from rgap.update import Update
 
@@ -307,7 +307,7 @@ def _k(network: Network, value: int, told: Mapping[str, Tensor]) -> Tensor | Non
     for place, node in enumerate(network.nodes):
         if value not in node.reads:
             continue
-        k = None if isinstance(node.op, (Elementwise, Other)) else _k(network, place + 1, told)
+        k = None if isinstance(node.op, (Elementwise, Norm, Other)) else _k(network, place + 1, told)
         if k is None:
             return None
         # Linear: the inputs only give their shapes.

@@ -19,7 +19,7 @@ from rgap.attacks.trail import Front, Trail, report
 from rgap.constraints import Rows, Side, Solved, System
 from rgap.nn.activations import Folded
 from rgap.nn.network import Network
-from rgap.nn.ops import Affine, Concat, Elementwise, Other, Sum, Trained
+from rgap.nn.ops import Affine, Concat, Elementwise, Norm, Other, Sum, Trained
 
 DENSE = 6_000
 """Unknowns of one group above which a value that is told directly is not solved for."""
@@ -44,7 +44,7 @@ def back(
     name = network.nodes[-1].op.name
     if opened is not None:
         return f"stops at {name}: {opened} leaves its input open, and no branches are followed from there"
-    other = next((node.op for node in network.nodes if isinstance(node.op, Other)), None)
+    other = next((node.op for node in network.nodes if isinstance(node.op, (Norm, Other))), None)
     if other is not None:
         return f"stops at {other.name}: {other.loses}"
     inside = Inside(network, gradients, front, eps, rank_tolerance, probe)

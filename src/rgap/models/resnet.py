@@ -223,8 +223,8 @@ def residual(
     return nn.Sequential(layers).eval()
 
 
-def settled(model: nn.Module, inputs: Tensor, rounds: int = 60) -> nn.Module:
-    """The model with batch norm's statistics as they are on these inputs, in evaluation mode.
+def settled(model: nn.Module, inputs: Tensor, rounds: int = 20) -> nn.Module:
+    """The model with batch norm's statistics moved towards those of these inputs, in evaluation mode.
 
     Args:
         inputs: (b, *input_shape), two or more.

@@ -17,7 +17,7 @@ from rgap.nn.activations import IDENTITY, Activation
 from rgap.nn.graph import Use
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network, Node
-from rgap.nn.ops import Affine, Concat, Elementwise, Move, Op, Other, Sum, Trained
+from rgap.nn.ops import Affine, Concat, Elementwise, Move, Norm, Op, Other, Sum, Trained
 
 # Operations whose output values are input values, or zeros.
 _MOVES = calls.VIEWS | {
@@ -160,6 +160,8 @@ class _Build:
                 return [Elementwise(where, self.program.activations[node])]
             if name == "batch_norm" and not arguments["training"]:
                 return [self.normalised(where, arguments)]
+            if name in ("layer_norm", "group_norm") or (name == "instance_norm" and arguments["use_input_stats"]):
+                return [self.norm(where, name, arguments, node.meta["val"].shape)]
             if name in ("add", "sub", "mul", "div"):
                 found = self.arithmetic(node, where, name, arguments, data)
                 if found is not None:
@@ -236,6 +238,23 @@ class _Build:
         shift = -mean * scale if bias is None else bias - mean * scale
         shape = (1, -1, *[1] * (arguments["input"].meta["val"].dim() - 2))
         return Affine(where, scale.reshape(shape), shift.reshape(shape), self.trained_name(arguments.get("bias")))
+
+    def norm(self, where: str, name: str, arguments: dict[str, Any], shape: torch.Size) -> Norm:
+        """A norm that is taken of each sample."""
+        if name == "layer_norm":
+            groups = math.prod(shape[1 : len(shape) - len(arguments["normalized_shape"])])
+        else:
+            groups = int(arguments["num_groups"]) if name == "group_norm" else shape[1]
+        parts = []
+        for role, constant in (("weight", 1.0), ("bias", 0.0)):
+            argument = arguments.get(role)
+            value = torch.full((1,), constant, dtype=torch.float64, device=self.device)
+            if isinstance(argument, Traced):
+                value = self.known[argument]
+            if name != "layer_norm":  # one for each channel
+                value = value.reshape(-1, *[1] * (len(shape) - 2))
+            parts.append(value[None])
+        return Norm(where, name, groups, parts[0], parts[1], float(arguments["eps"]))
 
     def trained_name(self, argument: Any) -> str | None:
         name = self.program.names.get(argument) if isinstance(argument, Traced) else None

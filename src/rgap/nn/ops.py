@@ -196,7 +196,42 @@ class Affine(Op):
 
     @property
     def loses(self) -> str:
-        return f"multiplies {int((self.scale == 0).sum())} channels by zero"
+        return f"multiplies {int((self.scale == 0).sum())} values by zero"
+
+
+@dataclass(frozen=True, eq=False)
+class Norm(Op):
+    """Layer norm, group norm and instance norm: each group of values less its mean, divided by its size.
+
+    y = scale * u + shift with u = (z - mean z) / size, where size = sqrt(var z + eps). Mean and size are lost; but the
+    size is the only thing that keeps k of z from being known, and the gradient of a bias tells it.
+    """
+
+    name: str
+    what: str
+    groups: int
+    """The values of one sample are as many groups, one after another."""
+    scale: Tensor
+    """(1, ...), broadcast over the value."""
+    shift: Tensor
+    eps: float
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        grouped = xs[0].reshape(len(xs[0]), self.groups, -1)
+        apart = grouped - grouped.mean(2, keepdim=True)
+        size = (apart.square().mean(2, keepdim=True) + self.eps).sqrt()
+        return self.scale * (apart / size).reshape(xs[0].shape) + self.shift
+
+    def pull_times_size(self, k: Tensor, y: Tensor) -> Tensor:
+        """The gradient of z, each group's times its size, from that of the output y."""
+        unit = ((y - self.shift) / self.scale).reshape(len(y), self.groups, -1)
+        slope = (k * self.scale).reshape(len(k), self.groups, -1)
+        along = (slope * unit).mean(2, keepdim=True)
+        return (slope - slope.mean(2, keepdim=True) - unit * along).reshape(k.shape)
+
+    @property
+    def loses(self) -> str:
+        return f"{self.what} loses mean and size of {self.groups} group{'s' * (self.groups > 1)} of values"
 
 
 @dataclass(frozen=True)
