@@ -158,9 +158,24 @@ class Matching(Attack):
                 raise ValueError(f"{name} is {value}: expected 1 or more")
 
     def obstacle(self, target: Target, samples: int) -> str | None:
-        if target.loss.labels or not (self.optimise_label or samples > 1):
-            return None
-        return f"the labels of the {target.loss.name} loss cannot be listed, so that none can be chosen"
+        if not target.loss.labels and (self.optimise_label or samples > 1):
+            return f"the labels of the {target.loss.name} loss cannot be listed, so that none can be chosen"
+        return self._not_batched(target)
+
+    def _not_batched(self, target: Target) -> str | None:
+        """Why torch.func does not take the model; None if it does."""
+        gradient = target.gradient_function(self.dtype)
+        x = torch.zeros(1, 1, *target.input_shape, dtype=self.dtype, device=target.device)
+        weights = torch.full((1, 1, len(target.loss.labels) or 1), 0.5, dtype=self.dtype, device=target.device)
+
+        def size(x: Tensor, weights: Tensor) -> Tensor:
+            return torch.stack([g.square().sum() for g in gradient(x, weights).values()]).sum()
+
+        try:
+            torch.func.vmap(torch.func.grad(size), randomness="different")(x, weights)
+        except (RuntimeError, NotImplementedError) as error:
+            return f"torch.func does not take this model: {str(error).strip().splitlines()[0]}"
+        return None
 
     def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
         return self.run_many(target, [update], [checks])[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rgap.attacks import joint, kinks
 from rgap.attacks.base import JointReport
-from rgap.attacks.branched import MOST_BYTES, Branched
+from rgap.attacks.branched import MOST_BYTES, At, Branched
 from rgap.attacks.fading import Fading, Joint, error, factor, smoothness, solve
 from rgap.attacks.recursive import Recursive, settled
 from rgap.attacks.trail import End
@@ -74,9 +74,11 @@ class Closed(Recursive):
             begin: Any = chained.at(_start(end, target, depth), [])
             z_error = step.z_error
         else:
-            problem = Branched(front, end.known, gradients)
-            begin = problem.forward(_noise(target, end.known.y, probe))
+            problem = branched = Branched(front, end.known, gradients)
             z_error = end.known.error.expand(end.known.y.shape)
+            begin = _begun(branched, _noise(target, end.known.y, probe))
+            if isinstance(begin, str):
+                return replace(end, stopped=f"{end.stopped}; {begin}")
         prior, centre, said = _prior(target, end.known.y)
         found = solve(problem, begin, prior, centre, self.fading, settled(eps))
         x, misfit = found.x, found.misfit
@@ -131,3 +133,14 @@ def _noise(target: Target, like: Tensor, probe: torch.Generator) -> Tensor:
     low, high = target.value_range or (-1.0, 1.0)
     draw = torch.randn(1, *target.input_shape, generator=probe, dtype=like.dtype, device=like.device)
     return (low + high) / 2 + 0.1 * (high - low) * draw
+
+
+def _begun(problem: Branched, x: Tensor) -> At | str:
+    """The operations linearised at an input, or why torch cannot push a move of the input through them."""
+    try:
+        at = problem.forward(x)
+        problem.network.push(at.values, at.by_place, torch.zeros_like(at.x))
+        problem.ks(at)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"what is in front is not solved jointly: {str(error).strip().splitlines()[0]}"
+    return at

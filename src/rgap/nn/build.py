@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,7 +77,7 @@ class _Build:
         self.tensors = {n: t.double().clone() if t.is_floating_point() else t.clone() for n, t in tensors.items()}
         self.known: dict[Traced, Any] = {}  # what does not depend on the input
         self.place: dict[Traced, int] = {}  # of values that do
-        self.several: set[Traced] = set()  # operations that return several values
+        self.parts: set[Traced] = set()  # operations whose results are no values: several, masks, scalars, complex
         self.nodes: list[Node] = []
         self.device = next(iter(self.tensors.values())).device
 
@@ -115,32 +115,43 @@ class _Build:
         return Network(tuple(moved), shape)
 
     def visit(self, node: Traced) -> None:
-        data = [argument for argument in node.all_input_nodes if argument in self.place or argument in self.several]
+        data = [argument for argument in node.all_input_nodes if argument in self.place or argument in self.parts]
         name = calls.operation(node).removesuffix("_")
         if not data:
             if name not in calls.BLOCKS and all(argument in self.known for argument in node.all_input_nodes):
-                self.known[node] = self.call(node, {})
+                made = self.call(node, {})
+                floats = isinstance(made, Tensor) and made.is_floating_point()
+                self.known[node] = made.double() if floats else made
             return
         if name in calls.BLOCKS:
             return
         if node in self.program.dropped:
             self.place[node] = self.place[data[0]]
             return
-        if not isinstance(node.meta.get("val"), Tensor):
-            self.several.add(node)
+        result = node.meta.get("val")
+        if not isinstance(result, Tensor) or not result.is_floating_point() or not result.dim():
+            self.parts.add(node)
             return
-        if name == "getitem" and data[0] in self.several:
+        if name == "getitem":
             name = calls.operation(data[0]).removesuffix("_")
-            data = [each for each in data[0].all_input_nodes if each in self.place]
+        data = self.roots(data)
         ops = self.ops(node, name, data)
         reads = tuple(self.place[each] for each in self.reads(ops[0], node, data))
         for op in ops:
-            self.nodes.append(Node(op, reads, tuple(node.meta["val"].shape[1:])))
+            self.nodes.append(Node(op, reads, _own(result.shape)))
             reads = (len(self.nodes),)
         self.place[node] = reads[0]
         if calls.operation(node).endswith("_"):  # in place: who reads the old value from here on gets the new one
             old = self.place[data[0]]
             self.place.update({each: reads[0] for each, at in self.place.items() if at == old})
+
+    def roots(self, data: list[Traced]) -> list[Traced]:
+        """The values behind operations whose results are no values of their own."""
+        found: dict[Traced, None] = {}
+        for each in data:
+            inner = [argument for argument in each.all_input_nodes if argument in self.place or argument in self.parts]
+            found.update(dict.fromkeys([each] if each in self.place else self.roots(inner)))
+        return list(found)
 
     def reads(self, op: Op, node: Traced, data: list[Traced]) -> list[Traced]:
         """The values that an operation reads, each as often as it does."""
@@ -152,12 +163,18 @@ class _Build:
     def ops(self, node: Traced, name: str, data: list[Traced]) -> list[Op]:
         """What the operation is made of, one after another."""
         where, arguments = calls.where(node), calls.arguments(node)
-        if node in self.program.heard:
+        # The batch, which is of one here, may have gone elsewhere than in front.
+        in_front = all(each.meta["val"].shape[0] == 1 for each in (node, *data))
+        if node in self.program.heard and node in self.program.activations:
+            return [Elementwise(where, self.program.activations[node])]
+        if node in self.program.heard and name in _MOVES and len(data) == 1:
+            moved = self.moved(node, where, data[0])
+            if moved:
+                return moved
+        if node in self.program.heard and in_front:
             trained = self.layer(node, data) if node in self.program.uses else None
             if trained is not None:
                 return [trained]
-            if node in self.program.activations:
-                return [Elementwise(where, self.program.activations[node])]
             if name == "batch_norm" and not arguments["training"]:
                 return [self.normalised(where, arguments)]
             if name in ("layer_norm", "group_norm") or (name == "instance_norm" and arguments["use_input_stats"]):
@@ -173,10 +190,6 @@ class _Build:
                 and all(e in self.place for e in arguments["tensors"])
             ):
                 return [Concat(where, dim - 1)]
-            if name in _MOVES and len(data) == 1:
-                moved = self.moved(node, where, data[0])
-                if moved:
-                    return moved
         trains = arguments.get("train") or arguments.get("training") or arguments.get("use_input_stats")
         mode = " in training mode (call model.eval() first)" if trains else ""
         function = self.function(node, data)
@@ -195,10 +208,13 @@ class _Build:
     def function(self, node: Traced, data: list[Traced]) -> Callable[..., Tensor]:
         """The operation as a function of the values it reads, for one sample."""
         mutates = calls.operation(node).endswith("_")
+        shapes, own = [each.meta["val"].shape for each in data], _own(node.meta["val"].shape)
 
         def run(*xs: Tensor) -> Tensor:
-            found: Tensor = self.call(node, dict(zip(data, (x.clone() for x in xs) if mutates else xs, strict=True)))
-            return found
+            whole = [x.reshape(shape) for x, shape in zip(xs, shapes, strict=True)]
+            given = (x.clone() for x in whole) if mutates else whole
+            found: Tensor = self.call(node, dict(zip(data, given, strict=True)))
+            return found.reshape(1, *own)
 
         return run
 
@@ -273,6 +289,8 @@ class _Build:
             return Sum(where) if name == "add" else None
         constant = second if first in data else first
         value = self.known[constant] if isinstance(constant, Traced) else constant
+        if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
+            return None
         value = torch.as_tensor(value, dtype=torch.float64)
         value = value.reshape(*[1] * (len(shape) - value.dim()), *value.shape)
         if value.shape[0] != 1 or (name == "div" and first is not data[0]):
@@ -288,8 +306,6 @@ class _Build:
     def moved(self, node: Traced, where: str, data: Traced) -> list[Op]:
         """What the operation does to numbered values: it moves them, and may add constants; nothing if it does else."""
         shape, out_shape = data.meta["val"].shape, node.meta["val"].shape
-        if shape[0] != 1 or out_shape[0] != 1 or not node.meta["val"].is_floating_point():
-            return []
         run, count = self.function(node, [data]), math.prod(shape)
         numbers = torch.arange(1, count + 1, dtype=torch.float64, device=self.device).reshape(shape)
         constant = run(torch.zeros_like(numbers))
@@ -298,15 +314,20 @@ class _Build:
         out = run(numbers) - constant
         index = out.round().long().reshape(-1) - 1
         index = torch.where(index < 0, count, index)
-        move = Move(where, index, tuple(shape[1:]), tuple(out_shape[1:]))
+        move = Move(where, index, _own(shape), _own(out_shape))
         # Any other values tell whether that is all it does.
         draw = torch.Generator(device=self.device).manual_seed(0)
         probe = torch.randn(shape, generator=draw, dtype=torch.float64, device=self.device)
-        if not torch.allclose(move.forward(probe) + constant, run(probe), rtol=0, atol=1e-12):
+        if not torch.allclose(move.forward(probe[None]) + constant, run(probe), rtol=0, atol=1e-12):
             return []
         if not bool(constant.any()):
             return [move]
         return [move, Affine(where, torch.ones_like(constant), constant)]
+
+
+def _own(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of one sample's value: without the dimension of the batch, if that is in front."""
+    return tuple(shape[1:]) if shape[0] == 1 else tuple(shape)
 
 
 def _fused(layer: Layer, before: Move) -> Layer | None:

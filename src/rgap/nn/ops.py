@@ -291,10 +291,14 @@ class Other(Op):
 
     def forward(self, *xs: Float[Tensor, "s ..."]) -> Tensor:
         # The traced operation may have a batch of one in its arguments.
-        run: Callable[..., Tensor] = torch.func.vmap(
-            lambda *one: self.function(*(x[None] for x in one))[0], randomness="different"
-        )
-        return run(*xs)
+        def one(*x: Tensor) -> Tensor:
+            return self.function(*(each[None] for each in x))[0]
+
+        run: Callable[..., Tensor] = torch.func.vmap(one, randomness="different")
+        try:
+            return run(*xs)
+        except RuntimeError:  # no rule to run several samples at once
+            return torch.stack([one(*sample) for sample in zip(*xs, strict=True)])
 
     def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.silent:
