@@ -190,7 +190,7 @@ def test_a_solve_too_large_for_memory_is_left_with_its_size() -> None:
     found = Virtual(largest=100)(target, update)
     assert found.status is Status.RANK_DEFICIENT
     assert "dense matrices of 294 unknowns" in found.reason
-    assert "more than largest=100 allows" in found.reason
+    assert "more than is solved (largest=100)" in found.reason
     assert torch.equal(found.inputs, Recursive()(target, update).inputs)
 
 

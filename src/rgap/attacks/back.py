@@ -159,14 +159,17 @@ def _layer(
     solved = system.solve(z - bias, grad)
     # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
     z_error = z_error.maximum(solved.weight_misfit[:, None, None])
-    error = _error(system, z_error, grad, eps, k_error, probe)
+    noise = _error(system, z_error, grad, eps, k_error, probe)
+    error = noise.square().mean((1, 2)).sqrt()
     for s, trail in enumerate(trails):
         of = slice(s, s + 1)
         step = Step(k[of], z[of], z_error[of], solved.x[of], None if row_weight is None else row_weight[of])
         trail.add(step, layer, system, solved, s, float(error[s]), k_known, heard)
         trail.open_at(at, one(front, s))
     x = layer.unpack_input(solved.x)
-    before = Front(x, layer.unpack_input(layer.grad_input(k)), None, error.reshape(-1, *[1] * (x.dim() - 1)))
+    # The directions that the constraints tell badly are the same in all channels: so is the error of each pixel.
+    each = noise.square().mean(1, keepdim=True).sqrt().expand(noise.shape)
+    before = Front(x, layer.unpack_input(layer.grad_input(k)), None, layer.unpack_input(each))
     return before, torch.maximum(solved.weight_residual, solved.gradient_residual)
 
 
@@ -209,10 +212,9 @@ def _unfolded(op: Trained, front: Front, other: Front, rank_tolerance: float) ->
 
 def _activation(activation: Activation, front: Front) -> tuple[Front, Int[Tensor, " b"]]:
     """Through an activation, with the candidate that each of the branches at its kinks comes from."""
-    error = front.spread
+    error = front.error.expand(front.y.shape)
     inverse = activation.invert(front.y, error)
-    rows = (slice(None), *[None] * (front.y.dim() - 1))
-    z_error = error[rows] / inverse.slope.abs().clamp(min=1e-12)
+    z_error = error / inverse.slope.abs().clamp(min=1e-12)
     weight = inverse.weight
     if front.weight is not None:
         weight = front.weight if weight is None else weight * front.weight
@@ -223,7 +225,7 @@ def _activation(activation: Activation, front: Front) -> tuple[Front, Int[Tensor
         fold = activation.slope(z)
         z = torch.where(front.y < 0, z, inverse.z)
         fold = torch.where(front.y < 0, fold, inverse.slope)
-        other = Front(z, front.k * fold, fold.abs().clamp(max=1.0), error[rows] / fold.abs().clamp(min=1e-12))
+        other = Front(z, front.k * fold, fold.abs().clamp(max=1.0), error / fold.abs().clamp(min=1e-12))
     found = Front(inverse.z, front.k, weight, z_error.expand(front.y.shape), other).select(of)
     return replace(found, k=found.k * slope), of  # Eq. 6
 
@@ -276,8 +278,8 @@ def _inverted(op: Op, front: Front, gradients: dict[str, Tensor]) -> Front | Non
 
 def _error(
     system: System, z_error: Tensor, grad: Tensor, eps: float, k_error: Tensor, probe: torch.Generator
-) -> Float[Tensor, " s"]:
-    """Push one draw of the right-hand side's noise through the solver: the root mean square of what comes out.
+) -> Float[Tensor, "s c n"]:
+    """Push one draw of the right-hand side's noise through the solver.
 
     z carries the error of the layers after this one, grad W its rounding, and an error of k acts like one of grad W.
     """
@@ -289,12 +291,10 @@ def _error(
     grad_noise = draw(len(k), *grad.shape[1:]) * rounding(grad, eps)
     grad_noise = grad_noise + grad * (k_error * draw(len(k)))[:, None, None, None]
     z_noise = draw(len(k), layer.outputs, layer.positions) * z_error
-    return system.apply_inverse(z_noise, grad_noise).square().mean((1, 2)).sqrt()
+    return system.apply_inverse(z_noise, grad_noise)
 
 
-def _branches(
-    activation: Activation, x: Tensor, slope: Tensor, error: Float[Tensor, " s"]
-) -> tuple[Int[Tensor, " b"], Tensor]:
+def _branches(activation: Activation, x: Tensor, slope: Tensor, error: Tensor) -> tuple[Int[Tensor, " b"], Tensor]:
     """Values so near their kink that their error leaves the side open: every choice of sides becomes a candidate.
 
     Returns:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.nn.activations import LeakyReLU
+from rgap.nn.activations import LeakyReLU, ReLU
 from rgap.nn.network import Network, Slopes
 
 TRIED = 32
@@ -86,7 +86,7 @@ def _nearest_to_kink(network: Network, values: list[Tensor]) -> list[tuple[int, 
     """Units of kinked activations, the nearest first, measured by the spread of their layer."""
     near: list[tuple[float, int, int]] = []
     for place, activation in network.activations:
-        if isinstance(activation, LeakyReLU):
+        if isinstance(activation, (LeakyReLU, ReLU)):
             z = values[network.nodes[place].reads[0]]
             distance = (z / z.square().mean().sqrt()).abs().reshape(-1)
             found, index = distance.topk(min(TRIED, len(distance)), largest=False)
@@ -98,7 +98,9 @@ def _flipped(network: Network, slopes: Slopes, unit: tuple[int, int]) -> dict[in
     place, index = unit
     changed = slopes[place].clone()
     activation = dict(network.activations)[place]
-    changed.view(-1)[index] = activation.other_side(slopes[place]).reshape(-1)[index]
+    # Of ReLU's slopes, 0 and 1, an output of zero tells neither: `other_side` leaves them alone.
+    other = 1 - slopes[place] if isinstance(activation, ReLU) else activation.other_side(slopes[place])
+    changed.view(-1)[index] = other.reshape(-1)[index]
     return {at: changed if at == place else slope for at, slope in slopes.items()}
 
 

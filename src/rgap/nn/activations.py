@@ -51,8 +51,32 @@ class Activation(ABC):
         """The derivative at z, with the value that torch takes at a kink."""
 
     @abstractmethod
-    def invert(self, x: Float[Tensor, "s *shape"], error: Float[Tensor, " s"]) -> Inverse:
-        """z from x, where x is known to about +-error (one figure per system)."""
+    def invert(self, x: Float[Tensor, "s *shape"], error: Float[Tensor, "s ..."]) -> Inverse:
+        """z from x, where x is known to about +-error: one figure for each system, or for each value."""
+
+
+def _each(error: Tensor, x: Tensor) -> Tensor:
+    """The error in a shape that goes with x."""
+    return error if error.dim() == x.dim() else error.reshape(-1, *[1] * (x.dim() - 1))
+
+
+QUIET, LOUD = 3.0, 1000.0
+"""So many errors away from a bound a value may still be noise; so many away it is none."""
+
+
+def _beyond_noise(distance: Float[Tensor, "s *shape"], error: Tensor) -> Tensor:
+    """Which values are not at the bound, for all that noise did to them.
+
+    Errors are estimates: where noise ends and values begin is told by the widest gap between their distances.
+    """
+    size = distance / error.expand(distance.shape).clamp(min=torch.finfo(distance.dtype).tiny)
+    limits = []
+    for own in size:
+        between = own[(own > QUIET) & (own < LOUD)]
+        ends = torch.cat([own.new_tensor([QUIET]), between.sort().values, own.new_tensor([LOUD])])
+        widest = int((ends[1:] / ends[:-1]).argmax())
+        limits.append((ends[widest] * ends[widest + 1]).sqrt())
+    return size > torch.stack(limits).reshape(-1, *[1] * (distance.dim() - 1))
 
 
 @dataclass(frozen=True)
@@ -117,7 +141,7 @@ class ReLU(Activation):
 
     def invert(self, x: Tensor, error: Tensor) -> Inverse:
         # A zero comes back as noise of the size of the error; taking it for a value would claim z = 0 exactly.
-        active = (x > 10 * error.reshape(-1, *[1] * (x.dim() - 1))).to(x)
+        active = _beyond_noise(x, _each(error, x)).to(x)
         return Inverse(x * active, active, active)
 
     def __str__(self) -> str:
@@ -147,8 +171,8 @@ class Hardtanh(Activation):
 
     def invert(self, x: Tensor, error: Tensor) -> Inverse:
         # A bound comes back as noise of the size of the error around it.
-        margin = 10 * error.reshape(-1, *[1] * (x.dim() - 1))
-        active = ((x > self.low + margin) & (x < self.high - margin)).to(x)
+        error = _each(error, x)
+        active = (_beyond_noise(x - self.low, error) & _beyond_noise(self.high - x, error)).to(x)
         return Inverse(x * active, active, active)
 
     def __str__(self) -> str:

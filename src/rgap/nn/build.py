@@ -288,6 +288,8 @@ class _Build:
         if both:
             return Sum(where) if name == "add" else None
         constant = second if first in data else first
+        if constant in self.parts:  # such as x / x.max() and a mask
+            return None
         value = self.known[constant] if isinstance(constant, Traced) else constant
         if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
             return None
