@@ -216,3 +216,19 @@ def test_an_update_from_other_weights_is_not_converged_and_says_why() -> None:
     found = Recursive()(target, Update(gradients))
     assert found.status in (Status.NOT_CONVERGED, Status.RANK_DEFICIENT)
     assert any("other weights" in finding for finding in found.preflight.findings)
+
+
+def test_a_nearly_saturated_loss_is_named() -> None:
+    """In float32 the client's own 1 - p is rounding: its gradient is that of no sample, and no answer reproduces it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 9, bias=False), nn.LeakyReLU(0.2), nn.Linear(9, 3, bias=False))
+        x = torch.rand(1, 6)
+    label = int(model(x).argmax())
+    with torch.no_grad():
+        outputs = model(x)[0]
+        model[2].weight *= 15 / float(outputs[label] - outputs.sort().values[-2])  # p is 1 - 3e-7
+    target = Target(model, losses.CrossEntropy(3), (6,), (0.0, 1.0))
+    found = Recursive()(target, capture(target, x, torch.tensor([float(label)])))
+    assert found.status is Status.NOT_CONVERGED
+    assert "the loss is nearly saturated: k is " in found.reason

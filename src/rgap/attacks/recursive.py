@@ -26,6 +26,7 @@ from rgap.checks import Preflight
 from rgap.nn.activations import IDENTITY, Activation
 from rgap.nn.chain import Kind, NotAChain, Obstacle
 from rgap.nn.layers import Layer
+from rgap.nn.losses import MarginLoss
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Move, Trained
 from rgap.target import Target
@@ -107,6 +108,8 @@ class Recursive(Attack):
             assumptions += (f"of {len(good)} answers the one that fits the value range {target.value_range} is first",)
         assumptions += tuple({a.joint.prior: None for a in good if a.joint is not None})
         status, reason = self._judge(good, target, tolerance)
+        if status is Status.NOT_CONVERGED:
+            reason += _saturated(target, start, eps, tolerance)
         if update.samples(target) > 1 and status in (Status.EXACT, Status.AMBIGUOUS):
             status, reason = Status.REPRODUCED, f"one input that stands for {update.samples(target)} samples; {reason}"
         return ended(status, reason, tuple(good))
@@ -181,6 +184,14 @@ class Recursive(Attack):
         if len(inside) == 1:
             return status, reason
         return Status.AMBIGUOUS, f"{len(answers)} inputs reproduce the gradient, {len(inside)} inside the value range"
+
+
+def _saturated(target: Target, start: Heads, eps: float, tolerance: float) -> str:
+    """What a nearly saturated loss did to the client's own gradient; empty if it did nothing that shows."""
+    k = float(start.k.abs().max())
+    if isinstance(target.loss, MarginLoss) or k == 0 or eps / k <= tolerance:
+        return ""
+    return f"; the loss is nearly saturated: k is {k:.1e}, and the rounding of 1 - p may be {min(eps / k, 1):.0%} of it"
 
 
 def obstacle(target: Target) -> str | None:

@@ -230,7 +230,8 @@ class _Build:
             layer = replace(layer, bias_name=None)
         place = self.place[data[0]]
         before = self.nodes[place - 1].op if place else None
-        if isinstance(before, Move) and not any(place in other.reads for other in self.nodes):
+        alone = len(data[0].users) == 1 and not any(place in other.reads for other in self.nodes)
+        if isinstance(before, Move) and alone:
             fused = _fused(layer, before)
             if fused is not None:
                 self.place[data[0]] = self.nodes[place - 1].reads[0]
