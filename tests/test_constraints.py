@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from rgap.constraints import STRONG, System
+from rgap.constraints import STRONG, Rows, System
 from rgap.nn import layers
 from rgap.nn.layers import Layer
 
@@ -63,25 +63,30 @@ def dense(
     forward: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...], weight: Tensor, k: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Columns of W and K: the outputs at each unit input, and autograd's gradient of the weight there."""
-    columns, slopes = [], []
-    for unit in torch.eye(torch.Size(shape).numel(), dtype=torch.float64):
-        leaf = weight.clone().requires_grad_()
-        z = forward(unit.reshape(1, *shape), leaf)
-        (slope,) = torch.autograd.grad((z * k.reshape(z.shape)).sum(), leaf)
-        columns.append(z.detach().flatten())
-        slopes.append(slope.flatten())
-    return torch.stack(columns, 1), torch.stack(slopes, 1)
+    units = torch.eye(torch.Size(shape).numel(), dtype=torch.float64).reshape(-1, 1, *shape)
+
+    def heard(w: Tensor, unit: Tensor) -> Tensor:
+        z = forward(unit, w)
+        return (z * k.reshape(z.shape)).sum()
+
+    columns = torch.func.vmap(forward, in_dims=(0, None))(units, weight)
+    slopes = torch.func.vmap(torch.func.grad(heard), in_dims=(None, 0))(weight, units)
+    return columns.flatten(1).T, slopes.flatten(1).T
 
 
-@st.composite
-def problems(draw: st.DrawFn, weighted: bool | None = None) -> Drawn:
-    """A convolution (or Linear layer) of any geometry, with k of any size, partly zero, and rows partly dropped."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    groups, per_group, outputs = draw(st.sampled_from([1, 1, 2])), draw(st.integers(1, 2)), draw(st.integers(1, 5))
-    size = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+def drawn_layer(
+    draw: st.DrawFn,
+    generator: torch.Generator,
+    groups: int,
+    shape: tuple[int, int, int],
+    size: float,
+    weighted: bool | None,
+) -> Drawn:
+    """A convolution of any geometry that takes this shape, with k of about this size."""
+    outputs = draw(st.integers(1, 5))
     kernel, stride, padding, dilation = (draw(st.integers(*bounds)) for bounds in ((1, 3), (1, 2), (0, 2), (1, 2)))
-    assume(min(size) + 2 * padding >= dilation * (kernel - 1) + 1)
-    shape = (groups * per_group, *size)
+    assume(min(shape[1:]) + 2 * padding >= dilation * (kernel - 1) + 1)
+    per_group = shape[0] // groups
     weight = torch.randn(groups * outputs, per_group, kernel, kernel, generator=generator, dtype=torch.float64)
 
     def forward(x: Tensor, w: Tensor) -> Tensor:
@@ -90,17 +95,100 @@ def problems(draw: st.DrawFn, weighted: bool | None = None) -> Drawn:
     layer = layers.convolution(
         "conv", weight, None, shape, (stride,) * 2, ((padding, padding),) * 2, (dilation,) * 2, groups, "weight", None
     )
-    k = 10.0 ** -draw(st.integers(0, 5)) * torch.randn(
-        1, layer.outputs, layer.positions, generator=generator, dtype=torch.float64
-    )
+    k = size * torch.randn(1, layer.outputs, layer.positions, generator=generator, dtype=torch.float64)
     # Zero, or so small that K shows some directions faintly.
     faint = torch.rand(k.shape, generator=generator) > draw(st.sampled_from([1.0, 0.6, 0.2, 0.0]))
     k = torch.where(faint, draw(st.sampled_from([0.0, 1e-4, 1e-5])) * k, k)
     row_weight = None
     if draw(st.booleans()) if weighted is None else weighted:
-        levels = torch.tensor(draw(st.sampled_from([[0.0, 1.0], [1.0], [0.0, 0.3, 1.0], [0.0]])), dtype=torch.float64)
-        row_weight = levels[torch.randint(len(levels), k.shape, generator=generator)]
+        row_weight = drawn_weights(draw, generator, k.shape)
     return Drawn(layer, k, row_weight, *dense(forward, shape, weight, k))
+
+
+def drawn_weights(draw: st.DrawFn, generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """How far each of several values is known."""
+    levels = torch.tensor(draw(st.sampled_from([[0.0, 1.0], [1.0], [0.0, 0.3, 1.0], [0.0]])), dtype=torch.float64)
+    return levels[torch.randint(len(levels), shape, generator=generator)]
+
+
+@st.composite
+def problems(draw: st.DrawFn, weighted: bool | None = None) -> Drawn:
+    """A convolution (or Linear layer) of any geometry, with k of any size, partly zero, and rows partly dropped."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    groups, per_group = draw(st.sampled_from([1, 1, 2])), draw(st.integers(1, 2))
+    shape = (groups * per_group, draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    return drawn_layer(draw, generator, groups, shape, 10.0 ** -draw(st.integers(0, 5)), weighted)
+
+
+@dataclass(frozen=True)
+class Several:
+    """Layers that read one input, which may itself be told, and all that as dense matrices."""
+
+    each: tuple[Drawn, ...]
+    direct: Tensor | None
+    """(1, channels, pixels)"""
+    W: Tensor
+    """The rows of one layer after the other's, then one for each value of the input."""
+    K: Tensor
+
+    @property
+    def layer(self) -> Layer:
+        return self.each[0].layer
+
+    @property
+    def rows(self) -> Tensor:
+        own = [] if self.direct is None else [self.direct.flatten()]
+        return torch.cat([drawn.rows for drawn in self.each] + own)
+
+    def group(self, g: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, slice]:
+        """As `Drawn.group` has it."""
+        _, _, _, _, _, x = self.each[0].group(g)
+        z, w, before_z, before_w = [], [], 0, 0
+        for drawn in self.each:
+            _, _, _, z_at, w_at, _ = drawn.group(g)
+            z.append(torch.arange(before_z + z_at.start, before_z + z_at.stop))
+            w.append(torch.arange(before_w + w_at.start, before_w + w_at.stop))
+            before_z, before_w = before_z + len(drawn.W), before_w + len(drawn.K)
+        if self.direct is not None:
+            z.append(torch.arange(before_z + x.start, before_z + x.stop))
+        z_all, w_all = torch.cat(z), torch.cat(w)
+        return self.W[z_all][:, x], self.K[w_all][:, x], self.rows[z_all], z_all, w_all, x
+
+    def system(self) -> System:
+        first, *others = self.each
+        beside = [Rows(drawn.layer, drawn.k, drawn.row_weight) for drawn in others]
+        return System(first.layer, first.k, first.row_weight, TOLERANCE, beside, self.direct)
+
+    def sides(self, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]], Tensor | None]:
+        """Flat right-hand sides as `System.solve` takes them."""
+        of_z = [len(drawn.W) for drawn in self.each]
+        told = None if self.direct is None else z[sum(of_z) :].reshape(self.direct.shape)
+        parts = zip(
+            self.each,
+            torch.split(z[: sum(of_z)], of_z),
+            torch.split(grad, [len(drawn.K) for drawn in self.each]),
+            strict=True,
+        )
+        first, *others = [drawn.sides(*side) for drawn, *side in parts]
+        return *first, others, told
+
+    def solve(self, z: Tensor, grad: Tensor) -> Tensor:
+        return self.system().solve(*self.sides(z, grad)).x.flatten()
+
+
+@st.composite
+def several(draw: st.DrawFn) -> Several:
+    """Up to three layers on one input, told itself or not; a single one is told."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    groups, per_group = draw(st.sampled_from([1, 1, 2])), draw(st.integers(1, 2))
+    shape = (groups * per_group, draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    size, count = 10.0 ** -draw(st.integers(0, 5)), draw(st.integers(1, 3))
+    each = tuple(drawn_layer(draw, generator, groups, shape, size, None) for _ in range(count))
+    direct = None
+    if count == 1 or draw(st.booleans()):
+        direct = drawn_weights(draw, generator, (1, shape[0], shape[1] * shape[2]))
+    own = [] if direct is None else [torch.eye(direct.numel(), dtype=torch.float64)]
+    return Several(each, direct, torch.cat([one.W for one in each] + own), torch.cat([one.K for one in each]))
 
 
 def equilibrated(W: Tensor, K: Tensor, rows: Tensor) -> tuple[Tensor, float]:
@@ -112,7 +200,7 @@ def equilibrated(W: Tensor, K: Tensor, rows: Tensor) -> tuple[Tensor, float]:
     return torch.cat([weighted, scale * K]), scale
 
 
-def clear(drawn: Drawn) -> None:
+def clear(drawn: Drawn | Several) -> None:
     """Leave out what rounding could call either way: rank, and which directions are strong."""
     for g in range(drawn.layer.groups):
         W, K, rows, *_ = drawn.group(g)
@@ -129,7 +217,9 @@ def weak_directions(K: Tensor) -> Tensor:
     return vh[(sigma < STRONG * sigma[0]) | (sigma == 0)].T
 
 
-def by_group(drawn: Drawn, solve: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor], *sides: Tensor) -> Tensor:
+def by_group(
+    drawn: Drawn | Several, solve: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor], *sides: Tensor
+) -> Tensor:
     """A dense solution, put together from the groups, which do not share unknowns."""
     x = torch.zeros(drawn.W.shape[1], dtype=torch.float64)
     for g in range(drawn.layer.groups):
@@ -194,8 +284,71 @@ def test_inconsistent_constraints_are_solved_strong_directions_first(drawn: Draw
     assert close(drawn.solve(z, grad), by_group(drawn, strong_first, z, grad), 1e-6)
 
 
-def lengths(drawn: Drawn) -> tuple[int, int]:
+def lengths(drawn: Drawn | Several) -> tuple[int, int]:
     return len(drawn.W), len(drawn.K)
+
+
+# Several layers that read one input, and an input that is told by itself.
+
+
+@settings(max_examples=30, deadline=None)
+@given(several(), st.integers(0, 2**31))
+def test_layers_beside_each_other_give_the_input_or_its_part_that_they_see(drawn: Several, seed: int) -> None:
+    clear(drawn)
+    x = torch.randn(drawn.W.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    z, grad = drawn.W @ x, drawn.K @ x
+    found = drawn.solve(z, grad)
+    assert close(found, by_group(drawn, minimum_norm, z, grad))
+    ranks = [int(torch.linalg.matrix_rank(joint_rows(drawn, g), rtol=1e-6)) for g in range(drawn.layer.groups)]
+    assert drawn.system().rank == (sum(ranks),)
+    if sum(ranks) == len(x):
+        assert close(found, x)
+
+
+def joint_rows(drawn: Several, g: int) -> Tensor:
+    W, K, rows, *_ = drawn.group(g)
+    return equilibrated(W, K, rows)[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(several(), st.integers(0, 2**31), st.floats(1e-6, 1.0))
+def test_layers_beside_each_other_are_solved_strong_directions_first(drawn: Several, seed: int, size: float) -> None:
+    clear(drawn)
+    generator = torch.Generator().manual_seed(seed)
+    x, z, grad = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (drawn.W.shape[1], *lengths(drawn)))
+    largest = max(float(each.k.abs().max()) for each in drawn.each)
+    z, grad = drawn.W @ x + size * z, drawn.K @ x + size * largest * grad
+    assert close(drawn.solve(z, grad), by_group(drawn, strong_first, z, grad), 1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(several(), st.integers(0, 2**31))
+def test_what_is_not_told_of_several_rows_does_not_matter(drawn: Several, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(drawn.W.shape[1], generator=generator, dtype=torch.float64)
+    z, grad = drawn.W @ x, drawn.K @ x
+    noise = torch.randn(z.shape, generator=generator, dtype=torch.float64) * (drawn.rows == 0)
+    plain, moved = (drawn.system().solve(*drawn.sides(side, grad)) for side in (z, z + 1e3 * noise))
+    assert close(moved.x, plain.x, 1e-6)
+    for name in ("weight_residual", "weight_misfit"):
+        assert torch.allclose(getattr(moved, name), getattr(plain, name), atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(several(), st.integers(0, 2**31))
+def test_residuals_of_several_layers_are_those_of_all_their_rows(drawn: Several, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z, grad = (torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths(drawn))
+    found = drawn.system().solve(*drawn.sides(z, grad))
+    x, rows = found.x.flatten(), drawn.rows
+    misfit, told = rows * (drawn.W @ x - z), rows * z
+    if float(told.norm()):
+        assert float(found.weight_residual) == pytest.approx(float(misfit.norm() / told.norm()), rel=1e-9, abs=1e-12)
+    assert float(found.gradient_residual) == pytest.approx(
+        float((drawn.K @ x - grad).norm() / grad.norm()), rel=1e-9, abs=1e-12
+    )
+    count = max(int((rows > 0).sum()), 1)
+    assert float(found.weight_misfit) == pytest.approx(float(misfit.norm()) / count**0.5, rel=1e-9, abs=1e-12)
 
 
 @settings(max_examples=60, deadline=None)

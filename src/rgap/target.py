@@ -121,7 +121,27 @@ class Target:
         program = self.graph.program
         if program is None:
             raise NotImplementedError("; ".join(str(each) for each in self.graph.obstacles))
-        return program.network(self._tensors, frozenset(self.parameters))
+        network = program.network(self._tensors, frozenset(self.parameters))
+        self._check(network)
+        return network
+
+    def _check(self, network: Network) -> None:
+        """Raise NotImplementedError if the operations do not compute what the model does.
+
+        A model may change values in place through views of them, which tracing does not show.
+        """
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(1, *self.input_shape, generator=generator, dtype=torch.float64).to(self.device)
+        with torch.no_grad(), torch.random.fork_rng():
+            first, second = (self.outputs(x).double().reshape(-1) for _ in range(2))
+            if not torch.equal(first, second):
+                return  # it draws at random, as dropout in training mode does
+            found = network.forward(x)[-1].reshape(-1)
+        # Models that insist on float32 agree to its rounding.
+        if not bool((found - first).norm() <= 1e-3 * first.norm() + 1e-12):
+            raise NotImplementedError(
+                "forward: the traced operations do not compute what the model does. Write to no views of values"
+            )
 
     @property
     def obstacles(self) -> tuple[Obstacle, ...]:

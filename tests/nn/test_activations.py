@@ -13,7 +13,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from rgap.nn.activations import ELU, SELU, Activation, Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
+from rgap.nn.activations import (
+    ELU,
+    GELU,
+    SELU,
+    Activation,
+    Folded,
+    Hardtanh,
+    Identity,
+    LeakyReLU,
+    Mish,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Tanh,
+)
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -25,6 +40,8 @@ class Row:
     text: str
     ends: tuple[float, ...] = ()
     """The finite ends of the range of outputs, approached without being reached."""
+    bounds: bool = False
+    """Whether outputs stop at the ends of the range, as they are reached."""
     sides: bool = False
     """Whether the kink at 0 has two slopes that tell its side."""
     jump: float = 0.0
@@ -37,6 +54,9 @@ ACTIVATIONS = [
     Row(LeakyReLU(0.2), lambda z: functional.leaky_relu(z, 0.2), "leaky_relu(0.2)", sides=True),
     Row(LeakyReLU(1.5), lambda z: functional.leaky_relu(z, 1.5), "leaky_relu(1.5)", sides=True),
     Row(ReLU(), functional.relu, "relu"),
+    Row(Hardtanh(), functional.hardtanh, "hardtanh(-1, 1)", bounds=True),
+    Row(Hardtanh(-0.5, 2.0), lambda z: functional.hardtanh(z, -0.5, 2.0), "hardtanh(-0.5, 2)", bounds=True),
+    Row(Hardtanh(0.0, 6.0), functional.relu6, "relu6", bounds=True),
     Row(Sigmoid(), torch.sigmoid, "sigmoid", ends=(0.0, 1.0)),
     Row(Tanh(), torch.tanh, "tanh", ends=(-1.0, 1.0)),
     Row(Softplus(), functional.softplus, "softplus", ends=(0.0,), jump=math.log1p(math.exp(-20))),
@@ -74,7 +94,8 @@ def test_the_slope_is_that_of_autograd(row: Row) -> None:
 @every_activation
 @settings(max_examples=50, deadline=None)
 @given(
-    z=st.lists(st.floats(-1e3, 1e3, allow_subnormal=False), min_size=1, max_size=4),
+    # What is nearly as small as float64's least is a zero too.
+    z=st.lists(st.floats(-1e3, 1e3).filter(lambda v: v == 0 or abs(v) > 1e-290), min_size=1, max_size=4),
     exponent=st.floats(-6, 0),
 )
 def test_inversion_gives_back_what_the_output_tells(row: Row, z: list[float], exponent: float) -> None:
@@ -115,6 +136,8 @@ def test_rows_are_weighted_by_the_slope_where_it_says_how_well_they_are_known(ro
 
 @every_activation
 def test_outputs_at_and_beyond_the_ends_are_not_known(row: Row) -> None:
+    if row.bounds:
+        return  # tested below
     limits = [float(row.oracle(torch.tensor(z, dtype=torch.float64))) for z in (-1e3, 1e3)]
     assert sorted(row.ends) == pytest.approx([v for v in limits if abs(v) < 10 and (v or row.ends)], abs=1e-12)
     for end in row.ends:
@@ -195,3 +218,104 @@ def test_relu_takes_outputs_within_the_error_for_zero() -> None:
 def test_equal_activations_are_equal() -> None:
     assert LeakyReLU(0.2) == LeakyReLU(0.2) != LeakyReLU(0.3)
     assert ELU(SELU.alpha, SELU.scale) == SELU
+
+
+# A bound comes back as noise around it, from either side.
+
+
+def test_hardtanh_takes_outputs_within_the_error_for_the_bounds() -> None:
+    values = [-1.0, -1 + 1e-4, -1 - 1e-4, 0.3, 1 - 1e-4, 1.0, 1 + 1e-4]
+    x = torch.tensor([[values], [values]], dtype=torch.float64)
+    found = Hardtanh().invert(x, torch.tensor([1e-4, 1e-9], dtype=torch.float64))
+    active = torch.tensor([[[0.0, 0, 0, 1, 0, 0, 0]], [[0.0, 1, 0, 1, 1, 0, 0]]], dtype=torch.float64)
+    assert found.weight is not None
+    assert torch.equal(found.weight, active)
+    assert torch.equal(found.slope, active)
+    assert torch.equal(found.z, x * active)
+
+
+# Activations that fall and rise: two inputs for the outputs below zero.
+
+FOLDED: list[tuple[Folded, Callable[[Tensor], Tensor], str]] = [
+    (GELU(), functional.gelu, "gelu"),
+    (GELU("tanh"), lambda z: functional.gelu(z, approximate="tanh"), "gelu"),
+    (SiLU(), functional.silu, "silu"),
+    (Mish(), functional.mish, "mish"),
+]
+every_folded = pytest.mark.parametrize(("ours", "oracle", "text"), FOLDED)
+HEIGHTS = torch.cat([torch.linspace(-35, 60, 1901, dtype=torch.float64), torch.tensor([0.0, 1e-9, -1e-9])])[None, None]
+
+
+@every_folded
+def test_folded_values_and_slopes_are_those_of_torch(
+    ours: Folded, oracle: Callable[[Tensor], Tensor], text: str
+) -> None:
+    z = HEIGHTS.clone().requires_grad_()
+    x = oracle(z)
+    torch.testing.assert_close(ours(HEIGHTS), x.detach(), rtol=1e-14, atol=1e-15)
+    (slope,) = torch.autograd.grad(x.sum(), z)
+    torch.testing.assert_close(ours.slope(HEIGHTS), slope, rtol=1e-12, atol=1e-14)
+    assert (ours.folded, ours.homogeneous, ours.nonnegative, ours.kinked, str(ours)) == (
+        True,
+        False,
+        False,
+        False,
+        text,
+    )
+
+
+@every_folded
+def test_the_turn_is_where_the_slope_changes_its_sign(
+    ours: Folded, oracle: Callable[[Tensor], Tensor], text: str
+) -> None:
+    turn = torch.tensor([ours.turn], dtype=torch.float64)
+    assert float(ours.slope(turn).abs()) < 1e-12
+    assert float(ours.slope(turn - 1e-3)) < 0 < float(ours.slope(turn + 1e-3))
+    assert float(oracle(HEIGHTS).min()) >= float(oracle(turn))
+
+
+@every_folded
+def test_both_inputs_give_the_output_and_one_of_them_is_the_true_one(
+    ours: Folded, oracle: Callable[[Tensor], Tensor], text: str
+) -> None:
+    x = oracle(HEIGHTS)
+    upper, lower = ours.invert(x, EXACT), ours.lower(x)
+    assert bool((upper.z >= ours.turn).all())
+    assert bool((lower <= ours.turn).all())
+    torch.testing.assert_close(oracle(upper.z), x, rtol=1e-13, atol=1e-15)
+    below = x < 0
+    torch.testing.assert_close(oracle(lower[below]), x[below], rtol=1e-13, atol=1e-15)
+    assert bool((lower[~below] == ours.turn).all())
+    # An output's rounding moves an input by that over the slope, near the minimum by the root of it; far below, outputs
+    # are zero to float64.
+    bound = 64 * EPS * (1 + HEIGHTS.abs() + 1 / ours.slope(HEIGHTS).abs().clamp(min=EPS))
+    bound = torch.where((HEIGHTS - ours.turn).abs() < 1e-3, 1e-7, bound)
+    told = bound < 1e-3
+    assert int(told.sum()) > 1200
+    apart = torch.minimum((upper.z - HEIGHTS).abs(), (lower - HEIGHTS).abs())
+    assert bool((apart <= bound)[told].all())
+    assert upper.weight is not None
+    assert torch.equal(upper.weight, upper.slope.clamp(0.0, 1.0))
+    torch.testing.assert_close(upper.slope, ours.slope(upper.z))
+
+
+@every_folded
+def test_outputs_that_a_folded_activation_never_gives_make_no_nonsense(
+    ours: Folded, oracle: Callable[[Tensor], Tensor], text: str
+) -> None:
+    """Below the minimum the nearest that it gives is the minimum itself, where nothing is known."""
+    x = torch.tensor([[[-1.0, -0.5, -1e3, 1e3]]], dtype=torch.float64)
+    found, lower = ours.invert(x, EXACT), ours.lower(x)
+    assert found.weight is not None
+    for tensor in (found.z, found.slope, found.weight, lower):
+        assert bool(tensor.isfinite().all())
+    torch.testing.assert_close(found.z[..., :3], torch.full((1, 1, 3), ours.turn, dtype=torch.float64))
+    assert bool((found.weight[..., :3] < 1e-6).all())
+    torch.testing.assert_close(lower[..., :3], torch.full((1, 1, 3), ours.turn, dtype=torch.float64))
+
+
+@every_folded
+def test_folded_activations_keep_the_precision(ours: Folded, oracle: Callable[[Tensor], Tensor], text: str) -> None:
+    z = torch.linspace(-3, 3, 31)[None, None]
+    found = ours.invert(oracle(z), torch.zeros(1))
+    assert {t.dtype for t in (ours(z), ours.slope(z), found.z, found.slope, ours.lower(z))} == {torch.float32}

@@ -90,11 +90,58 @@ def convolutions(draw: st.DrawFn, dims: int) -> Case:
     return Case(layer, weight, oracle, shape, generator)
 
 
+@st.composite
+def turned_linears(draw: st.DrawFn) -> Case:
+    """x @ W: the weight has its inputs before its outputs."""
+    generator = draw(generators())
+    leading = draw(st.sampled_from([(), (1,), (3,), (2, 3)]))
+    shape = (*leading, draw(st.integers(1, 6)))
+    weight = torch.randn(shape[-1], draw(st.integers(1, 5)), generator=generator, dtype=torch.float64)
+    layer = layers.linear("fc", weight, None, shape, "fc.weight", None, turned=True)
+    return Case(layer, weight, torch.matmul, shape, generator)
+
+
+TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
+
+
+@st.composite
+def transposed_convolutions(draw: st.DrawFn, dims: int) -> Case:
+    """Every dimension with its own kernel, stride, dilation, padding and output padding."""
+    generator = draw(generators())
+    size, kernel, stride, dilation, padding, extra = [], [], [], [], [], []
+    for _ in range(dims):
+        length, width, step, spread = (draw(st.integers(1, most)) for most in (6 - dims, 3, 3, 2))
+        more = draw(st.integers(0, max(step, spread) - 1))
+        whole = (length - 1) * step + spread * (width - 1) + 1 + more
+        size.append(length)
+        kernel.append(width)
+        stride.append(step)
+        dilation.append(spread)
+        extra.append(more)
+        padding.append(draw(st.integers(0, min(2, (whole - 1) // 2))))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    shape = (groups * draw(st.integers(1, 2)), *size)
+    weight = torch.randn(shape[0], draw(st.integers(1, 3)), *kernel, generator=generator, dtype=torch.float64)
+
+    def oracle(x: Tensor, w: Tensor) -> Tensor:
+        return TRANSPOSED[dims](x, w, None, stride, padding, extra, groups, dilation)
+
+    out = oracle(torch.zeros(1, *shape, dtype=torch.float64), weight).shape[2:]
+    layer = layers.transposed_convolution(
+        "up", weight, None, shape, out, stride, padding, dilation, groups, "up.weight", None
+    )
+    return Case(layer, weight, oracle, shape, generator)
+
+
 LAYERS = {
     "linear": linears(),
+    "turned linear": turned_linears(),
     "conv1d": convolutions(1),
     "conv2d": convolutions(2),
     "conv3d": convolutions(3),
+    "conv_transpose1d": transposed_convolutions(1),
+    "conv_transpose2d": transposed_convolutions(2),
+    "conv_transpose3d": transposed_convolutions(3),
 }
 
 
@@ -194,7 +241,10 @@ def test_kernel_matrix_is_one_block_of_the_gradient_constraints(case: Case) -> N
         def gradient(x: Tensor, one: Tensor = k[s : s + 1]) -> Tensor:
             return torch.func.vjp(lambda weight: case.oracle(x[None], weight), case.weight)[1](one)[0]
 
-        dense = columns(torch.func.vmap(gradient), layer)
+        def packed(x: Tensor, gradient: Callable[[Tensor], Tensor] = gradient) -> Tensor:
+            return layer.pack_weight(torch.func.vmap(gradient)(x))
+
+        dense = columns(packed, layer)
         # Rows (g, j, i = (channel of the group, t)), columns (g, channel of the group, n).
         g, per = layer.groups, layer.channels // layer.groups
         dense = dense.reshape(g, -1, per, layer.offsets, g, per, layer.pixels)

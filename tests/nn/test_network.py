@@ -166,3 +166,16 @@ def test_scalable_networks_scale(bias: bool, act: nn.Module, scalable: bool) -> 
     assert network.scalable == scalable
     scaled = torch.allclose(network.forward(3 * samples(2))[-1], 3 * network.forward(samples(2))[-1])
     assert scaled == scalable
+
+
+def test_writes_through_views_are_noticed() -> None:
+    """Tracing does not show that y changes with its view."""
+
+    def through(x: Tensor) -> Tensor:
+        y = x * 2
+        y.flatten(1).relu_()
+        return y + 1
+
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), Call(through), nn.Flatten(), nn.Linear(144, 2)).double()
+    with pytest.raises(NotImplementedError, match="the traced operations do not compute what the model does"):
+        _ = Target(model, losses.CrossEntropy(2), SHAPE).network

@@ -28,6 +28,8 @@ CLOSE = 1e-10
 AGREES = 1e-6
 """Relative misfit of outputs and gradients above which what was found is not the input."""
 HALVINGS = 6
+COMES_BACK = 1e-4
+"""A drawn move that comes back from its rows to this part of itself has no part that they do not see."""
 OPEN = 1e8
 """A condition above which directions of the input count as open."""
 
@@ -185,7 +187,16 @@ def _determined(rows: Constraints) -> tuple[float, float]:
     noise[: rows.weight.numel()] *= rows.weight.flatten()
     right = noise.cpu().numpy()
     found = lsmr(_operator(rows), right, maxiter=INNER, atol=1e-10, btol=1e-10, conlim=1e12)
-    return float(found[6]), float(np.sqrt(np.mean(found[0] ** 2)))
+    # The condition is that of the directions which the rows reach. Whether those are all shows in a move that is drawn:
+    # it comes back from what the rows say of it, or it does not.
+    move = torch.randn(rows.values[0].shape, generator=generator, dtype=here.dtype, device=here.device)
+    said = lsmr(
+        _operator(rows), rows.forward(move).cpu().numpy(), maxiter=4 * INNER, atol=1e-12, btol=1e-12, conlim=1e14
+    )
+    back = torch.from_numpy(said[0]).to(move).reshape(move.shape)
+    if float((back - move).norm()) > COMES_BACK * float(move.norm()):
+        return float("inf"), float("inf")
+    return max(float(found[6]), float(said[6])), float(np.sqrt(np.mean(found[0] ** 2)))
 
 
 def _reports(rows: Constraints, condition: float, error: float) -> dict[int, LayerReport]:
