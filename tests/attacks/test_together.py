@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rgap import Target, capture, losses
 from rgap.attacks import Recursive, Status, together
 from rgap.attacks.together import Constraints
-from rgap.attacks.trail import Front
+from rgap.attacks.trail import Front, Given
 from rgap.nn.network import Network
 from tests.nn.modules import Shifted, Skip, norm
 
@@ -50,7 +50,8 @@ class Case:
         self.x = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         self.target = Target(model, losses.CrossEntropy(head), (2, 4, 4), (0.0, 1.0))
         self.update = capture(self.target, self.x, torch.tensor([1.0]))
-        self.gradients = {name: grad.double() for name, grad in self.update.gradients.items()}
+        gradients = {name: grad.double() for name, grad in self.update.gradients.items()}
+        self.given = Given(gradients, EPS, 1e-9, torch.Generator())
         whole = self.target.network
         segment = next(each for each in whole.segments if each.block)
         values = whole.forward(self.x)
@@ -65,7 +66,7 @@ class Case:
         self.front = Front(y, known, None, torch.full_like(y, 1e-15))
 
     def rows(self, with_gradients: bool = True) -> Constraints:
-        return Constraints(self.inside, self.gradients, self.front, EPS, with_gradients)
+        return Constraints(self.inside, self.given, self.front, with_gradients)
 
 
 @every_block
@@ -108,7 +109,7 @@ def test_nothing_is_missed_at_the_true_input(name: str) -> None:
 @every_block
 def test_narrow_blocks_are_recovered_from_near_by(name: str) -> None:
     case = Case(BLOCKS[name])
-    found = together.solve(case.inside, case.gradients, case.front, EPS, case.truth + 0.01)
+    found = together.solve(case.inside, case.given, case.front, case.truth + 0.01)
     assert isinstance(found, together.Found), found
     assert float((found.x - case.truth).abs().max()) < 1e-8
     assert 0 < float(found.error) < 1e-8
@@ -132,7 +133,7 @@ def test_what_contradicts_the_block_is_not_taken_for_an_input() -> None:
     case = Case(BLOCKS["one channel inside"])
     y = case.front.y + torch.randn(case.front.y.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     front = Front(y, case.front.k, None, case.front.error)
-    found = together.solve(case.inside, case.gradients, front, EPS, case.truth)
+    found = together.solve(case.inside, case.given, front, case.truth)
     assert isinstance(found, str)
     assert "was not found from all its constraints together, misfit" in found
 
@@ -142,7 +143,7 @@ def test_values_that_are_not_known_do_not_matter() -> None:
     weight = torch.ones_like(case.front.y)
     weight[0, 0, 0, 0] = 0.0
     y = torch.where(weight > 0, case.front.y, 1e3)
-    rows = Constraints(case.inside, case.gradients, Front(y, case.front.k, weight, case.front.error), EPS, True)
+    rows = Constraints(case.inside, case.given, Front(y, case.front.k, weight, case.front.error), True)
     rows.at(case.truth)
     assert rows.misfit() < 1e-10
 

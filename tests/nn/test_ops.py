@@ -133,11 +133,19 @@ def test_samples_do_not_see_each_other(name: str) -> None:
 
 
 @every_operation
-def test_text_and_device(name: str) -> None:
-    op, shapes, *_ = OPERATIONS[name]
+def test_text(name: str) -> None:
+    op, *_ = OPERATIONS[name]
     assert str(op).startswith(op.name)
+
+
+@every_operation
+def test_linear_operations_pull_the_same_everywhere(name: str) -> None:
+    op, shapes, *_ = OPERATIONS[name]
     xs = inputs(shapes, 1)
-    assert torch.equal(op.to(torch.device("cpu")).forward(*xs), op.forward(*xs))
+    k = normal(*op.forward(*xs).shape)
+    here, there = op.pull(k, xs), op.pull(k, tuple(3 * x + 1 for x in xs))
+    same = all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+    assert same or not op.linear
 
 
 def test_a_gradient_that_is_not_let_through_is_zero() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgap.attacks import block
 from rgap.attacks.base import rounding
-from rgap.attacks.trail import End, Front, Step, Trail, one
+from rgap.attacks.trail import End, Front, Given, Step, Trail, one
 from rgap.constraints import System
 from rgap.nn.activations import Activation, Folded
 from rgap.nn.network import Network, Segment
@@ -31,12 +31,9 @@ DOUBT = 1e-2
 def recurse(
     network: Network,
     segments: Sequence[Segment],
-    gradients: dict[str, Tensor],
+    given: Given,
     front: Front,
     k_error: Float[Tensor, " s"],
-    eps: float,
-    rank_tolerance: float,
-    probe: torch.Generator,
 ) -> list[tuple[int, End]]:
     """All candidates together; those that contradict their constraints fall out on the way.
 
@@ -44,7 +41,6 @@ def recurse(
         segments: from the network's input to the value that is known.
         front: that value, for each candidate.
         k_error: how far rounding may have moved k, relative to k.
-        eps: relative rounding of the gradient.
 
     Returns:
         Which candidate, and where it ended.
@@ -56,29 +52,17 @@ def recurse(
         at = segment.exit
         op = network.nodes[segment.nodes[-1]].op
         if segment.block:
-            passed = [
-                block.back(
-                    network.part([segment]),
-                    gradients,
-                    one(front, s),
-                    eps,
-                    rank_tolerance,
-                    probe,
-                    trail,
-                )
-                for s, trail in enumerate(trails)
-            ]
-            reasons = [each for each in passed if isinstance(each, str)]
-            fronts = [each for each in passed if isinstance(each, Front)]
-            if not fronts:
-                stopped = reasons[0]
+            part = network.part([segment])
+            passed = [block.back(part, given, one(front, s), trail) for s, trail in enumerate(trails)]
+            through = {s: each for s, each in enumerate(passed) if isinstance(each, Front)}
+            if not through:
+                stopped = str(passed[0])
                 break
-            keep = torch.tensor([isinstance(each, Front) for each in passed], device=front.y.device)
-            family, k_error = family[keep], k_error[keep]
-            trails = [trail for trail, each in zip(trails, passed, strict=True) if isinstance(each, Front)]
-            front = _together(fronts)
+            keep = torch.tensor(list(through), device=front.y.device)
+            family, k_error, trails = family[keep], k_error[keep], [trails[s] for s in through]
+            front = _together(list(through.values()))
         elif isinstance(op, Trained):
-            front, residual = _layer(op, gradients, front, k_error, eps, rank_tolerance, probe, trails, at)
+            front, residual = _layer(op, given, front, k_error, trails, at)
             alive = _plausible(residual, family)
             front, k_error, family = front.select(alive), k_error[alive], family[alive]
             trails = [trail for trail, keep in zip(trails, alive.tolist(), strict=True) if keep]
@@ -88,8 +72,8 @@ def recurse(
             trails = [trails[parent].passed(op.activation) for parent in of.tolist()]
         else:
             behind = network.nodes[segment.entry - 1].op if segment.entry else None
-            moved = _unscaled(op, behind, front, gradients) if isinstance(op, Norm) else None
-            moved = _inverted(op, front, gradients) if moved is None else moved
+            moved = _unscaled(op, behind, front, given.gradients) if isinstance(op, Norm) else None
+            moved = _inverted(op, front, given.gradients) if moved is None else moved
             if moved is None:
                 stopped = f"stops at {op.name}: {op.loses}"
                 break
@@ -129,48 +113,48 @@ def _together(fronts: list[Front]) -> Front:
 
 def _layer(
     op: Trained,
-    gradients: dict[str, Tensor],
+    given: Given,
     front: Front,
     k_error: Float[Tensor, " s"],
-    eps: float,
-    rank_tolerance: float,
-    probe: torch.Generator,
     trails: list[Trail],
     at: int,
 ) -> tuple[Front, Float[Tensor, " s"]]:
     """The layer's input from its constraints (Eqs. 15 and 16), and how badly they are met."""
-    layer = op.layer
-    k_known = layer.bias_name in gradients and layer.positions == 1
-    if layer.bias_name is not None and k_known:  # the gradient of the bias is k itself
-        k = gradients[layer.bias_name].reshape(1, *front.k.shape[1:])
-        front = Front(front.y, k.expand_as(front.k), front.weight, front.error, front.other)
+    layer, gradients = op.layer, given.gradients
+    front = _told(op, front, gradients)
     heard = op.heard and layer.weight_name in gradients
     if heard:
         grad = layer.pack_weight(gradients[layer.weight_name][None]).expand(len(front.y), *layer.weight.shape)
     else:
         grad = torch.zeros_like(layer.weight).expand(len(front.y), *layer.weight.shape)
     if front.other is not None:
-        front = _unfolded(op, front, front.other, rank_tolerance)
+        front = _unfolded(op, front, front.other, given.rank_tolerance)
     k, z, row_weight = layer.pack_output(front.k), layer.pack_output(front.y), _rows(op, front)
     z_error = layer.pack_output(front.error.expand(front.y.shape))
-    bias = 0.0 if layer.bias is None else layer.bias[:, None]
     # Without gradient rows there are weight rows alone.
-    system = System(layer, k if heard else torch.zeros_like(k), row_weight, rank_tolerance)
-    solved = system.solve(z - bias, grad)
+    system = System(layer, k if heard else torch.zeros_like(k), row_weight, given.rank_tolerance)
+    solved = system.solve(z - layer.offset, grad)
     # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
     z_error = z_error.maximum(solved.weight_misfit[:, None, None])
-    noise = _error(system, z_error, grad, eps, k_error, probe)
+    noise = _error(system, z_error, grad, given.eps, k_error, given.probe)
     error = noise.square().mean((1, 2)).sqrt()
     for s, trail in enumerate(trails):
         of = slice(s, s + 1)
         step = Step(k[of], z[of], z_error[of], solved.x[of], None if row_weight is None else row_weight[of])
-        trail.add(step, layer, system, solved, s, float(error[s]), k_known, heard)
+        trail.add(step, layer, system, solved, s, float(error[s]), op.told_by in gradients, heard)
         trail.open_at(at, one(front, s))
     x = layer.unpack_input(solved.x)
     # The directions that the constraints tell badly are the same in all channels: so is the error of each pixel.
     each = noise.square().mean(1, keepdim=True).sqrt().expand(noise.shape)
     before = Front(x, layer.unpack_input(layer.grad_input(k)), None, layer.unpack_input(each))
     return before, torch.maximum(solved.weight_residual, solved.gradient_residual)
+
+
+def _told(op: Op, front: Front, gradients: dict[str, Tensor]) -> Front:
+    """With k itself, where the gradient of what is added to every value tells it."""
+    if op.told_by is None or op.told_by not in gradients:
+        return front
+    return replace(front, k=gradients[op.told_by].reshape(1, *front.k.shape[1:]).expand_as(front.k))
 
 
 def _rows(op: Trained, front: Front) -> Tensor | None:
@@ -183,7 +167,6 @@ def _unfolded(op: Trained, front: Front, other: Front, rank_tolerance: float) ->
     k of a unit depends on which it is, so the gradient rows say nothing before it is decided.
     """
     layer = op.layer
-    bias = 0.0 if layer.bias is None else layer.bias[:, None]
     unsure = front.y != other.y
     weight = torch.ones_like(front.y) if front.weight is None else front.weight
     weight = layer.pack_output(torch.where(unsure, DOUBT * weight, weight))
@@ -193,8 +176,8 @@ def _unfolded(op: Trained, front: Front, other: Front, rank_tolerance: float) ->
     lower = torch.zeros_like(unsure)
     for _ in range(FOLDS):
         y = torch.where(lower, other.y, front.y)
-        x = system.solve(layer.pack_output(y) - bias, grad).x
-        z = layer.unpack_output(layer.output(x) + bias)
+        x = system.solve(layer.pack_output(y) - layer.offset, grad).x
+        z = layer.unpack_output(layer.output(x) + layer.offset)
         nearer = unsure & ((z - other.y).abs() < (z - front.y).abs())
         if bool((nearer == lower).all()):
             break
@@ -257,10 +240,7 @@ def _unscaled(op: Norm, behind: Op | None, front: Front, gradients: dict[str, Te
 
 def _inverted(op: Op, front: Front, gradients: dict[str, Tensor]) -> Front | None:
     """Through an operation that has one input for each output."""
-    if isinstance(op, Affine) and op.shift_name in gradients and op.shift.numel() == front.k[0].numel():
-        # The gradient of what is added to every value is k itself.
-        k = gradients[op.shift_name].reshape(1, *front.k.shape[1:]).expand_as(front.k)
-        front = Front(front.y, k, front.weight, front.error, front.other)
+    front = _told(op, front, gradients)
     y = op.invert(front.y)
     if y is None:
         return None

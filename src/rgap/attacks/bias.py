@@ -33,14 +33,14 @@ from rgap.attacks.base import (
     rounding,
 )
 from rgap.attacks.labels import of_one
-from rgap.attacks.trail import Front
+from rgap.attacks.trail import Front, Given
 from rgap.attacks.trail import report as told_report
 from rgap.checks import Preflight
 from rgap.constraints import System
 from rgap.nn.layers import Layer
 from rgap.nn.losses import MarginLoss
 from rgap.nn.network import Network
-from rgap.nn.ops import Affine, Elementwise, Move, Norm, Other, Trained
+from rgap.nn.ops import Affine, Move, Other, Trained
 from rgap.target import Target
 from rgap.update import Update
 
@@ -142,7 +142,7 @@ class Bias(Attack):
         # Where k goes on by a way that is not told, the layers in front have weight constraints only.
         heard = {} if before is None else told
         segments = [segment for segment in network.segments if segment.exit <= entry]
-        [(_, end), *_] = recurse(network, segments, heard, front, y.new_zeros(1), eps, rank_tolerance, probe)
+        [(_, end), *_] = recurse(network, segments, Given(heard, eps, rank_tolerance, probe), front, y.new_zeros(1))
         if end.stopped:
             return end.stopped
         return end.x, end.error, (*end.layers, report)
@@ -245,10 +245,7 @@ def _places(target: Target, told: Collection[str]) -> list[_Place] | str:
     Args:
         told: names of the gradients that can be used.
     """
-    try:
-        network = target.network
-    except NotImplementedError:
-        network = None
+    network = _network(target)
     found = [] if network is None else list(_told_layers(network, told))
     if network is None or not found:
         layers = ", ".join(use.name for use in target.graph.uses) or "not known"
@@ -264,6 +261,14 @@ def _places(target: Target, told: Collection[str]) -> list[_Place] | str:
     return f"the input does not reach {names} through layers alone: {reasons}"
 
 
+def _network(target: Target) -> Network | None:
+    """None if the model cannot be followed."""
+    try:
+        return target.network
+    except NotImplementedError:
+        return None
+
+
 def _told_layers(network: Network, told: Collection[str]) -> Iterator[_Place]:
     for place, node in enumerate(network.nodes):
         op = node.op
@@ -274,14 +279,9 @@ def _told_layers(network: Network, told: Collection[str]) -> Iterator[_Place]:
 
 
 def _own(network: Network, value: int, told: Collection[str]) -> str | None:
-    """The parameter that is added to every entry of the value on its own, so that its gradient is k."""
-    op = network.nodes[value - 1].op
-    name = None
-    if isinstance(op, Trained) and op.heard and op.layer.positions == 1:
-        name = op.layer.bias_name
-    elif isinstance(op, Affine) and op.shift.numel() == math.prod(network.shapes[value]):
-        name = op.shift_name
-    return name if name is not None and name in told else None
+    """The parameter whose gradient is k of this value, if there is one that was told."""
+    name = network.nodes[value - 1].op.told_by if value else None
+    return name if name in told else None
 
 
 def _told_by(network: Network, value: int, told: Collection[str]) -> str | None:
@@ -291,7 +291,7 @@ def _told_by(network: Network, value: int, told: Collection[str]) -> str | None:
         own = _own(network, value, told)
         if own is not None:
             return own
-        readers = [place for place, node in enumerate(network.nodes) if value in node.reads]
+        readers = network.readers[value]
         if len(readers) != 1 or not isinstance(network.nodes[readers[0]].op, (Affine, Move)):
             return None
         value = readers[0] + 1
@@ -300,22 +300,10 @@ def _told_by(network: Network, value: int, told: Collection[str]) -> str | None:
 
 def _k(network: Network, value: int, told: Mapping[str, Tensor]) -> Tensor | None:
     """The gradient of a value, as far as gradients of biases and the like tell it without any slope."""
-    own = _own(network, value, told) if value else None
+    own = _own(network, value, told)
     if own is not None:
         return told[own].reshape(1, *network.shapes[value])
-    total: Tensor | None = None
-    for place, node in enumerate(network.nodes):
-        if value not in node.reads:
-            continue
-        k = None if isinstance(node.op, (Elementwise, Norm, Other)) else _k(network, place + 1, told)
-        if k is None:
-            return None
-        # Linear: the inputs only give their shapes.
-        xs = tuple(k.new_zeros(1, *network.shapes[at]) for at in node.reads)
-        for at, more in zip(node.reads, node.op.pull(k, xs), strict=True):
-            if at == value:
-                total = more if total is None else total + more
-    return total
+    return network.k_of(value, lambda behind: _k(network, behind, told), {})
 
 
 def _between(network: Network, value: int) -> str | None:
@@ -326,22 +314,21 @@ def _between(network: Network, value: int) -> str | None:
     for segment in reversed(segments):
         for place in segment.nodes:
             op = network.nodes[place].op
-            lost = isinstance(op, (Affine, Move)) and op.invert(op_output(network, place)) is None
+            lost = isinstance(op, (Affine, Move)) and op.invert(_zeros(network, place)) is None
             if isinstance(op, Other) or (lost and not segment.block):
                 return f"{op.name}: {op.what if isinstance(op, Other) else op.loses}"
     return None
 
 
-def op_output(network: Network, place: int) -> Tensor:
+def _zeros(network: Network, place: int) -> Tensor:
     """Zeros in the shape of what an operation puts out."""
     return torch.zeros(1, *network.nodes[place].shape, dtype=torch.float64, device=network.device)
 
 
 def _silent(target: Target, update: Update, told: Collection[str]) -> tuple[Status, str] | None:
     """How the attack ends where the gradients that it needs were sent, and are zero."""
-    try:
-        network = target.network
-    except NotImplementedError:
+    network = _network(target)
+    if network is None:
         return None
     sent = list(_told_layers(network, set(update.gradients)))
     if not sent or any(True for _ in _told_layers(network, told)):

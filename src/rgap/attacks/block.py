@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rgap.attacks import together
 from rgap.attacks.base import LayerReport, rounding
-from rgap.attacks.trail import Front, Trail, report
+from rgap.attacks.trail import Front, Given, Trail, report
 from rgap.constraints import Rows, Side, Solved, System
 from rgap.nn.activations import Folded
 from rgap.nn.network import Network
@@ -25,15 +25,7 @@ DENSE = 6_000
 """Unknowns of one group above which a value that is told directly is not solved for."""
 
 
-def back(
-    network: Network,
-    gradients: dict[str, Tensor],
-    front: Front,
-    eps: float,
-    rank_tolerance: float,
-    probe: torch.Generator,
-    trail: Trail,
-) -> Front | str:
+def back(network: Network, given: Given, front: Front, trail: Trail) -> Front | str:
     """What is known of the block's input from what is known of its output, for one candidate; or why nothing is.
 
     Args:
@@ -47,15 +39,15 @@ def back(
     other = next((node.op for node in network.nodes if isinstance(node.op, (Norm, Other))), None)
     if other is not None:
         return f"stops at {other.name}: {other.loses}"
-    inside = Inside(network, gradients, front, eps, rank_tolerance, probe)
+    inside = Inside(network, given, front)
     inside.spread()
     if 0 not in inside.values or 0 not in inside.ks:
-        found = together.solve(network, gradients, front, eps, inside.start())
+        found = together.solve(network, given, front, inside.start())
         if isinstance(found, str):
             return f"stops at {name}: {found}"
     else:
         # One value after another used some of the rows and not others; all of them know better.
-        rows = together.Constraints(network, gradients, front, eps, True)
+        rows = together.Constraints(network, given, front, True)
         found = together.refine(rows, inside.values[0].y)
     if isinstance(found, together.Found):
         inside.take(found)
@@ -85,26 +77,13 @@ class Known:
 class Inside:
     """What is known of the values of a block, and the rules by which more becomes known."""
 
-    def __init__(
-        self,
-        network: Network,
-        gradients: dict[str, Tensor],
-        front: Front,
-        eps: float,
-        rank_tolerance: float,
-        probe: torch.Generator,
-    ):
-        self.network, self.gradients, self.eps = network, gradients, eps
-        self.rank_tolerance, self.probe = rank_tolerance, probe
+    def __init__(self, network: Network, given: Given, front: Front):
+        self.network, self.given = network, given
         end = len(network.nodes)
         self.values: dict[int, Known] = {end: Known(front.y, front.weight, front.error)}
         self.ks: dict[int, Tensor] = {end: front.k}
         self.slopes: dict[int, Tensor] = {}
         self.reports: dict[int, LayerReport] = {}
-        self.readers: dict[int, list[int]] = {}
-        for place, node in enumerate(network.nodes):
-            for value in dict.fromkeys(node.reads):
-                self.readers.setdefault(value, []).append(place)
 
     def spread(self) -> None:
         """Apply the rules until nothing more becomes known."""
@@ -120,20 +99,9 @@ class Inside:
 
     def _k(self, value: int) -> None:
         """Eq. 6, once k of everything that reads the value is known."""
-        total: Tensor | None = None
-        for place in self.readers.get(value, []):
-            node, k = self.network.nodes[place], self.ks.get(place + 1)
-            if k is None or (isinstance(node.op, Elementwise) and place not in self.slopes):
-                return
-            if place in self.slopes:
-                pulled: tuple[Tensor, ...] = (k * self.slopes[place],)
-            else:  # linear: the inputs only give their shapes
-                pulled = node.op.pull(k, tuple(k.new_zeros(1, *self.network.shapes[at]) for at in node.reads))
-            for at, more in zip(node.reads, pulled, strict=True):
-                if at == value:
-                    total = more if total is None else total + more
-        if total is not None:
-            self.ks[value] = total
+        k = self.network.k_of(value, self.ks.get, self.slopes)
+        if k is not None:
+            self.ks[value] = k
 
     def _forward(self, place: int) -> None:
         """What is computed from known values is known."""
@@ -162,7 +130,7 @@ class Inside:
             self.values[value] = direct
 
     def _direct(self, value: int) -> Iterator[Known]:
-        for place in self.readers.get(value, []):
+        for place in self.network.readers[value]:
             node, out = self.network.nodes[place], self.values.get(place + 1)
             op = node.op
             if out is None or isinstance(op, (Trained, Other)):
@@ -197,20 +165,19 @@ class Inside:
 
     def _rows(self, value: int) -> Iterator[tuple[int, Rows, Side, Tensor]]:
         """Of each layer that reads the value and of which something is known: place, rows, right side, error of z."""
-        for place in self.readers.get(value, []):
+        for place in self.network.readers[value]:
             op, k, out = self.network.nodes[place].op, self.ks.get(place + 1), self.values.get(place + 1)
             if not isinstance(op, Trained) or (out is None and (k is None or not op.heard)):
                 continue
             layer = op.layer
             zeros = layer.weight.new_zeros(1, layer.outputs, layer.positions)
             if k is not None and op.heard:
-                k, grad = layer.pack_output(k), layer.pack_weight(self.gradients[layer.weight_name][None])
+                k, grad = layer.pack_output(k), layer.pack_weight(self.given.gradients[layer.weight_name][None])
             else:
                 k, grad = zeros, torch.zeros_like(layer.weight)[None]
             z, weight, error = zeros, zeros, zeros
             if out is not None:
-                z = layer.pack_output(out.y)
-                z = z if layer.bias is None else z - layer.bias[:, None]
+                z = layer.pack_output(out.y) - layer.offset
                 weight = torch.ones_like(z) if out.weight is None else layer.pack_output(out.weight)
                 error = layer.pack_output(out.error.expand(out.y.shape))
             yield place, Rows(layer, k, weight), (z, grad), error
@@ -234,7 +201,7 @@ class Inside:
         beside = [each for _, each, _, _ in rows[1:]]
         sides = [side for _, _, side, _ in rows]
         head = rows[0][1]
-        system = System(first, head.k, head.row_weight, self.rank_tolerance, beside, sure)
+        system = System(first, head.k, head.row_weight, self.given.rank_tolerance, beside, sure)
         if system.rank[0] < first.unknowns:
             return
         solved = system.solve(*sides[0], sides[1:], y)
@@ -257,13 +224,13 @@ class Inside:
         noises = []
         for _, _, (z, grad), error in rows:
             noises.append(
-                (self._draw(z) * error.maximum(solved.weight_misfit), self._draw(grad) * rounding(grad, self.eps))
+                (self._draw(z) * error.maximum(solved.weight_misfit), self._draw(grad) * rounding(grad, self.given.eps))
             )
         own = None if direct is None or y is None else self._draw(y) * direct.size.maximum(solved.weight_misfit)
         return system.apply_inverse(*noises[0], noises[1:], own).square().mean().sqrt()
 
     def _draw(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.probe, dtype=like.dtype, device=like.device)
+        return torch.randn(like.shape, generator=self.given.probe, dtype=like.dtype, device=like.device)
 
     def start(self) -> Tensor:
         """Where to begin looking for the block's input: what enters the sum, if its shape is the input's."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.attacks.joint import RANK, READS
+from rgap.attacks.joint import nearest, span, turned
 from rgap.attacks.trail import Front
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
@@ -115,11 +115,14 @@ class Branched:
             part *= self._scales[at] ** 0.5
         self._rows = rows
         gram = rows @ rows.mT
+        return gram, self._right(self._misses(point, ks)) + gram @ point.x.flatten()
+
+    def _misses(self, point: At, ks: list[Tensor | None]) -> list[Tensor]:
+        """What the point leaves of the output, and of each layer's gradient."""
         misses = [(self.known.y - point.values[-1]) * self.weight]
         for (place, layer, value), grad in zip(self.heard, self.grads, strict=True):
-            found = layer.grad_weight(layer.pack_input(point.values[value]), self._k(ks, place, layer))
-            misses.append(grad - found)
-        return gram, self._right(misses) + gram @ point.x.flatten()
+            misses.append(grad - layer.grad_weight(layer.pack_input(point.values[value]), self._k(ks, place, layer)))
+        return misses
 
     def _kinked_after(self, place: int) -> bool:
         return any(at > place and activation.kinked for at, activation in self.network.activations)
@@ -171,45 +174,25 @@ class Branched:
                 if k is not None:
                     x = layer.pack_input(point.values[read]).expand(len(units), -1, -1)
                     found[at].append(layer.grad_weight(x, layer.pack_output(k)).flatten(1))
-        bases: list[Tensor | None] = []
-        for effects in found:
-            if not effects:
-                bases.append(None)
-                continue
-            _, sigma, basis = torch.linalg.svd(torch.cat(effects), full_matrices=False)
-            bases.append(basis[sigma > RANK * sigma.amax().clamp(min=torch.finfo(sigma.dtype).tiny)])
-        return bases
+        return [span(torch.cat(effects)) if effects else None for effects in found]
 
     def misfit(self, point: At) -> float:
         """Relative distance of these layers' gradients, and of the output, from the given ones."""
-        ks, wrong, size = self.ks(point), 0.0, 0.0
-        for (place, layer, value), grad in zip(self.heard, self.grads, strict=True):
-            found = layer.grad_weight(layer.pack_input(point.values[value]), self._k(ks, place, layer))
-            wrong += float((found - grad).square().sum())
-            size += float(grad.square().sum())
+        miss, *inner = self._misses(point, self.ks(point))
+        wrong = sum(float(each.square().sum()) for each in inner)
+        size = sum(float(grad.square().sum()) for grad in self.grads)
         gradients = (wrong / size) ** 0.5 if size else 0.0
-        miss = (self.known.y - point.values[-1]) * self.weight
         return max(gradients, float(miss.norm() / (self.known.y * self.weight).norm().clamp(min=1e-300)))
 
     def nearest_to_kink(self, point: At, count: int) -> list[Tensor]:
         """Masks of the units, over all activations, that are nearest to their kink."""
-        distances = []
-        for (place, activation), size in zip(self.network.activations, self._sizes(point), strict=True):
-            z = point.values[self.network.nodes[place].reads[0]]
-            near = z.abs() / z.square().mean().sqrt()
-            distances.append(torch.where((size > READS * size.max()) & activation.kinked, near, torch.inf).flatten())
-        together = torch.cat(distances) if distances else point.x.new_zeros(0)
-        count = min(count, int(together.isfinite().sum()))
-        chosen = torch.zeros_like(together, dtype=torch.bool)
-        chosen[together.topk(count, largest=False).indices] = True
-        return list(torch.split(chosen, [len(d) for d in distances]))
+        zs = [point.values[self.network.nodes[place].reads[0]] for place, _ in self.network.activations]
+        kinked = [activation.kinked for _, activation in self.network.activations]
+        return nearest(zs, self._sizes(point), kinked, count)
 
     def changed(self, before: At, after: At) -> int:
         """How many slopes are other than they were by more than half of the steepest, units that read something."""
-        return sum(
-            int((((a - b).abs() > 0.5 * b.abs().max()) & (size > READS * size.max())).sum())
-            for a, b, size in zip(before.slopes, after.slopes, self._sizes(after), strict=True)
-        )
+        return turned(before.slopes, after.slopes, self._sizes(after))
 
     def _sizes(self, point: At) -> list[Tensor]:
         """The norm of what each unit reads; 1 where it is not a layer's."""
@@ -221,7 +204,6 @@ class Branched:
                 found.append(torch.ones_like(point.values[value]))
                 continue
             layer = node.op.layer
-            size = layer.patches(layer.pack_input(point.values[node.reads[0]])).norm(dim=2, keepdim=True)
-            size = size.expand(-1, -1, layer.weight.shape[1], -1).reshape(1, layer.outputs, layer.positions)
+            size = layer.read(layer.pack_input(point.values[node.reads[0]]))
             found.append(layer.unpack_output(size).reshape(point.values[value].shape))
         return found

@@ -17,6 +17,7 @@ what the units in doubt may have done projected out (P).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,8 +106,7 @@ class Problem:
             Carried(before, _order(before, after)) for before, after in zip(self.layers, self.layers[1:], strict=False)
         ]
         last = self.layers[-1]
-        bias = 0.0 if last.bias is None else last.bias[:, None]
-        self._z = known.z - bias
+        self._z = known.z - last.offset
         self._row_weight = None if known.row_weight is None else known.row_weight**2
         self._away: list[Tensor] = [grad.new_zeros(0, grad.numel()) for grad in self.grads]
         self._scale = [0.0] * (depth + 1)
@@ -146,16 +146,14 @@ class Problem:
         for layer, z in zip(self.layers[:-1], outputs, strict=False):
             slope = layer.activation.slope(z)
             slopes.append(slope)
-            bias = 0.0 if layer.bias is None else layer.bias[:, None]
-            offsets.append(layer.activation(z) - slope * (z - bias))
+            offsets.append(layer.activation(z) - slope * (z - layer.offset))
         return Point(inputs, outputs, slopes, offsets)
 
     def forward(self, x: Float[Tensor, "1 c n"]) -> Point:
         """The same at a network input."""
         inputs, outputs = [x], []
         for layer, after in zip(self.layers, self.layers[1:], strict=False):
-            z = layer.output(inputs[-1])
-            outputs.append(z if layer.bias is None else z + layer.bias[:, None])
+            outputs.append(layer.output(inputs[-1]) + layer.offset)
             inputs.append(after.pack_input(layer.unpack_output(layer.activation(outputs[-1]))))
         return self.at(outputs, inputs)
 
@@ -232,8 +230,7 @@ class Problem:
             if not len(moves):
                 continue
             effects = layer.grad_weight(point.inputs[depth].expand(len(moves), -1, -1), moves).flatten(1)
-            _, sigma, basis = torch.linalg.svd(effects, full_matrices=False)
-            bases[depth] = basis[sigma > RANK * sigma.amax().clamp(min=torch.finfo(sigma.dtype).tiny)]
+            bases[depth] = span(effects)
         return bases
 
     def _with_gradient_rows(self, depth: int, gram: Tensor, k: Tensor) -> Tensor:
@@ -266,33 +263,51 @@ class Problem:
         Units that read next to nothing, as on an empty background, stay out: they are all near their kinks, and have
         hardly any effect on whichever side they are.
         """
-        distances = [
-            torch.where(
-                (size > READS * size.max()) & layer.activation.kinked, z.abs() / z.square().mean().sqrt(), torch.inf
-            ).flatten()
-            for layer, z, size in zip(self.layers[:-1], point.outputs, self._sizes(point), strict=True)
-        ]
-        together = torch.cat(distances) if distances else self._z.new_zeros(0)
-        count = min(count, int(together.isfinite().sum()))
-        chosen = torch.zeros_like(together, dtype=torch.bool)
-        chosen[together.topk(count, largest=False).indices] = True
-        return list(torch.split(chosen, [len(d) for d in distances]))
+        kinked = [layer.activation.kinked for layer in self.layers[:-1]]
+        return nearest(point.outputs, self._sizes(point), kinked, count)
 
     def changed(self, before: Point, after: Point) -> int:
         """How many slopes are other than they were by more than half of the steepest, units that read something."""
-        return sum(
-            int((((a - b).abs() > 0.5 * b.abs().max()) & (size > READS * size.max())).sum())
-            for a, b, size in zip(before.slopes, after.slopes, self._sizes(after), strict=True)
-        )
+        return turned(before.slopes, after.slopes, self._sizes(after))
 
     def _sizes(self, point: Point) -> list[Float[Tensor, "1 o p"]]:
         """The norm of what each unit in front of the last layer reads."""
-        found = []
-        for layer, x in zip(self.layers[:-1], point.inputs, strict=False):
-            size = layer.patches(x).norm(dim=2, keepdim=True)
-            size = size.expand(-1, -1, layer.weight.shape[1], -1)
-            found.append(size.reshape(1, layer.outputs, layer.positions))
-        return found
+        return [layer.read(x) for layer, x in zip(self.layers[:-1], point.inputs, strict=False)]
+
+
+def span(effects: Float[Tensor, "m w"]) -> Float[Tensor, "r w"]:
+    """An orthonormal basis of what units in doubt may do to a gradient, in rows."""
+    _, sigma, basis = torch.linalg.svd(effects, full_matrices=False)
+    found: Tensor = basis[sigma > RANK * sigma.amax().clamp(min=torch.finfo(sigma.dtype).tiny)]
+    return found
+
+
+def nearest(zs: Sequence[Tensor], sizes: Sequence[Tensor], kinked: Sequence[bool], count: int) -> list[Tensor]:
+    """Masks of the units, over all activations, that are nearest to their kink, measured by the spread of their layer.
+
+    Args:
+        zs: before each activation.
+        sizes: of what each unit reads; those that read next to nothing stay out.
+    """
+    distances = [
+        torch.where((size > READS * size.max()) & bent, z.abs() / z.square().mean().sqrt(), torch.inf).flatten()
+        for z, size, bent in zip(zs, sizes, kinked, strict=True)
+    ]
+    if not distances:
+        return []
+    together = torch.cat(distances)
+    count = min(count, int(together.isfinite().sum()))
+    chosen = torch.zeros_like(together, dtype=torch.bool)
+    chosen[together.topk(count, largest=False).indices] = True
+    return list(torch.split(chosen, [len(each) for each in distances]))
+
+
+def turned(before: Sequence[Tensor], after: Sequence[Tensor], sizes: Sequence[Tensor]) -> int:
+    """How many slopes are other than they were by more than half of the steepest, of units that read something."""
+    return sum(
+        int((((a - b).abs() > 0.5 * b.abs().max()) & (size > READS * size.max())).sum())
+        for a, b, size in zip(before, after, sizes, strict=True)
+    )
 
 
 def _order(before: Layer, after: Layer) -> Int[Tensor, " m"]:

@@ -12,7 +12,7 @@ features that it reads. The label decides the signs of g.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import torch
@@ -20,9 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.attacks.base import residual_tolerance
-from rgap.attacks.heads import heads
-from rgap.nn.activations import IDENTITY
-from rgap.nn.layers import linear
+from rgap.attacks.heads import of_layer
 from rgap.nn.losses import CrossEntropy, Loss, MarginLoss
 from rgap.target import Target
 from rgap.update import Update
@@ -126,11 +124,16 @@ def of_one(target: Target, update: Update) -> Candidates:
 def _by_roots(last: _Last, update: Update, grad: Tensor | None) -> Candidates:
     """The labels of all candidates that the last layer's gradient has; see `rgap.attacks.heads`."""
     if grad is not None:
-        layer = linear("", last.weight, last.bias, last.weight.shape[1:], last.weight_name, last.bias_name or None)
-        if not last.bias_trained:
-            layer = replace(layer, bias=None, bias_name=None)
-        gradients = {name: g.double().to(layer.weight.device) for name, g in update.gradients.items()}
-        found = heads(layer, IDENTITY, last.loss, gradients, update.precision)
+        bias = _told(update, last.bias_name)
+        device = last.weight.device
+        found = of_layer(
+            last.loss,
+            last.weight,
+            last.bias,
+            grad.to(device),
+            None if bias is None else bias.to(device),
+            update.precision,
+        )
         if len(found.labels):
             return _some(tuple(dict.fromkeys(found.labels.tolist())), found.assumptions[0])
     if not last.loss.labels:

@@ -21,7 +21,7 @@ from rgap.attacks.base import (
     judge,
 )
 from rgap.attacks.heads import Heads, heads
-from rgap.attacks.trail import End, Front
+from rgap.attacks.trail import End, Front, Given
 from rgap.checks import Preflight
 from rgap.nn.activations import IDENTITY, Activation
 from rgap.nn.chain import Kind, NotAChain, Obstacle
@@ -128,8 +128,8 @@ class Recursive(Attack):
         front = Front(z, k, None, torch.zeros_like(z))
         ends: list[End] = []
         stopped: dict[str, None] = {}
-        found = recurse(network, network.segments, gradients, front, followed.k_error, eps, rank_tolerance, probe)
-        for s, end in found:
+        given = Given(gradients, eps, rank_tolerance, probe)
+        for s, end in recurse(network, network.segments, given, front, followed.k_error):
             end = replace(end, k=k[s : s + 1], label=followed.labels[s : s + 1], margin=float(followed.margins[s]))
             end = self.finish(target, gradients, end, eps, rank_tolerance, probe)
             if end.stopped:

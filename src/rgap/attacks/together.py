@@ -16,8 +16,9 @@ from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
 from rgap.attacks.base import LayerReport, rounding
-from rgap.attacks.trail import Front
+from rgap.attacks.trail import Front, Given
 from rgap.linalg.cgls import cgls
+from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Trained
 
@@ -48,17 +49,20 @@ class Found:
 class Constraints:
     """The rows of a block on its input: weight rows of the output, and the gradient rows of its layers."""
 
-    def __init__(self, network: Network, gradients: dict[str, Tensor], front: Front, eps: float, with_gradients: bool):
-        self.network, self.front, self.eps = network, front, eps
+    def __init__(self, network: Network, given: Given, front: Front, with_gradients: bool):
+        self.network, self.front = network, front
         # All rows are stated in units of their noise, which are those of the output here.
-        self.noise = max(float(front.spread[0]), eps * float(front.y.square().mean().sqrt()))
+        self.noise = max(float(front.spread[0]), given.eps * float(front.y.square().mean().sqrt()))
         self.weight = torch.ones_like(front.y) if front.weight is None else front.weight
         self.inner = [
             (place, node.op.layer, node.reads[0])
             for place, node in enumerate(network.nodes)
             if isinstance(node.op, Trained) and node.op.heard and with_gradients
         ]
+        gradients = given.gradients
         self.grads = {place: layer.pack_weight(gradients[layer.weight_name][None]) for place, layer, _ in self.inner}
+        noises = {at: float(rounding(grad, given.eps).square().mean().sqrt()) for at, grad in self.grads.items()}
+        self._units = {at: self.noise / noise if noise > 0 else 0.0 for at, noise in noises.items()}
 
     def at(self, x: Tensor) -> None:
         """Linearise."""
@@ -66,26 +70,23 @@ class Constraints:
         self.slopes = self.network.slopes(self.values)
         end = len(self.values) - 1
         self.ks = self.network.pull(self.values, self.slopes, {end: self.front.k})
-        self.scales = {}
-        for place, _, _ in self.inner:
-            noise = float(rounding(self.grads[place], self.eps).square().mean().sqrt())
-            self.scales[place] = self.noise / noise if noise > 0 and bool(self.k(place).any()) else 0.0
+        self.scales = {at: unit if bool(self.k(at).any()) else 0.0 for at, unit in self._units.items()}
+
+    def output_miss(self) -> Tensor:
+        return (self.front.y - self.values[-1]) * self.weight
+
+    def gradient_miss(self, place: int, layer: Layer, value: int) -> Tensor:
+        return self.grads[place] - layer.grad_weight(layer.pack_input(self.values[value]), self.k(place))
 
     def misses(self) -> Tensor:
         """What the present input leaves of all right-hand sides."""
-        parts = [((self.front.y - self.values[-1]) * self.weight).flatten()]
-        for place, layer, value in self.inner:
-            found = layer.grad_weight(layer.pack_input(self.values[value]), self.k(place))
-            parts.append(self.scales[place] * (self.grads[place] - found).flatten())
-        return torch.cat(parts)
+        inner = [self.scales[each[0]] * self.gradient_miss(*each).flatten() for each in self.inner]
+        return torch.cat([self.output_miss().flatten(), *inner])
 
     def misfit(self) -> float:
         """Relative, the worst of output and gradients."""
-        wrong = [_relative((self.front.y - self.values[-1]) * self.weight, self.front.y * self.weight)]
-        for place, layer, value in self.inner:
-            found = layer.grad_weight(layer.pack_input(self.values[value]), self.k(place))
-            wrong.append(_relative(self.grads[place] - found, self.grads[place]))
-        return max(wrong)
+        inner = [_relative(self.gradient_miss(*each), self.grads[each[0]]) for each in self.inner]
+        return max([_relative(self.output_miss(), self.front.y * self.weight), *inner])
 
     def k(self, place: int) -> Tensor:
         k = self.ks[place + 1]
@@ -113,28 +114,23 @@ class Constraints:
         return torch.zeros_like(self.values[0]) if found is None else found
 
 
-def solve(network: Network, gradients: dict[str, Tensor], front: Front, eps: float, start: Tensor) -> Found | str:
+def solve(network: Network, given: Given, front: Front, start: Tensor) -> Found | str:
     """The input at which output and gradients agree, or why none was found.
 
     Args:
         start: (1, *shape), where to begin.
     """
-    whole = Constraints(network, gradients, front, eps, True)
+    whole = Constraints(network, given, front, True)
     whole.at(start)
-    misfit, x = whole.misfit(), start
-    for rows in (Constraints(network, gradients, front, eps, False), whole):
-        if misfit > agrees(eps):
+    misfit, x, agrees = whole.misfit(), start, max(AGREES, 100 * given.eps)
+    for rows in (Constraints(network, given, front, False), whole):
+        if misfit > agrees:
             x = _descend(rows, x)
             whole.at(x)
             misfit = whole.misfit()
-    if misfit > agrees(eps):
+    if misfit > agrees:
         return f"its input was not found from all its constraints together, misfit {misfit:.1e}"
     return refine(whole, x)
-
-
-def agrees(eps: float) -> float:
-    """Relative misfit of outputs and gradients above which what was found is not the input."""
-    return max(AGREES, 100 * eps)
 
 
 def refine(whole: Constraints, x: Tensor) -> Found | str:
@@ -203,7 +199,6 @@ def _reports(rows: Constraints, condition: float, error: float) -> dict[int, Lay
     """One for each layer, by its place; what is said of the constraints is that of all of them together."""
     reports = {}
     for place, layer, value in rows.inner:
-        found = layer.grad_weight(layer.pack_input(rows.values[value]), rows.k(place))
         reports[place] = LayerReport(
             name=layer.name,
             unknowns=layer.unknowns,
@@ -211,8 +206,8 @@ def _reports(rows: Constraints, condition: float, error: float) -> dict[int, Lay
             gradient_rows=layer.gradient_rows,
             rank=layer.unknowns,
             condition=condition,
-            weight_residual=_relative((rows.front.y - rows.values[-1]) * rows.weight, rows.front.y * rows.weight),
-            gradient_residual=_relative(rows.grads[place] - found, rows.grads[place]),
+            weight_residual=_relative(rows.output_miss(), rows.front.y * rows.weight),
+            gradient_residual=_relative(rows.gradient_miss(place, layer, value), rows.grads[place]),
             error=error,
             dead_units=int((rows.k(place)[0] == 0).all(-1).sum()),
             method="together",

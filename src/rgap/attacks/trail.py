@@ -16,6 +16,20 @@ from rgap.nn.layers import Layer
 
 
 @dataclass(frozen=True, eq=False)
+class Given:
+    """What the recursion works with from beginning to end."""
+
+    gradients: dict[str, Tensor]
+    """By parameter name, in float64; what is missing was not told."""
+    eps: float
+    """Relative rounding of the gradient."""
+    rank_tolerance: float
+    """Singular values below this fraction of the largest count as zero."""
+    probe: torch.Generator
+    """Draws the noise that errors are estimated with."""
+
+
+@dataclass(frozen=True, eq=False)
 class Front:
     """How far the recursion has come: what is known of one value of the network, for s candidates."""
 

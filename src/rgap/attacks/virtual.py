@@ -79,13 +79,20 @@ class Closed(Recursive):
             begin = _begun(branched, _noise(target, end.known.y, probe))
             if isinstance(begin, str):
                 return replace(end, stopped=f"{end.stopped}; {begin}")
+        # A chain's layers keep channels in front, whatever the module does.
+        first = network.layers[0]
+
+        def whole(x: Tensor) -> Tensor:
+            return (first.unpack_input(x) if plain else x).reshape(1, *target.input_shape)
+
+        def packed(x: Tensor) -> Tensor:
+            return first.pack_input(x) if plain else x
+
         prior, centre, said = _prior(target, end.known.y)
         found = solve(problem, begin, prior, centre, self.fading, settled(eps))
         x, misfit = found.x, found.misfit
         if misfit > settled(eps):  # a last unit or two may still be on the wrong side
-            whole = network.layers[0].unpack_input(x) if plain else x
-            whole = kinks.settle(network, gradients, whole.reshape(1, *target.input_shape), end.k, settled(eps))
-            x = whole.reshape(x.shape) if not plain else network.layers[0].pack_input(whole)
+            x = packed(kinks.settle(network, gradients, whole(x), end.k, settled(eps)))
             misfit = problem.misfit(problem.forward(x))
         factored = factor(problem, x, RANK_ROUNDINGS * eps)
         report = JointReport(
@@ -99,8 +106,7 @@ class Closed(Recursive):
             prior=said,
         )
         moved = error(problem, x, factored, z_error, eps, probe)
-        whole = network.layers[0].unpack_input(x) if plain else x
-        return replace(end, x=whole.reshape(1, *target.input_shape), error=moved, joint=report, stopped="")
+        return replace(end, x=whole(x), error=moved, joint=report, stopped="")
 
 
 Virtual = Closed

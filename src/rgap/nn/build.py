@@ -254,7 +254,9 @@ class _Build:
         scale = scale if weight is None else scale * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         shape = (1, -1, *[1] * (arguments["input"].meta["val"].dim() - 2))
-        return Affine(where, scale.reshape(shape), shift.reshape(shape), self.trained_name(arguments.get("bias")))
+        told = shift.numel() == math.prod(arguments["input"].meta["val"].shape)
+        name = self.trained_name(arguments.get("bias")) if told else None
+        return Affine(where, scale.reshape(shape), shift.reshape(shape), name)
 
     def norm(self, where: str, name: str, arguments: dict[str, Any], shape: torch.Size) -> Norm:
         """A norm that is taken of each sample."""

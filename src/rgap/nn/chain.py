@@ -64,8 +64,7 @@ class Chain:
         """Every layer's input and every layer's z, from the first layer's input."""
         inputs, outputs = [x], []
         for depth, layer in enumerate(self.layers):
-            z = layer.output(inputs[-1])
-            outputs.append(z if layer.bias is None else z + layer.bias[:, None])
+            outputs.append(layer.output(inputs[-1]) + layer.offset)
             if depth + 1 < len(self.layers):
                 after = layer.unpack_output(layer.activation(outputs[-1]))
                 inputs.append(self.layers[depth + 1].pack_input(after))

@@ -146,6 +146,18 @@ class Layer:
         weight = self.weight if weight is None else weight
         return (weight @ self.patches(x)).reshape(len(x), self.outputs, self.positions)
 
+    @cached_property
+    def offset(self) -> Float[Tensor, "o 1"]:
+        """The bias as a column; zeros if there is none."""
+        bias = self.weight.new_zeros(self.outputs) if self.bias is None else self.bias
+        return bias[:, None]
+
+    def read(self, x: Float[Tensor, "s c n"]) -> Float[Tensor, "s o p"]:
+        """The norm of what each output reads."""
+        size = self.patches(x).norm(dim=2, keepdim=True).expand(-1, -1, self.weight.shape[1], -1)
+        read: Tensor = size.reshape(len(x), self.outputs, self.positions)
+        return read
+
     def grad_weight(self, x: Float[Tensor, "s c n"], k: Float[Tensor, "s o p"]) -> Float[Tensor, "s g j i"]:
         """K x, the gradient of the weight (Eq. 15)."""
         return self._by_group(k) @ self.patches(x).mT
@@ -251,6 +263,18 @@ def linear(
     )
 
 
+def _table(size: Sequence[int], axes: Sequence[tuple[Tensor, Tensor]]) -> Int[Tensor, "t p"]:
+    """The pixel that each offset reads at each position, from what it reads along each dimension, if that is inside."""
+    table = torch.zeros(1, 1, dtype=torch.long)
+    inside = torch.ones(1, 1, dtype=torch.bool)
+    for length, (at, within) in zip(size, axes, strict=True):
+        # Row-major over the dimensions so far, times this one: offsets and positions both grow by an outer product.
+        table = table[:, None, :, None] * length + at[None, :, None, :]
+        inside = inside[:, None, :, None] & within[None, :, None, :]
+        table, inside = (each.reshape(each.shape[0] * each.shape[1], -1) for each in (table, inside))
+    return torch.where(inside, table, math.prod(size))
+
+
 def convolution(
     name: str,
     weight: Tensor,
@@ -269,26 +293,19 @@ def convolution(
     """
     channels, *size = input_shape
     kernel = weight.shape[2:]
-    table = torch.zeros(1, 1, dtype=torch.long)
-    inside = torch.ones(1, 1, dtype=torch.bool)
-    out_size = []
+    axes, out_size = [], []
     for length, width, step, (before, after), spread in zip(size, kernel, stride, padding, dilation, strict=True):
         count = (length + before + after - spread * (width - 1) - 1) // step + 1
         at = torch.arange(width)[:, None] * spread + torch.arange(count) * step - before
-        # Row-major over the dimensions so far, times this one: offsets and positions both grow by an outer product.
-        table = table[:, None, :, None] * length + at[None, :, None, :]
-        inside = inside[:, None, :, None] & ((at >= 0) & (at < length))[None, :, None, :]
-        table = table.reshape(table.shape[0] * width, -1)
-        inside = inside.reshape(table.shape)
+        axes.append((at, (at >= 0) & (at < length)))
         out_size.append(count)
-    pixels = math.prod(size)
     return Layer(
         name=name,
         weight=weight.detach().to(torch.float64, copy=True).reshape(groups, weight.shape[0] // groups, -1),
         bias=None if bias is None else bias.detach().to(torch.float64, copy=True),
-        table=torch.where(inside, table, pixels).to(weight.device),
+        table=_table(size, axes).to(weight.device),
         channels=channels,
-        pixels=pixels,
+        pixels=math.prod(size),
         input_shape=tuple(input_shape),
         output_shape=(weight.shape[0], *out_size),
         weight_name=weight_name,
@@ -312,25 +329,21 @@ def transposed_convolution(
     """A transposed convolution in any number of dimensions, weight (channels, outputs/groups, *kernel)."""
     channels, *size = input_shape
     kernel = weight.shape[2:]
-    table = torch.zeros(1, 1, dtype=torch.long)
-    inside = torch.ones(1, 1, dtype=torch.bool)
+    axes = []
     sizes = zip(size, output_size, kernel, stride, padding, dilation, strict=True)
     for length, count, width, step, before, spread in sizes:
         # Pixel i reaches position i * step + offset * spread - before.
         reach = torch.arange(count) + before - torch.arange(width)[:, None] * spread
         at, fits = reach.div(step, rounding_mode="floor"), reach % step == 0
-        table = (table[:, None, :, None] * length + at[None, :, None, :]).reshape(table.shape[0] * width, -1)
-        inside = inside[:, None, :, None] & (fits & (at >= 0) & (at < length))[None, :, None, :]
-        inside = inside.reshape(table.shape)
-    pixels = math.prod(size)
+        axes.append((at, fits & (at >= 0) & (at < length)))
     turned = weight.detach().to(torch.float64, copy=True).reshape(groups, channels // groups, weight.shape[1], -1)
     return Layer(
         name=name,
         weight=turned.transpose(1, 2).reshape(groups, weight.shape[1], -1),
         bias=None if bias is None else bias.detach().to(torch.float64, copy=True),
-        table=torch.where(inside, table, pixels).to(weight.device),
+        table=_table(size, axes).to(weight.device),
         channels=channels,
-        pixels=pixels,
+        pixels=math.prod(size),
         input_shape=tuple(input_shape),
         output_shape=(groups * weight.shape[1], *output_size),
         weight_name=weight_name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -133,6 +133,37 @@ class Network:
                 ks[at] = more if there is None else there + more
         return ks
 
+    @cached_property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """Of every value, the places of the nodes that read it."""
+        found: list[list[int]] = [[] for _ in self.shapes]
+        for place, node in enumerate(self.nodes):
+            for value in dict.fromkeys(node.reads):
+                found[value].append(place)
+        return tuple(map(tuple, found))
+
+    def k_of(self, value: int, k_behind: Callable[[int], Tensor | None], slopes: Slopes) -> Tensor | None:
+        """k of one value (Eq. 6); None if it is not known behind one of the operations that read it.
+
+        Args:
+            k_behind: of another value, by its place.
+            slopes: of elementwise operations, as far as they are known.
+        """
+        total: Tensor | None = None
+        for place in self.readers[value]:
+            op, reads = self.nodes[place].op, self.nodes[place].reads
+            k = k_behind(place + 1) if op.linear or place in slopes else None
+            if k is None:
+                return None
+            if place in slopes:
+                pulled: tuple[Tensor, ...] = (k * slopes[place],)
+            else:
+                pulled = op.pull(k, tuple(k.new_zeros(1, *self.shapes[at]) for at in reads))
+            for at, more in zip(reads, pulled, strict=True):
+                if at == value:
+                    total = more if total is None else total + more
+        return total
+
     def push(self, values: list[Tensor], slopes: Slopes, move: Tensor) -> list[Tensor]:
         """How all values move with the input, to first order; moves (s, *input_shape) at the values of one system."""
         moves = [move]
@@ -151,10 +182,6 @@ class Network:
             if isinstance(node.op, Trained) and node.op.heard and k is not None:
                 layer, x = node.op.layer, node.op.layer.pack_input(values[node.reads[0]])
                 yield layer, layer.grad_weight(x.expand(len(k), *x.shape[1:]), layer.pack_output(k))
-
-    def to(self, device: torch.device) -> Network:
-        """The same network with its tensors on another device."""
-        return replace(self, nodes=tuple(replace(node, op=node.op.to(device)) for node in self.nodes))
 
     def __str__(self) -> str:
         return "\n".join(str(node.op) for node in self.nodes)

@@ -25,6 +25,10 @@ class Op(ABC):
     """Where it stands in the module."""
     scalable: bool = False
     """Whether a factor a > 0 on all inputs comes out as the same factor."""
+    linear: bool = False
+    """Whether `pull` does not depend on the inputs, which then only give their shapes."""
+    told_by: str | None = None
+    """The parameter that is added to every value of the output on its own, so that its gradient is k there."""
 
     @abstractmethod
     def forward(self, *xs: Tensor) -> Tensor: ...
@@ -50,10 +54,6 @@ class Op(ABC):
         """Why `invert` gives nothing, in a few words."""
         return "is not inverted"
 
-    def to(self, device: torch.device) -> Op:
-        """The same operation with its tensors on another device."""
-        return self
-
     def __str__(self) -> str:
         return self.name
 
@@ -65,6 +65,11 @@ class Trained(Op):
     layer: Layer
     heard: bool = True
     """Whether the gradient of its weight is that of this operation alone; else it has weight constraints only."""
+    linear = True
+
+    @property
+    def told_by(self) -> str | None:  # type: ignore[override]
+        return self.layer.bias_name if self.layer.positions == 1 else None
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -75,12 +80,8 @@ class Trained(Op):
         return self.layer.bias is None
 
     def forward(self, *xs: Tensor) -> Tensor:
-        z = self.push(xs, xs)
-        return (
-            z
-            if self.layer.bias is None
-            else z + self.layer.unpack_output(self.layer.bias[None, :, None].expand(1, -1, self.layer.positions))
-        )
+        layer = self.layer
+        return layer.unpack_output(layer.output(layer.pack_input(xs[0])) + layer.offset)
 
     def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         layer = self.layer
@@ -127,6 +128,7 @@ class Move(Op):
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     scalable = True
+    linear = True
 
     @property
     def size(self) -> int:
@@ -159,9 +161,6 @@ class Move(Op):
         kept = len(torch.unique(self.index[self.index < self.size]))
         return f"keeps {kept} of {self.size} values"
 
-    def to(self, device: torch.device) -> Move:
-        return Move(self.name, self.index.to(device), self.input_shape, self.output_shape)
-
     def __str__(self) -> str:
         return f"{self.name}: {list(self.input_shape)} -> {list(self.output_shape)}"
 
@@ -175,8 +174,8 @@ class Affine(Op):
     """(1, ...), broadcast over the value."""
     shift: Tensor
     """Likewise."""
-    shift_name: str | None = None
-    """The trained parameter whose gradient is that of every value of the output, if there is one."""
+    told_by: str | None = None
+    linear = True
 
     @property
     def scalable(self) -> bool:  # type: ignore[override]
@@ -240,6 +239,7 @@ class Sum(Op):
 
     name: str
     scalable = True
+    linear = True
 
     def forward(self, *xs: Tensor) -> Tensor:
         total = xs[0]
@@ -262,6 +262,7 @@ class Concat(Op):
     dim: int
     """Of a sample, without the batch."""
     scalable = True
+    linear = True
 
     def forward(self, *xs: Tensor) -> Tensor:
         return torch.cat(xs, self.dim + 1)

@@ -301,13 +301,11 @@ class _Walk:
             if own and arguments.get("running_mean") is not None:
                 what = f"{name} in training mode mixes the samples of a batch"
                 self.block(where(node), what, Kind.SETTING, "call model.eval() first")
+            elif name == "batch_norm" and not own:  # fixed statistics: one known factor and shift for every value
+                self.block(where(node), name, *_PASSED)
+                self.source[node] = self.source[data[0]]
             else:
-                if name == "batch_norm" and not own:
-                    self.block(where(node), name, *_PASSED)
-                else:
-                    self.block(where(node), name, Kind.NOT_YET, "attack the model without its normalisation layers")
-                if name == "batch_norm" and not own:  # fixed statistics: one known factor and shift for every value
-                    self.source[node] = self.source[data[0]]
+                self.block(where(node), name, Kind.NOT_YET, "attack the model without its normalisation layers")
         elif name == "linear":
             self.linear(node, arguments)
         elif name in ("conv1d", "conv2d", "conv3d"):

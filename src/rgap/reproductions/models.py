@@ -20,6 +20,7 @@ from rgap import losses, models
 from rgap.attacks import IDLG, Adam, Attack, Bias, Closed, Recursive
 from rgap.losses import Loss
 from rgap.metrics import score
+from rgap.models.common import leaky_relu
 from rgap.rank import rank_analysis
 from rgap.reproductions.base import Job, Options, Reproduction
 from rgap.store import Row
@@ -30,10 +31,6 @@ SHAPE, VALUE_RANGE = (3, 32, 32), (0.0, 1.0)
 SETTLED = 64
 """Pictures that batch norm's statistics are taken from; none of them is attacked."""
 CLASSES = losses.CrossEntropy(10)
-
-
-def _leaky_relu() -> nn.Module:
-    return nn.LeakyReLU(0.2)
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def resnet20(seed: int) -> nn.Module:
 
 
 def resnet20_plain(seed: int) -> nn.Module:
-    return models.resnet20(norm=False, pool=False, shortcut="conv", activation=_leaky_relu, seed=seed)
+    return models.resnet20(norm=False, pool=False, shortcut="conv", activation=leaky_relu, seed=seed)
 
 
 def resnet18(seed: int) -> nn.Module:

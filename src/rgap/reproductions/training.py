@@ -22,16 +22,12 @@ from rgap.attacks import Attack, Bias, Closed, Polish, Recursive
 from rgap.losses import Loss
 from rgap.metrics import score
 from rgap.reproductions.base import Job, Options, Reproduction
+from rgap.reproductions.models import SHAPE, VALUE_RANGE, cnn6
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture
 
-SHAPE, VALUE_RANGE = (3, 32, 32), (0.0, 1.0)
 BATCH = 16
-
-
-def cnn6(seed: int) -> nn.Module:
-    return models.cnn6(seed=seed)
 
 
 def residual(seed: int) -> nn.Module:
