@@ -170,7 +170,7 @@ def report(
         gradient_residual=float(solved.gradient_residual[s]),
         error=error,
         dead_units=int((k[0] == 0).all(-1).sum()) if heard else 0,
-        method=solved.method,
+        method=solved.method[s],
         open_since=opened,
     )
 

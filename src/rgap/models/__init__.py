@@ -9,6 +9,7 @@ from __future__ import annotations
 from rgap.models.leakage import convnet, lenet
 from rgap.models.paper import cnn6, cnn6_d, fcn3
 from rgap.models.resnet import residual, resnet18, resnet20, settled
+from rgap.models.strided import strided
 from rgap.models.table import mlp
 from rgap.models.vgg import vgg11
 from rgap.models.vit import vit_tiny
@@ -24,6 +25,7 @@ __all__ = [
     "resnet18",
     "resnet20",
     "settled",
+    "strided",
     "vgg11",
     "vit_tiny",
 ]

@@ -167,6 +167,20 @@ class Layer:
         weight = self.weight if weight is None else weight
         return self.scatter(weight.mT @ self._by_group(k))
 
+    def normal(
+        self,
+        x: Float[Tensor, "s c n"],
+        k: Float[Tensor, "s o p"],
+        rows: Float[Tensor, "s o p"] | None,
+        scale: Float[Tensor, "s g"],
+    ) -> Float[Tensor, "s c n"]:
+        """(W' D W + b K' K) x, without a matrix; D holds one weight per row, b is the scale of the gradient rows."""
+        patches, k = self.patches(x), self._by_group(k)
+        z = self.weight @ patches
+        z = z if rows is None else z * self._by_group(rows)
+        grad = scale[..., None, None] * (k @ patches.mT)
+        return self.scatter(self.weight.mT @ z + grad.mT @ k)
+
     def k_from(self, after: Layer, k: Float[Tensor, "s q r"]) -> Float[Tensor, "s o p"]:
         """W' k of the layer after this one, at this one's output: its own k, but for the activation's slope (Eq. 6)."""
         return self.pack_output(after.unpack_input(after.grad_input(k)))

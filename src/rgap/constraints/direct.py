@@ -1,0 +1,61 @@
+"""The weak directions by a dense factor of their normal equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.constraints.strong import Strong
+from rgap.linalg import psd
+
+
+class Direct:
+    """B'(W'DW + b K'K)B, factored, for some of the systems; B holds the weak directions of each channel."""
+
+    def __init__(
+        self,
+        gram: Callable[[int], Float[Tensor, "g u u"]],
+        strong: Strong,
+        scale: Float[Tensor, "s g"],
+        which: Sequence[tuple[int, int]],
+        tolerance: float,
+    ):
+        """
+        Args:
+            gram: W'DW of a system.
+            scale: b, of the gradient rows.
+            which: systems and groups.
+            tolerance: singular values below this fraction of the largest count as zero.
+        """
+        self._factors: dict[tuple[int, int], tuple[Tensor, psd.Factor]] = {}
+        grams = {s: gram(s) for s in dict.fromkeys(s for s, _ in which)}
+        for s, g in which:
+            matrix = grams[s][g]
+            basis, square = strong.weak(s, g)
+            n, times = len(basis), float(scale[s, g])
+            channels = len(matrix) // n
+            reduced = psd.congruent(matrix.reshape(channels, n, channels * n), basis)
+            reduced.diagonal().add_((times * square).repeat(channels))
+            size = max(float(matrix.diagonal().max()), times * float(strong.largest[s, g]) ** 2)
+            self._factors[s, g] = basis, psd.factor(reduced, tolerance, size)
+
+    def solve(self, right: Float[Tensor, "s g c n"]) -> Float[Tensor, "s g c n"]:
+        """The weak part of the input, from the right side of the whole normal equations; zero for other systems."""
+        x = torch.zeros_like(right)
+        for (s, g), (basis, factor) in self._factors.items():
+            rhs = right[s, g] @ basis
+            x[s, g] = factor.solve(rhs.reshape(-1, 1)).reshape(rhs.shape) @ basis.mT
+        return x
+
+    def rank(self, s: int) -> int:
+        """Of all groups of a system."""
+        return sum(factor.rank for (at, _), (_, factor) in self._factors.items() if at == s)
+
+    def condition(self, s: int) -> float:
+        return max(factor.condition for (at, _), (_, factor) in self._factors.items() if at == s)
+
+    def method(self, s: int) -> str:
+        return next(factor.method for (at, _), (_, factor) in self._factors.items() if at == s)

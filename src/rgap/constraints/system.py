@@ -1,0 +1,299 @@
+"""One layer's constraints, factored, and the input that satisfies them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.constraints.direct import Direct
+from rgap.constraints.iterative import Iterative
+from rgap.constraints.rows import Rows, Side, flat
+from rgap.constraints.strong import Strong
+from rgap.nn.layers import Layer
+
+Solver = Literal["auto", "direct", "iterative"]
+"""How weak directions are solved for; auto takes whichever needs fewer operations."""
+
+LARGEST = 2**33
+"""Bytes of the largest dense matrix that is formed."""
+WIDEST = 4096
+"""Strong directions are looked for where the smaller side of K0 is at most this: they take its eigenvectors."""
+COUNTED = 8192
+"""Unknowns up to which free dimensions are counted by a factor."""
+REFINEMENTS = 2
+"""Steps of iterative refinement; a step on matrices is cheap beside their factors."""
+FINEST, COARSE = 1e-14, 1e-3
+"""Relative residuals of an iterative solve: at the best, and for a draw of noise, of which the size alone matters."""
+PRODUCTS = 400
+"""Of conjugate gradients for one layer, about: the drawn move, the input, its refinement and a draw of noise."""
+EACH = 2e7
+"""Operations that a factor does in the time in which one product on a small layer is set up."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The least-squares input of s systems, and how well it is determined."""
+
+    x: Float[Tensor, "s c n"]
+    rank: tuple[int, ...]
+    condition: tuple[float, ...]
+    """How much the system magnifies a relative error: of the strong gradient rows or of the joint rows, the worse."""
+    weight_residual: Float[Tensor, " s"]
+    """|W x + b - z| / |z| over the rows in use."""
+    gradient_residual: Float[Tensor, " s"]
+    """|K x - grad W| / |grad W|."""
+    weight_misfit: Float[Tensor, " s"]
+    """Root mean square of W x + b - z over the rows in use: if z were right it would be rounding."""
+    method: tuple[str, ...]
+    """How each was solved: ``channel``, ``cholesky``, ``eigen`` or ``iterative``."""
+
+
+class System:
+    """The constraints on one layer's input, factored, for s systems with their own k.
+
+    Where a skip connection begins several layers read the same input, and it may itself be told by a sum.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        k: Float[Tensor, "s o p"],
+        row_weight: Float[Tensor, "s o p"] | None,
+        tolerance: float,
+        beside: Sequence[Rows] = (),
+        direct: Float[Tensor, "s c n"] | None = None,
+        solver: Solver = "auto",
+    ):
+        """
+        Args:
+            k: gradient of the loss with respect to the layer's output.
+            row_weight: how far each value of z is known, 0 where its row is dropped; None means 1 everywhere.
+            tolerance: singular values below this fraction of the largest count as zero.
+            beside: other layers that read the same input, with as many groups.
+            direct: how far each value of the input is known by itself.
+            solver: for the weak directions.
+
+        Raises:
+            ValueError: the layer is too large for the dense matrices of a direct solver.
+        """
+        self.layer, self.k = layer, k
+        self.rows = (Rows(layer, k, row_weight), *beside)
+        self.direct = direct
+        self._tolerance = tolerance
+        self._direct: Direct | None = None
+        self._iterative: Iterative | None = None
+        channels, count = layer.channels // layer.groups, sum(rows.kernel_rows for rows in self.rows)
+        if solver == "direct" and not self._fits:
+            raise ValueError(
+                f"{layer.name} has an input of {layer.channels} x {layer.pixels} values: its constraints take a dense "
+                f"matrix of {8 * layer.groups * (channels * layer.pixels) ** 2 / 2**30:.0f} GiB, more than the "
+                f"{LARGEST / 2**30:.0f} GiB that are factored: expected solver 'auto' or 'iterative'"
+            )
+        small = min(count, layer.pixels) <= WIDEST
+        dense = solver == "direct" or (solver == "auto" and small and self._cheaper(layer.pixels - count))
+        self._strong = self._split(count, dense)
+        self._weak = [(s, g) for s, g in (self._strong.count < layer.pixels).nonzero().tolist()]
+        if not self._weak:
+            return
+        weak = layer.pixels - int(self._strong.count.min())
+        dense = solver == "direct" or (solver == "auto" and self._strong.whole and self._cheaper(weak))
+        if not dense:
+            self._iterative = Iterative(self.rows, direct, self._strong, self._scale)
+            lost = {s for s, back in enumerate(self._iterative.comes_back.tolist()) if not back}
+            if solver == "iterative" or not lost or layer.unknowns > COUNTED:
+                return
+            # A factor counts the free dimensions exactly.
+            self._weak = [(s, g) for s, g in self._weak if s in lost]
+            if len(lost) == len(k):
+                self._iterative = None
+        if not self._strong.whole:
+            self._strong = self._split(count, True)
+        self._direct = Direct(self._gram, self._strong, self._scale, self._weak, tolerance)
+
+    def _split(self, rows: int, whole: bool) -> Strong:
+        layer = self.layer
+        if min(rows, layer.pixels) > WIDEST and not whole:
+            return Strong.none(self.k, layer.groups, layer.pixels)
+        kernel = torch.cat([each.layer.kernel_matrix(each.k) for each in self.rows], dim=2)
+        return Strong(kernel, self._tolerance, whole)
+
+    @property
+    def _fits(self) -> bool:
+        """Whether the weak directions can be factored."""
+        layer = self.layer
+        return 8 * layer.groups * (layer.channels // layer.groups * layer.pixels) ** 2 <= LARGEST
+
+    def _cheaper(self, weak: int) -> bool:
+        """Whether a factor takes fewer operations than conjugate gradients, with so many weak directions a channel."""
+        layer, systems = self.layer, len(self.k)
+        channels, n = layer.channels // layer.groups, layer.pixels
+        weak = max(weak, 0)
+        unknowns = channels * weak
+        factor = unknowns**3 / 3 + channels**2 * n * weak * (n + weak)
+        eigen = 0 if weak == 0 else 10 * n**3
+        products = sum(8 * rows.layer.weight.numel() * rows.layer.positions for rows in self.rows)
+        products += 4 * layer.channels * n * (n - weak)
+        return self._fits and systems * (layer.groups * (factor + eigen)) < PRODUCTS * (systems * products + EACH)
+
+    @cached_property
+    def _scale(self) -> Float[Tensor, "s g"]:
+        """Of the gradient rows, squared: it makes both kinds of rows the same size."""
+        size, used = self.k.new_zeros(()), self._used
+        for rows in self.rows:
+            size = size + rows.size
+        if self.direct is not None:
+            size = size + self.direct.square().reshape(*used.shape, -1).sum(-1)
+        row = size / used.clamp(min=1)
+        kernel = torch.stack([rows.kernel_size for rows in self.rows]).sum(0)
+        gradient_row = kernel / sum(rows.kernel_rows for rows in self.rows)
+        return torch.where(gradient_row > 0, torch.where(row > 0, row, 1.0) / gradient_row.clamp(min=1e-300), 1.0)
+
+    @cached_property
+    def _used(self) -> Float[Tensor, "s g"]:
+        """The number of weight rows in use."""
+        used = torch.stack([rows.used for rows in self.rows]).sum(0)
+        if self.direct is not None:
+            used = used + (self.direct.reshape(*used.shape, -1) > 0).sum(-1)
+        return used
+
+    def _gram(self, s: int) -> Float[Tensor, "g u u"]:
+        """W'DW of one system."""
+        gram = self.k.new_zeros(())
+        for rows in self.rows:
+            gram = gram + rows.layer.weight_gram(None if rows.square is None else rows.square[s : s + 1])[0]
+        if self.direct is not None:
+            gram = gram + torch.diag_embed(self.direct[s].square().reshape(self.layer.groups, -1))
+        return gram
+
+    @property
+    def method(self) -> tuple[str, ...]:
+        """How each system is solved."""
+        left = {s for s, _ in self._weak}
+        found = ["channel" if self._iterative is None else "iterative"] * len(self.k)
+        if self._direct is not None:
+            for s in left:
+                found[s] = self._direct.method(s)
+        return tuple(found)
+
+    @property
+    def by_gradient_alone(self) -> list[bool]:
+        """Per system, whether the gradient rows determine the input, so that no error of z reaches it."""
+        return (self._strong.count == self.layer.pixels).all(-1).tolist()
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """The number of independent constraints, per system; where conjugate gradients find it too small, about."""
+        per_group = self.layer.channels // self.layer.groups
+        ranks = (self._strong.count.sum(-1) * per_group).tolist()
+        for s, method in enumerate(self.method):
+            if method == "iterative" and self._iterative is not None:
+                ranks[s] = self.layer.unknowns - self._iterative.free(s)
+            elif method != "channel" and self._direct is not None:
+                ranks[s] += self._direct.rank(s)
+        return tuple(ranks)
+
+    @property
+    def condition(self) -> tuple[float, ...]:
+        ratio = self._strong.condition.amax(-1).tolist()
+        for s, method in enumerate(self.method):
+            if method == "iterative" and self._iterative is not None:
+                ratio[s] = max(ratio[s], self._iterative.condition(s))
+            elif method != "channel" and self._direct is not None:
+                ratio[s] = max(ratio[s], self._direct.condition(s))
+        return tuple(ratio)
+
+    def solve(
+        self,
+        z: Float[Tensor, "s o p"],
+        grad: Float[Tensor, "s g j i"],
+        beside: Sequence[Side] = (),
+        direct: Float[Tensor, "s c n"] | None = None,
+    ) -> Solved:
+        """The least-squares input for z (without the bias) and the weight's gradient; minimum norm where not unique.
+
+        Args:
+            beside: z and gradient of the other layers.
+            direct: the input's own values, as far as they are known.
+        """
+        sides = ((z, grad), *beside)
+        fine = max(self._tolerance**2, FINEST)
+        x, size = self._inverse(sides, direct, fine)
+        for _ in range(REFINEMENTS):
+            more, _ = self._inverse(self._misses(sides, x), None if direct is None else direct - x, fine, size)
+            x = x + more
+        misses = self._misses(sides, x)
+        weighted = [rows.weighted(miss) for rows, (miss, _) in zip(self.rows, misses, strict=True)]
+        known = [rows.weighted(z) for rows, (z, _) in zip(self.rows, sides, strict=True)]
+        if direct is not None and self.direct is not None:
+            weighted.append((direct - x) * self.direct)
+            known.append(direct * self.direct)
+        misfit, told = flat(weighted), flat(known)
+        return Solved(
+            x,
+            self.rank,
+            self.condition,
+            _relative(misfit, told),
+            _relative(flat([miss for _, miss in misses]), flat([given for _, given in sides])),
+            (misfit.square().sum(1) / self._used.sum(-1).clamp(min=1)).sqrt(),
+            self.method,
+        )
+
+    def _misses(self, sides: Sequence[Side], x: Tensor) -> list[Side]:
+        """What an input leaves of the right-hand sides."""
+        return [
+            (z - rows.layer.output(x), grad - rows.layer.grad_weight(x, rows.k))
+            for rows, (z, grad) in zip(self.rows, sides, strict=True)
+        ]
+
+    def apply_inverse(
+        self,
+        z: Float[Tensor, "s o p"],
+        grad: Float[Tensor, "s g j i"],
+        beside: Sequence[Side] = (),
+        direct: Float[Tensor, "s c n"] | None = None,
+    ) -> Float[Tensor, "s c n"]:
+        """The linear map from the right-hand sides to the solution, as exactly as the size of noise needs."""
+        return self._inverse(((z, grad), *beside), direct, COARSE)[0]
+
+    def _inverse(
+        self, sides: Sequence[Side], direct: Tensor | None, tolerance: float, size: Tensor | None = None
+    ) -> tuple[Float[Tensor, "s c n"], Float[Tensor, " s"]]:
+        """The solution once, without refinement, and the norm of the right side of its normal equations.
+
+        Args:
+            tolerance: of an iterative solve, relative to size.
+        """
+        layer, count = self.layer, len(sides[0][0])
+        shape = (count, layer.groups, layer.channels // layer.groups, layer.pixels)
+        pulled = self.k.new_zeros(count, layer.channels, layer.pixels)
+        for rows, (_, grad) in zip(self.rows, sides, strict=True):
+            pulled = pulled + rows.layer.grad_input(rows.k, grad)
+        x = self._strong.alone(pulled.reshape(shape)).reshape(pulled.shape)
+        if self._direct is None and self._iterative is None:
+            return x, x.new_zeros(count)
+        right = (self._scale[..., None, None] * pulled.reshape(shape)).reshape(x.shape)
+        for rows, (z, _) in zip(self.rows, sides, strict=True):
+            rest = z - rows.layer.output(x)
+            right = right + rows.layer.grad_input(rest if rows.square is None else rest * rows.square)
+        if direct is not None and self.direct is not None:
+            right = right + self.direct.square() * (direct - x)
+        size = right.flatten(1).norm(dim=1) if size is None else size
+        own = torch.zeros_like(x) if self._direct is None else self._direct.solve(right.reshape(shape)).reshape(x.shape)
+        if self._iterative is not None:
+            more = self._iterative.solve(right, tolerance, size)
+            factored = {s for s, _ in self._weak} if self._direct is not None else set()
+            keep = torch.tensor([s not in factored for s in range(count)], device=x.device)
+            own = torch.where(keep[:, None, None], more, own)
+        return x + own, size
+
+
+def _relative(misfit: Tensor, reference: Tensor) -> Float[Tensor, " s"]:
+    size = torch.linalg.vector_norm(reference.flatten(1), dim=1)
+    ratio: Tensor = torch.linalg.vector_norm(misfit.flatten(1), dim=1) / size.clamp(min=torch.finfo(size.dtype).tiny)
+    return ratio
