@@ -10,8 +10,9 @@ import rgap
 ROOT = Path(rgap.__file__).parent
 # From the ground up: a part may import those before it.
 ORDER = [
-    "files", "report", "store", "linalg", "nn", "losses", "models", "data", "metrics", "target", "protocol", "update",
-    "reading", "defences", "checks", "constraints", "rank", "attacks", "picture", "auditing", "reproductions", "cli",
+    "files", "memory", "report", "store", "linalg", "nn", "losses", "models", "data", "metrics", "target", "protocol",
+    "update", "reading", "defences", "checks", "constraints", "rank", "attacks", "picture", "auditing", "reproductions",
+    "cli",
 ]  # fmt: skip
 
 

@@ -50,8 +50,8 @@ class Case:
         self.x = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         self.target = Target(model, losses.CrossEntropy(head), (2, 4, 4), (0.0, 1.0))
         self.update = capture(self.target, self.x, torch.tensor([1.0]))
-        gradients = {name: grad.double() for name, grad in self.update.gradients.items()}
-        self.given = Given(gradients, EPS, 1e-9, torch.Generator())
+        gradients = {name: grad.double()[None] for name, grad in self.update.gradients.items()}
+        self.given = Given(gradients, EPS, 1e-9)
         whole = self.target.network
         segment = next(each for each in whole.segments if each.block)
         values = whole.forward(self.x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -14,16 +14,19 @@ from rgap.attacks import block
 from rgap.attacks.base import rounding
 from rgap.attacks.trail import End, Front, Given, Step, Trail, one
 from rgap.constraints import System
-from rgap.nn.activations import Activation, Folded
+from rgap.nn.activations import Activation, Folded, Inverse
 from rgap.nn.network import Network, Segment
 from rgap.nn.ops import Affine, Elementwise, Norm, Op, Trained
 
-UNSURE, BRANCHES = 5.0, 3
-"""A value within so many errors of its activation's kink may lie on either side of it; how many are tried at once."""
+UNSURE, BRANCHES, BRANCHED = 5.0, 3, 20_000
+"""A value within so many errors of its activation's kink may lie on either side of it; how many are tried at once, and
+among how many values. Of more the sides are told from the gradient."""
 FOLDS = 20
 """How often the places of folded activations are decided anew."""
 CANCELS = 1e-4
 """Sums over positions below this fraction of their terms' sizes say nothing of a norm's size."""
+ROUGH = 1e-4
+"""Singular values below this fraction of the largest are of no use where an input is wanted for its signs alone."""
 DOUBT = 1e-2
 """The weight of a row whose value may be another one, while the others decide."""
 
@@ -34,13 +37,17 @@ def recurse(
     given: Given,
     front: Front,
     k_error: Float[Tensor, " s"],
+    update: Int[Tensor, " s"],
+    report: Callable[[int, float], None] = lambda done, loss: None,
 ) -> list[tuple[int, End]]:
-    """All candidates together; those that contradict their constraints fall out on the way.
+    """All candidates of all updates together; those that contradict their constraints fall out on the way.
 
     Args:
         segments: from the network's input to the value that is known.
         front: that value, for each candidate.
         k_error: how far rounding may have moved k, relative to k.
+        update: which one each candidate is of.
+        report: is told how many segments were passed.
 
     Returns:
         Which candidate, and where it ended.
@@ -48,12 +55,16 @@ def recurse(
     family = torch.arange(len(front.y), device=front.y.device)
     trails = [Trail() for _ in front.y]
     stopped, at = "", segments[-1].exit
-    for segment in reversed(segments):
-        at = segment.exit
+    for count, segment in enumerate(reversed(segments)):
+        report(count, float("nan"))
+        at, of = segment.exit, update[family]
         op = network.nodes[segment.nodes[-1]].op
         if segment.block:
             part = network.part([segment])
-            passed = [block.back(part, given, one(front, s), trail) for s, trail in enumerate(trails)]
+            passed = [
+                block.back(part, given.one(int(of[s])), one(front, s), trail, given.probe(at, front.y.device))
+                for s, trail in enumerate(trails)
+            ]
             through = {s: each for s, each in enumerate(passed) if isinstance(each, Front)}
             if not through:
                 stopped = str(passed[0])
@@ -62,8 +73,8 @@ def recurse(
             family, k_error, trails = family[keep], k_error[keep], [trails[s] for s in through]
             front = _together(list(through.values()))
         elif isinstance(op, Trained):
-            front, residual = _layer(op, given, front, k_error, trails, at)
-            alive = _plausible(residual, family)
+            front, residual = _layer(op, given, of, front, k_error, trails, at)
+            alive = _plausible(residual, family, of)
             front, k_error, family = front.select(alive), k_error[alive], family[alive]
             trails = [trail for trail, keep in zip(trails, alive.tolist(), strict=True) if keep]
         elif isinstance(op, Elementwise):
@@ -72,8 +83,8 @@ def recurse(
             trails = [trails[parent].passed(op.activation) for parent in of.tolist()]
         else:
             behind = network.nodes[segment.entry - 1].op if segment.entry else None
-            moved = _unscaled(op, behind, front, given.gradients) if isinstance(op, Norm) else None
-            moved = _inverted(op, front, given.gradients) if moved is None else moved
+            moved = _unscaled(op, behind, front, given, of) if isinstance(op, Norm) else None
+            moved = _inverted(op, front, given, of) if moved is None else moved
             if moved is None:
                 stopped = f"stops at {op.name}: {op.loses}"
                 break
@@ -114,6 +125,7 @@ def _together(fronts: list[Front]) -> Front:
 def _layer(
     op: Trained,
     given: Given,
+    of: Int[Tensor, " s"],
     front: Front,
     k_error: Float[Tensor, " s"],
     trails: list[Trail],
@@ -121,26 +133,28 @@ def _layer(
 ) -> tuple[Front, Float[Tensor, " s"]]:
     """The layer's input from its constraints (Eqs. 15 and 16), and how badly they are met."""
     layer, gradients = op.layer, given.gradients
-    front = _told(op, front, gradients)
+    front = _told(op, front, given, of)
     heard = op.heard and layer.weight_name in gradients
     if heard:
-        grad = layer.pack_weight(gradients[layer.weight_name][None]).expand(len(front.y), *layer.weight.shape)
+        grad = layer.pack_weight(given.told(layer.weight_name, of))
     else:
         grad = torch.zeros_like(layer.weight).expand(len(front.y), *layer.weight.shape)
     if front.other is not None:
-        front = _unfolded(op, front, front.other, given.rank_tolerance)
+        folded = bool((front.other.y != front.y).any())
+        front = _unfolded(op, front, front.other, given) if folded else _sided(op, front, front.other, grad, given)
     k, z, row_weight = layer.pack_output(front.k), layer.pack_output(front.y), _rows(op, front)
     z_error = layer.pack_output(front.error.expand(front.y.shape))
     # Without gradient rows there are weight rows alone.
-    system = System(layer, k if heard else torch.zeros_like(k), row_weight, given.rank_tolerance)
+    known = k if heard else torch.zeros_like(k)
+    system = System(layer, known, row_weight, given.rank_tolerance, solver=given.solver)
     solved = system.solve(z - layer.offset, grad)
     # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
     z_error = z_error.maximum(solved.weight_misfit[:, None, None])
-    noise = _error(system, z_error, grad, given.eps, k_error, given.probe)
+    noise = _error(system, z_error, grad, given.eps, k_error, given.probe(at, front.y.device))
     error = noise.square().mean((1, 2)).sqrt()
     for s, trail in enumerate(trails):
-        of = slice(s, s + 1)
-        step = Step(k[of], z[of], z_error[of], solved.x[of], None if row_weight is None else row_weight[of])
+        own = slice(s, s + 1)
+        step = Step(k[own], z[own], z_error[own], solved.x[own], None if row_weight is None else row_weight[own])
         trail.add(step, layer, system, solved, s, float(error[s]), op.told_by in gradients, heard)
         trail.open_at(at, one(front, s))
     x = layer.unpack_input(solved.x)
@@ -150,18 +164,18 @@ def _layer(
     return before, torch.maximum(solved.weight_residual, solved.gradient_residual)
 
 
-def _told(op: Op, front: Front, gradients: dict[str, Tensor]) -> Front:
+def _told(op: Op, front: Front, given: Given, of: Int[Tensor, " s"]) -> Front:
     """With k itself, where the gradient of what is added to every value tells it."""
-    if op.told_by is None or op.told_by not in gradients:
+    if op.told_by is None or op.told_by not in given.gradients:
         return front
-    return replace(front, k=gradients[op.told_by].reshape(1, *front.k.shape[1:]).expand_as(front.k))
+    return replace(front, k=given.told(op.told_by, of).reshape(front.k.shape))
 
 
 def _rows(op: Trained, front: Front) -> Tensor | None:
     return None if front.weight is None else op.layer.pack_output(front.weight)
 
 
-def _unfolded(op: Trained, front: Front, other: Front, rank_tolerance: float) -> Front:
+def _unfolded(op: Trained, front: Front, other: Front, given: Given) -> Front:
     """Of two values that a folded activation allows, the one that the weight rows of all the others come near to.
 
     k of a unit depends on which it is, so the gradient rows say nothing before it is decided.
@@ -171,7 +185,7 @@ def _unfolded(op: Trained, front: Front, other: Front, rank_tolerance: float) ->
     weight = torch.ones_like(front.y) if front.weight is None else front.weight
     weight = layer.pack_output(torch.where(unsure, DOUBT * weight, weight))
     nothing = torch.zeros_like(layer.pack_output(front.k))
-    system = System(layer, nothing, weight, rank_tolerance)
+    system = System(layer, nothing, weight, given.rank_tolerance, solver=given.solver)
     grad = torch.zeros_like(layer.weight).expand(len(nothing), *layer.weight.shape)
     lower = torch.zeros_like(unsure)
     for _ in range(FOLDS):
@@ -193,6 +207,35 @@ def _unfolded(op: Trained, front: Front, other: Front, rank_tolerance: float) ->
     )
 
 
+def _sided(op: Trained, front: Front, other: Front, grad: Float[Tensor, "s g j i"], given: Given) -> Front:
+    """Of two sides of their kinks on which values may lie, the one with which the gradient agrees.
+
+    The wrong one adds a multiple of one vector to the gradient of the unit's own weights, what the unit reads. So the
+    gradient rows of such units are left out at first, or all of them where the weight rows are enough; if the others
+    determine the input it tells the sides.
+    """
+    layer = op.layer
+    k, there = layer.pack_output(front.k), layer.pack_output(other.k)
+    unsure = k != there
+    sure = ~unsure.any(-1, keepdim=True)
+    heard = sure & (layer.weight_rows < layer.unknowns)
+    left = grad * heard.reshape(len(k), layer.groups, -1, 1)
+    system = System(layer, k * heard, _rows(op, front), max(ROUGH, given.rank_tolerance), solver=given.solver)
+    x = system.solve(layer.pack_output(front.y) - layer.offset, left).x
+    miss = (grad - layer.grad_weight(x, k)).flatten(1, 2)
+    patches = layer.patches(x)
+    k = k.clone()
+    for s, unit in (~sure[..., 0]).nonzero().tolist():
+        at = unsure[s, unit].nonzero().flatten()
+        if system.rank[s] < layer.unknowns or len(at) > miss.shape[-1]:
+            continue
+        move = (there - k)[s, unit, at]
+        effect = patches[s, unit * layer.groups // layer.outputs][:, at] * move
+        share = torch.linalg.lstsq(effect, miss[s, unit, :, None]).solution[:, 0]
+        k[s, unit, at[share > 0.5]] = there[s, unit, at[share > 0.5]]
+    return replace(front, k=layer.unpack_output(k).reshape(front.k.shape), other=None)
+
+
 def _activation(activation: Activation, front: Front) -> tuple[Front, Int[Tensor, " b"]]:
     """Through an activation, with the candidate that each of the branches at its kinks comes from."""
     error = front.error.expand(front.y.shape)
@@ -202,7 +245,7 @@ def _activation(activation: Activation, front: Front) -> tuple[Front, Int[Tensor
     if front.weight is not None:
         weight = front.weight if weight is None else weight * front.weight
     of, slope = _branches(activation, front.y, inverse.slope, error)
-    other = None
+    other = _other_side(activation, front, inverse, error) if len(of) == len(front.y) else None
     if isinstance(activation, Folded):
         z = activation.lower(front.y)
         fold = activation.slope(z)
@@ -213,14 +256,25 @@ def _activation(activation: Activation, front: Front) -> tuple[Front, Int[Tensor
     return replace(found, k=found.k * slope), of  # Eq. 6
 
 
-def _unscaled(op: Norm, behind: Op | None, front: Front, gradients: dict[str, Tensor]) -> Front | None:
+def _other_side(activation: Activation, front: Front, inverse: Inverse, error: Tensor) -> Front | None:
+    """With k of values that may lie on the other side of their kink as it is there; None if there are no such."""
+    there = activation.other_side(inverse.slope)
+    unsure = (front.y.abs() <= UNSURE * error) & (there != inverse.slope)
+    if inverse.weight is not None:
+        unsure &= inverse.weight > 0  # of the others nothing is known
+    if not bool(unsure.any()):
+        return None
+    return Front(inverse.z, front.k * torch.where(unsure, there, inverse.slope), None, front.error)
+
+
+def _unscaled(op: Norm, behind: Op | None, front: Front, given: Given, of: Int[Tensor, " s"]) -> Front | None:
     """k of what a norm reads, its size from the gradient of the bias that was added there; the value stays unknown.
 
     The bias's gradient is k summed over positions, and each group's k is known but for its size: as many linear
     equations as there are biases.
     """
     name = behind.layer.bias_name if isinstance(behind, Trained) else None
-    if not isinstance(behind, Trained) or name is None or name not in gradients:
+    if not isinstance(behind, Trained) or name is None or name not in given.gradients:
         return None
     layer = behind.layer
     times = layer.pack_output(op.pull_times_size(front.k, front.y))
@@ -231,16 +285,16 @@ def _unscaled(op: Norm, behind: Op | None, front: Front, gradients: dict[str, Te
     sizes = times.new_zeros(matrix.shape).scatter_add_(2, group, times.abs()).amax((1, 2))
     if bool((torch.linalg.svdvals(matrix)[:, -1] <= CANCELS * sizes).any()) or layer.outputs < op.groups:
         return None  # the sums over positions cancel, as those of a whole group do
-    told = gradients[name].reshape(1, -1, 1).expand(len(times), -1, 1)
+    told = given.told(name, of).reshape(len(times), -1, 1)
     inverse = torch.linalg.lstsq(matrix, told).solution[..., 0]
     k = times * inverse.gather(1, group.flatten(1)).reshape(times.shape)
     nothing = torch.zeros_like(front.y)
     return Front(nothing, layer.unpack_output(k).reshape(front.k.shape), nothing, front.error)
 
 
-def _inverted(op: Op, front: Front, gradients: dict[str, Tensor]) -> Front | None:
+def _inverted(op: Op, front: Front, given: Given, of: Int[Tensor, " s"]) -> Front | None:
     """Through an operation that has one input for each output."""
-    front = _told(op, front, gradients)
+    front = _told(op, front, given, of)
     y = op.invert(front.y)
     if y is None:
         return None
@@ -252,25 +306,25 @@ def _inverted(op: Op, front: Front, gradients: dict[str, Tensor]) -> Front | Non
         weight = None if front.weight is None else op.invert(front.weight)
         moved = op.invert(error)
         error = error if moved is None else moved
-    other = None if front.other is None else _inverted(op, front.other, {})
+    other = None if front.other is None else _inverted(op, front.other, given, of)
     return Front(y, k, weight, error, other)
 
 
 def _error(
     system: System, z_error: Tensor, grad: Tensor, eps: float, k_error: Tensor, probe: torch.Generator
 ) -> Float[Tensor, "s c n"]:
-    """Push one draw of the right-hand side's noise through the solver.
+    """Push one draw of the right-hand side's noise through the solver, the same one for all candidates.
 
     z carries the error of the layers after this one, grad W its rounding, and an error of k acts like one of grad W.
     """
     layer, k = system.layer, system.k
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=probe, dtype=k.dtype, device=k.device)
+        return torch.randn(1, *shape, generator=probe, dtype=k.dtype, device=k.device)
 
-    grad_noise = draw(len(k), *grad.shape[1:]) * rounding(grad, eps)
-    grad_noise = grad_noise + grad * (k_error * draw(len(k)))[:, None, None, None]
-    z_noise = draw(len(k), layer.outputs, layer.positions) * z_error
+    grad_noise = draw(*grad.shape[1:]) * rounding(grad, eps)
+    grad_noise = grad_noise + grad * (k_error * draw())[:, None, None, None]
+    z_noise = draw(layer.outputs, layer.positions) * z_error
     return system.apply_inverse(z_noise, grad_noise)
 
 
@@ -284,7 +338,7 @@ def _branches(activation: Activation, x: Tensor, slope: Tensor, error: Tensor) -
     of, slopes = [], []
     for s in range(len(x)):
         unsure = ((x[s].abs() <= UNSURE * error[s]) & (other[s] != slope[s])).flatten().nonzero().flatten()
-        unsure = unsure[:0] if len(unsure) > BRANCHES else unsure
+        unsure = unsure[:0] if len(unsure) > BRANCHES or x[s].numel() > BRANCHED else unsure
         for sides in product((False, True), repeat=len(unsure)):
             branch = slope[s].clone()
             for at, change in zip(unsure.tolist(), sides, strict=True):
@@ -294,12 +348,13 @@ def _branches(activation: Activation, x: Tensor, slope: Tensor, error: Tensor) -
     return torch.tensor(of, device=x.device), torch.stack(slopes)
 
 
-def _plausible(residual: Float[Tensor, " s"], family: Int[Tensor, " s"]) -> Bool[Tensor, " s"]:
+def _plausible(residual: Float[Tensor, " s"], family: Int[Tensor, " s"], of: Int[Tensor, " s"]) -> Bool[Tensor, " s"]:
     """Which candidates go on.
 
-    Of the branches of one candidate, the one that satisfies its constraints best; of different ones, all but those
-    that contradict theirs while another satisfies them: those cannot be the sample.
+    Of the branches of one candidate, the one that satisfies its constraints best; of different ones of an update, all
+    but those that contradict theirs while another satisfies them: those cannot be the sample.
     """
     rivals = torch.where(family[:, None] == family, residual, torch.inf)
     best_of_family = rivals.argmin(1) == torch.arange(len(residual), device=residual.device)
-    return best_of_family & (residual <= max(1e3 * float(residual.min()), 1e-2))
+    least = torch.where(of[:, None] == of, residual, torch.inf).amin(1)
+    return best_of_family & (residual <= (1e3 * least).clamp(min=1e-2))

@@ -142,7 +142,10 @@ class Bias(Attack):
         # Where k goes on by a way that is not told, the layers in front have weight constraints only.
         heard = {} if before is None else told
         segments = [segment for segment in network.segments if segment.exit <= entry]
-        [(_, end), *_] = recurse(network, segments, Given(heard, eps, rank_tolerance, probe), front, y.new_zeros(1))
+        given = Given({name: g[None] for name, g in heard.items()}, eps, rank_tolerance, self.seed)
+        [(_, end), *_] = recurse(
+            network, segments, given, front, y.new_zeros(1), torch.zeros(1, dtype=torch.long, device=y.device)
+        )
         if end.stopped:
             return end.stopped
         return end.x, end.error, (*end.layers, report)

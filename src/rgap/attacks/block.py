@@ -25,11 +25,12 @@ DENSE = 6_000
 """Unknowns of one group above which a value that is told directly is not solved for."""
 
 
-def back(network: Network, given: Given, front: Front, trail: Trail) -> Front | str:
+def back(network: Network, given: Given, front: Front, trail: Trail, probe: torch.Generator) -> Front | str:
     """What is known of the block's input from what is known of its output, for one candidate; or why nothing is.
 
     Args:
         network: the block alone.
+        given: of one update.
         trail: is told what happened at the block's layers.
     """
     opened = trail.x_open or trail.k_open
@@ -39,7 +40,7 @@ def back(network: Network, given: Given, front: Front, trail: Trail) -> Front | 
     other = next((node.op for node in network.nodes if isinstance(node.op, (Norm, Other))), None)
     if other is not None:
         return f"stops at {other.name}: {other.loses}"
-    inside = Inside(network, given, front)
+    inside = Inside(network, given, front, probe)
     inside.spread()
     if 0 not in inside.values or 0 not in inside.ks:
         found = together.solve(network, given, front, inside.start())
@@ -77,8 +78,8 @@ class Known:
 class Inside:
     """What is known of the values of a block, and the rules by which more becomes known."""
 
-    def __init__(self, network: Network, given: Given, front: Front):
-        self.network, self.given = network, given
+    def __init__(self, network: Network, given: Given, front: Front, probe: torch.Generator):
+        self.network, self.given, self.probe = network, given, probe
         end = len(network.nodes)
         self.values: dict[int, Known] = {end: Known(front.y, front.weight, front.error)}
         self.ks: dict[int, Tensor] = {end: front.k}
@@ -172,7 +173,7 @@ class Inside:
             layer = op.layer
             zeros = layer.weight.new_zeros(1, layer.outputs, layer.positions)
             if k is not None and op.heard:
-                k, grad = layer.pack_output(k), layer.pack_weight(self.given.gradients[layer.weight_name][None])
+                k, grad = layer.pack_output(k), layer.pack_weight(self.given.gradients[layer.weight_name])
             else:
                 k, grad = zeros, torch.zeros_like(layer.weight)[None]
             z, weight, error = zeros, zeros, zeros
@@ -230,7 +231,7 @@ class Inside:
         return system.apply_inverse(*noises[0], noises[1:], own).square().mean().sqrt()
 
     def _draw(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.given.probe, dtype=like.dtype, device=like.device)
+        return torch.randn(like.shape, generator=self.probe, dtype=like.dtype, device=like.device)
 
     def start(self) -> Tensor:
         """Where to begin looking for the block's input: what enters the sum, if its shape is the input's."""

@@ -20,9 +20,9 @@ class Tick:
     """What is done, such as ``DLG``."""
     done: int
     total: int
-    """Iterations; an attack may end before the last one."""
+    """Iterations, or operations of the network on the way back; an attack may end before the last one."""
     loss: float
-    """The least of all candidates."""
+    """The least of all candidates; NaN for an attack that has none."""
     rate: float
     """Iterations a second."""
 

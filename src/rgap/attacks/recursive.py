@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +22,12 @@ from rgap.attacks.base import (
     judge,
 )
 from rgap.attacks.heads import Heads, heads
+from rgap.attacks.progress import Reporter
 from rgap.attacks.trail import End, Front, Given
 from rgap.checks import Preflight
+from rgap.constraints import Solver
+from rgap.constraints import bytes_needed as layer_bytes
+from rgap.memory import free, said
 from rgap.nn.activations import IDENTITY, Activation
 from rgap.nn.chain import Kind, NotAChain, Obstacle
 from rgap.nn.layers import Layer
@@ -32,6 +37,9 @@ from rgap.nn.ops import Elementwise, Move, Trained
 from rgap.target import Target
 from rgap.update import Update
 
+MOST, CANDIDATES = 64, 2
+"""Updates that are followed at once, at the most; candidates that each may have on the way, about."""
+
 
 def settled(eps: float) -> float:
     """A gradient residual below this leaves no unit to look for on the other side of its kink.
@@ -39,6 +47,17 @@ def settled(eps: float) -> float:
     It is some hundred roundings of the gradient, and not less than float64 solves reach on conditions of 1e6.
     """
     return max(200 * eps, 1e-10)
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """What is known of one update before the recursion."""
+
+    gradients: dict[str, Tensor]
+    start: Heads | None
+    assumptions: tuple[str, ...]
+    ended: tuple[Status, str] | None = None
+    """Status and reason, if there is nothing to follow."""
 
 
 @dataclass(frozen=True)
@@ -54,50 +73,91 @@ class Recursive(Attack):
         visible: an estimated error above this fraction of the value range (or of the input's own spread) is called
             ill-conditioned, not exact.
         seed: of the random probe that estimates errors.
+        solver: for what a layer's gradient alone does not tell: ``direct`` factors a dense matrix, ``iterative`` takes
+            conjugate gradients and memory linear in the unknowns, ``auto`` whichever needs fewer operations. The
+            method of every layer is in the answer's `layers`.
     """
 
     rank_tolerance: float | None = None
     visible: float = 0.01
     seed: int = 0
+    solver: Solver = "auto"
 
     def obstacle(self, target: Target, samples: int) -> str | None:
         found = obstacle(target)
         if found is not None:
             return f"the recursion cannot pass this model: {found}"
+        try:
+            _together(target.network, self.solver)
+        except MemoryError as error:
+            return str(error)
         return MIXTURE.format(samples) if samples > 1 else None
 
     def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
+        return self.run_many(target, [update], [checks])[0]
+
+    def run_many(self, target: Target, updates: Sequence[Update], checks: Sequence[Preflight]) -> list[Reconstruction]:
+        """All updates at once, or as many as memory holds: those of one rounding share every solve."""
         found = obstacle(target)
         if found is not None:
             raise NotAChain(target.obstacles or [Obstacle("forward", found, Kind.SETTING, "")])
+        begun = [self._begin(target, update) for update in updates]
+        answers: dict[int, tuple[list[Answer], str]] = {}
+        ready = [at for at, each in enumerate(begun) if each.ended is None]
+        for eps in dict.fromkeys(updates[at].precision for at in ready):
+            alike = [at for at in ready if updates[at].precision == eps]
+            most = _together(target.network, self.solver)
+            for start in range(0, len(alike), most):
+                part = alike[start : start + most]
+                together = self._follow(target, [updates[at] for at in part], [begun[at] for at in part], eps)
+                answers.update(zip(part, together, strict=True))
+        return [
+            self._ended(target, update, each, check, *answers.get(at, ([], "")))
+            for at, (update, each, check) in enumerate(zip(updates, begun, checks, strict=True))
+        ]
+
+    def _begin(self, target: Target, update: Update) -> _Begun:
+        """What the last layer's gradient tells, and the cases in which it tells nothing."""
         network = target.network
-        eps = update.precision
-        rank_tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
-        tolerance = update.tolerance
         gradients = {name: g.double().to(target.device) for name, g in update.gradients.items()}
         assumptions: tuple[str, ...] = ()
         if target.batch_size != 1 or update.header.batch_size != 1:
             assumptions = (AS_ONE,)
+        last = network.layers[-1]
+        heard = [layer for layer in network.layers if layer.weight_name in gradients]
+        empty = next((layer for layer in reversed(heard) if not gradients[layer.weight_name].any()), None)
+        if empty is not None:
+            cause = "the loss is saturated" if empty is last else "all units after it are dead"
+            reason = f"the gradient of {empty.weight_name} is zero: {cause}"
+            return _Begun(gradients, None, assumptions, (Status.GRADIENT_ZERO, reason))
+        if network.scalable:
+            assumptions += ("the gradient was not scaled: here a scaled one is that of a brighter or darker input",)
+        start = heads(last, _before(network), target.loss, gradients, update.precision)
+        assumptions += start.assumptions
+        if len(start.labels) == 0:
+            reason = start.reason or f"under {target.loss.name} loss no sample gives this last gradient"
+            return _Begun(gradients, None, assumptions, (Status.NOT_CONVERGED, reason))
+        return _Begun(gradients, start, assumptions)
+
+    def _ended(
+        self,
+        target: Target,
+        update: Update,
+        begun: _Begun,
+        checks: Preflight,
+        answers: list[Answer],
+        stopped: str,
+    ) -> Reconstruction:
+        """The verdict on one update's answers."""
+        assumptions, tolerance = begun.assumptions, update.tolerance
 
         def ended(status: Status, reason: str, answers: tuple[Answer, ...] = ()) -> Reconstruction:
             return Reconstruction(
                 self.name, status, reason, answers, assumptions, checks, tolerance, target.value_range
             )
 
-        last = network.layers[-1]
-        heard = [layer for layer in network.layers if layer.weight_name in gradients]
-        empty = next((layer for layer in reversed(heard) if not gradients[layer.weight_name].any()), None)
-        if empty is not None:
-            cause = "the loss is saturated" if empty is last else "all units after it are dead"
-            return ended(Status.GRADIENT_ZERO, f"the gradient of {empty.weight_name} is zero: {cause}")
-        if network.scalable:
-            assumptions += ("the gradient was not scaled: here a scaled one is that of a brighter or darker input",)
-        start = heads(last, _before(network), target.loss, gradients, eps)
-        assumptions += start.assumptions
-        if len(start.labels) == 0:
-            reason = start.reason or f"under {target.loss.name} loss no sample gives this last gradient"
-            return ended(Status.NOT_CONVERGED, reason)
-        answers, stopped = self._follow(target, update, gradients, start, rank_tolerance)
+        if begun.start is None or begun.ended is not None:
+            return ended(*(begun.ended or (Status.NOT_CONVERGED, "")))
         if not answers:
             return ended(Status.NOT_CONVERGED, stopped)
         best = min(a.gradient_residual for a in answers)
@@ -109,49 +169,64 @@ class Recursive(Attack):
         assumptions += tuple({a.joint.prior: None for a in good if a.joint is not None})
         status, reason = self._judge(good, target, tolerance)
         if status is Status.NOT_CONVERGED:
-            reason += _saturated(target, start, eps, tolerance)
+            reason += _saturated(target, begun.start, update.precision, tolerance)
         if update.samples(target) > 1 and status in (Status.EXACT, Status.AMBIGUOUS):
             status, reason = Status.REPRODUCED, f"one input that stands for {update.samples(target)} samples; {reason}"
         return ended(status, reason, tuple(good))
 
     def _follow(
-        self, target: Target, update: Update, gradients: dict[str, Tensor], start: Heads, rank_tolerance: float
-    ) -> tuple[list[Answer], str]:
-        """Every candidate to its input, with certificates; and why none got there, if none did."""
+        self, target: Target, updates: Sequence[Update], begun: Sequence[_Begun], eps: float
+    ) -> list[tuple[list[Answer], str]]:
+        """Of every update all candidates to their inputs, with certificates; and why none got there, if none did."""
         network = target.network
-        followed = start.select(start.one_per_direction) if network.scalable else start
-        probe = torch.Generator(device=target.device).manual_seed(self.seed)
-        eps = update.precision
-        shape = network.shapes[-1]
-        k = followed.k.reshape(-1, *shape)
-        z = followed.z.reshape(-1, *shape)
-        front = Front(z, k, None, torch.zeros_like(z))
-        ends: list[End] = []
-        stopped: dict[str, None] = {}
-        given = Given(gradients, eps, rank_tolerance, probe)
-        for s, end in recurse(network, network.segments, given, front, followed.k_error):
-            end = replace(end, k=k[s : s + 1], label=followed.labels[s : s + 1], margin=float(followed.margins[s]))
-            end = self.finish(target, gradients, end, eps, rank_tolerance, probe)
+        starts = [each.start for each in begun if each.start is not None]
+        followed = [start.select(start.one_per_direction) if network.scalable else start for start in starts]
+        of = [at for at, heads in enumerate(followed) for _ in heads.labels]
+        own = [s for heads in followed for s in range(len(heads.labels))]
+        k = torch.cat([heads.k for heads in followed]).reshape(-1, *network.shapes[-1])
+        z = torch.cat([heads.z for heads in followed]).reshape(-1, *network.shapes[-1])
+        rank_tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
+        gradients = {name: torch.stack([each.gradients[name] for each in begun]) for name in begun[0].gradients}
+        given = Given(gradients, eps, rank_tolerance, self.seed, self.solver)
+        ends: list[list[End]] = [[] for _ in updates]
+        stopped: list[dict[str, None]] = [{} for _ in updates]
+        reached = recurse(
+            network,
+            network.segments,
+            given,
+            Front(z, k, None, torch.zeros_like(z)),
+            torch.cat([heads.k_error for heads in followed]),
+            torch.tensor(of, device=z.device),
+            Reporter(self.name, len(network.segments)),
+        )
+        for s, end in reached:
+            at, heads, start = of[s], followed[of[s]], starts[of[s]]
+            label, margin = heads.labels[own[s] : own[s] + 1], float(heads.margins[own[s]])
+            end = replace(end, k=k[s : s + 1], label=label, margin=margin)
+            end = self.finish(target, begun[at].gradients, end, eps, rank_tolerance, given.probe(0, z.device))
             if end.stopped:
-                stopped[end.stopped] = None
+                stopped[at][end.stopped] = None
                 continue
             if end.joint is None or end.joint.converged:
-                end = replace(end, x=kinks.settle(network, gradients, end.x, end.k, settled(eps)))
+                end = replace(end, x=kinks.settle(network, begun[at].gradients, end.x, end.k, settled(eps)))
             if network.scalable:  # the other candidates' inputs are the same one, scaled: their gradients agree
-                size, own = start.k.flatten(1).norm(dim=1), float(end.k.norm())
+                size, length = start.k.flatten(1).norm(dim=1), float(end.k.norm())
                 along = (start.k.flatten(1) @ end.k.flatten()) > 0
-                for at in along.nonzero().flatten().tolist():
-                    label, margin = start.labels[at : at + 1], float(start.margins[at])
-                    ends.append(end.scaled(own / float(size[at]), label, margin))
+                for twin in along.nonzero().flatten().tolist():
+                    label, margin = start.labels[twin : twin + 1], float(start.margins[twin])
+                    ends[at].append(end.scaled(length / float(size[twin]), label, margin))
             else:
-                ends.append(end)
-        answers = []
-        for end in ends:
-            x = end.x.reshape(1, *target.input_shape)
-            label = end.label.to(x.device)
-            residual = gradient_residual(target, update, x, label)
-            answers.append(Answer(x, label, end.margin, residual, end.error, end.layers, end.joint, end.note))
-        return answers, "; ".join(stopped)
+                ends[at].append(end)
+        found = []
+        for at, update in enumerate(updates):
+            answers = []
+            for end in ends[at]:
+                x = end.x.reshape(1, *target.input_shape)
+                label = end.label.to(x.device)
+                residual = gradient_residual(target, update, x, label)
+                answers.append(Answer(x, label, end.margin, residual, end.error, end.layers, end.joint, end.note))
+            found.append((answers, "; ".join(stopped[at])))
+        return found
 
     def finish(
         self,
@@ -192,6 +267,34 @@ def _saturated(target: Target, start: Heads, eps: float, tolerance: float) -> st
     if isinstance(target.loss, MarginLoss) or k == 0 or eps / k <= tolerance:
         return ""
     return f"; the loss is nearly saturated: k is {k:.1e}, and the rounding of 1 - p may be {min(eps / k, 1):.0%} of it"
+
+
+def bytes_needed(network: Network, solver: Solver = "auto") -> tuple[int, int]:
+    """About how much memory the recursion takes: for each candidate that is followed, and whatever their number.
+
+    Each layer is let go of before the next one. What stays are gradients, weights, and what was found at each layer.
+    """
+    layers = network.layers
+    parameters = sum(layer.weight.numel() for layer in layers)
+    kept = sum(5 * layer.weight_rows + layer.unknowns for layer in layers)
+    largest = max(layer_bytes(layer, solver) for layer in layers)
+    return largest + 8 * (kept + 2 * parameters), 8 * 4 * parameters
+
+
+def _together(network: Network, solver: Solver) -> int:
+    """How many updates are followed at once.
+
+    Raises:
+        MemoryError: not even one can be.
+    """
+    each, shared = bytes_needed(network, solver)
+    there = free(network.device)
+    if each + shared > there:
+        raise MemoryError(
+            f"the recursion would take about {said(each + shared)}, {said(there)} are free: expected "
+            "a smaller input, or solver='iterative'"
+        )
+    return max(1, min(MOST, int((there - shared) / 2 / (CANDIDATES * each))))
 
 
 def obstacle(target: Target) -> str | None:

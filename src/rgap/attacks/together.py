@@ -60,7 +60,7 @@ class Constraints:
             if isinstance(node.op, Trained) and node.op.heard and with_gradients
         ]
         gradients = given.gradients
-        self.grads = {place: layer.pack_weight(gradients[layer.weight_name][None]) for place, layer, _ in self.inner}
+        self.grads = {place: layer.pack_weight(gradients[layer.weight_name]) for place, layer, _ in self.inner}
         noises = {at: float(rounding(grad, given.eps).square().mean().sqrt()) for at, grad in self.grads.items()}
         self._units = {at: self.noise / noise if noise > 0 else 0.0 for at, noise in noises.items()}
 

@@ -6,27 +6,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgap.attacks.base import JointReport, LayerReport
-from rgap.constraints import Solved, System
+from rgap.constraints import Solved, Solver, System
 from rgap.nn.activations import Activation, Identity
 from rgap.nn.layers import Layer
 
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What the recursion works with from beginning to end."""
+    """What the recursion works with from beginning to end, for u updates of one model."""
 
     gradients: dict[str, Tensor]
-    """By parameter name, in float64; what is missing was not told."""
+    """By parameter name, (u, *shape) in float64; what is missing was not told."""
     eps: float
-    """Relative rounding of the gradient."""
+    """Relative rounding of the gradients."""
     rank_tolerance: float
     """Singular values below this fraction of the largest count as zero."""
-    probe: torch.Generator
-    """Draws the noise that errors are estimated with."""
+    seed: int = 0
+    """Of the noise that errors are estimated with."""
+    solver: Solver = "auto"
+    """For what the gradient alone does not tell."""
+
+    def told(self, name: str, of: Int[Tensor, " s"]) -> Float[Tensor, "s ..."]:
+        """A parameter's gradient for each of several candidates, given which update each one is of."""
+        gradient = self.gradients[name]
+        return gradient.expand(len(of), *gradient.shape[1:]) if len(gradient) == 1 else gradient[of]
+
+    def one(self, update: int) -> Given:
+        """A single update's."""
+        return replace(self, gradients={name: g[update : update + 1] for name, g in self.gradients.items()})
+
+    def probe(self, place: int, device: torch.device) -> torch.Generator:
+        """Draws noise, the same at the same place whatever else is attacked."""
+        return torch.Generator(device=device).manual_seed(self.seed + 1_000_003 * place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +57,8 @@ class Front:
     error: Tensor
     """About how far y is off, (s, *shape) or broadcast to it."""
     other: Front | None = None
-    """Behind a folded activation, the other values that its output allows."""
+    """What else it may be: behind a folded activation the other values that its output allows, and at kinks the k of
+    their other side."""
 
     def select(self, index: Tensor) -> Front:
         """The candidates at an index or mask."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 import tomllib
@@ -274,6 +275,8 @@ def shown(console: Console) -> Iterator[None]:
 
 def said(tick: Tick) -> str:
     """One line of progress."""
+    if math.isnan(tick.loss):
+        return f"{tick.what} {tick.done}/{tick.total}"
     return f"{tick.what} {tick.done}/{tick.total}, loss {tick.loss:.1e}, {tick.rate:.0f}/s, {tick.left:.0f} s left"
 
 

@@ -13,7 +13,8 @@ The weak directions are solved for by a dense factor of their normal equations (
 which form no matrix (`iterative`); whichever takes fewer operations, unless the caller chooses.
 """
 
+from rgap.constraints.cost import Solver, bytes_needed
 from rgap.constraints.rows import Rows, Side
-from rgap.constraints.system import Solved, Solver, System
+from rgap.constraints.system import Solved, System
 
-__all__ = ["Rows", "Side", "Solved", "Solver", "System"]
+__all__ = ["Rows", "Side", "Solved", "Solver", "System", "bytes_needed"]

@@ -60,11 +60,6 @@ class Rows:
         read = (layer.table < layer.pixels).sum(0)
         return (self.k.square() * read).reshape(len(self.k), layer.groups, -1).sum(-1)
 
-    @property
-    def kernel_rows(self) -> int:
-        """Gradient rows of one channel."""
-        return self.layer.outputs // self.layer.groups * self.layer.offsets
-
 
 def flat(parts: list[Tensor]) -> Float[Tensor, "s n"]:
     return torch.cat([part.flatten(1) for part in parts], 1)

@@ -33,8 +33,13 @@ class Strong:
             whole: that all directions are needed and not the strong ones alone; see `weak`.
         """
         tall = whole or kernel.shape[2] >= kernel.shape[3]
-        value, vector = torch.linalg.eigh(kernel.mT @ kernel if tall else kernel @ kernel.mT)
-        value, vector = value.flip(-1), vector.flip(-1)
+        if bool(kernel.any()):
+            value, vector = torch.linalg.eigh(kernel.mT @ kernel if tall else kernel @ kernel.mT)
+            value, vector = value.flip(-1), vector.flip(-1)
+        else:
+            side = kernel.shape[3] if tall else 1
+            value = kernel.new_zeros(*kernel.shape[:2], side)
+            vector = torch.eye(side, dtype=kernel.dtype, device=kernel.device).expand(*value.shape, side)
         self.largest: Float[Tensor, "s g"] = value[..., 0].clamp(min=0).sqrt()
         strong = (value >= max(STRONG, tolerance) ** 2 * value[..., :1]) & (value[..., :1] > 0)
         self.count = strong.sum(-1)

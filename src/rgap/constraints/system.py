@@ -5,35 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.constraints.cost import LARGEST, WIDEST, Solver, factor_is_cheaper, fits, kernel_rows
 from rgap.constraints.direct import Direct
 from rgap.constraints.iterative import Iterative
 from rgap.constraints.rows import Rows, Side, flat
 from rgap.constraints.strong import Strong
 from rgap.nn.layers import Layer
 
-Solver = Literal["auto", "direct", "iterative"]
-"""How weak directions are solved for; auto takes whichever needs fewer operations."""
-
-LARGEST = 2**33
-"""Bytes of the largest dense matrix that is formed."""
-WIDEST = 4096
-"""Strong directions are looked for where the smaller side of K0 is at most this: they take its eigenvectors."""
 COUNTED = 8192
 """Unknowns up to which free dimensions are counted by a factor."""
 REFINEMENTS = 2
 """Steps of iterative refinement; a step on matrices is cheap beside their factors."""
 FINEST, COARSE = 1e-14, 1e-3
 """Relative residuals of an iterative solve: at the best, and for a draw of noise, of which the size alone matters."""
-PRODUCTS = 400
-"""Of conjugate gradients for one layer, about: the drawn move, the input, its refinement and a draw of noise."""
-EACH = 2e7
-"""Operations that a factor does in the time in which one product on a small layer is set up."""
 
 
 @dataclass(frozen=True)
@@ -88,21 +77,25 @@ class System:
         self._tolerance = tolerance
         self._direct: Direct | None = None
         self._iterative: Iterative | None = None
-        channels, count = layer.channels // layer.groups, sum(rows.kernel_rows for rows in self.rows)
-        if solver == "direct" and not self._fits:
+        channels, count = layer.channels // layer.groups, sum(kernel_rows(rows.layer) for rows in self.rows)
+        if solver == "direct" and not fits(layer):
             raise ValueError(
                 f"{layer.name} has an input of {layer.channels} x {layer.pixels} values: its constraints take a dense "
                 f"matrix of {8 * layer.groups * (channels * layer.pixels) ** 2 / 2**30:.0f} GiB, more than the "
                 f"{LARGEST / 2**30:.0f} GiB that are factored: expected solver 'auto' or 'iterative'"
             )
         small = min(count, layer.pixels) <= WIDEST
-        dense = solver == "direct" or (solver == "auto" and small and self._cheaper(layer.pixels - count))
+        dense = solver == "direct" or (
+            solver == "auto" and small and factor_is_cheaper(layer, layer.pixels - count, len(k), count)
+        )
         self._strong = self._split(count, dense)
         self._weak = [(s, g) for s, g in (self._strong.count < layer.pixels).nonzero().tolist()]
         if not self._weak:
             return
         weak = layer.pixels - int(self._strong.count.min())
-        dense = solver == "direct" or (solver == "auto" and self._strong.whole and self._cheaper(weak))
+        dense = solver == "direct" or (
+            solver == "auto" and self._strong.whole and factor_is_cheaper(layer, weak, len(k), count)
+        )
         if not dense:
             self._iterative = Iterative(self.rows, direct, self._strong, self._scale)
             lost = {s for s, back in enumerate(self._iterative.comes_back.tolist()) if not back}
@@ -118,28 +111,11 @@ class System:
 
     def _split(self, rows: int, whole: bool) -> Strong:
         layer = self.layer
-        if min(rows, layer.pixels) > WIDEST and not whole:
+        untold = not any(bool(each.k.any()) for each in self.rows)
+        if not whole and (untold or min(rows, layer.pixels) > WIDEST):
             return Strong.none(self.k, layer.groups, layer.pixels)
         kernel = torch.cat([each.layer.kernel_matrix(each.k) for each in self.rows], dim=2)
         return Strong(kernel, self._tolerance, whole)
-
-    @property
-    def _fits(self) -> bool:
-        """Whether the weak directions can be factored."""
-        layer = self.layer
-        return 8 * layer.groups * (layer.channels // layer.groups * layer.pixels) ** 2 <= LARGEST
-
-    def _cheaper(self, weak: int) -> bool:
-        """Whether a factor takes fewer operations than conjugate gradients, with so many weak directions a channel."""
-        layer, systems = self.layer, len(self.k)
-        channels, n = layer.channels // layer.groups, layer.pixels
-        weak = max(weak, 0)
-        unknowns = channels * weak
-        factor = unknowns**3 / 3 + channels**2 * n * weak * (n + weak)
-        eigen = 0 if weak == 0 else 10 * n**3
-        products = sum(8 * rows.layer.weight.numel() * rows.layer.positions for rows in self.rows)
-        products += 4 * layer.channels * n * (n - weak)
-        return self._fits and systems * (layer.groups * (factor + eigen)) < PRODUCTS * (systems * products + EACH)
 
     @cached_property
     def _scale(self) -> Float[Tensor, "s g"]:
@@ -151,7 +127,7 @@ class System:
             size = size + self.direct.square().reshape(*used.shape, -1).sum(-1)
         row = size / used.clamp(min=1)
         kernel = torch.stack([rows.kernel_size for rows in self.rows]).sum(0)
-        gradient_row = kernel / sum(rows.kernel_rows for rows in self.rows)
+        gradient_row = kernel / sum(kernel_rows(rows.layer) for rows in self.rows)
         return torch.where(gradient_row > 0, torch.where(row > 0, row, 1.0) / gradient_row.clamp(min=1e-300), 1.0)
 
     @cached_property
@@ -164,9 +140,11 @@ class System:
 
     def _gram(self, s: int) -> Float[Tensor, "g u u"]:
         """W'DW of one system."""
-        gram = self.k.new_zeros(())
-        for rows in self.rows:
-            gram = gram + rows.layer.weight_gram(None if rows.square is None else rows.square[s : s + 1])[0]
+        gram, *others = (
+            rows.layer.weight_gram(None if rows.square is None else rows.square[s : s + 1])[0] for rows in self.rows
+        )
+        for other in others:
+            gram = gram + other
         if self.direct is not None:
             gram = gram + torch.diag_embed(self.direct[s].square().reshape(self.layer.groups, -1))
         return gram

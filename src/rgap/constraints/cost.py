@@ -1,0 +1,62 @@
+"""What solving one layer takes: operations, by which a solver is chosen, and bytes, which must be there."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rgap.nn.layers import Layer
+
+Solver = Literal["auto", "direct", "iterative"]
+"""How weak directions are solved for; auto takes whichever needs fewer operations."""
+
+LARGEST = 2**33
+"""Bytes of the largest dense matrix that is formed."""
+WIDEST = 4096
+"""Strong directions are looked for where the smaller side of K0 is at most this: they take its eigenvectors."""
+PRODUCTS = 400
+"""Of conjugate gradients for one layer, about: the drawn move, the input, its refinement and a draw of noise."""
+STARTED, TOUCHED = 2e7, 300
+"""Operations that a factor does in the time in which one product is set up, and in which one new value of a matrix is
+touched for the first time."""
+
+
+def kernel_rows(layer: Layer) -> int:
+    """Gradient rows of one channel."""
+    return layer.outputs // layer.groups * layer.offsets
+
+
+def fits(layer: Layer) -> bool:
+    """Whether a dense matrix of the layer's unknowns may be formed."""
+    return 8 * layer.groups * (layer.unknowns // layer.groups) ** 2 <= LARGEST
+
+
+def factor_is_cheaper(layer: Layer, weak: int, systems: int, rows: int) -> bool:
+    """Whether a factor takes less time than conjugate gradients.
+
+    Args:
+        weak: directions of each channel that are solved for.
+        systems: with their own k.
+        rows: gradient rows of one channel, of all layers that read the same input.
+    """
+    channels, n, weak = layer.channels // layer.groups, layer.pixels, max(weak, 0)
+    factor = (channels * weak) ** 3 / 3 + channels**2 * n * weak * (n + weak)
+    eigen = 10.0 * n**3 if rows < n else 0.0
+    formed = TOUCHED * (channels * n) ** 2
+    product = 8 * layer.weight.numel() * layer.positions + 4 * layer.channels * n * (n - weak)
+    direct = layer.groups * (systems * (factor + eigen) + formed)
+    return fits(layer) and direct < PRODUCTS * (systems * product + STARTED)
+
+
+def bytes_needed(layer: Layer, solver: Solver) -> int:
+    """At the most, for one system.
+
+    Vectors and patches in any case; the strong directions where they are looked for; and a matrix, its part on the
+    weak directions and the factor of that where they are formed.
+    """
+    c, n, rows = layer.channels, layer.pixels, kernel_rows(layer)
+    small = min(rows, n)
+    values = 10 * c * n + 10 * layer.weight_rows + 4 * c * layer.table.numel() + 4 * layer.weight.numel()
+    split = layer.groups * (rows * n + n * small + 3 * small**2) if small <= WIDEST else 0
+    dense = solver == "direct" or (solver == "auto" and factor_is_cheaper(layer, n - small, 1, rows))
+    matrices = 3 * layer.groups * (c // layer.groups * n) ** 2 if dense and fits(layer) else 0
+    return 8 * (values + split + matrices)
