@@ -13,9 +13,9 @@ LARGEST = 2**33
 """Bytes of the largest dense matrix that is formed."""
 WIDEST = 4096
 """Strong directions are looked for where the smaller side of K0 is at most this: they take its eigenvectors."""
-PRODUCTS = 400
+PRODUCTS = 150
 """Of conjugate gradients for one layer, about: the drawn move, the input, its refinement and a draw of noise."""
-STARTED, TOUCHED = 2e7, 300
+STARTED, TOUCHED = 2e7, 1000
 """Operations that a factor does in the time in which one product is set up, and in which one new value of a matrix is
 touched for the first time."""
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
+
+from rgap.constraints.rows import Rows
 
 STRONG = 0.1
 """A direction is strong if its singular value in K0 is at least this fraction of the largest.
@@ -14,50 +19,46 @@ is small the weight rows know better: with 0.1 in place of 0.001 the error under
 
 
 class Strong:
-    """Singular vectors of K0, of s systems and g groups, split into strong and weak.
+    """Singular vectors of K0 = U S V', of s systems and g groups, split into strong and weak.
 
     They are eigenvectors of the smaller of K0 K0' and K0' K0. That squares the singular values, which does no harm:
-    the strong ones are no less than a tenth of the largest, and of a weak one only the square is used.
+    the strong ones are no less than a tenth of the largest, and of a weak one only the square is used. Where K0 has
+    fewer rows than columns V is never formed: V S^-2 V' K0' = K0' C with the small matrix C = U S^-2 U'.
     """
 
-    basis: Float[Tensor, "s g n r"]
-    """The strong directions, in columns; those of systems that have fewer are filled up with zeros."""
-    square: Float[Tensor, "s g r"]
-    """Squares of their singular values; 1 in columns of zeros."""
-    count: Float[Tensor, "s g"]
-
-    def __init__(self, kernel: Float[Tensor, "s g m n"], tolerance: float, whole: bool):
+    def __init__(self, rows: Sequence[Rows], tolerance: float, whole: bool, none: bool = False):
         """
         Args:
             tolerance: singular values below this fraction of the largest are never strong.
             whole: that all directions are needed and not the strong ones alone; see `weak`.
+            none: that none is to be looked for.
         """
-        tall = whole or kernel.shape[2] >= kernel.shape[3]
-        if bool(kernel.any()):
+        self._rows = rows
+        kernel = None if none else torch.cat([each.layer.kernel_matrix(each.k) for each in rows], dim=2)
+        s, groups, n = len(rows[0].k), rows[0].layer.groups, rows[0].layer.pixels
+        tall = whole or (kernel is not None and kernel.shape[2] >= n)
+        if kernel is not None and bool(kernel.any()):
             value, vector = torch.linalg.eigh(kernel.mT @ kernel if tall else kernel @ kernel.mT)
             value, vector = value.flip(-1), vector.flip(-1)
         else:
-            side = kernel.shape[3] if tall else 1
-            value = kernel.new_zeros(*kernel.shape[:2], side)
-            vector = torch.eye(side, dtype=kernel.dtype, device=kernel.device).expand(*value.shape, side)
+            side = n if tall else 1
+            value = rows[0].k.new_zeros(s, groups, side)
+            vector = torch.eye(side, dtype=value.dtype, device=value.device).expand(s, groups, side, side)
         self.largest: Float[Tensor, "s g"] = value[..., 0].clamp(min=0).sqrt()
         strong = (value >= max(STRONG, tolerance) ** 2 * value[..., :1]) & (value[..., :1] > 0)
-        self.count = strong.sum(-1)
-        most = int(self.count.max()) if self.count.numel() else 0
-        keep: Bool[Tensor, "s g r"] = strong[..., :most]
-        self.square = torch.where(keep, value[..., :most], 1.0)
-        basis = vector[..., :most] if tall else kernel.mT @ vector[..., :most] / self.square.sqrt()[..., None, :]
-        self.basis = torch.where(keep[..., None, :], basis, 0.0)
-        self._all = (vector, value.clamp(min=0)) if tall else None
-        smallest = torch.where(keep, self.square, torch.inf).amin(-1) if most else torch.full_like(self.largest, 0.0)
+        self.count: Float[Tensor, "s g"] = strong.sum(-1)
+        square = torch.where(strong, value, torch.inf)
+        smallest = square.amin(-1)
         self.condition: Float[Tensor, "s g"] = torch.where(
             self.count > 0, self.largest / smallest.sqrt().clamp(min=1e-300), 1.0
         )
-
-    @classmethod
-    def none(cls, like: Tensor, groups: int, pixels: int) -> Strong:
-        """No strong directions, where finding them would take too long."""
-        return cls(like.new_zeros(len(like), groups, 1, pixels), 1.0, False)
+        most = int(self.count.max()) if self.count.numel() else 0
+        self._all = (vector, value.clamp(min=0)) if tall else None
+        self._inverse = (1 / square)[..., :most]
+        """S^-2; zero for what a system has less of strong directions than another."""
+        # In columns, those that are not strong zero.
+        self._basis = torch.where(strong[..., None, :most], vector[..., :most], 0.0)
+        self._core = None if tall else (self._basis * self._inverse[..., None, :]) @ self._basis.mT
 
     @property
     def whole(self) -> bool:
@@ -70,11 +71,58 @@ class Strong:
         vector, value = self._all
         return vector[s, g, :, int(self.count[s, g]) :], value[s, g, int(self.count[s, g]) :]
 
-    def alone(self, pulled: Float[Tensor, "s g c n"]) -> Float[Tensor, "s g c n"]:
-        """The part of the input that the gradient alone tells, from K' grad W."""
-        found: Tensor = (pulled @ self.basis / self.square[..., None, :]) @ self.basis.mT
+    def alone(self, grads: Sequence[Float[Tensor, "s g j i"]]) -> Float[Tensor, "s c n"]:
+        """The part of the input that the gradient alone tells."""
+        if not self._inverse.shape[-1]:
+            layer = self._rows[0].layer
+            return grads[0].new_zeros(len(grads[0]), layer.channels, layer.pixels)
+        if self._core is not None:
+            return self._adjoint(self._core @ torch.cat([_stacked(each, g) for each, g in self._pairs(grads)], 2))
+        pulled = torch.stack([each.layer.grad_input(each.k, g) for each, g in self._pairs(grads)]).sum(0)
+        x = self._by_group(pulled)
+        return ((x @ self._basis * self._inverse[..., None, :]) @ self._basis.mT).reshape(pulled.shape)
+
+    def away(self, x: Float[Tensor, "s c n"]) -> Float[Tensor, "s c n"]:
+        """An input without its strong directions."""
+        if not self._inverse.shape[-1]:
+            return x
+        if self._core is None:
+            return x - ((self._by_group(x) @ self._basis) @ self._basis.mT).reshape(x.shape)
+        seen = torch.cat([_stacked(each, each.layer.grad_weight(x, each.k)) for each in self._rows], 2)
+        return x - self._adjoint(self._core @ seen)
+
+    def single(self, rows: Sequence[Rows], scale: Float[Tensor, "s g"]) -> Strong:
+        """In float32, for `away`, with gradient rows whose squares are scaled."""
+        other = copy(self)
+        other._rows, other._all, other._basis = rows, None, self._basis.float()
+        other._core = None if self._core is None else (self._core / scale[..., None, None]).float()
+        return other
+
+    def _pairs(self, grads: Sequence[Tensor]) -> list[tuple[Rows, Tensor]]:
+        return list(zip(self._rows, grads, strict=True))
+
+    def _by_group(self, x: Tensor) -> Float[Tensor, "s g c n"]:
+        return x.reshape(len(x), self._rows[0].layer.groups, -1, x.shape[-1])
+
+    def _adjoint(self, stacked: Float[Tensor, "s g m c"]) -> Float[Tensor, "s c n"]:
+        """K0' of every channel."""
+        found: Tensor | None = None
+        for rows, part in zip(
+            self._rows, torch.split(stacked, [_height(rows) for rows in self._rows], dim=2), strict=True
+        ):
+            s, g, _, c = part.shape
+            grad = part.reshape(s, g, -1, rows.layer.offsets, c).transpose(3, 4).reshape(s, *rows.layer.weight.shape)
+            more = rows.layer.grad_input(rows.k, grad)
+            found = more if found is None else found + more
+        assert found is not None
         return found
 
-    def away(self, x: Float[Tensor, "s g c n"]) -> Float[Tensor, "s g c n"]:
-        """An input without its strong directions."""
-        return x - (x @ self.basis) @ self.basis.mT if self.basis.shape[-1] else x
+
+def _height(rows: Rows) -> int:
+    return rows.layer.weight.shape[1] * rows.layer.offsets
+
+
+def _stacked(rows: Rows, grad: Float[Tensor, "s g j i"]) -> Float[Tensor, "s g m c"]:
+    """Gradient rows in the order of K0, m = outputs times offsets, one column for each channel."""
+    s, g, j, _ = grad.shape
+    return grad.reshape(s, g, j, -1, rows.layer.offsets).transpose(3, 4).reshape(s, g, j * rows.layer.offsets, -1)

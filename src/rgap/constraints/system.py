@@ -20,7 +20,8 @@ from rgap.nn.layers import Layer
 COUNTED = 8192
 """Unknowns up to which free dimensions are counted by a factor."""
 REFINEMENTS = 2
-"""Steps of iterative refinement; a step on matrices is cheap beside their factors."""
+"""Steps of iterative refinement; a step on matrices is cheap beside their factors. Conjugate gradients refine by
+themselves."""
 FINEST, COARSE = 1e-14, 1e-3
 """Relative residuals of an iterative solve: at the best, and for a draw of noise, of which the size alone matters."""
 
@@ -110,12 +111,9 @@ class System:
         self._direct = Direct(self._gram, self._strong, self._scale, self._weak, tolerance)
 
     def _split(self, rows: int, whole: bool) -> Strong:
-        layer = self.layer
         untold = not any(bool(each.k.any()) for each in self.rows)
-        if not whole and (untold or min(rows, layer.pixels) > WIDEST):
-            return Strong.none(self.k, layer.groups, layer.pixels)
-        kernel = torch.cat([each.layer.kernel_matrix(each.k) for each in self.rows], dim=2)
-        return Strong(kernel, self._tolerance, whole)
+        none = not whole and (untold or min(rows, self.layer.pixels) > WIDEST)
+        return Strong(self.rows, self._tolerance, whole, none)
 
     @cached_property
     def _scale(self) -> Float[Tensor, "s g"]:
@@ -202,7 +200,7 @@ class System:
         sides = ((z, grad), *beside)
         fine = max(self._tolerance**2, FINEST)
         x, size = self._inverse(sides, direct, fine)
-        for _ in range(REFINEMENTS):
+        for _ in range(REFINEMENTS if self._direct is not None or self._iterative is None else 0):
             more, _ = self._inverse(self._misses(sides, x), None if direct is None else direct - x, fine, size)
             x = x + more
         misses = self._misses(sides, x)
@@ -249,16 +247,14 @@ class System:
         """
         layer, count = self.layer, len(sides[0][0])
         shape = (count, layer.groups, layer.channels // layer.groups, layer.pixels)
-        pulled = self.k.new_zeros(count, layer.channels, layer.pixels)
-        for rows, (_, grad) in zip(self.rows, sides, strict=True):
-            pulled = pulled + rows.layer.grad_input(rows.k, grad)
-        x = self._strong.alone(pulled.reshape(shape)).reshape(pulled.shape)
+        x = self._strong.alone([grad for _, grad in sides])
         if self._direct is None and self._iterative is None:
             return x, x.new_zeros(count)
-        right = (self._scale[..., None, None] * pulled.reshape(shape)).reshape(x.shape)
-        for rows, (z, _) in zip(self.rows, sides, strict=True):
+        right = torch.zeros_like(x)
+        for rows, (z, grad) in zip(self.rows, sides, strict=True):
             rest = z - rows.layer.output(x)
             right = right + rows.layer.grad_input(rest if rows.square is None else rest * rows.square)
+            right = right + rows.layer.grad_input(rows.k, self._scale[..., None, None] * grad)
         if direct is not None and self.direct is not None:
             right = right + self.direct.square() * (direct - x)
         size = right.flatten(1).norm(dim=1) if size is None else size

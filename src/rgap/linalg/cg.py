@@ -1,4 +1,4 @@
-"""Conjugate gradients for several positive semidefinite systems at once (Hestenes and Stiefel 1952)."""
+"""Conjugate gradients for several positive semidefinite systems at once (Hestenes and Stiefel 1952), preconditioned."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Solution:
     converged: Bool[Tensor, " s"]
     steps: int
     condition: Float[Tensor, " s"]
-    """The ratio of the largest to the smallest eigenvalue that the steps saw (Ritz values): a lower bound, which
-    approaches the condition of the matrix on what the right side reaches."""
+    """The ratio of the largest to the smallest eigenvalue of the preconditioned matrix that the steps saw (Ritz
+    values): a lower bound, which approaches its condition on what the right side reaches."""
 
 
 def solve(
@@ -28,6 +28,7 @@ def solve(
     tolerance: float,
     steps: int,
     size: Float[Tensor, " s"] | None = None,
+    precondition: Callable[[Tensor], Tensor] = lambda rest: rest,
 ) -> Solution:
     """The x of M x = right for s independent systems, of least norm where it is not unique.
 
@@ -36,6 +37,7 @@ def solve(
         tolerance: of the residual, relative to size.
         steps: at the most.
         size: the norms to compare with, those of right if None.
+        precondition: something like the inverse of M, symmetric and positive definite.
     """
     s = len(right)
 
@@ -43,8 +45,10 @@ def solve(
         return (a * b).reshape(s, -1).sum(1)
 
     shape = (s, *[1] * (right.dim() - 1))
-    x, rest, step = torch.zeros_like(right), right, right
-    square = dot(rest, rest)
+    tiny = torch.finfo(right.dtype).tiny
+    x, rest = torch.zeros_like(right), right
+    step = near = precondition(rest)
+    product, square = dot(rest, near), dot(rest, rest)
     target = tolerance**2 * (square if size is None else size.square())
     lengths, turns = [], []
     for _ in range(steps):
@@ -54,15 +58,18 @@ def solve(
         moved = apply(step)
         curved = dot(step, moved)
         # One that is done stands still while the others go on; so does one in which nothing is left to see.
-        length = torch.where(going & (curved > 0), square / curved.clamp(min=torch.finfo(curved.dtype).tiny), 0.0)
+        length = torch.where(going & (curved > 0), product / curved.clamp(min=tiny), 0.0)
         x = x + length.reshape(shape) * step
         rest = rest - length.reshape(shape) * moved
-        before, square = square, torch.where(length > 0, dot(rest, rest), square)
-        turn = torch.where(length > 0, square / before.clamp(min=torch.finfo(before.dtype).tiny), 0.0)
-        step = rest + turn.reshape(shape) * step
+        near = precondition(rest)
+        on = length > 0
+        before, product = product, torch.where(on, dot(rest, near), product)
+        square = torch.where(on, dot(rest, rest), square)
+        turn = torch.where(on, product / before.clamp(min=tiny), 0.0)
+        step = near + turn.reshape(shape) * step
         lengths.append(length)
         turns.append(turn)
-        if not bool((length > 0).any()):
+        if not bool(on.any()):
             break
     return Solution(x, square <= target, len(lengths), _condition(lengths, turns, right))
 
@@ -72,7 +79,7 @@ def _condition(lengths: list[Tensor], turns: list[Tensor], like: Tensor) -> Floa
     found = like.new_ones(len(like))
     if not lengths:
         return found
-    lengths_, turns_ = torch.stack(lengths), torch.stack(turns)
+    lengths_, turns_ = torch.stack(lengths).double().cpu(), torch.stack(turns).double().cpu()
     for s in range(len(like)):
         used = int((lengths_[:, s] > 0).sum())
         length, turn = lengths_[:used, s], turns_[:used, s]

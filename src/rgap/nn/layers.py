@@ -29,6 +29,18 @@ from rgap.nn.activations import IDENTITY, Activation
 # i = channels of one group times kernel offsets.
 
 
+@dataclass(frozen=True)
+class Grid:
+    """How a convolution walks over its input, one number per dimension."""
+
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    """Zeros before and after."""
+    dilation: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """z = W x + b followed by an elementwise activation.
@@ -55,6 +67,8 @@ class Layer:
     """Whether the module keeps channels in the last dimension (Linear on more than one position)."""
     turned: bool = False
     """Whether the module's weight has its inputs before its outputs, as a transposed convolution's has."""
+    grid: Grid | None = None
+    """Of a convolution, behind its table."""
 
     @property
     def groups(self) -> int:
@@ -235,6 +249,11 @@ class Layer:
         gram = gram.reshape(s, g, channels, n, channels, n)[:, :, :, :-1, :, :-1]
         return gram.reshape(s, g, channels * self.pixels, channels * self.pixels)
 
+    @cached_property
+    def single(self) -> Layer:
+        """The same layer in float32, for products that need no more."""
+        return replace(self, weight=self.weight.float(), bias=None)
+
     def to(self, device: torch.device) -> Layer:
         """The same layer with its tensors on another device."""
         bias = None if self.bias is None else self.bias.to(device)
@@ -324,6 +343,7 @@ def convolution(
         output_shape=(weight.shape[0], *out_size),
         weight_name=weight_name,
         bias_name=bias_name,
+        grid=Grid(tuple(size), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)),
     )
 
 
