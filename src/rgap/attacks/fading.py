@@ -6,6 +6,7 @@ what the constraints do not yet tell, with a weight that falls to nothing as the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.attacks import joint, products
 from rgap.attacks.base import rounding
-from rgap.linalg import psd
+from rgap.linalg import cg, psd
 from rgap.nn.layers import Layer
 
 DOUBTED, MARGIN = (4, 6), 8
@@ -83,25 +85,50 @@ class Found:
     """Linearisations."""
 
 
-def solve(
-    problem: Joint,
-    point: Any,
-    prior: Float[Tensor, "u u"],
-    centre: float,
-    fading: Fading,
-    tolerance: float,
-) -> Found:
+@dataclass(frozen=True)
+class Prior:
+    """A quadratic form of an input's deviation from a constant one: the sum of squared differences of neighbours for
+    inputs (channels, height, width), of the values themselves for others."""
+
+    shape: tuple[int, ...]
+    """Of one input."""
+    centre: float
+    """The value of the constant input that it likes best."""
+
+    @property
+    def smooth(self) -> bool:
+        return len(self.shape) == 3 and min(self.shape[1:]) >= 2
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Its matrix, of the size of an identity, times x, which has any shape."""
+        if not self.smooth:
+            return x
+        picture = x.reshape(-1, *self.shape)
+        found = torch.zeros_like(picture)
+        for dim in (2, 3):
+            count = picture.shape[dim] - 1
+            apart = picture.narrow(dim, 1, count) - picture.narrow(dim, 0, count)
+            found.narrow(dim, 1, count).add_(apart)
+            found.narrow(dim, 0, count).sub_(apart)
+        return found.reshape(x.shape)
+
+    def matrix(self, like: Tensor) -> Float[Tensor, "u u"]:
+        dense = smoothness(self.shape, like)
+        return torch.eye(math.prod(self.shape), dtype=like.dtype, device=like.device) if dense is None else dense
+
+
+def solve(problem: Joint, point: Any, prior: Prior, fading: Fading, tolerance: float, iterative: bool = False) -> Found:
     """The input at which the layers' gradients agree, or the nearest that was found.
 
     Args:
         point: where to linearise first.
-        prior: its matrix, of the size of an identity.
-        centre: the value of a constant input that the prior likes best.
         tolerance: relative misfit of the gradients at which they agree.
+        iterative: by products alone, which a `joint.Problem` has.
     """
+    step: Step = _Products(problem, prior) if iterative else _Dense(problem, prior)
     tries: list[Found] = []
     for doubted in DOUBTED:
-        tries.append(_descend(problem, point, prior, centre, fading, tolerance, doubted))
+        tries.append(_descend(problem, step, point, prior, fading, tolerance, doubted))
         if tries[-1].misfit <= tolerance or not problem.kinked:
             break
         fading = replace(fading, by=fading.by**0.5)
@@ -111,25 +138,23 @@ def solve(
 
 def _descend(
     problem: Joint,
+    solved: Step,
     point: Any,
-    prior: Tensor,
-    centre: float,
+    prior: Prior,
     fading: Fading,
     tolerance: float,
     doubted: int,
 ) -> Found:
-    middle = torch.full((problem.unknowns,), centre, dtype=prior.dtype, device=prior.device)
+    like = problem.grads[0]
     # The point to start from is too coarse for the gradient rows in front.
     doubtful: list[Tensor] | None = None if point.slopes else []
     most = max(MOST, problem.rows_in_front // 2)
-    best = Found(middle.reshape(problem.shape), torch.inf, 0)
-    weight, fewest, progress, count = fading.strongest, torch.inf, 0, 0
+    best = Found(torch.full(problem.shape, prior.centre, dtype=like.dtype, device=like.device), torch.inf, 0)
+    x, weight, fewest, progress, count = best.x, fading.strongest, torch.inf, 0, 0
     for step in range(fading.steps):
-        gram, rhs = problem.normal(point, doubtful)
-        if not bool(gram.isfinite().all() and rhs.isfinite().all()):
+        x = solved(point, doubtful, x, weight, weight == fading.weakest)
+        if not bool(x.isfinite().all()):
             break  # the input ran away, and activations overflowed
-        pull = weight * float(gram.diagonal().mean()) * prior
-        x = _regularised(gram, rhs, pull, middle, weight == fading.weakest).reshape(best.x.shape)
         before, point = point, problem.forward(x)
         misfit, changed = problem.misfit(point), problem.changed(before, point)
         if best.misfit <= tolerance and misfit > best.misfit / 2:
@@ -151,16 +176,65 @@ def _descend(
     return Found(best.x, best.misfit, step + 1)
 
 
-def factor(problem: Joint, x: Tensor, rank_tolerance: float) -> psd.Factor:
+@runtime_checkable
+class Step(Protocol):
+    """One linearised solve: point, units in doubt, the input so far, the prior's weight, and whether it is the last."""
+
+    def __call__(self, point: Any, doubtful: list[Tensor] | None, x: Tensor, weight: float, last: bool) -> Tensor: ...
+
+
+class _Dense:
+    """By a factor of the normal equations."""
+
+    def __init__(self, problem: Joint, prior: Prior):
+        self._problem, self._prior = problem, prior.matrix(problem.grads[0])
+        self._middle = torch.full_like(self._prior[0], prior.centre)
+
+    def __call__(self, point: Any, doubtful: list[Tensor] | None, x: Tensor, weight: float, last: bool) -> Tensor:
+        gram, rhs = self._problem.normal(point, doubtful)
+        if not bool(gram.isfinite().all() and rhs.isfinite().all()):
+            return torch.full_like(x, torch.nan)
+        pull = weight * float(gram.diagonal().mean()) * self._prior
+        return _regularised(gram, rhs, pull, self._middle, last).reshape(x.shape)
+
+
+class _Products:
+    """By conjugate gradients from the input so far. What neither constraints nor prior tell stays as it is there."""
+
+    def __init__(self, problem: Joint, prior: Prior):
+        if not isinstance(problem, joint.Problem):
+            raise TypeError(f"{type(problem).__name__} has no products: expected a chain's joint.Problem")
+        self._problem, self._prior = problem, prior
+
+    def __call__(self, point: Any, doubtful: list[Tensor] | None, x: Tensor, weight: float, last: bool) -> Tensor:
+        rows = products.Products(self._problem, point, doubtful)
+        pull = weight * rows.diagonal
+        middle = torch.full_like(x, self._prior.centre)
+        left = rows.right() - rows(x) - pull * self._prior(x - middle)
+        return x + cg.solve(lambda move: rows(move) + pull * self._prior(move), left, products.CLOSE, products.STEPS).x
+
+
+@runtime_checkable
+class Factored(Protocol):
+    """What a factor says of the joint constraints: `psd.Factor`, or `products.Drawn` where there is none."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def condition(self) -> float: ...
+    def solve(self, rhs: Tensor) -> Tensor: ...
+
+
+def factor(problem: Joint, x: Tensor, rank_tolerance: float, iterative: bool = False) -> Factored:
     """The normal equations at an answer, without the prior."""
     point = problem.forward(x)
+    if iterative and isinstance(problem, joint.Problem):
+        return products.drawn(problem, point)
     gram, _ = problem.normal(point, problem.nearest_to_kink(point, 0))
     return psd.factor(gram, rank_tolerance)
 
 
-def error(
-    problem: Joint, x: Tensor, factored: psd.Factor, z_error: Tensor, eps: float, probe: torch.Generator
-) -> float:
+def error(problem: Joint, x: Tensor, factored: Factored, z_error: Tensor, eps: float, probe: torch.Generator) -> float:
     """One draw of the noise of the last layer's rows, pushed through the answer's own normal equations."""
     point = problem.forward(x)
 
@@ -168,7 +242,9 @@ def error(
         return torch.randn(like.shape, generator=probe, dtype=like.dtype, device=like.device)
 
     noises = [rounding(grad, eps) * draw(grad) for grad in problem.grads]
-    rhs = problem.noise(point, draw(z_error) * z_error, noises)
+    rows = factored.products if isinstance(factored, products.Drawn) else None
+    z_noise = draw(z_error) * z_error
+    rhs = problem.noise(point, z_noise, noises) if rows is None else rows.noise(z_noise, noises).flatten()
     return float(factored.solve(rhs[:, None]).square().mean().sqrt())
 
 

@@ -106,14 +106,21 @@ class Problem:
             Carried(before, _order(before, after)) for before, after in zip(self.layers, self.layers[1:], strict=False)
         ]
         last = self.layers[-1]
-        self._z = known.z - last.offset
+        self.z = known.z - last.offset
         self._row_weight = None if known.row_weight is None else known.row_weight**2
         self._away: list[Tensor] = [grad.new_zeros(0, grad.numel()) for grad in self.grads]
         self._scale = [0.0] * (depth + 1)
         """Of each layer's gradient rows, squared; 0 where they take no part."""
-        gram = psd.block_diagonal(last.weight_gram(self._row_weight)[0])
-        self._gram = [self._with_gradient_rows(depth, gram, known.k)]
-        """Of the constraints on each layer's input, from the last layer to the first."""
+        self._gram: list[Tensor] = []
+        """Of the constraints on each layer's input, from the last layer to the first, once `normal` was asked for."""
+
+    def weighted(self, z: Float[Tensor, "s o p"]) -> Float[Tensor, "s o p"]:
+        """Values of the last layer's output, each as far as it is known."""
+        return z if self.known.row_weight is None else z * self.known.row_weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.known.z.device
 
     @property
     def unknowns(self) -> int:
@@ -164,20 +171,24 @@ class Problem:
             doubtful: for each layer in front of the last a mask of units whose side of the kink is in doubt; None
                 keeps all gradient rows of these layers out.
         """
-        ks = self._ks(point.slopes)
-        self._away = self._of_doubtful(point, doubtful)
+        ks = self.ks(point.slopes)
+        if not self._gram:
+            last = self.layers[-1]
+            gram = psd.block_diagonal(last.weight_gram(self._row_weight)[0])
+            self._gram = [self._with_gradient_rows(len(self.layers) - 1, gram, self.known.k)]
+        self._away = self.of_doubtful(point, doubtful)
         del self._gram[1:]
         for depth in reversed(range(len(self.layers) - 1)):
             gram = self._carried[depth].carry(self._gram[-1], point.slopes[depth].flatten())
             self._scale[depth] = 0.0
             self._gram.append(gram if doubtful is None else self._with_gradient_rows(depth, gram, ks[depth]))
-        return self._gram[-1], self.right_side(self._z, self.grads, point.slopes, point.offsets)
+        return self._gram[-1], self.right_side(self.z, self.grads, point.slopes, point.offsets)
 
     def right_side(
         self, z: Tensor, grads: list[Tensor], slopes: list[Tensor], offsets: list[Tensor] | None
     ) -> Float[Tensor, " u"]:
         """g for the matrix that `normal` made last."""
-        last, ks = self.layers[-1], self._ks(slopes)
+        last, ks = self.layers[-1], self.ks(slopes)
         rhs = last.grad_input(z if self._row_weight is None else z * self._row_weight)
         rhs = rhs + self._scale[-1] * last.grad_input(ks[-1], grads[-1])
         for depth in reversed(range(len(self.layers) - 1)):
@@ -198,7 +209,7 @@ class Problem:
         """g for errors of z and of the gradients, for the matrix that `normal` made last."""
         return self.right_side(z, grads, point.slopes, None)
 
-    def _ks(self, slopes: list[Tensor]) -> list[Tensor]:
+    def ks(self, slopes: list[Tensor]) -> list[Tensor]:
         """k of every layer (Eq. 6)."""
         ks = [self.known.k]
         for depth in reversed(range(len(self.layers) - 1)):
@@ -210,7 +221,7 @@ class Problem:
         layer, after = self.layers[depth], self.layers[depth + 1]
         return layer.k_from(after, k)
 
-    def _of_doubtful(self, point: Point, doubtful: list[Tensor] | None) -> list[Float[Tensor, "m r"]]:
+    def of_doubtful(self, point: Point, doubtful: list[Tensor] | None) -> list[Float[Tensor, "m r"]]:
         """For each layer, an orthonormal basis of what the slopes of units in doubt put into its gradient.
 
         A slope that is wrong adds a multiple of one vector to the gradient rows: what the unit reads, at the unit's
@@ -252,7 +263,7 @@ class Problem:
     def misfit(self, point: Point) -> float:
         """Relative distance between these layers' gradients at a network input and the given ones."""
         wrong, size = 0.0, 0.0
-        for layer, x, k, grad in zip(self.layers, point.inputs, self._ks(point.slopes), self.grads, strict=True):
+        for layer, x, k, grad in zip(self.layers, point.inputs, self.ks(point.slopes), self.grads, strict=True):
             wrong += float((layer.grad_weight(x, k) - grad).square().sum())
             size += float(grad.square().sum())
         return float((wrong / size) ** 0.5)

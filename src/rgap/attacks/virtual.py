@@ -12,7 +12,7 @@ from torch import Tensor
 from rgap.attacks import joint, kinks
 from rgap.attacks.base import JointReport
 from rgap.attacks.branched import MOST_BYTES, At, Branched
-from rgap.attacks.fading import Fading, Joint, error, factor, smoothness, solve
+from rgap.attacks.fading import Fading, Joint, Prior, error, factor, solve
 from rgap.attacks.recursive import Recursive, settled
 from rgap.attacks.trail import End
 from rgap.target import Target
@@ -21,6 +21,9 @@ RANK_ROUNDINGS = 8
 """Singular values of the joint constraints below so many roundings of the gradient count as zero."""
 
 
+DENSE, COUNTED = 2_000, 8_192
+"""Unknowns above which a chain's joint constraints are solved by products alone, and up to which free dimensions are
+counted by a factor."""
 FADING = Fading()
 
 
@@ -35,7 +38,7 @@ class Closed(Recursive):
 
     Args:
         fading: how the prior's weight falls.
-        largest: unknowns of a layer above which nothing is solved jointly; 16,000 take 2 GiB a matrix.
+        largest: unknowns of a layer above which no dense matrices are formed; 16,000 take 2 GiB each.
     """
 
     fading: Fading = FADING
@@ -58,7 +61,8 @@ class Closed(Recursive):
         plain = not target.graph.obstacles
         widest = max(math.prod(shape) for shape in front.shapes) if plain else math.prod(target.input_shape)
         rows = 0 if plain else sum(layer.gradient_rows for layer in front.layers)
-        if widest > self.largest or 8 * widest * rows > MOST_BYTES:
+        iterative = plain and (self.solver == "iterative" or (self.solver == "auto" and widest > DENSE))
+        if not iterative and (widest > self.largest or 8 * widest * rows > MOST_BYTES):
             need = (3 * 8 * widest**2 + 8 * widest * rows) / 2**30
             note = (
                 f"solving {len(front.layers)} layers jointly takes dense matrices of {widest} unknowns, about "
@@ -88,13 +92,15 @@ class Closed(Recursive):
         def packed(x: Tensor) -> Tensor:
             return first.pack_input(x) if plain else x
 
-        prior, centre, said = _prior(target, end.known.y)
-        found = solve(problem, begin, prior, centre, self.fading, settled(eps))
+        prior, said = _prior(target)
+        found = solve(problem, begin, prior, self.fading, settled(eps), iterative)
         x, misfit = found.x, found.misfit
         if misfit > settled(eps):  # a last unit or two may still be on the wrong side
             x = packed(kinks.settle(network, gradients, whole(x), end.k, settled(eps)))
             misfit = problem.misfit(problem.forward(x))
-        factored = factor(problem, x, RANK_ROUNDINGS * eps)
+        factored = factor(problem, x, RANK_ROUNDINGS * eps, iterative)
+        if iterative and factored.rank < problem.unknowns <= COUNTED and widest <= self.largest:
+            factored = factor(problem, x, RANK_ROUNDINGS * eps)
         report = JointReport(
             layers=tuple(layer.name for layer in problem.layers),
             unknowns=problem.unknowns,
@@ -113,14 +119,12 @@ Virtual = Closed
 """The same, by the name of what it adds to the recursion: virtual constraints (Section 4)."""
 
 
-def _prior(target: Target, like: Tensor) -> tuple[Tensor, float, str]:
+def _prior(target: Target) -> tuple[Prior, str]:
     low, high = target.value_range or (0.0, 0.0)
-    centre = (low + high) / 2
-    smooth = smoothness(target.input_shape, like)
-    if smooth is not None:
-        return smooth, centre, "where constraints are missing, neighbouring values of the input are similar"
-    identity = torch.eye(math.prod(target.input_shape), dtype=like.dtype, device=like.device)
-    return identity, centre, f"where constraints are missing, values of the input are near {centre:g}"
+    prior = Prior(target.input_shape, (low + high) / 2)
+    if prior.smooth:
+        return prior, "where constraints are missing, neighbouring values of the input are similar"
+    return prior, f"where constraints are missing, values of the input are near {prior.centre:g}"
 
 
 def _start(end: End, target: Target, depth: int) -> list[Tensor]:

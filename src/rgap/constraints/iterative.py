@@ -53,10 +53,12 @@ class Iterative:
         generator = torch.Generator(device=scale.device).manual_seed(0)
         draw = torch.randn(1, layer.channels, layer.pixels, generator=generator, dtype=scale.dtype, device=scale.device)
         move = self._fine.away(draw.expand(len(scale), -1, -1))
-        self._condition = torch.ones_like(scale[:, 0])
+        self._condition, self._counting, self._fully = torch.ones_like(scale[:, 0]), True, True
         found = self.solve(self._fine(move), CLOSE, None)
+        self._counting = False
         left = (found - move).square().sum((1, 2))
         self.comes_back: Bool[Tensor, " s"] = left <= COMES_BACK**2 * move.square().sum((1, 2))
+        self._fully = bool(self.comes_back.all())
         self._free = torch.where(self.comes_back, 0.0, left.round().clamp(min=1))
         self._condition = (self._condition * (1.0 if around is None else around.condition)).sqrt()
 
@@ -71,13 +73,15 @@ class Iterative:
         rest = self._fine.away(right)
         x, norm = torch.zeros_like(rest), rest.flatten(1).norm(dim=1)
         target = tolerance * (norm if size is None else size)
-        for _ in range(CYCLES):
+        # What rounding and the preconditioner put into free dimensions no later cycle would take out again.
+        for _ in range(CYCLES if self._fully else 0):
             if not bool((norm > target).any()):
                 return x
             unit = norm.clamp(min=torch.finfo(norm.dtype).tiny)[:, None, None]
             aim = (target / unit.flatten() / 2).clamp(min=INNER, max=1.0)
             found = cg.solve(self._fast, (rest / unit).float(), 1.0, STEPS, aim.float(), self._precondition)
-            self._condition = self._condition.maximum(found.condition.to(norm))
+            if self._counting:
+                self._condition = self._condition.maximum(found.condition.to(norm))
             move = unit * self._fine.away(found.x.to(rest))
             new = rest - self._fine(move)
             size_ = new.flatten(1).norm(dim=1)
@@ -91,7 +95,8 @@ class Iterative:
         if not bool((norm > target).any()):
             return x
         left = cg.solve(self._fine, rest, 1.0, STEPS, target)
-        self._condition = self._condition.maximum(left.condition)
+        if self._counting:
+            self._condition = self._condition.maximum(left.condition)
         return x + left.x
 
     def free(self, s: int) -> int:

@@ -71,8 +71,8 @@ class Strong:
         vector, value = self._all
         return vector[s, g, :, int(self.count[s, g]) :], value[s, g, int(self.count[s, g]) :]
 
-    def alone(self, grads: Sequence[Float[Tensor, "s g j i"]]) -> Float[Tensor, "s c n"]:
-        """The part of the input that the gradient alone tells."""
+    def alone(self, grads: Sequence[Tensor]) -> Float[Tensor, "s c n"]:
+        """The part of the input that the gradient alone tells; of each layer's weight, (s, g, j, i)."""
         if not self._inverse.shape[-1]:
             layer = self._rows[0].layer
             return grads[0].new_zeros(len(grads[0]), layer.channels, layer.pixels)
@@ -104,14 +104,14 @@ class Strong:
     def _by_group(self, x: Tensor) -> Float[Tensor, "s g c n"]:
         return x.reshape(len(x), self._rows[0].layer.groups, -1, x.shape[-1])
 
-    def _adjoint(self, stacked: Float[Tensor, "s g m c"]) -> Float[Tensor, "s c n"]:
+    def _adjoint(self, stacked: Float[Tensor, "s g m d"]) -> Float[Tensor, "s c n"]:
         """K0' of every channel."""
         found: Tensor | None = None
         for rows, part in zip(
             self._rows, torch.split(stacked, [_height(rows) for rows in self._rows], dim=2), strict=True
         ):
-            s, g, _, c = part.shape
-            grad = part.reshape(s, g, -1, rows.layer.offsets, c).transpose(3, 4).reshape(s, *rows.layer.weight.shape)
+            s, g, _, d = part.shape
+            grad = part.reshape(s, g, -1, rows.layer.offsets, d).transpose(3, 4).reshape(s, *rows.layer.weight.shape)
             more = rows.layer.grad_input(rows.k, grad)
             found = more if found is None else found + more
         assert found is not None
@@ -122,7 +122,7 @@ def _height(rows: Rows) -> int:
     return rows.layer.weight.shape[1] * rows.layer.offsets
 
 
-def _stacked(rows: Rows, grad: Float[Tensor, "s g j i"]) -> Float[Tensor, "s g m c"]:
+def _stacked(rows: Rows, grad: Float[Tensor, "s g j i"]) -> Float[Tensor, "s g m d"]:
     """Gradient rows in the order of K0, m = outputs times offsets, one column for each channel."""
     s, g, j, _ = grad.shape
     return grad.reshape(s, g, j, -1, rows.layer.offsets).transpose(3, 4).reshape(s, g, j * rows.layer.offsets, -1)

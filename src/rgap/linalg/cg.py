@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
+from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 
@@ -16,10 +17,20 @@ class Solution:
 
     x: Float[Tensor, "s ..."]
     converged: Bool[Tensor, " s"]
-    steps: int
-    condition: Float[Tensor, " s"]
-    """The ratio of the largest to the smallest eigenvalue of the preconditioned matrix that the steps saw (Ritz
-    values): a lower bound, which approaches its condition on what the right side reaches."""
+    lengths: list[Tensor]
+    """Of each step, for each system."""
+    turns: list[Tensor]
+    """How much of each step is in the next one."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def condition(self) -> Float[Tensor, " s"]:
+        """The ratio of the largest to the smallest eigenvalue of the preconditioned matrix that the steps saw (Ritz
+        values): a lower bound, which approaches its condition on what the right side reaches."""
+        return _condition(self.lengths, self.turns, self.x)
 
 
 def solve(
@@ -71,7 +82,7 @@ def solve(
         turns.append(turn)
         if not bool(on.any()):
             break
-    return Solution(x, square <= target, len(lengths), _condition(lengths, turns, right))
+    return Solution(x, square <= target, lengths, turns)
 
 
 def _condition(lengths: list[Tensor], turns: list[Tensor], like: Tensor) -> Float[Tensor, " s"]:
@@ -88,6 +99,9 @@ def _condition(lengths: list[Tensor], turns: list[Tensor], like: Tensor) -> Floa
         diagonal = 1 / length
         diagonal[1:] += turn[:-1] / length[:-1]
         beside = turn[:-1].sqrt() / length[:-1]
-        values = torch.linalg.eigvalsh(torch.diag(diagonal) + torch.diag(beside, -1) + torch.diag(beside, 1))
-        found[s] = values[-1] / values[0].clamp(min=torch.finfo(values.dtype).tiny)
+        least, most = (
+            float(eigvalsh_tridiagonal(diagonal.numpy(), beside.numpy(), select="i", select_range=(at, at))[0])
+            for at in (0, used - 1)
+        )
+        found[s] = most / max(least, torch.finfo(torch.float64).tiny)
     return found
