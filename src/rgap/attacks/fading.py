@@ -211,41 +211,60 @@ class _Products:
         pull = weight * rows.diagonal
         middle = torch.full_like(x, self._prior.centre)
         left = rows.right() - rows(x) - pull * self._prior(x - middle)
-        return x + cg.solve(lambda move: rows(move) + pull * self._prior(move), left, products.CLOSE, products.STEPS).x
+        steps = products.LAST if last else products.STEPS
+        return x + cg.solve(lambda move: rows(move) + pull * self._prior(move), left, products.CLOSE, steps).x
 
 
-@runtime_checkable
-class Factored(Protocol):
-    """What a factor says of the joint constraints: `psd.Factor`, or `products.Drawn` where there is none."""
+@dataclass(frozen=True)
+class Determined:
+    """How well the joint constraints determine an answer, without the prior."""
 
-    @property
-    def rank(self) -> int: ...
-    @property
-    def condition(self) -> float: ...
-    def solve(self, rhs: Tensor) -> Tensor: ...
+    rank: int
+    condition: float
+    error: float
+    """How far one draw of the noise of all rows moves it, root mean square."""
 
 
-def factor(problem: Joint, x: Tensor, rank_tolerance: float, iterative: bool = False) -> Factored:
-    """The normal equations at an answer, without the prior."""
+def determined(
+    problem: Joint, x: Tensor, z_error: Tensor, eps: float, probe: torch.Generator, rank_tolerance: float
+) -> Determined:
+    """By a factor of the normal equations at the answer."""
     point = problem.forward(x)
-    if iterative and isinstance(problem, joint.Problem):
-        return products.drawn(problem, point)
     gram, _ = problem.normal(point, problem.nearest_to_kink(point, 0))
-    return psd.factor(gram, rank_tolerance)
+    factored = psd.factor(gram, rank_tolerance)
+    rhs = problem.noise(point, *_noise(problem, z_error, eps, probe))
+    moved = factored.solve(rhs[:, None])
+    return Determined(factored.rank, factored.condition, float(moved.square().mean().sqrt()))
 
 
-def error(problem: Joint, x: Tensor, factored: Factored, z_error: Tensor, eps: float, probe: torch.Generator) -> float:
-    """One draw of the noise of the last layer's rows, pushed through the answer's own normal equations."""
+def told_by_a_draw(
+    problem: joint.Problem, x: Tensor, z_error: Tensor, eps: float, probe: torch.Generator
+) -> Determined:
+    """By products alone: whether drawn moves come back from what all rows say of them.
+
+    The rank is less than the unknowns by about as many dimensions as are free.
+    """
     point = problem.forward(x)
+    rows = products.Products(problem, point, problem.nearest_to_kink(point, 0))
+    count = products.MOVES
+    right = torch.cat([rows(rows.moves), rows.noise(*_noise(problem, z_error, eps, probe))])
+    size = right.flatten(1).norm(dim=1) * right.new_tensor([products.EXACT] * count + [products.CLOSE])
+    found = cg.solve(rows, right, 1.0, products.SURE, size)
+    left = (found.x[:count] - rows.moves).square().sum((1, 2))
+    back = left <= products.COMES_BACK**2 * rows.moves.square().sum((1, 2))
+    free = 0 if bool(back.all()) else max(1, round(float(left.mean())))
+    condition = float(found.condition[:count].max()) ** 0.5
+    return Determined(problem.unknowns - free, condition, float(found.x[-1].square().mean().sqrt()))
+
+
+def _noise(problem: Joint, z_error: Tensor, eps: float, probe: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+    """One draw of the noise of the last layer's rows and of all gradients."""
 
     def draw(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=probe, dtype=like.dtype, device=like.device)
 
     noises = [rounding(grad, eps) * draw(grad) for grad in problem.grads]
-    rows = factored.products if isinstance(factored, products.Drawn) else None
-    z_noise = draw(z_error) * z_error
-    rhs = problem.noise(point, z_noise, noises) if rows is None else rows.noise(z_noise, noises).flatten()
-    return float(factored.solve(rhs[:, None]).square().mean().sqrt())
+    return draw(z_error) * z_error, noises
 
 
 def _regularised(

@@ -12,7 +12,7 @@ from torch import Tensor
 from rgap.attacks import joint, kinks
 from rgap.attacks.base import JointReport
 from rgap.attacks.branched import MOST_BYTES, At, Branched
-from rgap.attacks.fading import Fading, Joint, Prior, error, factor, solve
+from rgap.attacks.fading import Fading, Joint, Prior, determined, solve, told_by_a_draw
 from rgap.attacks.recursive import Recursive, settled
 from rgap.attacks.trail import End
 from rgap.target import Target
@@ -98,21 +98,22 @@ class Closed(Recursive):
         if misfit > settled(eps):  # a last unit or two may still be on the wrong side
             x = packed(kinks.settle(network, gradients, whole(x), end.k, settled(eps)))
             misfit = problem.misfit(problem.forward(x))
-        factored = factor(problem, x, RANK_ROUNDINGS * eps, iterative)
-        if iterative and factored.rank < problem.unknowns <= COUNTED and widest <= self.largest:
-            factored = factor(problem, x, RANK_ROUNDINGS * eps)
+        sure = None
+        if iterative and isinstance(problem, joint.Problem):
+            sure = told_by_a_draw(problem, x, z_error, eps, probe)
+        if sure is None or sure.rank < problem.unknowns <= COUNTED:
+            sure = determined(problem, x, z_error, eps, probe, RANK_ROUNDINGS * eps)
         report = JointReport(
             layers=tuple(layer.name for layer in problem.layers),
             unknowns=problem.unknowns,
             rows=problem.rows,
-            rank=factored.rank,
-            condition=factored.condition,
+            rank=sure.rank,
+            condition=sure.condition,
             steps=found.steps,
             converged=misfit <= settled(eps),
             prior=said,
         )
-        moved = error(problem, x, factored, z_error, eps, probe)
-        return replace(end, x=whole(x), error=moved, joint=report, stopped="")
+        return replace(end, x=whole(x), error=sure.error, joint=report, stopped="")
 
 
 Virtual = Closed

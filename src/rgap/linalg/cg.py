@@ -39,7 +39,7 @@ def solve(
     tolerance: float,
     steps: int,
     size: Float[Tensor, " s"] | None = None,
-    precondition: Callable[[Tensor], Tensor] = lambda rest: rest,
+    precondition: Callable[[Tensor], Tensor] | None = None,
 ) -> Solution:
     """The x of M x = right for s independent systems, of least norm where it is not unique.
 
@@ -48,20 +48,22 @@ def solve(
         tolerance: of the residual, relative to size.
         steps: at the most.
         size: the norms to compare with, those of right if None.
-        precondition: something like the inverse of M, symmetric and positive definite.
+        precondition: something like the inverse of M, symmetric and positive definite; None for the identity.
     """
-    s = len(right)
+    shape = (len(right), *[1] * (right.dim() - 1))
+    tiny = torch.finfo(right.dtype).tiny
 
     def dot(a: Tensor, b: Tensor) -> Float[Tensor, " s"]:
-        return (a * b).reshape(s, -1).sum(1)
+        found: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+        return found
 
-    shape = (s, *[1] * (right.dim() - 1))
-    tiny = torch.finfo(right.dtype).tiny
     x, rest = torch.zeros_like(right), right
-    step = near = precondition(rest)
-    product, square = dot(rest, near), dot(rest, rest)
+    near = rest if precondition is None else precondition(rest)
+    step, square = near, dot(rest, rest)
+    product = square if precondition is None else dot(rest, near)
     target = tolerance**2 * (square if size is None else size.square())
-    lengths, turns = [], []
+    lengths: list[Tensor] = []
+    turns: list[Tensor] = []
     for _ in range(steps):
         going = square > target
         if not bool(going.any()):
@@ -69,15 +71,16 @@ def solve(
         moved = apply(step)
         curved = dot(step, moved)
         # One that is done stands still while the others go on; so does one in which nothing is left to see.
-        length = torch.where(going & (curved > 0), product / curved.clamp(min=tiny), 0.0)
-        x = x + length.reshape(shape) * step
-        rest = rest - length.reshape(shape) * moved
-        near = precondition(rest)
-        on = length > 0
-        before, product = product, torch.where(on, dot(rest, near), product)
+        on = going & (curved > 0)
+        length = torch.where(on, product / curved.clamp(min=tiny), 0.0)
+        by = length.reshape(shape)
+        x = torch.addcmul(x, by, step)
+        rest = torch.addcmul(rest, by, moved, value=-1)
         square = torch.where(on, dot(rest, rest), square)
+        before, near = product, rest if precondition is None else precondition(rest)
+        product = square if precondition is None else torch.where(on, dot(rest, near), product)
         turn = torch.where(on, product / before.clamp(min=tiny), 0.0)
-        step = near + turn.reshape(shape) * step
+        step = torch.addcmul(near, turn.reshape(shape), step)
         lengths.append(length)
         turns.append(turn)
         if not bool(on.any()):

@@ -144,8 +144,7 @@ class Layer:
 
     def patches(self, x: Float[Tensor, "s c n"]) -> Float[Tensor, "s g i p"]:
         """What each output position reads: the linear map U of the layer's geometry."""
-        padded = torch.cat([x, x.new_zeros(*x.shape[:-1], 1)], dim=-1)
-        gathered = padded[..., self.table.reshape(-1)]
+        gathered = torch.nn.functional.pad(x, (0, 1))[..., self.table.reshape(-1)]
         return gathered.reshape(len(x), self.groups, self.weight.shape[-1], self.positions)
 
     def scatter(self, patches: Float[Tensor, "s g i p"]) -> Float[Tensor, "s c n"]:
