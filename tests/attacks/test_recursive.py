@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from networks import ACTIVATIONS, Client, clients
 from torch import nn
 
 from rgap import NotAChain, Target, Update, UpdateError, attacks, capture, data, losses, models, score
-from rgap.attacks import Recursive, Status
+from rgap.attacks import Recursive, Status, back, recursive
+from rgap.attacks.progress import Tick, watching
+from rgap.attacks.trail import Front, Given
+from rgap.constraints import Solver
+from rgap.nn import layers
+from rgap.nn.ops import Trained
 
 THOROUGH = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -232,3 +239,121 @@ def test_a_nearly_saturated_loss_is_named() -> None:
     found = Recursive()(target, capture(target, x, torch.tensor([float(label)])))
     assert found.status is Status.NOT_CONVERGED
     assert "the loss is nearly saturated: k is " in found.reason
+
+
+@pytest.mark.parametrize("attack_", [Recursive(), attacks.Closed()], ids=str)
+@pytest.mark.parametrize("name", ["chain", "skip", "cross-entropy"])
+def test_updates_together_give_what_each_gives_alone(name: str, attack_: Recursive) -> None:
+    """Whatever is attacked beside it: samples, labels, precisions, and one update that says nothing."""
+    shape = (2, 8, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = {
+            "chain": lambda: models.cnn6(2, 8),
+            "skip": lambda: models.residual(2, 8),
+            "cross-entropy": lambda: nn.Sequential(
+                nn.Conv2d(2, 8, 3, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(128, 3)
+            ),
+        }[name]()
+    loss = losses.CrossEntropy(3) if name == "cross-entropy" else losses.Logistic()
+    target = Target(model, loss, shape, (0.0, 1.0))
+    x = torch.rand(4, *shape, generator=torch.Generator().manual_seed(3))
+    labels = [1.0, 2.0, 0.0, 1.0] if name == "cross-entropy" else [1.0, -1.0, -1.0, 1.0]
+    updates = [capture(target, x[at : at + 1], torch.tensor([label])) for at, label in enumerate(labels)]
+    fine = Target(models.cnn6(2, 8).double(), loss, shape, (0.0, 1.0)) if name == "chain" else None
+    if fine is not None:
+        gradients = capture(fine, x[:1].double(), torch.tensor([1.0])).gradients
+        updates.append(replace(updates[0], gradients=dict(gradients)))
+    silent = {key: torch.zeros_like(g) for key, g in updates[0].gradients.items()}
+    updates.insert(2, replace(updates[0], gradients=silent))
+    together = attack_.many(target, updates)
+    for found, update in zip(together, updates, strict=True):
+        alone = attack_(target, update)
+        assert (found.status, found.labels.tolist() if found.answers else []) == (
+            alone.status,
+            alone.labels.tolist() if alone.answers else [],
+        )
+        assert len(found.answers) == len(alone.answers)
+        assert found.assumptions == alone.assumptions
+        for one, other in zip(found.answers, alone.answers, strict=True):
+            assert float((one.inputs - other.inputs).abs().max()) <= 0.1 * max(one.error, 1e-9)
+            assert one.error == pytest.approx(other.error, rel=0.2)  # of noise only the size is solved for
+            assert [layer.rank for layer in one.layers] == [layer.rank for layer in other.layers]
+    assert together[2].status is Status.GRADIENT_ZERO
+    assert sum(found.seconds for found in together) > 0
+
+
+@pytest.mark.parametrize("solver", ["direct", "iterative"])
+def test_the_solver_can_be_chosen_and_is_reported(solver: Solver) -> None:
+    target = Target(models.cnn6(3, 16), losses.Logistic(), (3, 16, 16), (0.0, 1.0))
+    x = data.photographs(1, 16).inputs
+    found = Recursive(solver=solver)(target, capture(target, x, torch.tensor([1.0])))
+    assert found.status is Status.EXACT
+    assert score(found, x).mse[0] <= 1e-8
+    methods = {layer.method for layer in found.layers} - {"channel"}
+    assert methods == ({"iterative"} if solver == "iterative" else {"cholesky"})
+
+
+def test_a_picture_of_many_pixels_is_recovered_without_a_matrix() -> None:
+    """At 96 x 96 the dense matrices of a layer would take 9 GiB; some of its 36,864 units stand at their kinks."""
+    target = Target(models.strided(3, 96), losses.Logistic(), (3, 96, 96), (0.0, 1.0))
+    x = data.photographs(1, 96).inputs
+    found = attack(target, x, 1.0)
+    assert found.status is Status.EXACT, found
+    assert score(found, x).mse[0] <= 1e-8
+    assert {layer.method for layer in found.layers} == {"iterative", "channel"}
+    assert all(layer.free == 0 for layer in found.layers)
+
+
+@pytest.mark.parametrize("outputs", [30, 10])
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_sides_of_kinks_are_told_from_the_gradient(outputs: int, seed: int) -> None:
+    """Whether the weight rows are enough by themselves (30 outputs) or need those of the sure units (10)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    layer = layers.convolution(
+        "conv", normal(outputs, 3, 3, 3), None, (3, 9, 9), (2, 2), ((1, 1),) * 2, (1, 1), 1, "w", None
+    )
+    assert (layer.weight_rows >= back.ENOUGH * layer.unknowns) == (outputs == 30)
+    x, k = normal(1, 3, 81), normal(1, outputs, 25)
+    z, grad = layer.output(x), layer.grad_weight(x, k)
+    doubt = torch.zeros(k.shape, dtype=torch.bool)
+    doubt.view(-1)[torch.randperm(k.numel(), generator=generator)[:8]] = True
+    wrong = doubt & (torch.rand(k.shape, generator=generator) < 0.5)
+    there = torch.where(wrong, k, torch.where(doubt, 0.2 * k, k))
+    here = torch.where(wrong, 0.2 * k, k)
+    error = torch.full_like(z, 1e-9)
+
+    def front(of: torch.Tensor) -> Front:
+        return Front(layer.unpack_output(z), layer.unpack_output(of), None, layer.unpack_output(error))
+
+    given_ = Given({"w": grad}, 1e-16, 1e-9)
+    found = back._sided(Trained(layer), front(here), front(there), grad, given_)
+    assert torch.equal(layer.pack_output(found.k), k)
+
+
+def test_what_would_not_fit_into_memory_is_refused_before_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(models.cnn6(3, 16), losses.Logistic(), (3, 16, 16), (0.0, 1.0))
+    update = capture(target, data.photographs(1, 16).inputs, torch.tensor([1.0]))
+    monkeypatch.setattr(recursive, "free", lambda device: 2**20)
+    with pytest.raises(MemoryError, match=r"would take about \d+ MiB, 1 MiB are free: expected a smaller input"):
+        Recursive()(target, update)
+    reason = Recursive().obstacle(target, 1)
+    assert reason is not None
+    assert reason.startswith("the recursion would take about")
+
+
+def test_the_way_back_reports_how_far_it_is() -> None:
+    target = Target(models.cnn6(3, 16), losses.Logistic(), (3, 16, 16), (0.0, 1.0))
+    update = capture(target, data.photographs(1, 16).inputs, torch.tensor([1.0]))
+    ticks: list[Tick] = []
+    with pytest.MonkeyPatch.context() as patched, watching(ticks.append):
+        patched.setattr("rgap.attacks.progress.EVERY", 0.0)
+        Recursive()(target, update)
+    assert [tick.done for tick in ticks] == list(range(len(ticks)))
+    assert ticks[-1].total >= len(ticks) > 5
+    assert all(math.isnan(tick.loss) and tick.what == "Recursive" for tick in ticks)

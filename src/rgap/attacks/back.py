@@ -25,6 +25,8 @@ FOLDS = 20
 """How often the places of folded activations are decided anew."""
 CANCELS = 1e-4
 """Sums over positions below this fraction of their terms' sizes say nothing of a norm's size."""
+ENOUGH = 1.25
+"""With so many weight rows for each unknown an input is sought without gradient rows that may be wrong."""
 ROUGH = 1e-4
 """Singular values below this fraction of the largest are of no use where an input is wanted for its signs alone."""
 DOUBT = 1e-2
@@ -218,7 +220,7 @@ def _sided(op: Trained, front: Front, other: Front, grad: Float[Tensor, "s g j i
     k, there = layer.pack_output(front.k), layer.pack_output(other.k)
     unsure = k != there
     sure = ~unsure.any(-1, keepdim=True)
-    heard = sure & (layer.weight_rows < layer.unknowns)
+    heard = sure & (layer.weight_rows < ENOUGH * layer.unknowns)
     left = grad * heard.reshape(len(k), layer.groups, -1, 1)
     system = System(layer, k * heard, _rows(op, front), max(ROUGH, given.rank_tolerance), solver=given.solver)
     x = system.solve(layer.pack_output(front.y) - layer.offset, left).x
@@ -232,7 +234,11 @@ def _sided(op: Trained, front: Front, other: Front, grad: Float[Tensor, "s g j i
         move = (there - k)[s, unit, at]
         effect = patches[s, unit * layer.groups // layer.outputs][:, at] * move
         share = torch.linalg.lstsq(effect, miss[s, unit, :, None]).solution[:, 0]
-        k[s, unit, at[share > 0.5]] = there[s, unit, at[share > 0.5]]
+        turned = share > 0.5
+        left = miss[s, unit] - effect[:, turned].sum(1)
+        # What turning does not explain has another cause, such as a candidate that is none.
+        if float(left.norm()) < 0.5 * float(miss[s, unit].norm()):
+            k[s, unit, at[turned]] = there[s, unit, at[turned]]
     return replace(front, k=layer.unpack_output(k).reshape(front.k.shape), other=None)
 
 

@@ -125,7 +125,8 @@ def solve(problem: Joint, point: Any, prior: Prior, fading: Fading, tolerance: f
         tolerance: relative misfit of the gradients at which they agree.
         iterative: by products alone, which a `joint.Problem` has.
     """
-    step: Step = _Products(problem, prior) if iterative else _Dense(problem, prior)
+    chain = problem if iterative and isinstance(problem, joint.Problem) else None
+    step: Step = _Dense(problem, prior) if chain is None else _Products(chain, prior)
     tries: list[Found] = []
     for doubted in DOUBTED:
         tries.append(_descend(problem, step, point, prior, fading, tolerance, doubted))
@@ -201,9 +202,7 @@ class _Dense:
 class _Products:
     """By conjugate gradients from the input so far. What neither constraints nor prior tell stays as it is there."""
 
-    def __init__(self, problem: Joint, prior: Prior):
-        if not isinstance(problem, joint.Problem):
-            raise TypeError(f"{type(problem).__name__} has no products: expected a chain's joint.Problem")
+    def __init__(self, problem: joint.Problem, prior: Prior):
         self._problem, self._prior = problem, prior
 
     def __call__(self, point: Any, doubtful: list[Tensor] | None, x: Tensor, weight: float, last: bool) -> Tensor:

@@ -98,6 +98,8 @@ class Recursive(Attack):
 
     def run_many(self, target: Target, updates: Sequence[Update], checks: Sequence[Preflight]) -> list[Reconstruction]:
         """All updates at once, or as many as memory holds: those of one rounding share every solve."""
+        if not updates:
+            return []
         found = obstacle(target)
         if found is not None:
             raise NotAChain(target.obstacles or [Obstacle("forward", found, Kind.SETTING, "")])

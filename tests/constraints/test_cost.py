@@ -1,0 +1,65 @@
+"""Which solver a layer gets, and how much memory it takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rgap.constraints import System, bytes_needed
+from rgap.constraints.cost import factor_is_cheaper, fits, kernel_rows
+from rgap.nn import layers
+from rgap.nn.layers import Layer
+
+
+def convolution(size: int, channels: int = 3, outputs: int = 12) -> Layer:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, channels, 4, 4, generator=generator, dtype=torch.float64)
+    return layers.convolution(
+        "conv", weight, None, (channels, size, size), (2, 2), ((2, 2),) * 2, (1, 1), 1, "weight", None
+    )
+
+
+def test_small_layers_are_factored_and_large_ones_are_not() -> None:
+    chosen = [
+        factor_is_cheaper(layer, layer.pixels - 100, 1, kernel_rows(layer))
+        for layer in map(convolution, (8, 16, 32, 64, 224))
+    ]
+    assert chosen == sorted(chosen, reverse=True)
+    assert chosen[0]
+    assert not chosen[-1]
+    assert [fits(convolution(size)) for size in (32, 224)] == [True, False]
+
+
+@pytest.mark.parametrize(("size", "method"), [(16, "cholesky"), (40, "iterative")])
+def test_the_system_says_how_it_was_solved(size: int, method: str) -> None:
+    layer = convolution(size)
+    k = torch.randn(2, 12, layer.positions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert System(layer, k, None, 1e-6).method == (method,) * 2
+
+
+def test_the_choice_can_be_overridden() -> None:
+    layer = convolution(16)
+    k = torch.randn(1, 12, layer.positions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert System(layer, k, None, 1e-6, solver="iterative").method == ("iterative",)
+    assert System(layer, k, None, 1e-6, solver="direct").method == ("cholesky",)
+
+
+def test_memory_grows_with_the_pixels_where_no_matrix_is_formed() -> None:
+    small, large = (bytes_needed(convolution(size), "iterative") for size in (128, 256))
+    assert 3.5 < large / small < 4.5
+    assert bytes_needed(convolution(32), "direct") > 8 * 3 * 3072**2
+    assert bytes_needed(convolution(32), "iterative") < 8 * 3072**2
+
+
+def test_a_layer_with_free_dimensions_is_counted_exactly_and_solved_with_least_norm() -> None:
+    """Conjugate gradients see that dimensions are free; a factor says how many."""
+    layer = convolution(24, outputs=4)
+    k = torch.randn(1, 4, layer.positions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.randn(1, 3, layer.pixels, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    z, grad = layer.output(x), layer.grad_weight(x, k)
+    exact, drawn = (System(layer, k, None, 1e-6, solver=solver) for solver in ("auto", "iterative"))
+    assert (exact.method, drawn.method) == (("eigen",), ("iterative",))
+    assert exact.rank[0] < layer.unknowns
+    assert drawn.rank[0] == pytest.approx(exact.rank[0], abs=6 * (2 * (layer.unknowns - exact.rank[0])) ** 0.5)
+    first, second = exact.solve(z, grad).x, drawn.solve(z, grad).x
+    assert float((first - second).norm()) <= 1e-5 * float(first.norm())
