@@ -63,3 +63,16 @@ def test_a_layer_with_free_dimensions_is_counted_exactly_and_solved_with_least_n
     assert drawn.rank[0] == pytest.approx(exact.rank[0], abs=6 * (2 * (layer.unknowns - exact.rank[0])) ** 0.5)
     first, second = exact.solve(z, grad).x, drawn.solve(z, grad).x
     assert float((first - second).norm()) <= 1e-5 * float(first.norm())
+
+
+def test_a_system_without_weak_directions_beside_one_that_has_some() -> None:
+    """What the gradient determines alone is of full rank, whatever is solved in the same batch."""
+    layer = convolution(12, outputs=24)
+    k = torch.randn(2, 24, layer.positions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    k[1, :, 1:] = 0  # shows the pixels of one position
+    x = torch.randn(2, 3, layer.pixels, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    system = System(layer, k, None, 1e-6, solver="iterative")
+    alone = [System(layer, k[s : s + 1], None, 1e-6, solver="iterative") for s in range(2)]
+    assert system.rank == tuple(each.rank[0] for each in alone) == (432, 432)
+    assert system.method == tuple(each.method[0] for each in alone)
+    assert torch.allclose(system.solve(layer.output(x), layer.grad_weight(x, k)).x, x, atol=1e-7)

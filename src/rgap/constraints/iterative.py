@@ -57,7 +57,8 @@ class Iterative:
         found = self.solve(self._fine(move), CLOSE, None)
         self._counting = False
         left = (found - move).square().sum((1, 2))
-        self.comes_back: Bool[Tensor, " s"] = left <= COMES_BACK**2 * move.square().sum((1, 2))
+        nothing = (strong.count == layer.pixels).all(1)  # is weak, and what is left of the move is rounding
+        self.comes_back: Bool[Tensor, " s"] = nothing | (left <= COMES_BACK**2 * move.square().sum((1, 2)))
         self._fully = bool(self.comes_back.all())
         self._free = torch.where(self.comes_back, 0.0, left.round().clamp(min=1))
         self._condition = (self._condition * (1.0 if around is None else around.condition)).sqrt()

@@ -150,12 +150,15 @@ class System:
     @property
     def method(self) -> tuple[str, ...]:
         """How each system is solved."""
-        left = {s for s, _ in self._weak}
-        found = ["channel" if self._iterative is None else "iterative"] * len(self.k)
-        if self._direct is not None:
-            for s in left:
-                found[s] = self._direct.method(s)
-        return tuple(found)
+        factored = {s for s, _ in self._weak} if self._direct is not None else set()
+        return tuple(
+            self._direct.method(s)
+            if self._direct is not None and s in factored
+            else "channel"
+            if alone or self._iterative is None
+            else "iterative"
+            for s, alone in enumerate(self.by_gradient_alone)
+        )
 
     @property
     def by_gradient_alone(self) -> list[bool]:
