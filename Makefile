@@ -1,4 +1,4 @@
-.PHONY: audit test lint bench
+.PHONY: audit test lint bench bench-compact
 
 # One stamp file: the environment is made again when the requirements change, and only then.
 .venv/ready: pyproject.toml constraints.txt
@@ -21,3 +21,7 @@ lint: .venv/ready
 # DATA holds cifar10/ and mnist/, one subfolder of pictures for each class.
 bench: .venv/ready
 	.venv/bin/python benchmarks/closed_form.py --data "$(DATA)"
+	.venv/bin/python benchmarks/throughput.py --data "$(DATA)" --out throughput.json --plots docs/plots
+
+bench-compact: .venv/ready
+	.venv/bin/python benchmarks/throughput.py --data "$(DATA)" --compact

@@ -357,3 +357,20 @@ def test_the_way_back_reports_how_far_it_is() -> None:
     assert [tick.done for tick in ticks] == list(range(len(ticks)))
     assert ticks[-1].total >= len(ticks) > 5
     assert all(math.isnan(tick.loss) and tick.what == "Recursive" for tick in ticks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["auto", "direct", "iterative"])
+@pytest.mark.parametrize("name", ["cnn6", "cnn6_d"])
+def test_on_a_cuda_device_the_answer_is_that_of_the_processor(name: str, solver: Solver) -> None:
+    model = getattr(models, name)(1, 20)
+    truth = data.photographs(2, 20, channels=1).inputs
+    found = []
+    for device in ("cpu", "cuda"):
+        target = Target(model.to(device), losses.Logistic(), (1, 20, 20), (0.0, 1.0))
+        updates = [capture(target, x[None].to(device), torch.tensor([1.0], device=device)) for x in truth]
+        found.append(attacks.Closed(solver=solver).many(target, updates))
+    for here, there in zip(*found, strict=True):
+        assert there.status is here.status
+        assert there.inputs.device.type == "cuda"
+        assert float((there.inputs.cpu() - here.inputs).abs().max()) <= 1e-4

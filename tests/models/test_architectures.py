@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +22,7 @@ NETWORKS = {
     "lenet": (lambda: models.lenet(), (3, 32, 32), 4),
     "convnet": (lambda: models.convnet(width=4), (3, 32, 32), 9),
     "vgg11": (lambda: models.vgg11(width=8), (3, 32, 32), 9),
+    "strided": (lambda: models.strided(size=48), (3, 48, 48), 4),
     "resnet20": (lambda: models.resnet20(), (3, 32, 32), 20),
     "resnet20, convolutions as shortcuts": (lambda: models.resnet20(width=4, shortcut="conv"), (3, 32, 32), 22),
     "resnet20, neither norm nor pool": (lambda: models.resnet20(width=4, norm=False, pool=False), (3, 32, 32), 20),
@@ -252,3 +257,17 @@ def test_sizes_of_deit_ti() -> None:
     assert net.positions.shape == (1, 14 * 14 + 1, 192)
     assert len(net.encoders) == 12
     assert net.encoders[0].mlp[0].out_features == 768
+
+
+@pytest.mark.parametrize("size", [8, 33, (20, 48)])
+def test_strided_has_more_outputs_than_inputs_in_each_convolution(size: int | tuple[int, int]) -> None:
+    height, width = (size, size) if isinstance(size, int) else size
+    x = torch.rand(1, 3, height, width)
+    found = [math.prod(shape) for name, shape in shapes(models.strided(3, size), x).items() if "conv" in name]
+    assert all(before < after for before, after in pairwise([x.numel(), *found]))
+
+
+@pytest.mark.parametrize("named", [{"in_channels": 0}, {"size": (8, 0)}, {"widths": (16, 0)}])
+def test_strided_refuses_sizes_that_make_no_sense(named: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected 1 or more"):
+        models.strided(**named)

@@ -33,6 +33,7 @@ BUILT_IN: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "lenet": lambda shape, seed: models.lenet(shape[0], shape[1], seed=seed),
     "vgg11": lambda shape, seed: models.vgg11(shape[0], shape[1], seed=seed),
     "resnet20": lambda shape, seed: models.resnet20(shape[0], shape[1], seed=seed),
+    "strided": lambda shape, seed: models.strided(shape[0], shape[1], seed=seed),
     "vit-tiny": lambda shape, seed: models.vit_tiny(shape[0], shape[1], seed=seed),
 }
 

@@ -9,7 +9,7 @@ out; what conjugate gradients have left to do is to make up for both (T. Chan 19
 from __future__ import annotations
 
 import math
-from functools import cache
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -87,10 +87,13 @@ def _symbol(layer: Layer, grid: Grid, counts: list[int]) -> Tensor:
     return w.reshape(g, math.prod(w.shape[1 : 1 + dims]), j, -1)
 
 
-@cache
+_MADE: WeakKeyDictionary[Layer, Periodic | None] = WeakKeyDictionary()
+
+
 def periodic(layer: Layer) -> Periodic | None:
-    """Made once for a layer; None if it is no convolution, or too wide."""
-    grid = layer.grid
-    if grid is None or layer.channels // layer.groups * math.prod(grid.stride) > BLOCK or not layer.weight.any():
-        return None
-    return Periodic(layer, grid)
+    """Made once for a layer and kept as long as it; None if it is no convolution, or too wide."""
+    if layer not in _MADE:
+        grid = layer.grid
+        wide = grid is None or layer.channels // layer.groups * math.prod(grid.stride) > BLOCK
+        _MADE[layer] = None if grid is None or wide or not bool(layer.weight.any()) else Periodic(layer, grid)
+    return _MADE[layer]
