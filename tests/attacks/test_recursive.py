@@ -309,7 +309,7 @@ def test_a_picture_of_many_pixels_is_recovered_without_a_matrix() -> None:
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_sides_of_kinks_are_told_from_the_gradient(outputs: int, seed: int) -> None:
-    """Whether the weight rows are enough by themselves (30 outputs) or need those of the sure units (10)."""
+    """Whether the weight rows are enough by themselves (30 outputs) or those of the sure units are needed (10)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -318,7 +318,6 @@ def test_sides_of_kinks_are_told_from_the_gradient(outputs: int, seed: int) -> N
     layer = layers.convolution(
         "conv", normal(outputs, 3, 3, 3), None, (3, 9, 9), (2, 2), ((1, 1),) * 2, (1, 1), 1, "w", None
     )
-    assert (layer.weight_rows >= back.ENOUGH * layer.unknowns) == (outputs == 30)
     x, k = normal(1, 3, 81), normal(1, outputs, 25)
     z, grad = layer.output(x), layer.grad_weight(x, k)
     doubt = torch.zeros(k.shape, dtype=torch.bool)

@@ -25,8 +25,6 @@ FOLDS = 20
 """How often the places of folded activations are decided anew."""
 CANCELS = 1e-4
 """Sums over positions below this fraction of their terms' sizes say nothing of a norm's size."""
-ENOUGH = 1.25
-"""With so many weight rows for each unknown an input is sought without gradient rows that may be wrong."""
 ROUGH = 1e-4
 """Singular values below this fraction of the largest are of no use where an input is wanted for its signs alone."""
 DOUBT = 1e-2
@@ -213,16 +211,14 @@ def _sided(op: Trained, front: Front, other: Front, grad: Float[Tensor, "s g j i
     """Of two sides of their kinks on which values may lie, the one with which the gradient agrees.
 
     The wrong one adds a multiple of one vector to the gradient of the unit's own weights, what the unit reads. So the
-    gradient rows of such units are left out at first, or all of them where the weight rows are enough; if the others
-    determine the input it tells the sides.
+    gradient rows of such units are left out at first; if the others determine the input it tells the sides.
     """
     layer = op.layer
     k, there = layer.pack_output(front.k), layer.pack_output(other.k)
     unsure = k != there
     sure = ~unsure.any(-1, keepdim=True)
-    heard = sure & (layer.weight_rows < ENOUGH * layer.unknowns)
-    left = grad * heard.reshape(len(k), layer.groups, -1, 1)
-    system = System(layer, k * heard, _rows(op, front), max(ROUGH, given.rank_tolerance), solver=given.solver)
+    left = grad * sure.reshape(len(k), layer.groups, -1, 1)
+    system = System(layer, k * sure, _rows(op, front), max(ROUGH, given.rank_tolerance), solver=given.solver)
     x = system.solve(layer.pack_output(front.y) - layer.offset, left).x
     miss = (grad - layer.grad_weight(x, k)).flatten(1, 2)
     patches = layer.patches(x)
