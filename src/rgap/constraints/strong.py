@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.constraints.cost import kernel_rows
 from rgap.constraints.rows import Rows
 
 STRONG = 0.1
@@ -108,7 +109,7 @@ class Strong:
         """K0' of every channel."""
         found: Tensor | None = None
         for rows, part in zip(
-            self._rows, torch.split(stacked, [_height(rows) for rows in self._rows], dim=2), strict=True
+            self._rows, torch.split(stacked, [kernel_rows(rows.layer) for rows in self._rows], dim=2), strict=True
         ):
             s, g, _, d = part.shape
             grad = part.reshape(s, g, -1, rows.layer.offsets, d).transpose(3, 4).reshape(s, *rows.layer.weight.shape)
@@ -116,10 +117,6 @@ class Strong:
             found = more if found is None else found + more
         assert found is not None
         return found
-
-
-def _height(rows: Rows) -> int:
-    return rows.layer.weight.shape[1] * rows.layer.offsets
 
 
 def _stacked(rows: Rows, grad: Float[Tensor, "s g j i"]) -> Float[Tensor, "s g m d"]:
