@@ -11,8 +11,8 @@ ROOT = Path(rgap.__file__).parent
 # From the ground up: a part may import those before it.
 ORDER = [
     "files", "memory", "report", "store", "linalg", "nn", "losses", "models", "data", "metrics", "target", "protocol",
-    "update", "reading", "defences", "checks", "constraints", "rank", "attacks", "picture", "auditing", "reproductions",
-    "cli",
+    "update", "reading", "federation", "watching", "defences", "checks", "constraints", "rank", "attacks", "picture",
+    "auditing", "reproductions", "sweeps", "integrations", "cli",
 ]  # fmt: skip
 
 
