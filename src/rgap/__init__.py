@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rgap import attacks, data, losses, models, rank
     from rgap.attacks import Reconstruction
-    from rgap.auditing import Audit, audit
+    from rgap.auditing import Audit, audit, audit_updates
     from rgap.checks import preflight
     from rgap.metrics import score
     from rgap.nn.chain import NotAChain
@@ -29,6 +29,7 @@ _HOME = {
     "Update": "rgap.update",
     "UpdateError": "rgap.update",
     "audit": "rgap.auditing",
+    "audit_updates": "rgap.auditing",
     "capture": "rgap.update",
     "preflight": "rgap.checks",
     "rank_analysis": "rgap.rank",
@@ -47,6 +48,7 @@ __all__ = [
     "UpdateError",
     "attacks",
     "audit",
+    "audit_updates",
     "capture",
     "data",
     "losses",

@@ -43,7 +43,7 @@ class Case(Structure):
     @property
     def name(self) -> str: ...
     @property
-    def truth(self) -> Tensor: ...
+    def truth(self) -> Tensor | None: ...
     @property
     def level(self) -> Level: ...
     @property
@@ -83,7 +83,7 @@ def show(axes: Axes, picture: Tensor, value_range: tuple[float, float]) -> None:
 
 
 def side_by_side(audit: Pictured, path: str | Path) -> None:
-    """Write a PNG with each original above its reconstruction.
+    """Write a PNG with each original, where it is known, above its reconstruction.
 
     Raises:
         ValueError: the inputs are no pictures.
@@ -99,14 +99,18 @@ def side_by_side(audit: Pictured, path: str | Path) -> None:
         ax.set_axis_off()
     for at, case in enumerate(audit.cases):
         row, column = divmod(at, ACROSS)
-        value_range = audit.value_range or (float(case.truth.min()), float(case.truth.max()))
-        above, below = axes[2 * row][column], axes[2 * row + 1][column]
-        show(above, case.truth[0], value_range)
-        above.set_title(case.name[-20:], fontsize=7)
         best = case.best
-        if best is not None and best.inputs is not None:
-            show(below, best.inputs[0], value_range)
-        below.set_title(case.level.value if best is None else f"{best.status}\nMSE {best.mse:.0e}", fontsize=7)
+        above, below = axes[2 * row][column], axes[2 * row + 1][column]
+        pairs = ((above, case.truth), (below, None if best is None else best.inputs))
+        value_range = audit.value_range
+        for ax, inputs in pairs:
+            if inputs is not None:
+                # Where no range is known, that of the original holds for both.
+                value_range = value_range or (float(inputs.min()), max(float(inputs.max()), float(inputs.min()) + 1e-9))
+                show(ax, inputs[0], value_range)
+        above.set_title(case.name[-20:], fontsize=7)
+        error = "" if best is None or math.isnan(best.mse) else f"\nMSE {best.mse:.0e}"
+        below.set_title(case.level.value if best is None else f"{best.status}{error}", fontsize=7)
     for row in range(2 * rows):
         left = axes[row][0]
         word = "from its gradient" if row % 2 else "original"

@@ -1,6 +1,6 @@
 """The audit: what clients would send for a few samples, attacked in every way that applies."""
 
-from rgap.auditing.audit import ATTACKS, Accounting, Audit, Interrupted, Ran, Step, audit
+from rgap.auditing.audit import ATTACKS, Accounting, Audit, Interrupted, Ran, Step, audit, audit_updates
 from rgap.auditing.describe import describe
 from rgap.auditing.results import Case, Level, Result
 from rgap.auditing.sweep import Point, Sweep
@@ -22,5 +22,6 @@ __all__ = [
     "Sweep",
     "Verdict",
     "audit",
+    "audit_updates",
     "describe",
 ]

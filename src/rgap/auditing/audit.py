@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients, Reconstruction
 from rgap.auditing.document import document, median
-from rgap.auditing.results import Case, Level, Result, gave_away, judge
+from rgap.auditing.results import Case, Level, Result, gave_away, judge, vouched
+from rgap.auditing.sent import Sent, Truth, captured, digest, received
 from rgap.auditing.sweep import Point, Sweep
 from rgap.auditing.verdict import Verdict, verdict
 from rgap.data import Images
@@ -30,10 +31,11 @@ from rgap.rank import RankAnalysis, rank_analysis
 from rgap.report import render
 from rgap.store import Row, Store
 from rgap.target import Target
-from rgap.update import PLAIN, Update, capture
+from rgap.update import PLAIN, Update
 
 ATTACKS: tuple[Attack, ...] = (Closed(), Bias(), IDLG(iterations=500), InvertingGradients(iterations=1500))
 """In the order in which they run: those in closed form take seconds, and what they read out exactly needs no other."""
+NO_DEFENCE = "defences: none was asked for; a sweep measures what it takes to close the leak"
 SWEPT = 4
 """Samples at the most on which a defence is swept."""
 LATE, INTERRUPTED = "the time was up", "the same audit goes on when it is run again"
@@ -209,8 +211,46 @@ def audit(
         Interrupted: a KeyboardInterrupt, with the audit as far as it came; the results are in the folder.
     """
     asked = {"seed": seed, "budget": budget, "data": "samples given to rgap.audit", **(about or {})}
-    run = _Run(target, samples, labels, tuple(attacks), protocol, accounting, asked, folder, fresh, progress)
+    sent, left_out = captured(target, samples, labels, protocol)
+    run = _Run(target, sent, tuple(attacks), protocol, accounting, asked, folder, fresh, progress)
+    if left_out is not None:
+        run.not_run.append(left_out)
     return run.all(tuple(defences))
+
+
+def audit_updates(
+    target: Target,
+    updates: Mapping[str, Update],
+    truth: Mapping[str, Truth] | None = None,
+    attacks: Sequence[Attack] = ATTACKS,
+    budget: float | None = None,
+    folder: Path | None = None,
+    fresh: bool = False,
+    about: dict[str, Any] | None = None,
+    progress: Callable[[Step], None] | None = None,
+) -> Audit:
+    """Attack updates that a server was sent: what did it see of each client?
+
+    Where the samples are not known, nothing can be compared: a sample then counts as recovered if the certificate
+    of a reconstruction says *exact*, and not otherwise, and the report says so.
+
+    Args:
+        target: with the weights that the clients were given.
+        updates: by the name of the client.
+        truth: samples and labels of those clients whose data the auditor knows; the attacks never see them.
+        attacks, budget, folder, fresh, about, progress: as in `audit`.
+
+    Raises:
+        ValueError: there is no update, or the truth does not fit; says what was got and what was expected.
+        UpdateError: an update is not one of the target's.
+        StoreError: the folder holds another audit.
+        Interrupted: as in `audit`.
+    """
+    asked = {"seed": 0, "budget": budget, "data": "updates given to rgap.audit_updates", **(about or {})}
+    sent = received(target, updates, truth or {})
+    protocol = sent[0].update.header.protocol
+    run = _Run(target, sent, tuple(attacks), protocol, None, asked, folder, fresh, progress)
+    return run.all(())
 
 
 @dataclass
@@ -218,8 +258,7 @@ class _Run:
     """One audit as it goes on."""
 
     target: Target
-    samples: Images | Tensor
-    given: Sequence[float] | None
+    sent: list[Sent]
     attacks: tuple[Attack, ...]
     protocol: Protocol
     accounting: Accounting | None
@@ -235,28 +274,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.start = time.perf_counter()
-        if isinstance(self.samples, Images):
-            self.inputs, self.names = self.samples.inputs, self.samples.names
-        else:
-            self.inputs, self.names = self.samples, tuple(f"sample-{at}" for at in range(len(self.samples)))
-        self.group = self.target.batch_size * self.protocol.clients
-        count = len(self.inputs) // self.group * self.group
-        if not count:
-            raise ValueError(
-                f"got {len(self.inputs)} samples, expected {self.group} or more: batch size {self.target.batch_size} "
-                f"times {self.protocol.clients} clients"
-            )
-        if count < len(self.inputs):
-            self.not_run.append(f"{len(self.inputs) - count} samples that do not fill another update")
-        choices = self.target.loss.examples
-        given = [choices[at % len(choices)] for at in range(len(self.inputs))] if self.given is None else self.given
-        if len(given) != len(self.inputs):
-            raise ValueError(f"got {len(given)} labels for {len(self.inputs)} samples, expected one for each")
-        self.labels = [float(label) for label in given]
-        self.updates = [
-            capture(self.target, self.inputs[own], torch.tensor(self.labels[own]), self.protocol)
-            for own in (slice(at, at + self.group) for at in range(0, count, self.group))
-        ]
+        self.updates = [each.update for each in self.sent]
+        self.group = max(each.samples for each in self.sent)
         self.obstacles = [attack.obstacle(self.target, self.group) for attack in self.attacks]
         self.able = [each for each, obstacle in zip(self.attacks, self.obstacles, strict=True) if obstacle is None]
         self.store = None if self.folder is None else Store(self.folder, self.settings, self.fresh)
@@ -272,8 +291,8 @@ class _Run:
             "protocol": str(self.protocol),
             "model": hashlib.sha256(repr(self.target.model).encode()).hexdigest(),
             "value_range": self.target.value_range,
-            "samples": hashlib.sha256(self.inputs.detach().cpu().double().contiguous().numpy().tobytes()).hexdigest(),
-            "labels": self.labels,
+            "samples": digest(self.sent),
+            "labels": [label for each in self.sent for label in each.labels or [None] * each.samples],
             "seed": self.seed,
         }
 
@@ -294,10 +313,8 @@ class _Run:
             if self._leaks():
                 for defence in defences:
                     self._sweep(defence)
-                if not defences:
-                    self.not_run.append(
-                        "defences: none was asked for; a sweep measures what it takes to close the leak"
-                    )
+                if not defences and all(each.made_here for each in self.sent):
+                    self.not_run.append(NO_DEFENCE)
             elif defences:
                 self.not_run.append("the defences: nothing leaked that they could close")
         except KeyboardInterrupt as error:
@@ -375,22 +392,29 @@ class _Run:
         return found
 
     def _judged(self, at: int, found: Reconstruction) -> list[Result]:
-        inside = slice(at * self.group, (at + 1) * self.group)
-        truth = self.inputs[inside]
-        value_range = self.target.value_range or _range(self.inputs)
-        return judge(found, truth, self.labels[inside], value_range)
+        sent = self.sent[at]
+        if sent.truth is None or sent.labels is None:
+            return vouched(found, sent.samples)
+        return judge(found, sent.truth, sent.labels, self.target.value_range or self._range)
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        """The least and the greatest value of all samples that are known; never the same."""
+        known = [each.truth for each in self.sent if each.truth is not None]
+        low, high = (min(float(x.min()) for x in known), max(float(x.max()) for x in known)) if known else (0.0, 1.0)
+        return (low, high) if low < high else (low, low + max(1.0, abs(low)))
 
     def _exact(self, at: int, attacks: Sequence[Attack]) -> bool:
         own = [self.found.get(self._key("", at, attack), []) for attack in attacks]
         return any(results and all(r.level is Level.EXACT for r in results) for results in own)
 
     def _cases(self) -> Iterator[Case]:
-        for at in range(len(self.updates)):
+        for at, sent in enumerate(self.sent):
             own = [self.found[key] for attack in self.able if (key := self._key("", at, attack)) in self.found]
-            for n in range(self.group):
-                index = at * self.group + n
-                truth, results = self.inputs[index : index + 1], tuple(results[n] for results in own)
-                yield Case(self.names[index], truth, self.labels[index], results)
+            for n, name in enumerate(sent.names):
+                truth = None if sent.truth is None else sent.truth[n : n + 1]
+                label = None if sent.labels is None else sent.labels[n]
+                yield Case(name, truth, label, tuple(results[n] for results in own))
 
     def _of(self, attack: Attack) -> Iterator[Result]:
         """What one attack made of all samples."""
@@ -474,9 +498,3 @@ class _Run:
         if self.accounting is None or not isinstance(defence, DPSGD):
             return None
         return defence.epsilon(self.accounting.rate, self.accounting.steps, self.accounting.delta)
-
-
-def _range(samples: Tensor) -> tuple[float, float]:
-    """The least and the greatest value of all samples; never the same."""
-    low, high = float(samples.min()), float(samples.max())
-    return (low, high) if low < high else (low, low + max(1.0, abs(low)))

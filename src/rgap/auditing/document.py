@@ -67,7 +67,7 @@ def document(audit: Audit) -> dict[str, Any]:
                 {
                     "name": case.name,
                     "label": case.label,
-                    "picture": png(case.truth[0], target.value_range),
+                    "picture": None if case.truth is None else png(case.truth[0], target.value_range),
                     "best": None if case.best is None else case.best.attack,
                     "level": case.level.value,
                     "results": [

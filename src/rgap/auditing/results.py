@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from rgap.attacks import Answer, Reconstruction
+from rgap.attacks import Reconstruction, Status
 from rgap.auditing.describe import solved
 from rgap.files import plain
 from rgap.metrics import score
@@ -20,6 +20,8 @@ from rgap.metrics import score
 EXACT_PSNR = 50.0
 """In dB: errors below a step of 8-bit pixels."""
 RECOGNISABLE_PSNR, RECOGNISABLE_SSIM = 20.0, 0.5
+COMPARED = ("mse", "psnr", "ssim", "shape_psnr", "best_mse")
+"""The numbers that only someone who knows the sample can give."""
 
 
 class Level(Enum):
@@ -54,7 +56,8 @@ class Result:
     error: float
     seconds: float
     labels: tuple[float, ...]
-    labels_right: bool
+    labels_right: bool | None
+    """None if nobody knows the labels."""
     twins: int
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -62,9 +65,13 @@ class Result:
     joint: dict[str, Any] | None = None
     inputs: Tensor | None = None
     """(1, *input_shape): the reconstruction that belongs to this sample; None if there is none."""
+    compared: bool = True
+    """False: nobody knows the sample, and the certificate alone tells."""
 
     @property
     def level(self) -> Level:
+        if not self.compared:
+            return Level.EXACT if self.status == Status.EXACT.value else Level.NOTHING
         if self.reproduced and self.psnr >= EXACT_PSNR:
             return Level.EXACT
         near = any(psnr >= RECOGNISABLE_PSNR for psnr in (self.psnr, self.shape_psnr)) or self.ssim >= RECOGNISABLE_SSIM
@@ -77,7 +84,7 @@ class Result:
     @classmethod
     def from_dict(cls, said: dict[str, Any], inputs: Tensor | None) -> Result:
         """The inverse of `to_dict`: None becomes NaN again."""
-        numbers = ("mse", "psnr", "ssim", "shape_psnr", "best_mse", "gradient_residual", "error")
+        numbers = (*COMPARED, "gradient_residual", "error")
         values = {**said, **{name: math.nan if said[name] is None else said[name] for name in numbers}}
         for name in ("labels", "assumptions", "warnings"):
             values[name] = tuple(values[name])
@@ -94,9 +101,9 @@ class Case:
     """One sample, and what each attack made of it."""
 
     name: str
-    truth: Tensor
-    """(1, *input_shape)"""
-    label: float
+    truth: Tensor | None
+    """(1, *input_shape); None if nobody knows it."""
+    label: float | None
     results: tuple[Result, ...]
 
     @property
@@ -127,38 +134,53 @@ def judge(
     for at in range(len(truth)):
         own = truth[at : at + 1]
         inputs = None if answer is None or at not in places else answer.inputs[places[at]][None]
-        quality = None if inputs is None else score(inputs, own, value_range)
-        shaped = None if inputs is None else score(_as_bright(inputs, own), own, value_range)
-        every = [float((x - own.to(x)).square().mean()) for a in found.answers for x in a.inputs]
-        results.append(
-            Result(
-                attack=found.attack,
-                status=found.status.value,
-                reason=found.reason,
-                mse=math.nan if quality is None else quality.mse[0],
-                # An exact match is infinitely good, which JSON cannot say.
-                psnr=math.nan if quality is None else min(quality.psnr[0], 400.0),
-                ssim=math.nan if quality is None else quality.ssim[0],
-                shape_psnr=math.nan if shaped is None else min(shaped.psnr[0], 400.0),
-                best_mse=min((e for e in every if not math.isnan(e)), default=math.nan),
-                gradient_residual=math.nan if answer is None else answer.gradient_residual,
-                reproduced=answer is not None and answer.gradient_residual <= found.tolerance,
-                error=math.nan if answer is None else answer.error,
-                seconds=found.seconds,
-                labels=() if answer is None else tuple(answer.labels.tolist()),
-                labels_right=right,
-                twins=len(found.twins),
-                assumptions=found.assumptions,
-                warnings=found.preflight.findings,
-                inputs=inputs,
-                **_solved(answer),
-            )
-        )
+        results.append(_result(found, inputs, right, True, **_compared(found, inputs, own, value_range)))
     return results
 
 
-def _solved(answer: Answer | None) -> dict[str, Any]:
-    return {} if answer is None else solved(answer)
+def vouched(found: Reconstruction, samples: int) -> list[Result]:
+    """One result for each of so many samples that nobody knows: what the certificate says, and no comparison."""
+    inputs = [x[None] for x in found.inputs] if found.answers else []
+    unknown = dict.fromkeys(COMPARED, math.nan)
+    return [_result(found, inputs[at] if at < len(inputs) else None, None, False, **unknown) for at in range(samples)]
+
+
+def _result(found: Reconstruction, inputs: Tensor | None, right: bool | None, compared: bool, **quality: Any) -> Result:
+    answer = found.answers[0] if found.answers else None
+    said: dict[str, Any] = {} if answer is None else solved(answer)
+    return Result(
+        attack=found.attack,
+        status=found.status.value,
+        reason=found.reason,
+        gradient_residual=math.nan if answer is None else answer.gradient_residual,
+        reproduced=answer is not None and answer.gradient_residual <= found.tolerance,
+        error=math.nan if answer is None else answer.error,
+        seconds=found.seconds,
+        labels=() if answer is None else tuple(answer.labels.tolist()),
+        labels_right=right,
+        twins=len(found.twins),
+        assumptions=found.assumptions,
+        warnings=found.preflight.findings,
+        inputs=inputs,
+        compared=compared,
+        **said,
+        **quality,
+    )
+
+
+def _compared(
+    found: Reconstruction, inputs: Tensor | None, truth: Tensor, value_range: tuple[float, float]
+) -> dict[str, float]:
+    """How near a reconstruction comes to its sample; NaN where there is none."""
+    every = [float((x - truth.to(x)).square().mean()) for answer in found.answers for x in answer.inputs]
+    best = min((e for e in every if not math.isnan(e)), default=math.nan)
+    if inputs is None:
+        return {**dict.fromkeys(COMPARED, math.nan), "best_mse": best}
+    quality = score(inputs, truth, value_range)
+    shaped = score(_as_bright(inputs, truth), truth, value_range)
+    # An exact match is infinitely good, which JSON cannot say.
+    psnr, shape_psnr = (min(each.psnr[0], 400.0) for each in (quality, shaped))
+    return dict(zip(COMPARED, (quality.mse[0], psnr, quality.ssim[0], shape_psnr, best), strict=True))
 
 
 def _as_bright(found: Tensor, truth: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ def verdict(cases: Sequence[Case], sweeps: Sequence[Sweep], rank: RankAnalysis |
     exact = sum(case.level is Level.EXACT for case in cases)
     seen = sum(case.level is not Level.NOTHING for case in cases)
     tried = any(case.results for case in cases)
+    unknown = [case.name for case in cases if case.truth is None]
     silent = tried and all(r.status == "gradient zero" for case in cases for r in case.results)
     if silent:
         level, headline = "nothing sent", "The updates hold nothing: every gradient is zero."
@@ -62,6 +63,9 @@ def verdict(cases: Sequence[Case], sweeps: Sequence[Sweep], rank: RankAnalysis |
             Level.RECOGNISABLE.value,
             _many(seen, count, "can be recognised in what the update gives away"),
         )
+    elif unknown:
+        level = Level.NOTHING.value
+        headline = f"Of none of the {count} samples is it certain that the attacks that were tried recovered it."
     else:
         level = Level.NOTHING.value
         headline = f"None of the {count} samples was recovered by the attacks that were tried."
@@ -71,7 +75,7 @@ def verdict(cases: Sequence[Case], sweeps: Sequence[Sweep], rank: RankAnalysis |
         tuple(_sentences(cases, exact, seen)),
         _layer(rank, seen > 0),
         tuple(_advice(sweeps)) if seen else (),
-        _limits(target),
+        (*_limits(target), *_unknown(unknown, count)),
     )
 
 
@@ -85,15 +89,27 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int) -> list[str]:
     count = len(cases)
     found = [f"{exact} of {count} samples recovered exactly, {seen - exact} more recognisably, {count - seen} not."]
     best = [case.best for case in cases if case.best is not None and case.level is not Level.NOTHING]
-    if best:
-        worst = max(best, key=lambda r: r.psnr)
+    compared = [r for r in best if r.compared]
+    if compared:
+        worst = max(compared, key=lambda r: r.psnr)
         found.append(
             f"The sample that came back best: {worst.attack}, {worst.psnr:.0f} dB, mean squared error {worst.mse:.0e}, "
             f"in {worst.seconds:.1f} s."
         )
-        if all(r.labels_right for r in best):
+        if all(r.labels_right for r in compared):
             found.append("The label of each of them was inferred as well; the attack was told nothing.")
     return found
+
+
+def _unknown(names: Sequence[str], count: int) -> tuple[str, ...]:
+    """What is to be said of samples that nobody here knows."""
+    if not names:
+        return ()
+    which = "these samples" if len(names) == count else f"{len(names)} of these samples"
+    return (
+        f"Nobody here knows {which}: nothing could be compared. They count as recovered where a reconstruction's "
+        "certificate says exact, and nowhere else; other reconstructions may show them all the same. Look at them.",
+    )
 
 
 def _layer(rank: RankAnalysis | None, leaks: bool) -> LayerNote | None:

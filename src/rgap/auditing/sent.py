@@ -1,0 +1,110 @@
+"""The updates that an audit attacks, and what the auditor knows of the samples behind each of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.data import Images
+from rgap.protocol import Protocol
+from rgap.target import Target
+from rgap.update import Update, capture
+
+Truth = tuple[Tensor, Sequence[float]]
+"""The samples behind one update, (b, *input_shape), and their labels: for the comparison alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """One update, and what is known of the samples behind it."""
+
+    update: Update
+    names: tuple[str, ...]
+    """One for each sample."""
+    truth: Tensor | None = None
+    """(b, *input_shape); None if the auditor does not know the samples."""
+    labels: tuple[float, ...] | None = None
+    made_here: bool = False
+    """Whether the auditor made the update of these samples."""
+
+    @property
+    def samples(self) -> int:
+        return len(self.names)
+
+
+def captured(
+    target: Target, samples: Images | Tensor, labels: Sequence[float] | None, protocol: Protocol
+) -> tuple[list[Sent], str | None]:
+    """What clients with these samples would send, and what had to be left out; see `rgap.audit`.
+
+    Raises:
+        ValueError: samples or labels do not fit.
+    """
+    if isinstance(samples, Images):
+        inputs, names = samples.inputs, samples.names
+    else:
+        inputs, names = samples, tuple(f"sample-{at}" for at in range(len(samples)))
+    group = target.batch_size * protocol.clients
+    count = len(inputs) // group * group
+    if not count:
+        raise ValueError(
+            f"got {len(inputs)} samples, expected {group} or more: batch size {target.batch_size} "
+            f"times {protocol.clients} clients"
+        )
+    choices = target.loss.examples
+    given = [choices[at % len(choices)] for at in range(len(inputs))] if labels is None else labels
+    if len(given) != len(inputs):
+        raise ValueError(f"got {len(given)} labels for {len(inputs)} samples, expected one for each")
+    found = []
+    for start in range(0, count, group):
+        own = slice(start, start + group)
+        said = tuple(float(label) for label in given[own])
+        update = capture(target, inputs[own], torch.tensor(said), protocol)
+        found.append(Sent(update, names[own], inputs[own], said, made_here=True))
+    left_out = len(inputs) - count
+    return found, f"{left_out} samples that do not fill another update" if left_out else None
+
+
+def received(target: Target, updates: Mapping[str, Update], truth: Mapping[str, Truth]) -> list[Sent]:
+    """Updates that a server got, by the names of those who sent them; see `rgap.audit_updates`.
+
+    Raises:
+        ValueError: there is none, the truth belongs to no update, or it does not fit.
+        UpdateError: an update is not one of the target's.
+    """
+    if not updates:
+        raise ValueError("got no updates, expected one or more by name, such as {'client-1': update}")
+    unknown = [name for name in truth if name not in updates]
+    if unknown:
+        raise ValueError(f"got the truth of {', '.join(unknown)}, expected some of {', '.join(updates)}")
+    found = []
+    for name, update in updates.items():
+        update.check(target)
+        count = update.samples(target)
+        names = (name,) if count == 1 else tuple(f"{name}, sample {at + 1}" for at in range(count))
+        if name not in truth:
+            found.append(Sent(update, names))
+            continue
+        inputs, labels = truth[name]
+        if tuple(inputs.shape) != (count, *target.input_shape) or len(labels) != count:
+            raise ValueError(
+                f"{name}: got samples of shape {tuple(inputs.shape)} and {len(labels)} labels, expected "
+                f"({count}, {', '.join(map(str, target.input_shape))}) and {count} labels: the update says that it "
+                f"comes from {count} samples"
+            )
+        found.append(Sent(update, names, inputs, tuple(float(label) for label in labels)))
+    return found
+
+
+def digest(sent: Sequence[Sent]) -> str:
+    """SHA-256 over the samples that are known, and over updates that were not made of them here."""
+    found = hashlib.sha256()
+    for each in sent:
+        known = [] if each.truth is None else [each.truth]
+        for tensor in (*known, *(() if each.made_here else each.update.gradients.values())):
+            found.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,128 @@
+"""Updates that a server was sent: what the certificate alone says, and what the truth adds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_audits import Silent, Watched, nothing, open_target, pictures
+from torch import Tensor
+
+from rgap import Target, Update, UpdateError, audit, audit_updates, capture, losses, models
+from rgap.attacks import Bias, Closed, Status
+from rgap.auditing import Level
+from rgap.auditing.results import vouched
+from rgap.checks import Preflight
+from rgap.picture import side_by_side
+from rgap.report import render
+from rgap.store import StoreError
+
+
+def chain() -> Target:
+    return Target(models.fcn3(16, seed=1), losses.Logistic(), (1, 4, 4), (0.0, 1.0))
+
+
+def sent(target: Target, count: int = 2) -> tuple[dict[str, Update], dict[str, tuple[Tensor, list[float]]]]:
+    x = pictures(count).inputs
+    labels = [1.0, -1.0, 1.0, -1.0][:count]
+    truth = {f"client-{at}": (x[at : at + 1], [labels[at]]) for at in range(count)}
+    return {name: capture(target, own, torch.tensor(y)) for name, (own, y) in truth.items()}, truth
+
+
+def test_a_certificate_counts_where_nobody_knows_the_sample(tmp_path: Path) -> None:
+    target = chain()
+    updates, truth = sent(target)
+    found = audit_updates(target, updates, attacks=[Closed()])
+    assert [case.name for case in found.cases] == list(updates)
+    for case in found.cases:
+        assert case.truth is None
+        assert case.best is not None
+        assert case.best.status == Status.EXACT.value
+        assert case.level is Level.EXACT
+        assert case.best.inputs is not None
+        assert float((case.best.inputs - truth[case.name][0]).abs().max()) < 1e-3  # the certificate was right
+    assert found.verdict.headline == "Every sample can be read out of the update exactly."
+    assert any("Nobody here knows these samples" in said for said in found.verdict.limits)
+    assert not found.sweeps
+    assert not any("defences" in said for said in found.not_run)
+    page = render(found.to_dict())
+    assert page.count("not known") >= 2
+    assert "Misfit of the gradient" in page
+    side_by_side(found, tmp_path / "audit.png")
+
+
+def test_an_answer_without_a_certificate_does_not_count() -> None:
+    """The bias attack finds the picture, but does not say that it is the only one: without the truth nobody can."""
+    target = open_target()
+    updates, truth = sent(target)
+    watched = Watched(inner=Bias())
+    alone, compared = (audit_updates(target, updates, known, attacks=[watched]) for known in (None, truth))
+    statuses = {case.best.status for case in alone.cases if case.best is not None}
+    expected = Level.EXACT if statuses == {"exact"} else Level.NOTHING
+    assert {case.level for case in alone.cases} == {expected}
+    assert {case.level for case in compared.cases} == {Level.EXACT}
+    assert not any("Nobody here knows" in said for said in compared.verdict.limits)
+
+
+def test_nothing_certain_is_said_so() -> None:
+    target = chain()
+    updates, truth = sent(target)
+    found = audit_updates(target, updates, {"client-0": truth["client-0"]}, attacks=[Silent()])
+    assert found.verdict.headline.startswith("Of none of the 2 samples is it certain")
+    assert any("Nobody here knows 1 of these samples" in said for said in found.verdict.limits)
+    assert [case.label for case in found.cases] == [1.0, None]
+    render(found.to_dict())
+
+
+def test_with_the_truth_it_is_the_audit_of_the_samples() -> None:
+    target = chain()
+    updates, truth = sent(target)
+    theirs = audit_updates(target, updates, truth, attacks=[Closed()])
+    ours = audit(target, pictures(2), [1.0, -1.0], attacks=[Closed()])
+    for a, b in zip(theirs.cases, ours.cases, strict=True):
+        assert a.best is not None
+        assert b.best is not None
+        assert (a.level, a.label, a.best.mse) == (b.level, b.label, b.best.mse)
+
+
+def test_a_batch_has_a_sample_for_each_place() -> None:
+    target = Target(chain().model, losses.Logistic(), (1, 4, 4), (0.0, 1.0), batch_size=3)
+    x = pictures(3).inputs
+    update = capture(target, x, torch.tensor([1.0, -1.0, 1.0]))
+    found = audit_updates(target, {"c": update}, attacks=[Silent()])
+    assert [case.name for case in found.cases] == ["c, sample 1", "c, sample 2", "c, sample 3"]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    target = chain()
+    updates, truth = sent(target)
+    with pytest.raises(ValueError, match="got no updates, expected one or more by name"):
+        audit_updates(target, {})
+    with pytest.raises(ValueError, match="got the truth of someone, expected some of client-0, client-1"):
+        audit_updates(target, updates, {"someone": truth["client-0"]})
+    two = torch.cat([truth["client-0"][0]] * 2)
+    with pytest.raises(ValueError, match=r"client-0: got samples of shape \(2, 1, 4, 4\) and 1 labels, expected \(1,"):
+        audit_updates(target, updates, {"client-0": (two, [1.0])})
+    with pytest.raises(UpdateError, match="another model or another checkpoint"):
+        audit_updates(Target(models.fcn3(16, seed=2), losses.Logistic(), (1, 4, 4)), updates)
+
+
+def test_the_folder_holds_the_updates_that_were_given(tmp_path: Path) -> None:
+    """The same samples behind other updates, as behind a defence, are another audit."""
+    target = chain()
+    updates, truth = sent(target)
+    first = Watched()
+    audit_updates(target, updates, truth, attacks=[first], folder=tmp_path)
+    again = Watched()
+    audit_updates(target, updates, truth, attacks=[again], folder=tmp_path)
+    assert (len(first.seen), len(again.seen)) == (2, 0)
+    noisy = {n: Update({k: g + 1 for k, g in u.gradients.items()}, u.header) for n, u in updates.items()}
+    with pytest.raises(StoreError):
+        audit_updates(target, noisy, truth, attacks=[again], folder=tmp_path)
+
+
+def test_without_an_answer_nothing_is_vouched_for() -> None:
+    (only,) = vouched(nothing("Some", Preflight((), ())), 1)
+    assert only.level is Level.NOTHING
+    assert only.inputs is None
