@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rgap import data, models
-from rgap.attacks import DLG, Attack, Closed, Hybrid, Matching, Polish, Recursive
-from rgap.cli import options
-from rgap.cli.options import ATTACKS, make_attack
+from rgap.attacks import DLG, Attack, Closed, Hybrid, Matching, Polish, Recursive, named
+from rgap.attacks.named import BY_NAME
+from rgap.cli.options import make_attack
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def short_polish(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "Polish", partial(Polish, steps=1, inner=5))
+    monkeypatch.setattr(named, "Polish", partial(Polish, steps=1, inner=5))
 
 
 # torch's forward mode compiles formulas of its own when first used.
@@ -236,7 +236,7 @@ def test_attacks_without_iterations_refuse_their_number(
 def test_the_closed_form_is_polished(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, short_polish: None, attack: Attack
 ) -> None:
-    chosen = {kind: name for name, kind in ATTACKS.items()}[type(attack)]
+    chosen = {kind: name for name, kind in BY_NAME.items()}[type(attack)]
     arguments = (
         "audit",
         "--input-shape",
@@ -504,12 +504,12 @@ def test_cross_entropy_of_a_single_output_is_refused(capsys: pytest.CaptureFixtu
 
 
 def test_every_attack_of_the_command_line_can_be_made() -> None:
-    assert set(ATTACKS) == {"closed", "recursive", "bias", "dlg", "idlg", "inverting-gradients", "hybrid"}
+    assert set(BY_NAME) == {"closed", "recursive", "bias", "dlg", "idlg", "inverting-gradients", "hybrid"}
     for name in ("dlg", "idlg", "inverting-gradients"):
         made = make_attack(name, 7, 3, False)
         assert isinstance(made, Matching)
         assert (made.iterations, made.restarts) == (7, 3)
-        assert make_attack(name, None, None, False) == ATTACKS[name]()
+        assert make_attack(name, None, None, False) == BY_NAME[name]()
         assert make_attack(name, 7, None, True) == Polish(make_attack(name, 7, None, False))
     hybrid = make_attack("hybrid", 7, 3, False)
     assert isinstance(hybrid, Hybrid)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rgap import data
 from rgap.attacks import Attack
+from rgap.attacks.named import resized
 from rgap.attacks.progress import watching
 from rgap.auditing import ATTACKS, Accounting, Audit, Interrupted, Step, audit
 from rgap.cli import tables
@@ -26,7 +27,6 @@ from rgap.cli.options import (
     make_protocol,
     make_target,
     protocol_options,
-    resized,
     said,
     target_options,
 )

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,33 +14,16 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from rgap import losses, models
-from rgap.attacks import DLG, IDLG, Attack, Bias, Closed, Hybrid, InvertingGradients, Matching, Polish, Recursive
+from rgap import losses
+from rgap.attacks import Attack
+from rgap.attacks.named import BY_NAME, by_name
 from rgap.attacks.progress import Tick, watching
+from rgap.models.named import BUILT_IN, ModelError, built_in, own
 from rgap.protocol import Optimiser, Protocol, Sends
 from rgap.reading import load_weights
 from rgap.target import Target
 
-BUILT_IN: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
-    "cnn6": lambda shape, seed: models.cnn6(shape[0], shape[1], seed=seed),
-    "cnn6-d": lambda shape, seed: models.cnn6_d(shape[0], shape[1], seed=seed),
-    "fcn3": lambda shape, seed: models.fcn3(_product(shape), seed=seed),
-    "residual": lambda shape, seed: models.residual(shape[0], shape[1], seed=seed),
-    "lenet": lambda shape, seed: models.lenet(shape[0], shape[1], seed=seed),
-    "vgg11": lambda shape, seed: models.vgg11(shape[0], shape[1], seed=seed),
-    "resnet20": lambda shape, seed: models.resnet20(shape[0], shape[1], seed=seed),
-    "strided": lambda shape, seed: models.strided(shape[0], shape[1], seed=seed),
-    "vit-tiny": lambda shape, seed: models.vit_tiny(shape[0], shape[1], seed=seed),
-}
-
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _shape(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -116,20 +95,9 @@ def target_options(command: F) -> F:
     return command
 
 
-ATTACKS: dict[str, Callable[[], Attack]] = {
-    "closed": Closed,
-    "recursive": Recursive,
-    "bias": Bias,
-    "dlg": DLG,
-    "idlg": IDLG,
-    "inverting-gradients": InvertingGradients,
-    "hybrid": Hybrid,
-}
-
-
 def attack_options(default: str | None) -> Callable[[F], F]:
     """The options that say which attack runs, as `make_attack` takes them; several attacks, if there is no default."""
-    names = click.Choice(list(ATTACKS))
+    names = click.Choice(list(BY_NAME))
     about = (
         "closed: R-GAP, and where a layer leaves its input open, several layers together; recursive: layer by layer, "
         "as in the paper; bias: a Linear layer with a bias; dlg, idlg, inverting-gradients: by optimisation; hybrid: "
@@ -161,20 +129,10 @@ def make_attack(attack: str, iterations: int | None, restarts: int | None, polis
     Raises:
         click.BadParameter: sizes for an attack that has none.
     """
-    made = ATTACKS[attack]()
-    if (iterations or restarts) and not isinstance(made, (Matching, Hybrid)):
-        raise click.BadParameter(f"--iterations and --restarts: {made.name} is no attack by optimisation")
-    made = resized(made, iterations, restarts)
-    return Polish(made) if polish else made
-
-
-def resized(attack: Attack, iterations: int | None, restarts: int | None) -> Attack:
-    """An attack by optimisation with other sizes; another attack as it is."""
-    if isinstance(attack, Matching):
-        return replace(attack, iterations=iterations or attack.iterations, restarts=restarts or attack.restarts)
-    if isinstance(attack, Hybrid):
-        return replace(attack, members=tuple(resized(member, iterations, restarts) for member in attack.members))
-    return attack
+    try:
+        return by_name(attack, iterations, restarts, polish)
+    except ValueError as error:
+        raise click.BadParameter(f"--iterations and --restarts: {error}") from error
 
 
 def protocol_options(command: F) -> F:
@@ -312,25 +270,7 @@ def _outputs(module: nn.Module, input_shape: tuple[int, ...]) -> int | None:
 
 
 def _module(model: str, input_shape: tuple[int, ...], seed: int) -> nn.Module:
-    if model in BUILT_IN:
-        if model != "fcn3" and (len(input_shape) != 3 or input_shape[1] != input_shape[2]):
-            raise click.BadParameter(f"{model} takes square pictures such as 3,32,32, got {input_shape}")
-        return BUILT_IN[model](input_shape, seed)
-    path, colon, factory = model.partition(":")
-    if not colon or not path or not factory:
-        known = ", ".join(BUILT_IN)
-        raise click.BadParameter(
-            f"got --model {model!r}, expected {known}, or PKG.MOD:FACTORY such as mynet:make_model"
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        made = getattr(importlib.import_module(path), factory)
-    except ImportError as error:
-        raise click.BadParameter(f"--model {model}: cannot import {path} from here ({error})") from error
-    except AttributeError as error:
-        raise click.BadParameter(f"--model {model}: {path} has no {factory}") from error
-    module = made if isinstance(made, nn.Module) else made()
-    if not isinstance(module, nn.Module):
-        raise click.BadParameter(f"--model {model}: got {type(module).__name__}, expected a torch.nn.Module")
-    return module.eval()
+        return own(model) if ":" in model else built_in(model, input_shape, seed)
+    except ModelError as error:
+        raise click.BadParameter(f"--model: {error}") from error

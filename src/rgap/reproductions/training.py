@@ -25,6 +25,7 @@ from rgap.reproductions.base import Job, Options, Reproduction
 from rgap.reproductions.models import SHAPE, VALUE_RANGE, cnn6
 from rgap.store import Row
 from rgap.target import Target
+from rgap.training import train
 from rgap.update import capture
 
 BATCH = 16
@@ -96,16 +97,7 @@ class Training(Reproduction):
         """The network after some epochs, and the share of its pictures that it labels right."""
         model = cell.build(options.seed)
         images, labels = self._pictures(cell, options)
-        optimiser = torch.optim.Adam(model.parameters(), self.rate)
-        generator = torch.Generator().manual_seed(options.seed)
-        for _ in range(epochs):
-            for which in torch.split(torch.randperm(len(images), generator=generator), BATCH):
-                loss = cell.loss(model(images[which]), labels[which])
-                for parameter, grad in zip(
-                    model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
-                ):
-                    parameter.grad = grad
-                optimiser.step()
+        train(model, cell.loss, images, labels, epochs, self.rate, BATCH, options.seed)
         with torch.no_grad():
             outputs = model(images)
         said = outputs.argmax(1).float() if outputs.shape[1] > 1 else outputs[:, 0].sign()

@@ -1,0 +1,90 @@
+"""Networks by name: those of this package, and functions of your own that make one."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable
+
+from torch import nn
+
+from rgap.models.leakage import lenet
+from rgap.models.paper import cnn6, cnn6_d, fcn3
+from rgap.models.resnet import residual, resnet20
+from rgap.models.strided import strided
+from rgap.models.vgg import vgg11
+from rgap.models.vit import vit_tiny
+
+Shape = tuple[int, ...]
+
+BUILT_IN: dict[str, Callable[..., nn.Module]] = {
+    "cnn6": lambda shape, **sizes: cnn6(shape[0], shape[1], **sizes),
+    "cnn6-d": lambda shape, **sizes: (cnn6 if "width" in sizes else cnn6_d)(shape[0], shape[1], **sizes),
+    "fcn3": lambda shape, seed: fcn3(math.prod(shape), seed=seed),
+    "residual": lambda shape, **sizes: residual(shape[0], shape[1], **sizes),
+    "lenet": lambda shape, seed: lenet(shape[0], shape[1], seed=seed),
+    "vgg11": lambda shape, **sizes: vgg11(shape[0], shape[1], **sizes),
+    "resnet20": lambda shape, **sizes: resnet20(shape[0], shape[1], **sizes),
+    "strided": lambda shape, seed: strided(shape[0], shape[1], seed=seed),
+    "vit-tiny": lambda shape, **sizes: vit_tiny(shape[0], shape[1], **sizes),
+}
+"""From one sample's shape, a seed, and, where it takes one, a width."""
+ONE_WIDTH = ("fcn3", "lenet", "strided")
+
+
+class ModelError(ValueError):
+    """A name that makes no model; says what was got and what was expected."""
+
+
+def built_in(name: str, input_shape: Shape, seed: int = 0, width: int | None = None) -> nn.Module:
+    """A network of this package by its name on the command line.
+
+    Args:
+        width: channels of its first layers, as the network's own argument; None: its own.
+
+    Raises:
+        ModelError: an unknown name, a shape that it does not take, or a width for a network that has one only.
+    """
+    if name not in BUILT_IN:
+        raise ModelError(f"got the model {name!r}, expected {', '.join(BUILT_IN)}, or PKG.MOD:FACTORY")
+    if name != "fcn3" and (len(input_shape) != 3 or input_shape[1] != input_shape[2]):
+        raise ModelError(f"{name} takes square pictures such as 3,32,32, got {input_shape}")
+    if width is None:
+        return BUILT_IN[name](input_shape, seed=seed)
+    if name in ONE_WIDTH:
+        wide = ", ".join(each for each in BUILT_IN if each not in ONE_WIDTH)
+        raise ModelError(f"{name} has one width: got width {width}, expected none; {wide} take one")
+    return BUILT_IN[name](input_shape, seed=seed, width=width)
+
+
+def own(path: str, **arguments: int) -> nn.Module:
+    """What the function PKG.MOD:FACTORY makes, in evaluation mode; a module by that name is taken as it is.
+
+    Args:
+        path: importable from the present folder, or installed. Importing it runs its code.
+        arguments: those that the function has parameters for are passed on.
+
+    Raises:
+        ModelError: there is no such function, or it makes no torch.nn.Module.
+    """
+    module, colon, factory = path.partition(":")
+    if not colon or not module or not factory:
+        known = ", ".join(BUILT_IN)
+        raise ModelError(f"got the model {path!r}, expected {known}, or PKG.MOD:FACTORY such as mynet:make_model")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module), factory)
+    except ImportError as error:
+        raise ModelError(f"model {path}: cannot import {module} from here ({error})") from error
+    except AttributeError as error:
+        raise ModelError(f"model {path}: {module} has no {factory}") from error
+    if not isinstance(made, nn.Module):
+        takes = inspect.signature(made).parameters if arguments else {}
+        made = made(**{name: value for name, value in arguments.items() if name in takes})
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"model {path}: got {type(made).__name__}, expected a torch.nn.Module")
+    return made.eval()
