@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from rgap.losses import CrossEntropy, Loss
+
 # Files inside scikit-image's wheel, each in the public domain or CC0. They are read from there by path:
 # `skimage.data` would download a file that it cannot find.
 _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg")
@@ -62,6 +64,15 @@ class Images:
             which = range(len(self))[which]  # raises IndexError, and turns -1 into the last
             which = slice(which, which + 1)
         return Images(self.inputs[which], self.names[which], self.classes[which])
+
+
+def labels(images: Images, loss: Loss) -> list[float]:
+    """A label for each picture: its class's place in alphabetical order, where the loss has as many classes; else all
+    labels of the loss in turn."""
+    classes = sorted(set(images.classes) - {""})
+    if isinstance(loss, CrossEntropy) and 1 < len(classes) <= loss.classes:
+        return [float(classes.index(name)) for name in images.classes]
+    return [float(loss.examples[at % len(loss.examples)]) for at in range(len(images))]
 
 
 def photographs(count: int = 5, size: int | tuple[int, int] = (32, 32), channels: int = 3) -> Images:

@@ -14,11 +14,12 @@ COMMANDS = {
     "audit": "Attack a model on pictures and show what comes out.",
     "capture": "Write the update that a client with one picture would send.",
     "rank": "Count and measure which layer protects the input, before any update.",
+    "sweep": "Run a plan of many attacks, and show what came out.",
     "reproduce": "Compute a table or figure of the paper again, beside the paper's numbers.",
 }
 
 EPILOG = """Exit codes: 0 the command did its work, whatever the attack found; 1 the input was refused, with the reason;
-2 the command line was wrong; 3 the condition of --fail-if holds; 130 interrupted."""
+2 the command line was wrong; 3 the condition of --fail-if holds; 4 jobs of a sweep failed; 130 interrupted."""
 
 
 class _Lazy(click.Group):

@@ -32,7 +32,6 @@ from rgap.cli.options import (
 )
 from rgap.data import Images
 from rgap.defences import ALL, Defence, by_name
-from rgap.losses import CrossEntropy
 from rgap.picture import is_picture, side_by_side
 from rgap.target import Target
 
@@ -116,7 +115,7 @@ def command(
         return audit(
             target,
             samples,
-            labels=_labels(target, samples),
+            labels=data.labels(samples, target.loss),
             attacks=chosen,
             defences=swept,
             protocol=protocol,
@@ -184,14 +183,6 @@ def _samples(target: Target, folder: Path | None, count: int) -> Images:
     if folder is None:
         return data.photographs(count, size=shape[1], channels=shape[0])
     return data.folder(folder, size=shape[1], channels=shape[0], limit=count)
-
-
-def _labels(target: Target, samples: Images) -> list[float] | None:
-    """The folder's classes in alphabetical order, where the loss has as many; else None: all labels in turn."""
-    classes = sorted(set(samples.classes) - {""})
-    if not isinstance(target.loss, CrossEntropy) or not 1 < len(classes) <= target.loss.classes:
-        return None
-    return [float(classes.index(name)) for name in samples.classes]
 
 
 def _write(result: Audit, out: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -252,21 +251,7 @@ def make_target(
     module = _module(model, input_shape, seed)
     if weights is not None:
         load_weights(module, weights)
-    outputs = _outputs(module, input_shape)
-    if loss is None:
-        loss = "logistic" if outputs is None or outputs == 1 else "cross-entropy"
-    return Target(module, losses.by_name(loss, outputs), input_shape, value_range, batch_size)
-
-
-def _outputs(module: nn.Module, input_shape: tuple[int, ...]) -> int | None:
-    """The number of outputs for one sample; None if the model does not take the shape, which `Target` explains."""
-    parameter = next(module.parameters(), torch.zeros(()))
-    try:
-        with torch.no_grad():
-            outputs = module(parameter.new_zeros(1, *input_shape))
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return None
-    return int(outputs.numel()) if isinstance(outputs, torch.Tensor) else None
+    return Target(module, losses.for_model(module, input_shape, loss), input_shape, value_range, batch_size)
 
 
 def _module(model: str, input_shape: tuple[int, ...], seed: int) -> nn.Module:

@@ -1,0 +1,227 @@
+"""``rgap sweep``"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from rgap.files import plain
+from rgap.sweeps import Plan, Progress, Summary, SweepStore, sweep
+from rgap.sweeps.export import export
+from rgap.sweeps.figure import draw
+from rgap.sweeps.job import AXES
+from rgap.sweeps.summary import MEASURES, NUMERIC, Group, axes_of, grouped
+
+FAILED = 4
+"""Exit code when jobs of the plan have failed."""
+EVERY = 30.0
+"""Seconds between two lines of progress where there is no window."""
+WIDE = 160
+"""Columns of text that goes to a file: there is no window that it must fit."""
+
+
+class _Runs(click.Group):
+    """``rgap sweep PLAN`` is ``rgap sweep run PLAN``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("sweep", cls=_Runs, context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Run a plan: models x seeds x widths x stages x pictures x attacks x defences.
+
+    `rgap sweep PLAN.toml` does what is left to do of a plan, `show` draws tables and pictures from its store, `export`
+    writes the rows for other programs. A run that was interrupted, or killed, goes on when it is started again.
+    """
+
+
+@command.command("run")
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--store", type=click.Path(path_type=Path), help="SQLite file of the results; default: PLAN.sqlite.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    show_default="one for each core",
+    help="Processes on this machine, each with one job in one thread. 1 needs no Dask.",
+)
+@click.option("--scheduler", metavar="ADDRESS", help="Of a Dask scheduler, or its file: its workers do the jobs.")
+@click.option("--retry", is_flag=True, help="Do jobs that failed once more.")
+@click.option("--dry-run", is_flag=True, help="Say how many jobs there are, and how many are done, and stop.")
+@click.option("--export", "exported", type=click.Path(path_type=Path), help="Write all rows to a .csv or .parquet.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON and nothing else.")
+def run(
+    plan: Path,
+    store: Path | None,
+    workers: int,
+    scheduler: str | None,
+    retry: bool,
+    dry_run: bool,
+    exported: Path | None,
+    as_json: bool,
+) -> None:
+    """Do what is left to do of PLAN, a TOML file.
+
+    Results are kept as they come. Several runs, of one plan or of several, can share a store.
+    """
+    said, kept = Plan.load(plan), store or plan.with_suffix(".sqlite")
+    if dry_run:
+        _count(said, kept, as_json)
+        return
+    console = Console(stderr=True)
+    with _progress(console, as_json) as (step, notice):
+        found = sweep(said, kept, workers, scheduler, retry, step, notice)
+    with SweepStore(kept, make=False) as opened:
+        rows, failures = list(opened.rows()), opened.failures()
+    if exported is not None:
+        export(rows, exported)
+    if as_json:
+        click.echo(json.dumps({"store": str(kept), **asdict(found)}))
+    else:
+        _report(rows, axes_of(rows))
+        _ended(found, kept, failures)
+    if found.failed:
+        raise click.exceptions.Exit(FAILED)
+
+
+@command.command("show")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--by", metavar="AXES", help=f"With commas, of {', '.join(AXES)}; default: those that vary.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw to this file: .png, .svg or .pdf.")
+@click.option("--x", type=click.Choice(NUMERIC), help="Axis of the plot; default: the one that varies, else bars.")
+@click.option("--y", type=click.Choice(list(MEASURES)), default="recognisable", show_default=True, help="In the plot.")
+@click.option("--json", "as_json", is_flag=True, help="Print the groups as JSON and nothing else.")
+def show(store: Path, by: str | None, plot: Path | None, x: str | None, y: str, as_json: bool) -> None:
+    """Show what is in STORE as a table, and draw it. A run may be writing meanwhile."""
+    with SweepStore(store, make=False) as opened:
+        rows, failures = list(opened.rows()), opened.failures()
+    axes = tuple(name.strip() for name in by.split(",")) if by else axes_of(rows)
+    groups = grouped(rows, axes)
+    if plot is not None:
+        draw(rows, plot, x, y)
+    if as_json:
+        said = [{**dict(zip(axes, g.values, strict=True)), **plain(asdict(g))} for g in groups]
+        click.echo(json.dumps([{key: value for key, value in each.items() if key != "values"} for each in said]))
+        return
+    _report(rows, axes)
+    for line, times in failures:
+        click.echo(f"failed {times} times: {line}")
+    if plot is not None:
+        click.echo(f"Plot: {plot}")
+
+
+@command.command("export")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+def export_command(store: Path, file: Path) -> None:
+    """Write the rows of STORE to FILE, which ends in .csv or .parquet."""
+    with SweepStore(store, make=False) as opened:
+        number = export(opened.rows(), file)
+    click.echo(f"{file}: {number} rows")
+
+
+def _count(plan: Plan, store: Path, as_json: bool) -> None:
+    """Say what a run would do, without making the store."""
+    keys = {job.key for job in plan.jobs()}
+    done = 0
+    if store.is_file():
+        with SweepStore(store, make=False) as opened:
+            done = sum(row["state"] == "done" and row["key"] in keys for row in opened.rows())
+    if as_json:
+        click.echo(json.dumps({"store": str(store), "jobs": len(keys), "done": done}))
+    else:
+        click.echo(f"{len(keys)} jobs, {done} of them done in {store}")
+
+
+@contextmanager
+def _progress(console: Console, quiet: bool) -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]:
+    """A bar with rate and time left; lines now and then where there is no window."""
+    if quiet or not console.is_terminal:
+        last = 0.0
+
+        def step(now: Progress) -> None:
+            nonlocal last
+            if not quiet and now.seconds - last >= EVERY:
+                last = now.seconds
+                console.print(f"{now.done + now.failed} of {now.total} jobs, {_pace(now)}", highlight=False)
+
+        yield step, lambda said: None if quiet else console.print(said, highlight=False)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("jobs", total=None, pace="starting")
+
+        def move(now: Progress) -> None:
+            bar.update(task, completed=now.done + now.failed, total=now.total, pace=_pace(now))
+
+        yield move, lambda said: bar.console.print(said, highlight=False)
+
+
+def _pace(now: Progress) -> str:
+    failed = f", {now.failed} failed" if now.failed else ""
+    if now.left is None:
+        return f"starting{failed}"
+    return f"{now.rate:.1f} a second, {_time(now.left)} left{failed}"
+
+
+def _time(seconds: float) -> str:
+    minutes = math.ceil(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _report(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDE)
+    table = Table(title="What came out", title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    for name in axes:
+        table.add_column(name, no_wrap=True, justify="right" if name in NUMERIC else "left")
+    for name in ("jobs", "exact", "recognisable", "PSNR dB", "MSE", "change", "seconds"):
+        table.add_column(name, no_wrap=True, justify="right")
+    for group in grouped(rows, axes):
+        table.add_row(*(_cell(value) for value in group.values), *_figures(group))
+    console.print(table, highlight=False, markup=False)
+
+
+def _figures(group: Group) -> list[str]:
+    left, failed = group.jobs - group.done - group.failed, group.failed
+    jobs = f"{group.jobs}" + (f", {left} left" if left else "") + (f", {failed} failed" if failed else "")
+    if group.done and not group.applied:
+        return [jobs, "does not apply", *["-"] * 5]
+    shares = [f"{share:.0%}" if not math.isnan(share) else "-" for share in (group.exact, group.recognisable)]
+    numbers = ((group.psnr, ".0f"), (group.mse, ".0e"), (group.cost, ".0e"), (group.seconds, ".2f"))
+    return [jobs, *shares, *("-" if math.isnan(value) else format(value, form) for value, form in numbers)]
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _ended(found: Summary, store: Path, failures: list[tuple[str, int]]) -> None:
+    share = found.store_seconds / found.seconds if found.seconds > 0 else 0.0
+    click.echo(
+        f"\n{found.jobs} jobs: {found.done} done in {found.seconds:.1f} s, {share:.1%} of it on the store; "
+        f"{found.before} were done before, {found.failed} failed"
+    )
+    for line, times in failures:
+        click.echo(f"- failed {times} times: {line}")
+    if found.failed:
+        click.echo(f"Do them once more with --retry; every failure is in {store} in full.")
+    click.echo(f"Store: {store}")

@@ -1,0 +1,258 @@
+"""Where the jobs of a sweep are done: in this process, in local processes, or on a Dask cluster.
+
+Local processes are a Dask cluster too, on this machine alone: a worker that is killed is replaced and its job done by
+another one, where a process pool would lose all that it was given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import queue
+import time
+import traceback
+import uuid
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rgap.sweeps.store import SweepError
+from rgap.sweeps.work import NotSupplied, Supplies, do, supply
+
+Outcome = Mapping[str, Any] | str | None
+"""What a job found, the text of what went wrong, or None: it was lost with its worker, and is to be done again."""
+
+AHEAD = 3
+"""Jobs for each worker that are on their way: one that is done and two that it can go on with."""
+KILLED = "KilledWorker: every worker that began this job died, by want of memory or by a signal"
+RETURN = 600.0
+"""Seconds to wait for a scheduler that is gone."""
+
+
+class Engine(ABC):
+    """Takes jobs and gives back what came of them, in any order; used in a ``with`` statement."""
+
+    @abstractmethod
+    def room(self) -> int:
+        """How many more jobs it can take now."""
+
+    @abstractmethod
+    def put(self, key: str, spec: Mapping[str, Any]) -> None:
+        """Begin a job."""
+
+    @abstractmethod
+    def get(self, timeout: float) -> list[tuple[str, Outcome]]:
+        """Jobs that have ended; waits for the first of them, but not longer than ``timeout`` seconds."""
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """End, whatever is still going on."""
+
+
+class Here(Engine):
+    """One job at a time, in this process."""
+
+    def __init__(self, supplies: Supplies):
+        supply(supplies)
+        self._jobs: deque[tuple[str, Mapping[str, Any]]] = deque()
+
+    def room(self) -> int:
+        return 1 - len(self._jobs)
+
+    def put(self, key: str, spec: Mapping[str, Any]) -> None:
+        self._jobs.append((key, spec))
+
+    def get(self, timeout: float) -> list[tuple[str, Outcome]]:
+        if not self._jobs:
+            return []
+        key, spec = self._jobs.popleft()
+        try:
+            return [(key, do(spec))]
+        except Exception:
+            return [(key, traceback.format_exc())]
+
+    def close(self) -> None:
+        self._jobs.clear()
+
+
+class Cluster(Engine):
+    """A Dask cluster; the workers write through this process.
+
+    Args:
+        supplies: for every worker, also those that come later.
+        address: of the scheduler, or a file in which it stands; None: a cluster of its own on this machine.
+        workers: of the local cluster.
+        notice: called with what a user should know, such as that the scheduler is gone.
+
+    Raises:
+        SweepError: Dask is not installed, or there is no scheduler at the address.
+    """
+
+    def __init__(
+        self,
+        supplies: Supplies,
+        address: str | None = None,
+        workers: int = 1,
+        notice: Callable[[str], None] = lambda said: None,
+    ):
+        try:
+            self._dask = importlib.import_module("distributed")
+        except ImportError as error:
+            raise SweepError(
+                f"several workers need Dask ({error}): install it with pip install 'rgap[sweep]', or pass --workers 1"
+            ) from error
+        self._gone = (OSError, TimeoutError, self._dask.comm.core.CommClosedError)
+        self._equip = importlib.import_module("rgap.sweeps.equip").Equip
+        self._supplies, self._address, self._notice = supplies, address, notice
+        self._ended: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._begun: dict[str, Any] = {}
+        self._specs: dict[str, Mapping[str, Any]] = {}
+        self._suspects: list[str] = []
+        """Jobs whose workers died. They are done at the end, one by one, to see which of them kills."""
+        self._on_trial: str | None = None
+        self._places, self._counted = 1, -math.inf
+        self._local: Any = None
+        if address is None:
+            self._local = self._own(workers)
+        self._client = self._connect(0.0)
+
+    def _own(self, workers: int) -> Any:
+        """Processes of this machine. Who is not this process cannot give them work: connections are encrypted and
+        need a certificate that is made anew each time."""
+        # Workers that leave are what this is for; their farewells are not for the user.
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        # A job that kills is found out by itself, see `get`: one more try tells enough.
+        with importlib.import_module("dask").config.set({"distributed.scheduler.allowed-failures": 1}):
+            return self._dask.LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address=None,
+                memory_limit=0,
+                security=True,
+                host="127.0.0.1",
+            )
+
+    def _connect(self, patience: float) -> Any:
+        start = time.monotonic()
+        told = False
+        while True:
+            try:
+                return self._client_now()
+            except self._gone as error:
+                if time.monotonic() - start >= patience:
+                    raise SweepError(
+                        f"no scheduler answers at {self._address} ({error}); expected the address of a Dask scheduler, "
+                        "such as tcp://host:8786. What is done is in the store: the same command goes on"
+                    ) from error
+                if not told:
+                    self._notice(f"the scheduler at {self._address} is gone: waiting for it")
+                    told = True
+                time.sleep(1.0)
+
+    def _client_now(self) -> Any:
+        where: dict[str, Any] = {"address": self._local or self._address}
+        if self._address is not None and Path(self._address).is_file():
+            where = {"scheduler_file": self._address}
+        client = self._dask.Client(**where, set_as_default=False, timeout=5)
+        try:
+            client.register_plugin(self._equip(self._supplies), name=f"rgap-{uuid.uuid4().hex}")
+        except BaseException as error:
+            client.close(timeout=5)
+            if isinstance(error, (ImportError, AttributeError)):
+                raise SweepError(
+                    f"a worker at {self._address} has not the same rgap as this process ({error})"
+                ) from error
+            raise
+        return client
+
+    def room(self) -> int:
+        if self._on_trial is not None:
+            return 0
+        if time.monotonic() - self._counted > 1.0:
+            self._places, self._counted = self._threads(), time.monotonic()
+        return max(1, AHEAD * self._places) - len(self._begun)
+
+    def _threads(self) -> int:
+        """Of all workers; as many as before if the scheduler does not answer."""
+        try:
+            return sum(self._client.nthreads().values())
+        except self._gone:
+            return self._places
+
+    def put(self, key: str, spec: Mapping[str, Any]) -> None:
+        self._specs[key] = spec
+        # A name of its own: a job that failed before would be answered from the scheduler's memory.
+        future = self._client.submit(do, dict(spec), key=f"rgap-{key}-{uuid.uuid4().hex[:8]}", pure=False)
+        self._begun[key] = future
+        future.add_done_callback(lambda ended, key=key: self._ended.put((key, ended)))
+
+    def get(self, timeout: float) -> list[tuple[str, Outcome]]:
+        if not self._begun and self._suspects:
+            self._on_trial = self._suspects.pop()
+            self.put(self._on_trial, self._specs[self._on_trial])
+        found: list[tuple[str, Outcome]] = []
+        while True:
+            try:
+                key, future = self._ended.get(block=not found, timeout=timeout)
+            except queue.Empty:
+                break
+            if self._begun.get(key) is not future:
+                continue  # of a scheduler that is gone
+            outcome = self._outcome(future)
+            if outcome is None:
+                return [*found, *self._again()]
+            del self._begun[key]
+            if outcome == KILLED and key != self._on_trial:
+                self._suspects.append(key)  # it may only have waited behind the one that kills
+                continue
+            self._on_trial = None
+            del self._specs[key]
+            found.append((key, outcome))
+        return found
+
+    def _outcome(self, future: Any) -> Outcome:
+        """What a job found, or what went wrong; None if the scheduler has forgotten it."""
+        try:
+            if future.status == "finished":
+                found: Mapping[str, Any] = future.result(timeout=30)
+                return found
+            if future.status != "error":
+                return None
+            error = future.exception(timeout=30)
+            if isinstance(error, self._dask.scheduler.KilledWorker):
+                return KILLED
+            if isinstance(error, NotSupplied):  # a scheduler that was started anew knows nothing of the supplies
+                return None
+            return "".join(traceback.format_exception(type(error), error, future.traceback(timeout=30)))
+        except (*self._gone, self._dask.CancelledError):
+            return None
+
+    def _again(self) -> list[tuple[str, Outcome]]:
+        """Find the scheduler anew; all that it had been given is lost."""
+        lost = [*self._begun, *self._suspects]
+        self._begun.clear()
+        self._suspects.clear()
+        self._specs.clear()
+        self._on_trial = None
+        self._client.close(timeout=1)
+        self._client = self._connect(RETURN)
+        return [(key, None) for key in lost]
+
+    def close(self) -> None:
+        self._begun.clear()
+        self._client.close(timeout=10)
+        if self._local is not None:
+            self._local.close(timeout=10)

@@ -1,0 +1,17 @@
+"""Dask's side of a worker; imported only where Dask is installed."""
+
+from __future__ import annotations
+
+from distributed import Worker, WorkerPlugin
+
+from rgap.sweeps.work import Supplies, supply
+
+
+class Equip(WorkerPlugin):
+    """Gives every worker what the jobs need, also those that join later."""
+
+    def __init__(self, supplies: Supplies):
+        self.supplies = supplies
+
+    def setup(self, worker: Worker) -> None:
+        supply(self.supplies)

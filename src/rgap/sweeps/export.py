@@ -1,0 +1,58 @@
+"""The rows of a store as a file for other programs."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from rgap.files import write_atomically
+from rgap.sweeps.store import ROW, SweepError
+
+_KINDS = {"seed": "int64", "width": "int64", "stage": "int64", "twins": "int64", "attempts": "int64"}
+_REAL = ("strength", "psnr", "ssim", "mse", "gradient_residual", "error", "gradient_error", "accuracy", "seconds")
+_KINDS |= dict.fromkeys(_REAL, "float64")
+_KINDS |= {"labels_right": "bool_"}
+"""Types of columns that are not text, by pyarrow's names: the same whatever values happen to be in them."""
+
+
+def export(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
+    """Write rows as CSV or Parquet, whole or not at all, and say how many.
+
+    Args:
+        rows: as `SweepStore.rows` gives them.
+        path: ending in .csv or .parquet.
+
+    Raises:
+        SweepError: another ending, or pyarrow is not installed.
+    """
+    path, kept = Path(path), list(rows)
+    writers: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {".csv": _csv, ".parquet": _parquet}
+    if path.suffix not in writers:
+        raise SweepError(f"{path}: got the ending {path.suffix!r}, expected {' or '.join(writers)}")
+    write_atomically(path, writers[path.suffix](kept))
+    return len(kept)
+
+
+def _csv(rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ROW, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    try:
+        arrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
+    except ImportError as error:
+        raise SweepError(
+            f"Parquet needs pyarrow ({error}): install it with pip install 'rgap[sweep]', or export to .csv"
+        ) from error
+    schema = arrow.schema([(name, getattr(arrow, _KINDS.get(name, "string"))()) for name in ROW])
+    buffer = io.BytesIO()
+    parquet.write_table(arrow.Table.from_pylist(rows, schema=schema), buffer)
+    return buffer.getvalue()

@@ -1,0 +1,102 @@
+"""A sweep drawn: a figure against an axis that has an order, or bars where there is none."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from rgap.files import write_atomically
+from rgap.sweeps.summary import MEASURES, NUMERIC, Group, Row, axes_of, grouped
+
+EXACT, SEEN = "#7a1f3d", "#d9a5b3"
+
+
+def draw(rows: Sequence[Row], path: str | Path, x: str | None = None, y: str = "recognisable") -> None:
+    """Write a picture of the rows.
+
+    Args:
+        path: ending in .png, .svg or .pdf.
+        x: an axis of `NUMERIC`; None: the one that varies, or bars if none does.
+        y: one of `MEASURES`.
+
+    Raises:
+        ValueError: an axis, a figure or an ending that is not known, or there is nothing to draw.
+    """
+    path = Path(path)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{path}: got the ending {path.suffix!r}, expected .png, .svg or .pdf")
+    if y not in MEASURES:
+        raise ValueError(f"got {y!r}, expected one of {', '.join(MEASURES)}")
+    if x is not None and x not in NUMERIC:
+        raise ValueError(f"got {x!r}, expected one of {', '.join(NUMERIC)}, which have an order")
+    shown = [row for row in rows if row["level"] is not None]
+    if not shown:
+        raise ValueError("nothing to draw: no job is done whose attack applies")
+    x = x or next((name for name in reversed(NUMERIC) if name in axes_of(shown)), None)
+    figure = _bars(shown) if x is None else _lines(shown, x, y)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:])
+    write_atomically(path, buffer.getvalue())
+
+
+def _lines(rows: Sequence[Row], x: str, y: str) -> Figure:
+    """A line for each combination of the other axes; what has no value on the axis is drawn across."""
+    by = [name for name in axes_of(rows) if name != x]
+    series: dict[tuple[Any, ...], list[Group]] = {}
+    for group in grouped(rows, [*by, x]):
+        series.setdefault(group.values[:-1], []).append(group)
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained", dpi=150)
+    ax = figure.subplots()
+    every = [group.values[-1] for groups in series.values() for group in groups if group.values[-1] is not None]
+    for number, (values, groups) in enumerate(series.items()):
+        label, colour = _named(by, values), f"C{number % 10}"
+        points = sorted((g.values[-1], getattr(g, y)) for g in groups if g.values[-1] is not None)
+        if points:
+            ax.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=4, color=colour, label=label)
+        for across in (g for g in groups if g.values[-1] is None):
+            ax.axhline(getattr(across, y), linestyle="--", linewidth=1, color=colour, label=label)
+    if every and min(every) > 0 and max(every) > 30 * min(every):
+        ax.set_xscale("log")
+    if y in ("mse", "seconds", "cost"):
+        ax.set_yscale("log")
+    elif y in ("exact", "recognisable"):
+        ax.set_ylim(-0.03, 1.03)
+        ax.yaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
+    ax.set_xlabel({"stage": "epochs trained"}.get(x, x))
+    ax.set_ylabel(MEASURES[y])
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7)
+    return figure
+
+
+def _bars(rows: Sequence[Row]) -> Figure:
+    """Shares of each group, exact ones dark."""
+    by = axes_of(rows)
+    groups = grouped(rows, by)
+    figure = Figure(figsize=(6.4, 0.9 + 0.34 * len(groups)), layout="constrained", dpi=150)
+    ax = figure.subplots()
+    places = range(len(groups))
+    ax.barh(places, [g.recognisable for g in groups], color=SEEN, label="recognisable")
+    ax.barh(places, [g.exact for g in groups], color=EXACT, label="exact")
+    ax.set_yticks(places, [_named(by, g.values) for g in groups], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1)
+    ax.xaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
+    ax.set_xlabel("of the samples")
+    ax.legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def _named(by: Sequence[str], values: Sequence[Any]) -> str:
+    """A group in words, such as ``cnn6, width 20, closed``."""
+    said = []
+    for name, value in zip(by, values, strict=True):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            continue
+        said.append(f"{name} {value:g}" if isinstance(value, (int, float)) else str(value))
+    return ", ".join(said) or "all"

@@ -1,0 +1,41 @@
+"""One cell of a sweep: one picture's update, under one defence or none, against one attack."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+AXES = ("model", "seed", "width", "stage", "image", "attack", "defence", "strength")
+"""What the jobs of a sweep differ by, in the order in which they are done."""
+FIGURES = (
+    "level", "status", "reason", "psnr", "ssim", "mse", "gradient_residual", "error", "gradient_error", "labels_right",
+    "twins", "accuracy", "seconds",
+)  # fmt: skip
+"""What a job finds."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker must be told; two jobs with the same content are the same job, whatever plan they come from.
+
+    Args:
+        axes: by the names in `AXES`, as they are shown and grouped by.
+        spec: everything that the result depends on, ready for JSON: see `rgap.sweeps.plan`.
+    """
+
+    axes: Mapping[str, Any]
+    spec: Mapping[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 over the specification."""
+        return hashlib.sha256(canonical(self.spec).encode()).hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """JSON that is the same for the same value, in every process."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

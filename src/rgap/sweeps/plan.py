@@ -1,0 +1,324 @@
+"""The plan of a sweep: a TOML file whose lists are multiplied out into jobs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from rgap import data, defences, losses, reading
+from rgap.attacks import Attack
+from rgap.attacks import named as attacks
+from rgap.data import Images
+from rgap.losses import Loss
+from rgap.models.named import ModelError
+from rgap.sweeps.job import AXES, Job, canonical
+from rgap.sweeps.work import Supplies, make
+
+VERSION = 1
+"""Of what a job's result depends on beside its specification. Raised when results would differ: old rows stay."""
+
+
+class PlanError(ValueError):
+    """A plan that makes no jobs; says where it is wrong and what was expected."""
+
+
+_NUMBER: dict[str, Any] = {"type": "number"}
+_COUNT: dict[str, Any] = {"type": "integer", "minimum": 1}
+_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+
+
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": items}
+
+
+def _table(required: Sequence[str] = (), **properties: dict[str, Any]) -> dict[str, Any]:
+    fields = {name.replace("_", "-"): entry for name, entry in properties.items()}
+    return {"type": "object", "required": list(required), "additionalProperties": False, "properties": fields}
+
+
+_TARGET = {
+    "input_shape": _list(_COUNT),
+    "value_range": {"oneOf": [{"const": "none"}, {**_list(_NUMBER), "minItems": 2, "maxItems": 2}]},
+    "loss": _TEXT,
+}
+SCHEMA = _table(
+    ("models", "attacks"),
+    models=_list({"oneOf": [_TEXT, _table(("name",), name=_TEXT, weights=_TEXT, **_TARGET)]}),
+    seeds=_list({"type": "integer"}),
+    widths=_list(_COUNT),
+    stages=_list({"type": "integer", "minimum": 0}),
+    attacks=_list({"oneOf": [_TEXT, _table(
+        ("name",), name=_TEXT, iterations=_COUNT, restarts=_COUNT, polish={"type": "boolean"},
+    )]}),
+    defences=_list({"oneOf": [_TEXT, _table(
+        ("name",), name=_TEXT, strengths={"oneOf": [{"const": "all"}, _list(_NUMBER)]},
+    )]}),
+    noise_seed={"type": "integer"},
+    images=_table(data=_TEXT, count=_COUNT),
+    training=_table(rate={"type": "number", "exclusiveMinimum": 0}, batch=_COUNT, images=_COUNT),
+    **_TARGET,
+)  # fmt: skip
+"""Of a plan, as JSON Schema."""
+
+DEFAULTS: dict[str, Any] = {
+    "seeds": [0],
+    "widths": [None],
+    "stages": [0],
+    "defences": ["none"],
+    "noise-seed": 0,
+    "images": {},
+    "training": {},
+    "input-shape": [3, 32, 32],
+    "value-range": [0.0, 1.0],
+    "loss": None,
+}
+IMAGES = {"data": None, "count": 5}
+TRAINING = {"rate": 1e-3, "batch": 16, "images": 25}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is multiplied, as the TOML file says, defaults filled in.
+
+    Args:
+        said: by the names in `SCHEMA`.
+        folder: that paths in the plan start from.
+    """
+
+    said: Mapping[str, Any]
+    folder: Path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: no such file, not TOML, or against the schema; says where.
+        """
+        path = Path(path)
+        try:
+            said = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: not TOML ({error})") from error
+        except OSError as error:
+            raise PlanError(
+                f"{path}: cannot be read ({error.strerror}); expected a plan, see docs/sweeps.md"
+            ) from error
+        try:
+            return cls.of(said, path.parent)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any], folder: str | Path = ".") -> Plan:
+        """A plan from Python.
+
+        Raises:
+            PlanError: against the schema, or a name that is not known.
+        """
+        # Through JSON: what a plan may hold is what its jobs can be made of.
+        said = json.loads(json.dumps(dict(said), default=str))
+        error = best_match(Draft202012Validator(SCHEMA).iter_errors(said))
+        if error is not None:
+            place = error.json_path.removeprefix("$.").removeprefix("$") or "the plan"
+            raise PlanError(f"{place}: {error.message}; the fields of a plan are in docs/sweeps.md")
+        whole = {**DEFAULTS, **said}
+        whole["images"] = {**IMAGES, **whole["images"]}
+        whole["training"] = {**TRAINING, **whole["training"]}
+        plan = cls(whole, Path(folder))
+        plan._check()
+        return plan
+
+    def _check(self) -> None:
+        """Refuse names that are not known before anything runs."""
+        try:
+            for model, width in itertools.product(self.models, self.said["widths"]):
+                make(model["name"], tuple(model["input-shape"]), self.said["seeds"][0], width)
+            for attack in self.attacks:
+                _attack(attack)
+            for each in self.defences:
+                if each is not None:
+                    defences.by_name(each["name"], each["strength"])
+        except ModelError as error:
+            raise PlanError(f"models: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise PlanError(str(error)) from error
+
+    @cached_property
+    def models(self) -> list[dict[str, Any]]:
+        """Each with name, weights, shape, range and loss."""
+        common = {name: self.said[name] for name in ("input-shape", "value-range", "loss")}
+        tables = [{"name": each} if isinstance(each, str) else each for each in self.said["models"]]
+        return [{"weights": None, **common, **each} for each in tables]
+
+    @cached_property
+    def attacks(self) -> list[dict[str, Any]]:
+        """Each with its name and sizes."""
+        tables = [{"name": each} if isinstance(each, str) else each for each in self.said["attacks"]]
+        return [{"iterations": None, "restarts": None, "polish": False, **each} for each in tables]
+
+    @cached_property
+    def defences(self) -> list[dict[str, Any] | None]:
+        """Each with its name and one strength; None for an update that is left as it is."""
+        found: list[dict[str, Any] | None] = []
+        for each in self.said["defences"]:
+            if each == "none":
+                found.append(None)
+                continue
+            table = {"name": each} if isinstance(each, str) else each
+            defence = defences.by_name(table["name"])
+            strengths = table.get("strengths", [defence.strength])
+            levels = type(defence).levels if strengths == "all" else strengths
+            found += [{"name": type(defence).__name__, "strength": float(level)} for level in levels]
+        return found
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the samples of all models."""
+        return tuple(dict.fromkeys(tuple(model["input-shape"]) for model in self.models))
+
+    @cached_property
+    def pictures(self) -> dict[tuple[int, ...], Images]:
+        """By shape, the pictures that are attacked and those that are trained on, which begin with the attacked ones.
+
+        Raises:
+            DataError: they cannot be read; says which.
+            PlanError: a model does not take pictures, or there are too few.
+        """
+        return {shape: self._pictures(shape) for shape in self.shapes}
+
+    def _pictures(self, shape: tuple[int, ...]) -> Images:
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            raise PlanError(f"input-shape is {list(shape)}: expected (1 or 3, height, width), a picture's")
+        count, folder = self.said["images"]["count"], self.said["images"]["data"]
+        most = max(count, self.said["training"]["images"]) if max(self.said["stages"]) else count
+        channels, size = shape[0], shape[1:]
+        if folder is None:
+            found = data.photographs(min(most, 25), size=(size[0], size[1]), channels=channels)
+        else:
+            found = data.folder(self.folder / folder, size=(size[0], size[1]), channels=channels, limit=most)
+        if len(found) < count:
+            raise PlanError(f"images.count is {count}, but there are {len(found)} pictures; expected at most so many")
+        return found
+
+    def jobs(self) -> Iterator[Job]:
+        """All cells of the product, those of one network together."""
+        for model in self.models:
+            images = self.pictures[tuple(model["input-shape"])]
+            loss, source = self._loss(model), _source(model["name"])
+            labels = data.labels(images, loss)
+            for seed, width, stage in itertools.product(self.said["seeds"], self.said["widths"], self.said["stages"]):
+                target = {
+                    "model": model["name"],
+                    "source": source,
+                    "weights": None if model["weights"] is None else _digest(self._weights(model["weights"])),
+                    "input_shape": model["input-shape"],
+                    "value_range": None if model["value-range"] == "none" else model["value-range"],
+                    "loss": loss.name,
+                    "seed": seed,
+                    "width": width,
+                    "stage": stage,
+                    "training": {**self.said["training"], "pictures": digest(images.inputs)} if stage else None,
+                }
+                name = model["name"] if model["weights"] is None else f"{model['name']}, {Path(model['weights']).name}"
+                yield from self._cells((name, seed, width, stage), target, images, labels)
+
+    def _cells(
+        self, network: tuple[Any, ...], target: dict[str, Any], images: Images, labels: Sequence[float]
+    ) -> Iterator[Job]:
+        """Every picture, attack and defence against one network."""
+        for at in range(self.said["images"]["count"]):
+            picture = digest(images.inputs[at])
+            for attack, defence in itertools.product(self.attacks, self.defences):
+                shown = ("none", None) if defence is None else (defence["name"], defence["strength"])
+                axes = (*network, images.names[at], _named(attack), *shown)
+                spec = {
+                    "version": VERSION,
+                    "target": target,
+                    "picture": picture,
+                    "label": labels[at],
+                    "attack": attack,
+                    "defence": None if defence is None else {**defence, "seed": self.said["noise-seed"] + at},
+                }
+                yield Job(dict(zip(AXES, axes, strict=True)), spec)
+
+    def _loss(self, model: Mapping[str, Any]) -> Loss:
+        """By its name, or what fits the model's outputs."""
+        shape = tuple(model["input-shape"])
+        try:
+            return losses.for_model(make(model["name"], shape, self.said["seeds"][0], None), shape, model["loss"])
+        except ValueError as error:
+            raise PlanError(f"models: {model['name']}: {error}") from error
+
+    def _weights(self, path: str) -> bytes:
+        """The tensors of a file of weights, as safetensors.
+
+        Raises:
+            ReadError: it cannot be read; says why.
+        """
+        return to_bytes({name: t.contiguous() for name, t in reading.tensors(self.folder / path).items()})
+
+    def supplies(self) -> Supplies:
+        """What the specifications of the jobs name and do not hold: pictures and weights."""
+        found = Supplies()
+        for model in self.models:
+            images = self.pictures[tuple(model["input-shape"])]
+            for inputs in images.inputs:
+                found.pictures[digest(inputs)] = inputs
+            if max(self.said["stages"]):
+                labels = torch.tensor(data.labels(images, self._loss(model)))
+                found.training[digest(images.inputs)] = (images.inputs, labels)
+            if model["weights"] is not None:
+                content = self._weights(model["weights"])
+                found.weights[_digest(content)] = content
+        return found
+
+    def __str__(self) -> str:
+        return canonical(dict(self.said))
+
+
+def _source(name: str) -> str | None:
+    """SHA-256 over the file that a model of your own comes from: with other code it is another model.
+
+    Raises:
+        ModelError: there is none by this name.
+    """
+    module, colon, _ = name.partition(":")
+    if not colon:
+        return None
+    path = getattr(sys.modules[module], "__file__", None)  # imported when the plan was checked
+    return None if path is None else _digest(Path(path).read_bytes())
+
+
+def _attack(said: Mapping[str, Any]) -> Attack:
+    return attacks.by_name(said["name"], said["iterations"], said["restarts"], said["polish"])
+
+
+def _named(attack: Mapping[str, Any]) -> str:
+    """An attack's name with the sizes that the plan gives it."""
+    sizes = [f"{name} {attack[name]}" for name in ("iterations", "restarts") if attack[name] is not None]
+    return ", ".join([attack["name"], *sizes, *(["polished"] if attack["polish"] else [])])
+
+
+def digest(inputs: Tensor) -> str:
+    """SHA-256 over the values of pictures."""
+    values = inputs.contiguous().numpy()
+    return _digest(f"{values.shape} {values.dtype}".encode() + values.tobytes())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

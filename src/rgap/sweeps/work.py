@@ -1,0 +1,144 @@
+"""What a worker does with one job. It runs in any process, on any machine that has rgap, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from safetensors.torch import load as from_bytes
+from torch import Tensor, nn
+
+from rgap import defences, losses
+from rgap.attacks.named import by_name
+from rgap.auditing.results import judge
+from rgap.files import plain
+from rgap.models.named import built_in, own
+from rgap.reading import load_tensors
+from rgap.sweeps.job import FIGURES, canonical
+from rgap.target import Target
+from rgap.training import train
+from rgap.update import capture
+
+CACHED = 4
+"""Networks that a worker keeps: the jobs of one network come one after another."""
+
+
+@dataclass
+class Supplies:
+    """What the specifications of jobs name by its SHA-256 and do not hold."""
+
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    """(channels, height, width)"""
+    training: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """(n, channels, height, width) and labels (n,)"""
+    weights: dict[str, bytes] = field(default_factory=dict)
+    """State dicts as safetensors."""
+
+
+class NotSupplied(LookupError):
+    """A worker was given a job before what the job needs."""
+
+
+_SUPPLIES = Supplies()
+# A process works at one job at a time: torch's number of threads and its random state belong to the whole process.
+_ONE = threading.Lock()
+
+
+def supply(supplies: Supplies) -> None:
+    """Give this process what its jobs will need, beside what it has."""
+    _SUPPLIES.pictures.update(supplies.pictures)
+    _SUPPLIES.training.update(supplies.training)
+    _SUPPLIES.weights.update(supplies.weights)
+
+
+def do(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """One job, in one thread, so that it finds the same wherever it runs.
+
+    Args:
+        spec: as `rgap.sweeps.plan` makes it.
+
+    Returns:
+        By the names in `FIGURES`, ready for JSON.
+
+    Raises:
+        NotSupplied: see `supply`.
+    """
+    with _ONE, _one_thread():
+        if spec["picture"] not in _SUPPLIES.pictures:
+            raise NotSupplied(f"no picture {spec['picture'][:12]} here")
+        return plain(_do(spec))
+
+
+def _do(spec: Mapping[str, Any]) -> dict[str, Any]:
+    target, accuracy = _target(canonical(spec["target"]))
+    truth, label = _SUPPLIES.pictures[spec["picture"]][None], float(spec["label"])
+    said, asked = spec["defence"], spec["attack"]
+    attack = by_name(asked["name"], asked["iterations"], asked["restarts"], asked["polish"])
+    obstacle = attack.obstacle(target, 1)
+    if obstacle is not None:
+        nothing = dict.fromkeys(FIGURES)
+        return {**nothing, "status": "does not apply", "reason": obstacle, "accuracy": accuracy, "seconds": 0.0}
+    update, cost = capture(target, truth, torch.tensor([label])), 0.0
+    if said is not None:
+        armed = defences.by_name(said["name"], said["strength"])
+        sent = armed(update, torch.Generator().manual_seed(said["seed"]))
+        update, cost = sent, defences.gradient_error(update, sent)
+    (found,) = judge(attack(target, update), truth, [label], target.value_range or _range(truth))
+    named = {name: getattr(found, name) for name in FIGURES if hasattr(found, name)}
+    return {**named, "level": found.level.value, "gradient_error": cost, "accuracy": accuracy}
+
+
+@lru_cache(CACHED)
+def _target(said: str) -> tuple[Target, float | None]:
+    """The network of a specification, and which share of the pictures that it was trained on it labels right."""
+    spec = json.loads(said)
+    shape = tuple(spec["input_shape"])
+    model = make(spec["model"], shape, spec["seed"], spec["width"])
+    if spec["weights"] is not None:
+        load_tensors(model, from_bytes(_SUPPLIES.weights[spec["weights"]]))
+    loss = losses.for_model(model, shape, spec["loss"])
+    accuracy = None
+    if spec["stage"]:
+        inputs, labels = _SUPPLIES.training[spec["training"]["pictures"]]
+        rate, batch = spec["training"]["rate"], spec["training"]["batch"]
+        train(model, loss, inputs, labels, spec["stage"], rate, batch, spec["seed"])
+        with torch.no_grad():
+            outputs = model(inputs)
+        guessed = outputs.argmax(1).to(labels) if outputs.shape[1] > 1 else outputs[:, 0].sign()
+        accuracy = float((guessed == labels).float().mean())
+    value_range = None if spec["value_range"] is None else (spec["value_range"][0], spec["value_range"][1])
+    return Target(model, loss, shape, value_range), accuracy
+
+
+def make(name: str, input_shape: tuple[int, ...], seed: int, width: int | None) -> nn.Module:
+    """A built-in network, or one of your own; the latter is told seed and width if it takes them.
+
+    Raises:
+        ModelError: there is none by this name, or it does not take the shape or the width.
+    """
+    if ":" not in name:
+        return built_in(name, input_shape, seed, width)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return own(name, seed=seed, **({} if width is None else {"width": width}))
+
+
+def _range(truth: Tensor) -> tuple[float, float]:
+    low, high = float(truth.min()), float(truth.max())
+    return (low, high) if low < high else (low, low + max(1.0, abs(low)))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

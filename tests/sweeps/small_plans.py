@@ -1,0 +1,150 @@
+"""Plans whose jobs take milliseconds, or as long as a test wants, and `rgap sweep` as a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rgap.sweeps import SweepStore
+
+MODELS = '''
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+HERE = Path(__file__).parent
+
+
+def make(seed=0, width=20):
+    """A Linear layer with a bias reads the picture, so that it can be read out exactly."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.Tanh(), nn.Linear(width, 1))
+
+
+def slow(seed=0):
+    time.sleep(float(os.environ.get("RGAP_TEST_NAP", "0.2")))
+    return make(seed)
+
+
+def deadly(seed=0):
+    """Kills its process the first time that it makes the network of seed 3 in a worker."""
+    if seed == 3 and (HERE / "poison").exists():
+        (HERE / "poison").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return make(seed)
+
+
+def poisonous(seed=0):
+    """Kills every process that makes the network of seed 1."""
+    if seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return make(seed)
+
+
+def picky(seed=0):
+    if seed == 2 and not (HERE / "mended").exists():
+        raise RuntimeError("seed 2 is bad luck")
+    return make(seed)
+'''
+
+
+def home(folder: Path) -> Path:
+    """A folder that models can be imported from."""
+    (folder / "small_sweep_models.py").write_text(MODELS)
+    return folder
+
+
+def said(factory: str = "make", **other: Any) -> dict[str, Any]:
+    """A plan of one picture, one attack and no defence."""
+    return {
+        "models": [f"small_sweep_models:{factory}"],
+        "attacks": ["bias"],
+        "input-shape": [1, 4, 4],
+        "images": {"count": 1},
+        **other,
+    }
+
+
+def toml(folder: Path, factory: str = "make", seeds: int = 4, count: int = 1, name: str = "plan") -> Path:
+    path = folder / f"{name}.toml"
+    path.write_text(
+        f'models = ["small_sweep_models:{factory}"]\nattacks = ["bias"]\nseeds = {list(range(seeds))}\n'
+        f"input-shape = [1, 4, 4]\n[images]\ncount = {count}\n"
+    )
+    return path
+
+
+def start(folder: Path, *arguments: str, shell: str = "", **environment: str) -> subprocess.Popen[str]:
+    """`rgap sweep ...` in that folder.
+
+    Args:
+        shell: what runs before it in the same process, such as a limit.
+    """
+    command = [sys.executable, "-c", "from rgap.cli import main; main()", "sweep", *arguments]
+    if shell:
+        command = ["sh", "-c", f'{shell}; exec "$0" "$@"', *command]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str], code: int = 0, seconds: float = 120.0) -> str:
+    """What it printed, once it has ended as it should."""
+    out, err = process.communicate(timeout=seconds)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out + err
+
+
+def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for something to come true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.05)
+
+
+def done(store: Path) -> int:
+    """How many jobs are done in a store; 0 before there is one."""
+    if not store.is_file() or not store.stat().st_size:
+        return 0
+    with SweepStore(store, make=False) as opened:
+        return opened.counts()["done"]
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that a run has started to work for it."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [each for each in children if "spawn_main" in " ".join(each.cmdline())]
+
+
+def kill(process: psutil.Process | subprocess.Popen[Any]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait(20)
+    if isinstance(process, subprocess.Popen):
+        for stream in (process.stdout, process.stderr):  # workers that it leaves may keep the other ends
+            if stream is not None:
+                stream.close()
+
+
+def outcomes(store: Path) -> dict[str, dict[str, Any]]:
+    """By key, all that a job found but for how long it took, and when and how often it was tried."""
+    with SweepStore(store, make=False) as opened:
+        rows = list(opened.rows())
+    return {row["key"]: {k: v for k, v in row.items() if k not in ("seconds", "finished", "attempts")} for row in rows}

@@ -1,0 +1,226 @@
+"""What goes wrong with real processes: each is killed, stopped or starved, and the store is looked at."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from small_plans import done, ended, home, kill, outcomes, start, toml, until, workers
+
+from rgap.sweeps import SweepStore
+from rgap.sweeps.engine import AHEAD
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return home(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
+    """What the 12 jobs find in a process of their own, undisturbed."""
+    folder = home(tmp_path_factory.mktemp("alone"))
+    plan = toml(folder, seeds=12, name="alone")
+    ended(start(folder, str(plan), "--workers", "1"))
+    found = outcomes(folder / "alone.sqlite")
+    assert len(found) == 12
+    assert {row["state"] for row in found.values()} == {"done"}
+    return found
+
+
+def attempts(store: Path) -> list[int]:
+    with SweepStore(store, make=False) as opened:
+        return [row["attempts"] for row in opened.rows()]
+
+
+def same_but_for_the_model(found: dict[str, dict[str, object]], expected: dict[str, dict[str, object]]) -> bool:
+    """Models of the same weights by another name have other keys; all that is found is the same."""
+    ours, theirs = (
+        [{k: v for k, v in row.items() if k not in ("key", "model")} for row in each.values()]
+        for each in (found, expected)
+    )
+    return ours == theirs
+
+
+def test_a_run_that_is_killed_goes_on_and_does_nothing_twice(folder: Path, alone: dict[str, dict[str, object]]) -> None:
+    plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
+    first = start(folder, str(plan), "--workers", "1")
+    until(lambda: done(store) >= 3)
+    kill(first)
+    before = done(store)
+    assert 3 <= before < 12
+    said = ended(start(folder, str(plan), "--workers", "1", "--json", RGAP_TEST_NAP="0"))
+    assert f'"before": {before}, "done": {12 - before}' in said
+    assert same_but_for_the_model(outcomes(store), alone)
+    # The one that was being done began twice, no other.
+    assert sorted(attempts(store)) == [1] * 11 + [2]
+
+
+def test_a_worker_that_is_killed_loses_nothing(folder: Path, alone: dict[str, dict[str, object]]) -> None:
+    plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
+    run = start(folder, str(plan), "--workers", "2", RGAP_TEST_NAP="0.3")
+    until(lambda: done(store) >= 2)
+    victim, *others = workers(run)
+    kill(victim)
+    assert others
+    said = ended(run)
+    assert "12 jobs: 12 done" in said
+    assert same_but_for_the_model(outcomes(store), alone)
+    assert attempts(store) == [1] * 12  # the run itself had no need to begin any of them again
+
+
+def test_the_workers_of_a_run_that_is_killed_do_not_stay(folder: Path) -> None:
+    plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
+    run = start(folder, str(plan), "--workers", "2")
+    until(lambda: done(store) >= 1)
+    left = workers(run)
+    assert len(left) == 2
+    kill(run)
+    _, alive = psutil.wait_procs(left, timeout=30)
+    assert not alive
+    ended(start(folder, str(plan), "--workers", "1", RGAP_TEST_NAP="0"))
+    assert sum(attempts(store)) <= 12 + 2 * AHEAD
+
+
+def test_a_job_that_kills_its_workers_fails_and_the_others_do_not(folder: Path) -> None:
+    plan, store = toml(folder, "poisonous", seeds=4), folder / "plan.sqlite"
+    said = ended(start(folder, str(plan), "--workers", "2"), code=4)
+    assert "every worker that began this job died" in said
+    assert "--retry" in said
+    with SweepStore(store, make=False) as opened:
+        states = {row["seed"]: row["state"] for row in opened.rows()}
+    assert states == {0: "done", 1: "failed", 2: "done", 3: "done"}
+
+
+def test_two_runs_share_a_store(folder: Path, alone: dict[str, dict[str, object]]) -> None:
+    plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
+    runs = [start(folder, str(plan), "--workers", "1", "--json", RGAP_TEST_NAP="0.3") for _ in range(2)]
+    said = [ended(run) for run in runs]
+    assert same_but_for_the_model(outcomes(store), alone)
+    assert attempts(store) == [1] * 12  # nothing was done twice
+    own = [int(each.split('"done": ')[1].split(",")[0]) for each in said]
+    assert sum(own) == 12
+    assert min(own) > 0
+
+
+def test_what_a_dead_run_had_taken_is_done_by_the_one_that_lives(folder: Path) -> None:
+    plan, store = toml(folder, "slow", seeds=6), folder / "plan.sqlite"
+    doomed = start(folder, str(plan), "--workers", "1", RGAP_TEST_NAP="0.4")
+    until(lambda: done(store) >= 1)
+    other = start(folder, str(plan), "--workers", "1", "--json", RGAP_TEST_NAP="0.4")
+    until(lambda: done(store) >= 3)
+    kill(doomed)
+    ended(other)
+    assert done(store) == 6
+
+
+FULL = 240
+"""Blocks of 512 bytes that a file may have: too few for 200 jobs."""
+
+
+def test_a_full_disk_ends_the_run_and_spoils_nothing(folder: Path, alone: dict[str, dict[str, object]]) -> None:
+    """The files of a run may not grow beyond what is little for 200 jobs; with more room it goes on."""
+    plan, store = toml(folder, seeds=50, count=4), folder / "plan.sqlite"
+    refused = start(folder, str(plan), "--workers", "1", shell=f"trap '' XFSZ; ulimit -f {FULL}")
+    said = ended(refused, code=1)
+    assert "plan.sqlite" in said
+    assert "Make room and run the same command again" in said
+    assert "Traceback" not in said
+    before = done(store)
+    assert before < 200
+    assert "200 jobs" in ended(start(folder, str(plan), "--workers", "1"))
+    assert done(store) == 200
+    known = {row["seed"]: row["mse"] for row in alone.values()}
+    first = [row for row in outcomes(store).values() if row["seed"] in known and row["image"] == "astronaut-0"]
+    assert {row["seed"]: row["mse"] for row in first} == known
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture
+def begin(folder: Path, port: int) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    """Starts a scheduler or a worker of a Dask cluster, as its own commands do."""
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def make(what: str) -> subprocess.Popen[bytes]:
+        options = {
+            "scheduler": ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard"],
+            "worker": [f"tcp://127.0.0.1:{port}", "--nthreads", "1", "--no-nanny", "--no-dashboard"],
+        }[what]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distributed.cli.dask_" + what, *options],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RGAP_TEST_NAP": "0.4"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        begun.append(process)
+        return process
+
+    yield make
+    for process in begun:
+        if process.poll() is None:
+            kill(process)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as trial:
+        return trial.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_cluster_finds_the_same_though_a_worker_is_killed(
+    folder: Path,
+    alone: dict[str, dict[str, object]],
+    port: int,
+    begin: Callable[[str], subprocess.Popen[bytes]],
+) -> None:
+    plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
+    begin("scheduler")
+    until(lambda: answers(port))
+    first, _ = begin("worker"), begin("worker")
+    run = start(folder, str(plan), "--scheduler", f"tcp://127.0.0.1:{port}")
+    until(lambda: done(store) >= 2)
+    kill(first)
+    assert "12 jobs: 12 done" in ended(run)
+    assert same_but_for_the_model(outcomes(store), alone)
+
+
+def test_a_scheduler_that_comes_back_is_gone_on_with(
+    folder: Path,
+    alone: dict[str, dict[str, object]],
+    port: int,
+    begin: Callable[[str], subprocess.Popen[bytes]],
+) -> None:
+    plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
+    scheduler = begin("scheduler")
+    until(lambda: answers(port))
+    begin("worker")
+    run = start(folder, str(plan), "--scheduler", f"tcp://127.0.0.1:{port}")
+    until(lambda: done(store) >= 2)
+    kill(scheduler)
+    time.sleep(2.0)
+    assert done(store) < 12
+    begin("scheduler")
+    until(lambda: answers(port))
+    begin("worker")
+    said = ended(run)
+    assert "12 jobs: 12 done" in said
+    assert same_but_for_the_model(outcomes(store), alone)
+
+
+def test_no_scheduler_is_said_so(folder: Path, port: int) -> None:
+    said = ended(start(folder, str(toml(folder)), "--scheduler", f"tcp://127.0.0.1:{port}"), code=1)
+    assert f"no scheduler answers at tcp://127.0.0.1:{port}" in said
+    assert "Traceback" not in said
