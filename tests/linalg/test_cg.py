@@ -84,3 +84,31 @@ def test_too_few_steps_are_said_to_be_too_few() -> None:
     matrix = matrices(7, 1, 40, 40, decades=3.0)
     right = torch.ones(1, 40, dtype=torch.float64)
     assert not bool(cg.solve(times(matrix), right, 1e-10, 3).converged.any())
+
+
+@pytest.mark.parametrize("stumbles", [1, 2, 3, 5])
+def test_a_step_that_rounding_spoilt_ends_what_is_known_of_the_condition(stumbles: int) -> None:
+    """A product of the wrong sign, as float32 can give one of a matrix that is nearly singular."""
+    matrix, calls = matrices(3, 2, 12, 12), 0
+    right = torch.randn(2, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+    def apply(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        found = times(matrix)(x)
+        return torch.stack([-found[0] if calls == stumbles else found[0], found[1]])
+
+    found = cg.solve(apply, right, 1e-12, 60)
+    values = torch.linalg.eigvalsh(matrix)
+    truth = values[:, -1] / values[:, 0]
+    assert bool((found.condition >= 1).all())
+    assert float(found.condition[0]) <= float(truth[0]) * (1 + 1e-6)  # from fewer steps: a lower bound
+    assert float(found.condition[1]) == pytest.approx(float(truth[1]), rel=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(-1, 5), st.floats(-1, 5)), max_size=8))
+def test_whatever_the_steps_were_the_condition_is_a_number(steps: list[tuple[float, float]]) -> None:
+    lengths, turns = ([torch.tensor([pair[at]]) for pair in steps] for at in range(2))
+    found = cg.Solution(torch.zeros(1, 3), torch.ones(1, dtype=torch.bool), lengths, turns)
+    assert float(found.condition[0]) > 0

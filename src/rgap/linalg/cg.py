@@ -95,7 +95,9 @@ def _condition(lengths: list[Tensor], turns: list[Tensor], like: Tensor) -> Floa
         return found
     lengths_, turns_ = torch.stack(lengths).double().cpu(), torch.stack(turns).double().cpu()
     for s in range(len(like)):
-        used = int((lengths_[:, s] > 0).sum())
+        # Until the first step that was none: rounding can make one, and the steps after it begin anew. A step that
+        # turned the wrong way is the last that counts.
+        used = min(_leading(lengths_[:, s] > 0), _leading(turns_[:, s] > 0) + 1)
         length, turn = lengths_[:used, s], turns_[:used, s]
         if used < 2:
             continue
@@ -108,3 +110,8 @@ def _condition(lengths: list[Tensor], turns: list[Tensor], like: Tensor) -> Floa
         )
         found[s] = most / max(least, torch.finfo(torch.float64).tiny)
     return found
+
+
+def _leading(true: Bool[Tensor, " n"]) -> int:
+    """How many are true before the first that is not."""
+    return int(true.long().cumprod(0).sum())
