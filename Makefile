@@ -1,4 +1,4 @@
-.PHONY: audit test lint bench bench-compact
+.PHONY: audit federation test lint bench bench-compact
 
 # One stamp file: the environment is made again when the requirements change, and only then.
 .venv/ready: pyproject.toml constraints.txt
@@ -8,6 +8,10 @@
 
 audit: .venv/ready
 	.venv/bin/rgap audit
+
+# Three clients and a server in one process: what does the server see of each?
+federation: .venv/ready
+	FLWR_TELEMETRY_ENABLED=0 .venv/bin/python examples/federation/run.py
 
 # One thread for each of the two processes: processes that share cores and spin are many times slower.
 test: .venv/ready

@@ -23,3 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Flower imports typer, which with the newest click asks for names that will go.
+    config.addinivalue_line("filterwarnings", "ignore:'click.utils.get_:DeprecationWarning")

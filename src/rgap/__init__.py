@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rgap.rank import RankAnalysis, rank_analysis
     from rgap.target import Target
     from rgap.update import Update, UpdateError, capture
+    from rgap.watching import watch
 
 # Public names and where they live. Each is imported when it is first used: torch takes seconds, and `rgap --help`
 # needs none of it.
@@ -34,6 +35,7 @@ _HOME = {
     "preflight": "rgap.checks",
     "rank_analysis": "rgap.rank",
     "score": "rgap.metrics",
+    "watch": "rgap.watching",
 }
 _MODULES = ("attacks", "data", "losses", "models", "rank")
 
@@ -57,6 +59,7 @@ __all__ = [
     "rank",
     "rank_analysis",
     "score",
+    "watch",
 ]
 
 

@@ -44,7 +44,7 @@ _SAVE = "Save the tensors by name with safetensors.torch.save_file, or torch.sav
 
 _MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 """Near the start of every file torch.save wrote before version 1.6."""
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -570,24 +570,46 @@ def load_weights(module: nn.Module, path: str | Path, largest: int = LARGEST) ->
     found, own = _read(path, largest)
     with _named(path):
         _refuse_update(own)
-        state = _state(module)
-        names = _match(found, state, state)
-        used = set(names.values())
-        missing = [name for name in state if name not in names]
-        extra = [name for name in found if name not in used]
-        parts = [f"missing {_listed(missing)}"] * bool(missing) + [f"unexpected {_listed(extra)}"] * bool(extra)
-        for ours, theirs in names.items():
-            got, expected = found[theirs], state[ours]
-            if got.shape != expected.shape:
-                parts.append(f"{_both(ours, theirs)} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
-            elif (got.dtype in _FLOATING) != expected.is_floating_point() or got.is_complex():
-                parts.append(f"{_both(ours, theirs)} has type {got.dtype}, expected {expected.dtype}")
-        if parts:
-            raise ReadError(f"does not fit the model: {'; '.join(parts)}. Expected its whole state dict.")
-        try:
-            module.load_state_dict({ours: found[theirs] for ours, theirs in names.items()})
-        except RuntimeError as error:
-            raise ReadError(f"does not fit the model: {error}") from error
+        load_tensors(module, found)
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], partial: bool = False) -> tuple[str, ...]:
+    """Load a state dict into a module. If it is refused, the module stays as it was.
+
+    Args:
+        tensors: buffers included; names are matched as by `matched`.
+        partial: take what a server sent: what is missing stays as it was, and the count of batches, which servers
+            average as if it were a weight, may be a fraction.
+
+    Returns:
+        The names that are missing.
+
+    Raises:
+        ReadError: names are missing or unexpected; a shape or type does not fit.
+    """
+    state = _state(module)
+    names = _match(tensors, state, state)
+    used = set(names.values())
+    missing = [name for name in state if name not in names]
+    extra = [name for name in tensors if name not in used]
+    parts = [f"missing {_listed(missing)}"] * (bool(missing) and not partial)
+    parts += [f"unexpected {_listed(extra)}"] * bool(extra)
+    values = {ours: tensors[theirs] for ours, theirs in names.items()}
+    for ours, theirs in names.items():
+        if partial and ours.split(".")[-1] == "num_batches_tracked":
+            values[ours] = values[ours].to(state[ours].dtype)
+        got, expected = values[ours], state[ours]
+        if got.shape != expected.shape:
+            parts.append(f"{_both(ours, theirs)} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+        elif (got.dtype in _FLOATING) != expected.is_floating_point() or got.is_complex():
+            parts.append(f"{_both(ours, theirs)} has type {got.dtype}, expected {expected.dtype}")
+    if parts:
+        raise ReadError(f"does not fit the model: {'; '.join(parts)}. Expected its whole state dict.")
+    try:
+        module.load_state_dict(values, strict=not partial)
+    except RuntimeError as error:
+        raise ReadError(f"does not fit the model: {error}") from error
+    return tuple(missing)
 
 
 @contextmanager
@@ -623,7 +645,7 @@ def _fitting(found: Matched, target: Target, partial: bool) -> Mapping[str, Tens
     unknown = [
         name
         for name in found.left_over
-        if name.split(".")[-1] not in _STATISTICS and not any(name.removeprefix(p) in known for p in prefixes)
+        if name.split(".")[-1] not in STATISTICS and not any(name.removeprefix(p) in known for p in prefixes)
     ]
     if not found.values or unknown or (found.missing and not partial):
         hint = " If layers were frozen or withheld, pass partial=True." if found.values and not unknown else ""

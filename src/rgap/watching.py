@@ -1,0 +1,161 @@
+"""Watch the gradients of a training as it runs, in PyTorch alone, without changing it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from rgap.federation import given
+from rgap.target import Target, fingerprint
+from rgap.update import Header, Update, UpdateError
+
+Take = Callable[[Mapping[str, Tensor]], None]
+"""Keeps a step that was begun, given its gradients by name; those that are not there are zero."""
+
+
+class Watched:
+    """What was seen so far: of each step its gradient, and the weights at which it was taken."""
+
+    def __init__(self, target: Target | None, keep: int | None):
+        self.steps = 0
+        """How many there were, those that are no longer kept included."""
+        self.failed: list[str] = []
+        """Why a step has no update, such as values that are not finite."""
+        self._target = target
+        self._kept: deque[tuple[Update, Mapping[str, Tensor]]] = deque(maxlen=keep)
+
+    @property
+    def updates(self) -> list[Update]:
+        """The gradients that are kept, in the order in which they came."""
+        return [update for update, _ in self._kept]
+
+    @property
+    def weights(self) -> list[Mapping[str, Tensor]]:
+        """The state dict of the model before each of these steps; empty if no model was given."""
+        return [weights for _, weights in self._kept if weights]
+
+    def target(self, at: int = -1) -> Target:
+        """The target as it was before a step: what `updates[at]` is to be attacked with.
+
+        Raises:
+            ValueError: `watch` was given no target.
+        """
+        if self._target is None:
+            raise ValueError("got no target, expected one: pass target=rgap.Target(...) to rgap.watch")
+        return given(self._target, self._kept[at][1])
+
+
+@contextmanager
+def watch(
+    watched: nn.Module | Optimizer,
+    target: Target | None = None,
+    model: nn.Module | None = None,
+    batch_size: int | None = None,
+    keep: int | None = 10,
+) -> Iterator[Watched]:
+    """Keep the gradients of the training steps in a with block; the training is bit for bit as it would be without.
+
+    An optimizer is watched at each step: what it gets is the gradient with all that was done to it, accumulated over
+    several passes, clipped, without the scale of mixed precision. A model is watched at each backward pass: what that
+    pass adds is kept, as it comes, a scaled loss and accumulation notwithstanding. An optimizer that takes a closure
+    calls for the gradient itself: watch its model.
+
+    Parameters that get no gradient have zeros; frozen ones, and those the optimizer does not have, are left out. A step
+    whose gradient is not finite is named in ``failed`` and not kept.
+
+    Args:
+        watched: an optimizer or a model.
+        target: for the update's header, and for `Watched.target`.
+        model: that the optimizer trains, which gives the parameters their names; by default the target's.
+        batch_size: of one step, for the header; by default the target's, else 1.
+        keep: the last so many steps are kept, each with a copy of the weights; None: all.
+
+    Raises:
+        ValueError: an optimizer without a model, or a model that does not hold its parameters.
+    """
+    module = watched if isinstance(watched, nn.Module) else model
+    if module is None and target is not None:
+        module = target.model
+    if module is None:
+        raise ValueError(
+            "an optimizer has no names for its parameters: pass model=, the model that it trains, or target="
+        )
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if isinstance(watched, Optimizer):
+        own = {id(p) for group in watched.param_groups for p in group["params"] if p.requires_grad}
+        trained = {name: p for name, p in trained.items() if id(p) in own}
+        if len(trained) < len(own):
+            raise ValueError(
+                f"the model holds {len(trained)} of the {len(own)} parameters of the optimizer, expected all: pass "
+                "model=, the very model that it trains"
+            )
+    seen = Watched(target, keep)
+    size = batch_size or (target.batch_size if target is not None else 1)
+    loss, shape = (None, None) if target is None else (target.loss.name, target.input_shape)
+
+    def begin() -> Take:
+        header = Header(size, loss, shape, fingerprint(module), module.training)
+        state = module.state_dict().items()
+        weights = {name: t.detach().clone() for name, t in state if isinstance(t, Tensor)}
+
+        def take(found: Mapping[str, Tensor]) -> None:
+            seen.steps += 1
+            values = {name: found[name] if name in found else torch.zeros_like(p) for name, p in trained.items()}
+            try:
+                seen._kept.append((Update(values, header), weights))
+            except UpdateError as error:
+                seen.failed.append(f"step {seen.steps}: {error}")
+
+        return take
+
+    if isinstance(watched, Optimizer):
+        handles = [watched.register_step_pre_hook(_step(trained, begin))]
+    else:
+        handles = _passes(trained, begin)
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _step(trained: Mapping[str, nn.Parameter], begin: Callable[[], Take]) -> Callable[[Optimizer, Any, Any], None]:
+    def step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer takes it off by itself
+        found = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        begin()(found if scale is None else {name: g / scale for name, g in found.items()})
+
+    return step
+
+
+def _passes(trained: Mapping[str, nn.Parameter], begin: Callable[[], Take]) -> list[RemovableHandle]:
+    """Hooks that take all gradients of a backward pass at its end, with the weights at its beginning: there are
+    trainings that step while the pass is going on.
+
+    `torch.autograd.graph.register_multi_grad_hook` would do, but makes `torch.autograd.grad` fail.
+    """
+    found: dict[str, Tensor] = {}
+    running = None
+
+    def see(name: str, gradient: Tensor) -> None:
+        nonlocal running
+        now = torch._C._current_graph_task_id()
+        if now != running:
+            found.clear()  # of a pass that failed
+            running = now
+            torch.autograd.Variable._execution_engine.queue_callback(partial(end, begin()))
+        found[name] = gradient.detach().clone()
+
+    def end(take: Take) -> None:
+        take(found)
+        found.clear()
+
+    return [p.register_hook(partial(see, name)) for name, p in trained.items()]  # type: ignore[no-untyped-call]
