@@ -62,7 +62,8 @@ def _lines(rows: Sequence[Row], x: str, y: str) -> Figure:
             ax.axhline(getattr(across, y), linestyle="--", linewidth=1, color=colour, label=label)
     if every and min(every) > 0 and max(every) > 30 * min(every):
         ax.set_xscale("log")
-    if y in ("mse", "seconds", "cost"):
+    heights = [getattr(group, y) for groups in series.values() for group in groups]
+    if y in ("mse", "seconds", "cost") and any(height > 0 for height in heights):
         ax.set_yscale("log")
     elif y in ("exact", "recognisable"):
         ax.set_ylim(-0.03, 1.03)
