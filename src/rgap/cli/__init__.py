@@ -13,6 +13,7 @@ COMMANDS = {
     "attack": "Reconstruct the input behind one update file.",
     "audit": "Attack a model on pictures and show what comes out.",
     "capture": "Write the update that a client with one picture would send.",
+    "federation": "Attack what the server of a federation was sent, round by round.",
     "rank": "Count and measure which layer protects the input, before any update.",
     "sweep": "Run a plan of many attacks, and show what came out.",
     "reproduce": "Compute a table or figure of the paper again, beside the paper's numbers.",

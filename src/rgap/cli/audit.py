@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,12 @@ def command(
     interrupted audit goes on when the same command is given again.
     """
     protocol = make_protocol(named)
-    chosen = _attacks(attack, iterations, restarts, polish)
+    chosen = make_attacks(attack, iterations, restarts, polish)
     swept = _defences(defences)
     accounting = _accounting(dp_rate, dp_steps, dp_delta)
     target = make_target(**named)
     samples = _samples(target, folder, count)
     out.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     about = {
         "model": named["model"],
         "data": "built-in photographs" if folder is None else str(folder),
@@ -128,20 +127,12 @@ def command(
             progress=step,
         )
 
-    with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
-        task = progress.add_task("starting", total=None)
-        at = [""]
-
-        def step(now: Step) -> None:
-            at[0] = now.what
-            progress.update(task, description=now.what, completed=now.done, total=now.total)
-
-        with watching(lambda tick: progress.update(task, description=f"{at[0]}: {said(tick)}")):
-            try:
-                result, interrupted = run(step), False
-            except Interrupted as error:
-                result, interrupted = error.audit, True
-    _write(result, out)
+    with shown(as_json) as step:
+        try:
+            result, interrupted = run(step), False
+        except Interrupted as error:
+            result, interrupted = error.audit, True
+    write(result, out, "audit")
     if as_json:
         click.echo(json.dumps(result.to_dict()))
     else:
@@ -153,7 +144,27 @@ def command(
         raise click.exceptions.Exit(FAILED)
 
 
-def _attacks(names: tuple[str, ...], iterations: int | None, restarts: int | None, polish: bool) -> tuple[Attack, ...]:
+@contextmanager
+def shown(quiet: bool) -> Iterator[Callable[[Step], None]]:
+    """A bar over the steps of an audit, with how far the attack of the moment has come."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=None)
+        present = ""
+
+        def step(now: Step) -> None:
+            nonlocal present
+            present = now.what
+            progress.update(task, description=now.what, completed=now.done, total=now.total)
+
+        with watching(lambda tick: progress.update(task, description=f"{present}: {said(tick)}")):
+            yield step
+
+
+def make_attacks(
+    names: tuple[str, ...], iterations: int | None, restarts: int | None, polish: bool
+) -> tuple[Attack, ...]:
     """Those that were named, else all that an audit runs."""
     if names:
         return tuple(make_attack(name, iterations, restarts, polish) for name in names)
@@ -185,10 +196,12 @@ def _samples(target: Target, folder: Path | None, count: int) -> Images:
     return data.folder(folder, size=shape[1], channels=shape[0], limit=count)
 
 
-def _write(result: Audit, out: Path) -> None:
-    result.save(out / "audit.json")
-    result.render(out / "audit.html")
-    side_by_side(result, out / "audit.png")
+def write(result: Audit, out: Path, name: str) -> None:
+    """The report, its numbers and, of pictures, a picture: NAME.html, NAME.json and NAME.png."""
+    result.save(out / f"{name}.json")
+    result.render(out / f"{name}.html")
+    if is_picture(result.shape):
+        side_by_side(result, out / f"{name}.png")
 
 
 def _show(result: Audit, out: Path) -> None:
