@@ -1,4 +1,4 @@
-.PHONY: audit federation test lint bench bench-compact
+.PHONY: audit federation test lint docs bench bench-compact
 
 # One stamp file: the environment is made again when the requirements change, and only then.
 .venv/ready: pyproject.toml constraints.txt
@@ -21,6 +21,10 @@ lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy --strict src
+
+# To site/index.html. Strict: a dead link is an error.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
 
 # DATA holds cifar10/ and mnist/, one subfolder of pictures for each class.
 bench: .venv/ready
