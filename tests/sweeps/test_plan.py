@@ -131,6 +131,14 @@ def test_pictures_and_weights_are_named_by_their_values(tmp_path: Path) -> None:
     assert set(weighed.supplies().weights) == needed
 
 
+def test_what_a_plan_says_makes_the_same_plan(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text(WHOLE)
+    plan = Plan.load(tmp_path / "plan.toml")
+    again = Plan.of(plan.said, tmp_path)
+    assert again == plan
+    assert keys(again) == keys(plan)
+
+
 def test_all_strengths_of_a_defence() -> None:
     from rgap.defences import Quantise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -74,6 +75,21 @@ def test_a_worker_that_is_killed_loses_nothing(folder: Path, alone: dict[str, di
     assert "12 jobs: 12 done" in said
     assert same_but_for_the_model(outcomes(store), alone)
     assert attempts(store) == [1] * 12  # the run itself had no need to begin any of them again
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_that_is_interrupted_gives_back_what_it_had_taken(folder: Path, count: int) -> None:
+    plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
+    run = start(folder, str(plan), "--workers", str(count))
+    until(lambda: done(store) >= 1)
+    run.send_signal(signal.SIGINT)
+    said = ended(run, code=130)
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    with SweepStore(store, make=False) as opened:
+        counts = opened.counts()
+    assert counts["taken"] == counts["failed"] == 0
+    assert 1 <= counts["done"] < 12
 
 
 def test_the_workers_of_a_run_that_is_killed_do_not_stay(folder: Path) -> None:

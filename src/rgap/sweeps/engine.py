@@ -28,6 +28,7 @@ Outcome = Mapping[str, Any] | str | None
 
 AHEAD = 3
 """Jobs for each worker that are on their way: one that is done and two that it can go on with."""
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 KILLED = "KilledWorker: every worker that began this job died, by want of memory or by a signal"
 RETURN = 600.0
 """Seconds to wait for a scheduler that is gone."""
@@ -133,8 +134,14 @@ class Cluster(Engine):
         need a certificate that is made anew each time."""
         # Workers that leave are what this is for; their farewells are not for the user.
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
-        # A job that kills is found out by itself, see `get`: one more try tells enough.
-        with importlib.import_module("dask").config.set({"distributed.scheduler.allowed-failures": 1}):
+        settings = {
+            # A job that kills is found out by itself, see `get`: one more try tells enough.
+            "distributed.scheduler.allowed-failures": 1,
+            # Without Dask's own setting of malloc, by which workers give memory back at once: jobs that make and free
+            # tensors of some megabytes then wait for the system to clear new pages most of the time.
+            "distributed.nanny.pre-spawn-environ": {name: "1" for name in THREADS},
+        }
+        with importlib.import_module("dask").config.set(settings):
             return self._dask.LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,

@@ -39,6 +39,8 @@ class PlanError(ValueError):
 _NUMBER: dict[str, Any] = {"type": "number"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 1}
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_NONE: dict[str, Any] = {"type": "null"}
+"""From Python alone: TOML has no such value."""
 
 
 def _list(items: dict[str, Any]) -> dict[str, Any]:
@@ -53,13 +55,13 @@ def _table(required: Sequence[str] = (), **properties: dict[str, Any]) -> dict[s
 _TARGET = {
     "input_shape": _list(_COUNT),
     "value_range": {"oneOf": [{"const": "none"}, {**_list(_NUMBER), "minItems": 2, "maxItems": 2}]},
-    "loss": _TEXT,
+    "loss": {"oneOf": [_TEXT, _NONE]},
 }
 SCHEMA = _table(
     ("models", "attacks"),
     models=_list({"oneOf": [_TEXT, _table(("name",), name=_TEXT, weights=_TEXT, **_TARGET)]}),
     seeds=_list({"type": "integer"}),
-    widths=_list(_COUNT),
+    widths=_list({"oneOf": [_COUNT, _NONE]}),
     stages=_list({"type": "integer", "minimum": 0}),
     attacks=_list({"oneOf": [_TEXT, _table(
         ("name",), name=_TEXT, iterations=_COUNT, restarts=_COUNT, polish={"type": "boolean"},
@@ -68,7 +70,7 @@ SCHEMA = _table(
         ("name",), name=_TEXT, strengths={"oneOf": [{"const": "all"}, _list(_NUMBER)]},
     )]}),
     noise_seed={"type": "integer"},
-    images=_table(data=_TEXT, count=_COUNT),
+    images=_table(data={"oneOf": [_TEXT, _NONE]}, count=_COUNT),
     training=_table(rate={"type": "number", "exclusiveMinimum": 0}, batch=_COUNT, images=_COUNT),
     **_TARGET,
 )  # fmt: skip
