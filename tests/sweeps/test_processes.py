@@ -232,6 +232,7 @@ def test_a_scheduler_that_comes_back_is_gone_on_with(
     until(lambda: answers(port))
     begin("worker")
     said = ended(run)
+    assert "is gone: waiting for it" in said
     assert "12 jobs: 12 done" in said
     assert same_but_for_the_model(outcomes(store), alone)
 

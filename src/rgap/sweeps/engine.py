@@ -6,6 +6,7 @@ another one, where a process pool would lose all that it was given.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import math
@@ -21,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from rgap.sweeps.store import SweepError
-from rgap.sweeps.work import NotSupplied, Supplies, do, supply
+from rgap.sweeps.work import NotSupplied, Supplies, do, supply, withdraw
 
 Outcome = Mapping[str, Any] | str | None
 """What a job found, the text of what went wrong, or None: it was lost with its worker, and is to be done again."""
@@ -66,7 +67,8 @@ class Here(Engine):
     """One job at a time, in this process."""
 
     def __init__(self, supplies: Supplies):
-        supply(supplies)
+        self._name = uuid.uuid4().hex
+        supply(self._name, supplies)
         self._jobs: deque[tuple[str, Mapping[str, Any]]] = deque()
 
     def room(self) -> int:
@@ -86,6 +88,7 @@ class Here(Engine):
 
     def close(self) -> None:
         self._jobs.clear()
+        withdraw(self._name)
 
 
 class Cluster(Engine):
@@ -116,6 +119,7 @@ class Cluster(Engine):
             ) from error
         self._gone = (OSError, TimeoutError, self._dask.comm.core.CommClosedError)
         self._equip = importlib.import_module("rgap.sweeps.equip").Equip
+        self._name = f"rgap-{uuid.uuid4().hex}"
         self._supplies, self._address, self._notice = supplies, address, notice
         self._ended: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._begun: dict[str, Any] = {}
@@ -123,7 +127,7 @@ class Cluster(Engine):
         self._suspects: list[str] = []
         """Jobs whose workers died. They are done at the end, one by one, to see which of them kills."""
         self._on_trial: str | None = None
-        self._places, self._counted = 1, -math.inf
+        self._places, self._counted, self._waiting = 1, -math.inf, False
         self._local: Any = None
         if address is None:
             self._local = self._own(workers)
@@ -175,7 +179,7 @@ class Cluster(Engine):
             where = {"scheduler_file": self._address}
         client = self._dask.Client(**where, set_as_default=False, timeout=5)
         try:
-            client.register_plugin(self._equip(self._supplies), name=f"rgap-{uuid.uuid4().hex}")
+            client.register_plugin(self._equip(self._name, self._supplies), name=self._name)
         except BaseException as error:
             client.close(timeout=5)
             if isinstance(error, (ImportError, AttributeError)):
@@ -190,6 +194,9 @@ class Cluster(Engine):
             return 0
         if time.monotonic() - self._counted > 1.0:
             self._places, self._counted = self._threads(), time.monotonic()
+            if not self._places and not self._waiting:
+                self._notice(f"the scheduler at {self._address} has no workers: waiting for the first")
+            self._waiting = not self._places
         return max(1, AHEAD * self._places) - len(self._begun)
 
     def _threads(self) -> int:
@@ -260,6 +267,8 @@ class Cluster(Engine):
 
     def close(self) -> None:
         self._begun.clear()
+        with contextlib.suppress(*self._gone, ValueError):  # a scheduler that was started anew does not know the name
+            self._client.unregister_worker_plugin(self._name)
         self._client.close(timeout=10)
         if self._local is not None:
             self._local.close(timeout=10)

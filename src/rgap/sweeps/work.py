@@ -45,16 +45,29 @@ class NotSupplied(LookupError):
     """A worker was given a job before what the job needs."""
 
 
-_SUPPLIES = Supplies()
+_SUPPLIES: dict[str, Supplies] = {}
+"""By the name of the run that they are for."""
 # A process works at one job at a time: torch's number of threads and its random state belong to the whole process.
 _ONE = threading.Lock()
 
 
-def supply(supplies: Supplies) -> None:
-    """Give this process what its jobs will need, beside what it has."""
-    _SUPPLIES.pictures.update(supplies.pictures)
-    _SUPPLIES.training.update(supplies.training)
-    _SUPPLIES.weights.update(supplies.weights)
+def supply(run: str, supplies: Supplies) -> None:
+    """Give this process what the jobs of a run will need."""
+    _SUPPLIES[run] = supplies
+
+
+def withdraw(run: str) -> None:
+    """Forget what was for this run."""
+    _SUPPLIES.pop(run, None)
+
+
+def _found(kind: str, digest: str) -> Any:
+    """A supply by its SHA-256, whichever run it is for."""
+    for supplies in list(_SUPPLIES.values()):
+        held = getattr(supplies, kind)
+        if digest in held:
+            return held[digest]
+    raise NotSupplied(f"got no {kind} {digest[:12]} in this process, expected them before the job")
 
 
 def do(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,14 +83,12 @@ def do(spec: Mapping[str, Any]) -> dict[str, Any]:
         NotSupplied: see `supply`.
     """
     with _ONE, _one_thread():
-        if spec["picture"] not in _SUPPLIES.pictures:
-            raise NotSupplied(f"no picture {spec['picture'][:12]} here")
         return plain(_do(spec))
 
 
 def _do(spec: Mapping[str, Any]) -> dict[str, Any]:
     target, accuracy = _target(canonical(spec["target"]))
-    truth, label = _SUPPLIES.pictures[spec["picture"]][None], float(spec["label"])
+    truth, label = _found("pictures", spec["picture"])[None], float(spec["label"])
     said, asked = spec["defence"], spec["attack"]
     attack = by_name(asked["name"], asked["iterations"], asked["restarts"], asked["polish"])
     obstacle = attack.obstacle(target, 1)
@@ -101,11 +112,11 @@ def _target(said: str) -> tuple[Target, float | None]:
     shape = tuple(spec["input_shape"])
     model = make(spec["model"], shape, spec["seed"], spec["width"])
     if spec["weights"] is not None:
-        load_tensors(model, from_bytes(_SUPPLIES.weights[spec["weights"]]))
+        load_tensors(model, from_bytes(_found("weights", spec["weights"])))
     loss = losses.for_model(model, shape, spec["loss"])
     accuracy = None
     if spec["stage"]:
-        inputs, labels = _SUPPLIES.training[spec["training"]["pictures"]]
+        inputs, labels = _found("training", spec["training"]["pictures"])
         rate, batch = spec["training"]["rate"], spec["training"]["batch"]
         train(model, loss, inputs, labels, spec["stage"], rate, batch, spec["seed"])
         with torch.no_grad():
