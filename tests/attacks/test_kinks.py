@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
-from rgap import Target, capture, data, losses, models
+from rgap import Protocol, Target, capture, data, losses, models, score
+from rgap.attacks import Recursive, Status, recursive
 from rgap.attacks.kinks import settle, step_over
+from rgap.protocol import Sends
 
 
 def small() -> tuple[Target, torch.Tensor]:
@@ -68,3 +73,17 @@ def test_an_input_that_agrees_is_left_alone() -> None:
     gradients = {name: g.double() for name, g in capture(target, x, label).gradients.items()}
     settled = settle(target.network, gradients, x, k_of(target, x, label), 1e-8)
     assert torch.equal(settled, x)
+
+
+@pytest.mark.parametrize("eps", [2.0**-52, 2.0**-23, 1e-5, 1e-4, 1e-3])
+def test_sides_are_looked_for_wherever_an_answer_would_be_refused(eps: float) -> None:
+    """However coarse the gradient: an answer is judged by the root of its rounding."""
+    assert recursive.settled(eps) < math.sqrt(eps)
+
+
+def test_the_coarse_gradient_of_a_weight_difference_settles_its_sides() -> None:
+    target = Target(models.cnn6(), losses.Logistic(), (3, 32, 32), (0.0, 1.0))
+    x, protocol = data.photographs(1).inputs, Protocol(Sends.DIFFERENCE, learning_rate=0.05)
+    found = Recursive()(target, capture(target, x, torch.tensor([-1.0]), protocol))
+    assert found.status is Status.EXACT
+    assert score(found, x).psnr[0] > 50

@@ -44,9 +44,10 @@ MOST, CANDIDATES = 64, 2
 def settled(eps: float) -> float:
     """A gradient residual below this leaves no unit to look for on the other side of its kink.
 
-    It is some hundred roundings of the gradient, and not less than float64 solves reach on conditions of 1e6.
+    It is some hundred roundings of the gradient, and not less than float64 solves reach on conditions of 1e6. Where the
+    gradient is coarse, as that of a weight difference is, it is below what an answer is judged by, the root of eps.
     """
-    return max(200 * eps, 1e-10)
+    return max(min(200 * eps, math.sqrt(eps) / 2), 1e-10)
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,7 +75,7 @@ def command(
                 "data": f"{folder}, {own}",
                 "command": "rgap " + shlex.join(sys.argv[1:]),
             }
-            clients = {f"node {node}": update for node, update in updates.items()}
+            clients = {f"node {node}": update for node, update in sorted(updates.items())}
             with shown(as_json) as step:
                 try:
                     result = audit_updates(
