@@ -28,6 +28,10 @@ FAILED = 4
 """Exit code when jobs of the plan have failed."""
 EVERY = 30.0
 """Seconds between two lines of progress where there is no window."""
+COLUMNS = ("jobs", "exact", "recog-\nnisable", "PSNR dB", "MSE", "change", "seconds")
+ROOMY = 100
+"""Columns of text from which on all of them have room."""
+NONE = "-"
 WIDE = 160
 """Columns of text that goes to a file: there is no window that it must fit."""
 
@@ -113,7 +117,7 @@ def show(store: Path, by: str | None, plot: Path | None, x: str | None, y: str, 
     axes = tuple(name.strip() for name in by.split(",")) if by else axes_of(rows)
     groups = grouped(rows, axes)
     if plot is not None:
-        draw(rows, plot, x, y)
+        draw(rows, plot, x, y, axes if by else None)
     if as_json:
         said = [{**dict(zip(axes, g.values, strict=True)), **plain(asdict(g))} for g in groups]
         click.echo(json.dumps([{key: value for key, value in each.items() if key != "values"} for each in said]))
@@ -191,27 +195,34 @@ def _report(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> None:
     if not console.is_terminal:
         console = Console(width=WIDE)
     table = Table(title="What came out", title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
-    for name in axes:
+    strong = "defence" in axes and "strength" in axes  # in one column, to leave room
+    named = [name for name in axes if not (strong and name == "strength")]
+    for name in named:
         table.add_column(name, no_wrap=True, justify="right" if name in NUMERIC else "left")
-    for name in ("jobs", "exact", "recognisable", "PSNR dB", "MSE", "change", "seconds"):
+    columns = COLUMNS if console.width >= ROOMY else COLUMNS[:-2]
+    for name in columns:
         table.add_column(name, no_wrap=True, justify="right")
     for group in grouped(rows, axes):
-        table.add_row(*(_cell(value) for value in group.values), *_figures(group))
+        cells = {name: _cell(value) for name, value in zip(axes, group.values, strict=True)}
+        if strong and cells["strength"] != NONE:
+            cells["defence"] += f" {cells['strength']}"
+        table.add_row(*(cells[name] for name in named), *_figures(group)[: len(columns)])
     console.print(table, highlight=False, markup=False)
 
 
 def _figures(group: Group) -> list[str]:
+    """As in `COLUMNS`."""
     left, failed = group.jobs - group.done - group.failed, group.failed
     jobs = f"{group.jobs}" + (f", {left} left" if left else "") + (f", {failed} failed" if failed else "")
     if group.done and not group.applied:
-        return [jobs, "does not apply", *["-"] * 5]
-    shares = [f"{share:.0%}" if not math.isnan(share) else "-" for share in (group.exact, group.recognisable)]
+        return [jobs, "does not apply", *[NONE] * 5]
+    shares = [f"{share:.0%}" if not math.isnan(share) else NONE for share in (group.exact, group.recognisable)]
     numbers = ((group.psnr, ".0f"), (group.mse, ".0e"), (group.cost, ".0e"), (group.seconds, ".2f"))
-    return [jobs, *shares, *("-" if math.isnan(value) else format(value, form) for value, form in numbers)]
+    return [jobs, *shares, *(NONE if math.isnan(value) else format(value, form) for value, form in numbers)]
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return NONE if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _ended(found: Summary, store: Path, failures: list[tuple[str, int]]) -> None:

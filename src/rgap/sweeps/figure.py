@@ -13,16 +13,27 @@ from matplotlib.figure import Figure
 from rgap.files import write_atomically
 from rgap.sweeps.summary import MEASURES, NUMERIC, Group, Row, axes_of, grouped
 
+MARKERS = "osv^D"
+"""After ten lines colours begin again, with another marker."""
+BESIDE = 6
+"""With more lines than these the legend stands beside the picture."""
 EXACT, SEEN = "#7a1f3d", "#d9a5b3"
 
 
-def draw(rows: Sequence[Row], path: str | Path, x: str | None = None, y: str = "recognisable") -> None:
+def draw(
+    rows: Sequence[Row],
+    path: str | Path,
+    x: str | None = None,
+    y: str = "recognisable",
+    by: Sequence[str] | None = None,
+) -> None:
     """Write a picture of the rows.
 
     Args:
         path: ending in .png, .svg or .pdf.
         x: an axis of `NUMERIC`; None: the one that varies, or bars if none does.
         y: one of `MEASURES`.
+        by: axes; a line or a bar for each combination of them. None: those that vary.
 
     Raises:
         ValueError: an axis, a figure or an ending that is not known, or there is nothing to draw.
@@ -38,26 +49,29 @@ def draw(rows: Sequence[Row], path: str | Path, x: str | None = None, y: str = "
     if not shown:
         raise ValueError("nothing to draw: no job is done whose attack applies")
     x = x or next((name for name in reversed(NUMERIC) if name in axes_of(shown)), None)
-    figure = _bars(shown) if x is None else _lines(shown, x, y)
+    by = axes_of(shown) if by is None else by
+    figure = _bars(shown, by) if x is None else _lines(shown, x, y, [name for name in by if name != x])
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:])
     write_atomically(path, buffer.getvalue())
 
 
-def _lines(rows: Sequence[Row], x: str, y: str) -> Figure:
+def _lines(rows: Sequence[Row], x: str, y: str, by: Sequence[str]) -> Figure:
     """A line for each combination of the other axes; what has no value on the axis is drawn across."""
-    by = [name for name in axes_of(rows) if name != x]
     series: dict[tuple[Any, ...], list[Group]] = {}
     for group in grouped(rows, [*by, x]):
         series.setdefault(group.values[:-1], []).append(group)
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained", dpi=150)
+    beside = len(series) > BESIDE
+    figure = Figure(figsize=(9.6 if beside else 6.4, max(4.0, 0.19 * len(series))), layout="constrained", dpi=150)
     ax = figure.subplots()
     every = [group.values[-1] for groups in series.values() for group in groups if group.values[-1] is not None]
     for number, (values, groups) in enumerate(series.items()):
-        label, colour = _named(by, values), f"C{number % 10}"
+        label, colour, marker = _named(by, values), f"C{number % 10}", MARKERS[number // 10 % len(MARKERS)]
         points = sorted((g.values[-1], getattr(g, y)) for g in groups if g.values[-1] is not None)
         if points:
-            ax.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=4, color=colour, label=label)
+            ax.plot(
+                [p[0] for p in points], [p[1] for p in points], marker=marker, markersize=4, color=colour, label=label
+            )
         for across in (g for g in groups if g.values[-1] is None):
             ax.axhline(getattr(across, y), linestyle="--", linewidth=1, color=colour, label=label)
     if every and min(every) > 0 and max(every) > 30 * min(every):
@@ -71,13 +85,15 @@ def _lines(rows: Sequence[Row], x: str, y: str) -> Figure:
     ax.set_xlabel({"stage": "epochs trained"}.get(x, x))
     ax.set_ylabel(MEASURES[y])
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7)
+    if beside:
+        figure.legend(fontsize=7, loc="outside right upper")
+    else:
+        ax.legend(fontsize=7)
     return figure
 
 
-def _bars(rows: Sequence[Row]) -> Figure:
+def _bars(rows: Sequence[Row], by: Sequence[str]) -> Figure:
     """Shares of each group, exact ones dark."""
-    by = axes_of(rows)
     groups = grouped(rows, by)
     figure = Figure(figsize=(6.4, 0.9 + 0.34 * len(groups)), layout="constrained", dpi=150)
     ax = figure.subplots()
