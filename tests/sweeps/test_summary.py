@@ -95,6 +95,11 @@ def test_axes_and_words_are_in_the_figure(tmp_path: Path) -> None:
     draw(noisy(), tmp_path / "p.svg")
     drawn = (tmp_path / "p.svg").read_text()
     assert "<svg" in drawn
+    for by, labels in ((None, ("none", "Noise")), (("model",), ("m",))):
+        draw(noisy(), tmp_path / "p.svg", "strength", "psnr", by)
+        drawn = (tmp_path / "p.svg").read_text()
+        assert all(f"<!-- {label} -->" in drawn for label in labels)
+        assert by is None or "<!-- Noise -->" not in drawn
     draw([row(model="one"), row(model="two", level="recognisable")], tmp_path / "bars.png")
     draw([row(width=w, model=m) for w in (10, 20) for m in ("one", "two")], tmp_path / "w.pdf", "width", "psnr")
     assert (tmp_path / "w.pdf").read_bytes().startswith(b"%PDF")
