@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from rgap import Protocol, Target, Update, UpdateError, capture, losses, models, score
 from rgap.attacks import Closed, Status
+from rgap.attacks.base import gradient_residual
+from rgap.data import photographs
 from rgap.protocol import Optimiser, Sends
 from rgap.update import Header
 
@@ -148,6 +150,15 @@ def test_a_plain_gradient_is_given_back_as_it_is() -> None:
     target = make_target()
     sent = capture(target, *batch(1))
     assert sent.undone(target) == (sent, ())
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1, 0.01, 1e-3])
+def test_however_coarse_a_difference_another_picture_does_not_reproduce_it(rate: float) -> None:
+    """The smaller the step, the less of it the weights' rounding leaves; a picture a tenth too dark is another one."""
+    target = Target(models.cnn6(), losses.Logistic(), (3, 32, 32), (0.0, 1.0))
+    x, y = photographs(1).inputs, torch.tensor([-1.0])
+    plain, _ = capture(target, x, y, Protocol(DIFFERENCE, 1, rate)).undone(target)
+    assert gradient_residual(target, plain, x, y) <= plain.tolerance < gradient_residual(target, plain, 0.9 * x, y)
 
 
 def test_clients_are_still_counted_when_the_rest_is_undone() -> None:

@@ -217,7 +217,10 @@ class DPSGD(Defence):
 
     norm: float = 1.0
     multiplier: float = 1.0
-    about: ClassVar[str] = "Clips the update and adds normal noise in proportion: differential privacy for the update."
+    about: ClassVar[str] = (
+        "Clips the update and adds normal noise of a fixed size: differential privacy for the update, worth what its "
+        "epsilon is worth."
+    )
     strength_name: ClassVar[str] = "multiplier"
     levels: ClassVar[tuple[float, ...]] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 

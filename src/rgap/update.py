@@ -24,6 +24,9 @@ FORMAT = 1
 
 
 PLAIN = Protocol()
+LOOSEST = 2.0**-5
+"""A tolerance is never above this, that of float16: at a residual of 0.1 are pictures that are a tenth too dark, and
+others of 19 dB, which nobody would call the same."""
 
 
 class UpdateError(ValueError):
@@ -90,8 +93,8 @@ class Update:
 
     @property
     def tolerance(self) -> float:
-        """How well a recomputed gradient must agree with this one, relatively: the square root of its rounding."""
-        return math.sqrt(self.precision)
+        """How well a recomputed gradient must agree with this one, relatively."""
+        return tolerated(self.precision)
 
     @property
     def norm(self) -> float:
@@ -196,6 +199,11 @@ class Update:
         except UpdateError as error:
             raise UpdateError(f"{path}: {error}") from None
         return update
+
+
+def tolerated(precision: float) -> float:
+    """The tolerance for a gradient of this precision: the square root of its rounding, and never above `LOOSEST`."""
+    return min(math.sqrt(precision), LOOSEST)
 
 
 def _header(said: str | None, path: Path) -> Header:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
-from rgap import Protocol, Target, capture, data, losses, models, score
+from rgap import Protocol, Target, Update, capture, data, losses, models, score
 from rgap.attacks import Recursive, Status, recursive
 from rgap.attacks.kinks import settle, step_over
 from rgap.protocol import Sends
+from rgap.update import Header
 
 
 def small() -> tuple[Target, torch.Tensor]:
@@ -75,10 +74,11 @@ def test_an_input_that_agrees_is_left_alone() -> None:
     assert torch.equal(settled, x)
 
 
-@pytest.mark.parametrize("eps", [2.0**-52, 2.0**-23, 1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("eps", [2.0**-52, 2.0**-23, 1e-5, 1e-4, 1e-3, 1e-2, 0.1])
 def test_sides_are_looked_for_wherever_an_answer_would_be_refused(eps: float) -> None:
-    """However coarse the gradient: an answer is judged by the root of its rounding."""
-    assert recursive.settled(eps) < math.sqrt(eps)
+    """However coarse the gradient."""
+    update = Update({"weight": torch.ones(1, dtype=torch.float64)}, Header(precision=eps))
+    assert recursive.settled(eps) < update.tolerance
 
 
 def test_the_coarse_gradient_of_a_weight_difference_settles_its_sides() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rgap import Target, capture, data, losses, score
+from rgap import Target, capture, data, losses, models, score
 from rgap.attacks import Recursive, Status, Virtual
 from rgap.attacks.fading import smoothness
 from rgap.attacks.joint import Known, Point, Problem
@@ -28,6 +28,20 @@ def narrow(activation: nn.Module, bias: bool = False, seed: int = 0, size: int =
         )  # fmt: skip
         model(torch.zeros(1, 1, size, size))
     return Target(model.double(), LOSS, (1, size, size), (0.0, 1.0))
+
+
+def test_a_joint_solve_goes_on_until_only_rounding_is_left() -> None:
+    """The first photograph has a unit that changes its side at the last step: the gradient agrees to 2e-5 there, which
+    is near enough to stop and a hundred times the rounding. The estimated error must be the true one, about."""
+    target = Target(models.cnn6_d(), LOSS, (3, 32, 32), (0.0, 1.0))
+    pictures = data.photographs(2)
+    for x, label in zip(pictures.inputs, (-1.0, 1.0), strict=True):
+        found = Virtual()(target, capture(target, x[None], torch.tensor([label])))
+        (answer, *_) = found.answers
+        assert found.status is Status.EXACT
+        assert answer.joint is not None
+        error = float((answer.inputs.double() - x.double()).square().mean().sqrt())
+        assert error / 3 < answer.error < 10 * error
 
 
 def problem(target: Target, x: torch.Tensor, depth: int) -> tuple[Problem, torch.Tensor]:

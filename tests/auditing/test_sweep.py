@@ -118,8 +118,10 @@ def test_clipping_hides_nothing_of_a_linear_layer_with_a_bias() -> None:
 
 
 def test_epsilon_is_given_only_where_it_is_counted() -> None:
-    (plain,) = run(DPSGD(), count=1).sweeps
+    audited = run(DPSGD(), count=1)
+    (plain,) = audited.sweeps
     assert {point.epsilon for point in plain.points} == {None}
+    assert ["no epsilon was counted" in advice.why for advice in audited.verdict.advice] == [True]
     counted = Accounting(0.01, 100)
     (noise,) = run(GaussianNoise(), count=1, accounting=counted).sweeps
     assert {point.epsilon for point in noise.points} == {None}

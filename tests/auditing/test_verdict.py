@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -131,3 +132,26 @@ def test_advice_is_what_closed_the_leak_the_cheapest_first() -> None:
     assert "0.5" in advice[0].what
     assert (advice[0].before.recovered, advice[0].after.gradient_error) == (1.0, 0.1)
     assert said("not recovered", sweeps=sweeps).advice == ()
+
+
+@pytest.mark.parametrize(
+    ("private", "epsilon", "caveat"),
+    [
+        (True, 5e7, "next to nothing"),
+        (True, math.inf, "next to nothing"),
+        (True, 10.5, "next to nothing"),
+        (True, 10.0, None),
+        (True, 0.5, None),
+        (True, None, "no epsilon was counted"),
+        (False, None, None),
+    ],
+)
+def test_a_weak_guarantee_is_not_left_to_be_taken_for_a_strong_one(
+    private: bool, epsilon: float | None, caveat: str | None
+) -> None:
+    off, on = Point(0.0, 90.0, 1.0, 1.0, 0.0), Point(0.5, 9.0, 0.1, 0.0, 0.2, epsilon)
+    (advice,) = said("exact", sweeps=(Sweep("Noise", "strength", "Differential privacy.", (off, on), private),)).advice
+    assert advice.why.startswith("Differential privacy.")
+    assert (advice.why == "Differential privacy.") is (caveat is None)
+    assert caveat is None or caveat in advice.why
+    assert ("attacks tried" in advice.why) is (caveat is not None)

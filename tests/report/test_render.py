@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from sample_audits import AUDITS, HOSTILE, Audit, closed, empty, hostile, partial, result, rich
 
 import rgap.report
+from rgap.auditing.results import EXACT_PSNR
 from rgap.report import ReportError, charts, digest, reading, render, words, write
 
 VOID = {"meta", "link", "img", "br", "line", "rect", "circle"}
@@ -141,6 +142,40 @@ def test_everything_needed_to_run_it_again(page: Page) -> None:
     assert "Each client sends the gradient of one batch of 1 sample." in page.text
 
 
+@pytest.mark.parametrize("clients", [1, 2])
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize(
+    ("sends", "steps", "rate"), [("gradient", 1, None), ("difference", 1, 0.1), ("difference", 5, 0.1)]
+)
+def test_the_protocol_in_words(sends: str, steps: int, rate: float | None, summed: bool, clients: int) -> None:
+    said = {"sends": sends, "steps": steps, "learning_rate": rate, "optimiser": "adam", "summed": summed}
+    sentences = re.findall(r"[^ ].*?[a-z]\.", words.protocol(said | {"clients": clients}, 4))
+    first = {
+        ("gradient", 1): "Each client sends the gradient of one batch of 4 samples.",
+        (
+            "difference",
+            1,
+        ): "Each client sends how far its weights have moved after 1 step of adam with a learning rate of "
+        "0.1, on a batch of 4 samples.",
+        (
+            "difference",
+            5,
+        ): "Each client sends how far its weights have moved after 5 steps of adam with a learning rate "
+        "of 0.1, each on the same batch of 4 samples.",
+    }[sends, steps]
+    second = ["The loss is summed over the batch, not averaged."] * summed
+    assert sentences == [first, *second, *["The server sees only the average over 2 clients."] * (clients - 1)]
+
+
+def test_the_words_for_exact_are_what_counts_as_exact(page: Page) -> None:
+    assert f"its PSNR is {EXACT_PSNR:g} dB or more" in page.text
+    assert "no other one explains it" not in page.text
+
+
+def test_attacks_are_not_said_to_have_had_the_same_samples(page: Page) -> None:
+    assert "the rows need not be of the same samples" in page.text
+
+
 def test_attacks_that_did_not_apply_say_why(page: Page) -> None:
     assert "Bias : no Linear layer with a bias reads the input" in page.text
 
@@ -179,7 +214,7 @@ def test_inputs_that_are_no_pictures() -> None:
     assert "No attack gave a result." in page.text
     assert "bn1: batch norm in training mode" in page.text
     assert "after 5 steps of sgd with a learning rate of 0.1" in page.text
-    assert "only the sum over 10 clients" in page.text
+    assert "The loss is summed over the batch, not averaged. The server sees only the average over 10" in page.text
 
 
 @pytest.mark.parametrize(("count", "shown"), [(1, 1), (24, 24), (25, 24), (200, 24)])

@@ -29,6 +29,10 @@ FEW = 12
 REFINEMENTS, WITHOUT_PRIOR = 3, 30
 FLOOR = 1e-13
 """Added to the diagonal, relative to it, so that the matrix is definite; less than any weight of the prior."""
+SUMS = 3
+"""A gradient is a sum over positions, each of them rounded: it is off by up to about so many roundings."""
+AGREES = 0.05
+"""Below this part of the tolerance a misfit is the gradient's rounding and nothing else."""
 PATIENCE = 15
 """Linearisations without any progress after which a solve ends."""
 
@@ -151,21 +155,25 @@ def _descend(
     doubtful: list[Tensor] | None = None if point.slopes else []
     most = max(MOST, problem.rows_in_front // 2)
     best = Found(torch.full(problem.shape, prior.centre, dtype=like.dtype, device=like.device), torch.inf, 0)
-    x, weight, fewest, progress, count = best.x, fading.strongest, torch.inf, 0, 0
+    x, weight, fewest, progress, count, last = best.x, fading.strongest, torch.inf, 0, 0, False
     for step in range(fading.steps):
-        x = solved(point, doubtful, x, weight, weight == fading.weakest)
+        again, last = last, weight == fading.weakest  # without the prior: the solve before, this one
+        x = solved(point, doubtful, x, weight, last)
         if not bool(x.isfinite().all()):
             break  # the input ran away, and activations overflowed
         before, point = point, problem.forward(x)
         misfit, changed = problem.misfit(point), problem.changed(before, point)
-        if best.misfit <= tolerance and misfit > best.misfit / 2:
-            break  # rounding lets the constraints be met no better
+        settled = again and best.misfit <= tolerance and misfit > best.misfit / 2
         if misfit < best.misfit or changed < fewest:
             progress = step
         if misfit < best.misfit:
             best = Found(x, misfit, step + 1)
+        if settled:
+            break  # rounding lets the constraints be met no better
         if misfit <= tolerance:
-            weight, count = fading.weakest, 0
+            # Without the prior from now on. More than rounding then may be a unit on its wrong side: next time without
+            # what those nearest to their kinks do to the gradient.
+            weight, count = fading.weakest, MARGIN if last and not count and misfit > AGREES * tolerance else 0
         elif step - progress >= PATIENCE:
             break
         else:
@@ -262,7 +270,7 @@ def _noise(problem: Joint, z_error: Tensor, eps: float, probe: torch.Generator) 
     def draw(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=probe, dtype=like.dtype, device=like.device)
 
-    noises = [rounding(grad, eps) * draw(grad) for grad in problem.grads]
+    noises = [SUMS * rounding(grad, eps) * draw(grad) for grad in problem.grads]
     return draw(z_error) * z_error, noises
 
 

@@ -35,7 +35,7 @@ from rgap.nn.losses import MarginLoss
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Move, Trained
 from rgap.target import Target
-from rgap.update import Update
+from rgap.update import Update, tolerated
 
 MOST, CANDIDATES = 64, 2
 """Updates that are followed at once, at the most; candidates that each may have on the way, about."""
@@ -45,9 +45,9 @@ def settled(eps: float) -> float:
     """A gradient residual below this leaves no unit to look for on the other side of its kink.
 
     It is some hundred roundings of the gradient, and not less than float64 solves reach on conditions of 1e6. Where the
-    gradient is coarse, as that of a weight difference is, it is below what an answer is judged by, the root of eps.
+    gradient is coarse, as that of a weight difference is, it is below what an answer is judged by.
     """
-    return max(min(200 * eps, math.sqrt(eps) / 2), 1e-10)
+    return max(min(200 * eps, tolerated(eps) / 2), 1e-10)
 
 
 @dataclass(frozen=True, eq=False)

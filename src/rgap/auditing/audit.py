@@ -40,7 +40,7 @@ SWEPT = 4
 """Samples at the most on which a defence is swept."""
 LATE, INTERRUPTED = "the time was up", "the same audit goes on when it is run again"
 """Ends of what is said of work that was left undone."""
-RESULTS = 1
+RESULTS = 2
 """Version of what is kept in the folder of an audit."""
 SWEEP_ITERATIONS = 500
 """Of an attack by optimisation in a sweep, which runs it many times."""
@@ -436,7 +436,9 @@ class _Run:
                 break
             points.append(point)
         if points:
-            self.sweeps.append(Sweep(defence.name, defence.strength_name or "on", defence.about, tuple(points)))
+            private = isinstance(defence, DPSGD)
+            named = defence.strength_name or "on"
+            self.sweeps.append(Sweep(defence.name, named, defence.about, tuple(points), private))
 
     def _swept(self) -> list[int]:
         """The numbers of the updates of a sweep: those that leak before those that do not."""

@@ -30,6 +30,8 @@ class Sweep:
     strength_name: str
     about: str
     points: tuple[Point, ...]
+    private: bool = False
+    """Whether the defence gives differential privacy, as much as its epsilon says."""
 
     @property
     def closes_at(self) -> Point | None:

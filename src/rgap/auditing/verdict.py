@@ -11,6 +11,18 @@ from rgap.auditing.sweep import Point, Sweep
 from rgap.rank import RankAnalysis
 from rgap.target import Target
 
+WEAK_EPSILON = 10.0
+"""Above it differential privacy guarantees next to nothing: what the server sees may be e^10 = 22,000 times as likely
+with the update as without it."""
+WEAK = (
+    "But its epsilon is above {:g}, where differential privacy guarantees next to nothing: that no sample was "
+    "recognisable holds for the attacks tried, and for no others."
+)
+UNCOUNTED = (
+    "But no epsilon was counted, so that it is not known what is guaranteed: that no sample was recognisable holds "
+    "for the attacks tried, and for no others. With --dp-rate and --dp-steps it is counted."
+)
+
 
 @dataclass(frozen=True)
 class LayerNote:
@@ -87,7 +99,10 @@ def _many(some: int, count: int, what: str) -> str:
 
 def _sentences(cases: Sequence[Case], exact: int, seen: int) -> list[str]:
     count = len(cases)
-    found = [f"{exact} of {count} samples recovered exactly, {seen - exact} more recognisably, {count - seen} not."]
+    others = sum(case.truth is None and case.level is Level.NOTHING for case in cases)
+    tail = f"; of {others} nobody can say: there is nothing to compare with" if others else ""
+    seen_or_not = f"{seen - exact} more recognisably, {count - seen - others} not{tail}"
+    found = [f"{exact} of {count} samples recovered exactly, {seen_or_not}."]
     best = [case.best for case in cases if case.best is not None and case.level is not Level.NOTHING]
     compared = [r for r in best if r.compared]
     if compared:
@@ -137,8 +152,18 @@ def _advice(sweeps: Sequence[Sweep]) -> list[Advice]:
         after = sweep.closes_at
         if after is not None:
             what = f"{sweep.name} with {sweep.strength_name} {after.strength:g}"
-            found.append(Advice(what, sweep.about, sweep.points[0], after))
+            why = " ".join([sweep.about, *_caveat(sweep, after)])
+            found.append(Advice(what, why, sweep.points[0], after))
     return sorted(found, key=lambda each: each.after.gradient_error)
+
+
+def _caveat(sweep: Sweep, after: Point) -> tuple[str, ...]:
+    """What a promise of differential privacy must not be taken for."""
+    if not sweep.private:
+        return ()
+    if after.epsilon is None:
+        return (UNCOUNTED,)
+    return (WEAK.format(WEAK_EPSILON),) if after.epsilon > WEAK_EPSILON else ()
 
 
 def _limits(target: Target) -> tuple[str, ...]:

@@ -131,12 +131,12 @@ def protocol(said: dict[str, Any], batch_size: int) -> str:
         rate = "" if said["learning_rate"] is None else f" with a learning rate of {number(said['learning_rate'])}"
         optimiser = name(said["optimiser"])
         steps = several(said["steps"], "step")
+        where = "on a batch" if said["steps"] == 1 else "each on the same batch"
         text = (
-            f"Each client sends how far its weights have moved after {steps} of {optimiser}{rate},"
-            f" each on a batch of {batch}."
+            f"Each client sends how far its weights have moved after {steps} of {optimiser}{rate}, {where} of {batch}."
         )
     if said["summed"]:
-        text += f" The server sees only the sum over {several(said['clients'], 'client')}."
-    elif said["clients"] > 1:
-        text += f" The server sees the update of each of the {several(said['clients'], 'client')}."
+        text += " The loss is summed over the batch, not averaged."
+    if said["clients"] > 1:
+        text += f" The server sees only the average over {several(said['clients'], 'client')}."
     return text
