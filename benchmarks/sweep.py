@@ -1,8 +1,8 @@
 """How well a sweep uses its workers: one against two, the cost of the store, and a cluster that loses a worker.
 
-    python benchmarks/sweep.py [--jobs 1000] [--out sweep.json]
+    python benchmarks/sweep.py [--jobs 1000] [--size 32] [--out sweep.json]
 
-Runs one plan of CNN6 on 16 x 16 photographs three times, each into a store of its own: with one worker, which is the
+Runs one plan of CNN6 on photographs three times, each into a store of its own: with one worker, which is the
 process itself; with two; and on a Dask cluster of two workers, one of which is killed when a third is done. All ratios
 are of one run of this program. Results are compared to the last bit.
 """
@@ -26,12 +26,12 @@ PICTURES, STRENGTHS = 25, (1e-5, 1e-4, 1e-3)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def plan(folder: Path, jobs: int) -> tuple[Path, int]:
+def plan(folder: Path, jobs: int, size: int) -> tuple[Path, int]:
     """The plan's file, and how many jobs it makes: as many as were asked for, or a few more."""
     seeds = -(-jobs // (PICTURES * (1 + len(STRENGTHS))))
     path = folder / "plan.toml"
     path.write_text(
-        f'models = ["cnn6"]\nattacks = ["recursive"]\nseeds = {list(range(seeds))}\ninput-shape = [3, 16, 16]\n'
+        f'models = ["cnn6"]\nattacks = ["recursive"]\nseeds = {list(range(seeds))}\ninput-shape = [3, {size}, {size}]\n'
         f'defences = ["none", {{name = "GaussianNoise", strengths = {list(STRENGTHS)}}}]\n'
         f"[images]\ncount = {PICTURES}\n"
     )
@@ -100,12 +100,13 @@ def cluster(path: Path, store: Path, jobs: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1000)
+    parser.add_argument("--size", type=int, default=32, help="of the pictures, which makes jobs longer or shorter")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path, jobs = plan(folder, asked.jobs)
-        found: dict[str, Any] = {"jobs": jobs, "cores": os.cpu_count()}
+        path, jobs = plan(folder, asked.jobs, asked.size)
+        found: dict[str, Any] = {"jobs": jobs, "size": asked.size, "cores": os.cpu_count()}
         for workers in (1, 2):
             store = folder / f"{workers}.sqlite"
             found[f"{workers} workers"] = each = timed(str(path), "--store", str(store), "--workers", str(workers))

@@ -30,6 +30,6 @@ def test_the_benchmark_makes_the_jobs_it_says(tmp_path: Path) -> None:
     assert spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    path, jobs = module.plan(tmp_path, 150)
+    path, jobs = module.plan(tmp_path, 150, 8)
     assert jobs == 200
     assert len({job.key for job in Plan.load(path).jobs()}) == jobs

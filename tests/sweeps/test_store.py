@@ -28,6 +28,11 @@ def found(number: int) -> dict[str, Any]:
     return {**dict.fromkeys(FIGURES), "level": "exact", "status": "exact", "mse": number / 7}
 
 
+def taken_by(run: SweepStore, number: int) -> list[tuple[str, Any]]:
+    """Keys and specifications of jobs that one worker takes."""
+    return [(key, spec) for _, key, spec in run.take(["a worker"] * number)]
+
+
 def jobs(count: int) -> list[Job]:
     return [job(number) for number in range(count)]
 
@@ -41,9 +46,9 @@ def test_what_was_found_comes_back_as_it_was(tmp_path: Path) -> None:
     assert set(values) == set(FIGURES)
     with SweepStore(tmp_path / "s.sqlite") as kept:
         kept.plan([job(5)], "plan")
-        ((key, spec),) = kept.take(3)
+        ((key, spec),) = taken_by(kept, 3)
         assert (key, spec) == (job(5).key, {"number": 5})
-        kept.take(0, [(key, values)])
+        kept.take([], [(key, values)])
     with SweepStore(tmp_path / "s.sqlite", make=False) as kept:
         (row,) = kept.rows()
     assert {name: row[name] for name in FIGURES} == values
@@ -73,7 +78,7 @@ def test_every_job_is_done_once_whatever_the_runs_do(
         what = data.draw(st.sampled_from(["take", "finish", "give back", "end"]))
         if what == "take":
             run.waits()
-            taken = dict(run.take(data.draw(st.integers(1, 3))))
+            taken = dict(taken_by(run, data.draw(st.integers(1, 3))))
             others = set().union(*held)
             assert not set(taken) & others  # never two runs on one job
             assert not set(taken) & set(finished)  # and none that is done
@@ -81,7 +86,7 @@ def test_every_job_is_done_once_whatever_the_runs_do(
         elif what == "finish" and held[at]:
             key = data.draw(st.sampled_from(sorted(held[at])))
             number = held[at].pop(key)["number"]
-            run.take(0, [(key, found(number))])
+            run.take([], [(key, found(number))])
             finished[key] = number
         elif what == "give back" and held[at]:
             key = data.draw(st.sampled_from(sorted(held[at])))
@@ -97,9 +102,9 @@ def test_every_job_is_done_once_whatever_the_runs_do(
         counts = last.plan(plans[0], "plan 0")
         assert counts["done"] == len(finished)
         assert counts["taken"] == 0
-        left = dict(last.take(total))
+        left = dict(taken_by(last, total))
         assert set(left) == {each.key for each in plans[0]} - set(finished)
-        last.take(0, [(key, found(spec["number"])) for key, spec in left.items()])
+        last.take([], [(key, found(spec["number"])) for key, spec in left.items()])
         rows = list(last.rows())
     assert len(rows) == total
     assert all(row["mse"] == row["seed"] / 7 for row in rows)
@@ -109,9 +114,9 @@ def test_failures_stay_until_they_are_asked_for_again(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
     with SweepStore(path) as kept:
         kept.plan(jobs(3), "plan")
-        taken = kept.take(3)
-        kept.take(0, [(key, "Traceback\n  here\nValueError: bad luck") for key, _ in taken[:2]])
-        kept.take(0, [(taken[2][0], found(2))])
+        taken = taken_by(kept, 3)
+        kept.take([], [(key, "Traceback\n  here\nValueError: bad luck") for key, _ in taken[:2]])
+        kept.take([], [(taken[2][0], found(2))])
         assert kept.failures() == [("ValueError: bad luck", 2)]
     with SweepStore(path) as kept:
         assert kept.plan(jobs(3), "plan")["failed"] == 2
@@ -119,8 +124,8 @@ def test_failures_stay_until_they_are_asked_for_again(tmp_path: Path) -> None:
     with SweepStore(path) as kept:
         assert kept.plan(jobs(3), "plan", retry=True)["waiting"] == 2
         assert [row["attempts"] for row in kept.rows() if row["state"] == "waiting"] == [1, 1]
-        again = kept.take(5)
-        kept.take(0, [(key, found(spec["number"])) for key, spec in again])
+        again = taken_by(kept, 5)
+        kept.take([], [(key, found(spec["number"])) for key, spec in again])
         assert kept.counts() == {"waiting": 0, "taken": 0, "done": 3, "failed": 0}
         assert [row["attempts"] for row in kept.rows()].count(2) == 2
         assert kept.failures() == []
@@ -131,14 +136,14 @@ def test_a_second_result_of_one_job_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
     with SweepStore(path) as first, SweepStore(path) as second:
         first.plan(jobs(1), "plan")
-        ((key, _),) = first.take(1)
+        ((key, _),) = taken_by(first, 1)
         second.plan(jobs(1), "plan")
         second._release([str(first._run)])
         assert second.waits()
-        assert [k for k, _ in second.take(1)] == [key]
-        second.take(0, [(key, found(1))])
-        first.take(0, [(key, found(2))])
-        first.take(0, [(key, "it failed")])
+        assert [k for k, _ in taken_by(second, 1)] == [key]
+        second.take([], [(key, found(1))])
+        first.take([], [(key, found(2))])
+        first.take([], [(key, "it failed")])
         (row,) = second.rows()
     assert (row["state"], row["mse"]) == ("done", 1 / 7)
 
@@ -149,13 +154,13 @@ def test_a_run_of_another_machine_is_dead_when_it_is_silent(tmp_path: Path, monk
     first = SweepStore(path)
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
     first.plan(jobs(2), "plan")
-    first.take(1)
+    taken_by(first, 1)
     monkeypatch.setattr(socket, "gethostname", own)
     with SweepStore(path) as second:
         assert second.plan(jobs(2), "plan")["taken"] == 1  # it has just begun
         assert second.elsewhere() == 1
         second._base.execute("UPDATE runs SET beat = ? WHERE host = 'elsewhere'", (time.time() - store.SILENCE - 1,))
-        second.take(1)
+        taken_by(second, 1)
         assert second.waits()
         assert second.elsewhere() == 0
     first.close()
@@ -178,7 +183,7 @@ def test_a_dead_process_whose_number_another_has_is_dead(tmp_path: Path) -> None
     path = tmp_path / "s.sqlite"
     with SweepStore(path) as first, SweepStore(path) as second:
         first.plan(jobs(1), "plan")
-        first.take(1)
+        taken_by(first, 1)
         first._base.execute("UPDATE runs SET began = began - 100")  # as if this process had begun later
         second.plan(jobs(1), "plan")
         assert second.waits()

@@ -15,7 +15,7 @@ import time
 import traceback
 import uuid
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,8 @@ Outcome = Mapping[str, Any] | str | None
 
 AHEAD = 3
 """Jobs for each worker that are on their way: one that is done and two that it can go on with."""
+ANY = ""
+"""Whichever worker there is."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 KILLED = "KilledWorker: every worker that began this job died, by want of memory or by a signal"
 RETURN = 600.0
@@ -39,12 +41,12 @@ class Engine(ABC):
     """Takes jobs and gives back what came of them, in any order; used in a ``with`` statement."""
 
     @abstractmethod
-    def room(self) -> int:
-        """How many more jobs it can take now."""
+    def lanes(self) -> list[str]:
+        """The workers that could do another job now, one entry for each job."""
 
     @abstractmethod
-    def put(self, key: str, spec: Mapping[str, Any]) -> None:
-        """Begin a job."""
+    def put(self, key: str, spec: Mapping[str, Any], lane: str) -> None:
+        """Begin a job, if possible with this worker."""
 
     @abstractmethod
     def get(self, timeout: float) -> list[tuple[str, Outcome]]:
@@ -71,10 +73,10 @@ class Here(Engine):
         supply(self._name, supplies)
         self._jobs: deque[tuple[str, Mapping[str, Any]]] = deque()
 
-    def room(self) -> int:
-        return 1 - len(self._jobs)
+    def lanes(self) -> list[str]:
+        return [] if self._jobs else ["here"]
 
-    def put(self, key: str, spec: Mapping[str, Any]) -> None:
+    def put(self, key: str, spec: Mapping[str, Any], lane: str) -> None:
         self._jobs.append((key, spec))
 
     def get(self, timeout: float) -> list[tuple[str, Outcome]]:
@@ -127,7 +129,9 @@ class Cluster(Engine):
         self._suspects: list[str] = []
         """Jobs whose workers died. They are done at the end, one by one, to see which of them kills."""
         self._on_trial: str | None = None
-        self._places, self._counted, self._waiting = 1, -math.inf, False
+        self._lane: dict[str, str] = {}
+        self._threads: dict[str, int] = {}
+        self._counted, self._waiting = -math.inf, False
         self._local: Any = None
         if address is None:
             self._local = self._own(workers)
@@ -144,6 +148,10 @@ class Cluster(Engine):
             # Without Dask's own setting of malloc, by which workers give memory back at once: jobs that make and free
             # tensors of some megabytes then wait for the system to clear new pages most of the time.
             "distributed.nanny.pre-spawn-environ": {name: "1" for name in THREADS},
+            # What Dask measures of its processes takes time from the jobs.
+            "distributed.worker.profile.enabled": False,
+            "distributed.admin.tick.interval": "1s",
+            "distributed.admin.system-monitor.interval": "10s",
         }
         with importlib.import_module("dask").config.set(settings):
             return self._dask.LocalCluster(
@@ -189,34 +197,41 @@ class Cluster(Engine):
             raise
         return client
 
-    def room(self) -> int:
+    def lanes(self) -> list[str]:
         if self._on_trial is not None:
-            return 0
+            return []
         if time.monotonic() - self._counted > 1.0:
-            self._places, self._counted = self._threads(), time.monotonic()
-            if not self._places and not self._waiting:
+            self._threads, self._counted = self._count(), time.monotonic()
+            if not self._threads and not self._waiting:
                 self._notice(f"the scheduler at {self._address} has no workers: waiting for the first")
-            self._waiting = not self._places
-        return max(1, AHEAD * self._places) - len(self._begun)
+            self._waiting = not self._threads
+        if not self._threads:
+            return [] if self._begun else [ANY]
+        busy = Counter(self._lane.values())
+        room = {address: AHEAD * threads - busy[address] for address, threads in self._threads.items()}
+        # In turn, so that no worker gets all that is left.
+        return [address for at in range(max(room.values())) for address, free in room.items() if at < free]
 
-    def _threads(self) -> int:
-        """Of all workers; as many as before if the scheduler does not answer."""
+    def _count(self) -> dict[str, int]:
+        """Threads by the address of the worker; as before if the scheduler does not answer."""
         try:
-            return sum(self._client.nthreads().values())
+            return dict(self._client.nthreads())
         except self._gone:
-            return self._places
+            return self._threads
 
-    def put(self, key: str, spec: Mapping[str, Any]) -> None:
-        self._specs[key] = spec
+    def put(self, key: str, spec: Mapping[str, Any], lane: str) -> None:
+        self._specs[key], self._lane[key] = spec, lane
         # A name of its own: a job that failed before would be answered from the scheduler's memory.
-        future = self._client.submit(do, dict(spec), key=f"rgap-{key}-{uuid.uuid4().hex[:8]}", pure=False)
+        name = f"rgap-{key}-{uuid.uuid4().hex[:8]}"
+        where = {} if lane == ANY else {"workers": [lane], "allow_other_workers": True}
+        future = self._client.submit(do, dict(spec), key=name, pure=False, **where)
         self._begun[key] = future
         future.add_done_callback(lambda ended, key=key: self._ended.put((key, ended)))
 
     def get(self, timeout: float) -> list[tuple[str, Outcome]]:
         if not self._begun and self._suspects:
             self._on_trial = self._suspects.pop()
-            self.put(self._on_trial, self._specs[self._on_trial])
+            self.put(self._on_trial, self._specs[self._on_trial], ANY)
         found: list[tuple[str, Outcome]] = []
         while True:
             try:
@@ -228,7 +243,7 @@ class Cluster(Engine):
             outcome = self._outcome(future)
             if outcome is None:
                 return [*found, *self._again()]
-            del self._begun[key]
+            del self._begun[key], self._lane[key]
             if outcome == KILLED and key != self._on_trial:
                 self._suspects.append(key)  # it may only have waited behind the one that kills
                 continue
@@ -258,6 +273,7 @@ class Cluster(Engine):
         """Find the scheduler anew; all that it had been given is lost."""
         lost = [*self._begun, *self._suspects]
         self._begun.clear()
+        self._lane.clear()
         self._suspects.clear()
         self._specs.clear()
         self._on_trial = None

@@ -35,6 +35,11 @@ class Job:
         """SHA-256 over the specification."""
         return hashlib.sha256(canonical(self.spec).encode()).hexdigest()
 
+    @property
+    def network(self) -> str:
+        """Jobs that agree in this need the same network."""
+        return hashlib.sha256(canonical(self.spec.get("target")).encode()).hexdigest()
+
 
 def canonical(value: Any) -> str:
     """JSON that is the same for the same value, in every process."""

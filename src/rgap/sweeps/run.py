@@ -108,11 +108,11 @@ class _Run:
         ended: list[tuple[str, Outcome]] = []
         while True:
             idle = not begun - {key for key, _ in ended}
-            wanted = engine.room() if self.store.waits(look=idle or self._due()) else 0
-            taken = self._change(ended, wanted)
+            lanes = engine.lanes() if self.store.waits(look=idle or self._due()) else []
+            taken = self._change(ended, lanes)
             begun -= {key for key, _ in ended}
-            for key, spec in taken:
-                engine.put(key, spec)
+            for lane, key, spec in taken:
+                engine.put(key, spec, lane)
                 begun.add(key)
             if begun:
                 ended = engine.get(WAIT)
@@ -124,13 +124,13 @@ class _Run:
                 time.sleep(WAIT)  # another run may die, and leave its jobs to this one
         self._tell()
 
-    def _change(self, ended: list[tuple[str, Outcome]], wanted: int) -> list[tuple[str, Any]]:
+    def _change(self, ended: list[tuple[str, Outcome]], lanes: list[str]) -> list[tuple[str, str, Any]]:
         """Into the store with what was found, and out of it with what is to be done next."""
         lost = [key for key, outcome in ended if outcome is None]
         if lost:
             self.store.give_back(lost)
         found = [(key, outcome) for key, outcome in ended if outcome is not None]
-        taken = self.store.take(wanted, found)
+        taken = self.store.take(lanes, found)
         failed = sum(isinstance(outcome, str) for _, outcome in found)
         self.here += len(found)
         self.done += len(found) - failed

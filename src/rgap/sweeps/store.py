@@ -12,7 +12,6 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import psutil
 
 from rgap.sweeps.job import AXES, FIGURES, Job, canonical
+from rgap.sweeps.lanes import Lanes
 
 FORMAT = 1
 _KIND = 0x72676170
@@ -79,8 +79,8 @@ class SweepStore:
         self.path, self.seconds = Path(path), 0.0
         """``seconds``: spent in here so far."""
         self._run: str | None = None
-        self._left: deque[str] = deque()
-        """Keys of the plan that may be waiting, in order."""
+        self._left = Lanes()
+        """Jobs of the plan that may be waiting."""
         self._stop = threading.Event()
         if not make and not self.path.is_file():
             raise SweepError(f"{self.path}: no such file; expected the store of a sweep, as `rgap sweep PLAN` makes it")
@@ -140,7 +140,9 @@ class SweepStore:
         """
         own = psutil.Process()
         self._run = uuid.uuid4().hex
+        jobs = list(jobs)
         rows = [(job.key, at, canonical(job.spec), *(job.axes[name] for name in AXES)) for at, job in enumerate(jobs)]
+        networks = [(job.key, job.network) for job in jobs]
         names = ("key", "position", "spec", *AXES)
         with self._change():
             self._base.execute(
@@ -151,9 +153,11 @@ class SweepStore:
             self._base.executemany(
                 f"INSERT OR IGNORE INTO jobs ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})", rows
             )
-            self._base.execute("CREATE TEMP TABLE IF NOT EXISTS mine (key TEXT PRIMARY KEY) WITHOUT ROWID")
+            self._base.execute(
+                "CREATE TEMP TABLE IF NOT EXISTS mine (key TEXT PRIMARY KEY, network TEXT) WITHOUT ROWID"
+            )
             self._base.execute("DELETE FROM mine")
-            self._base.executemany("INSERT OR IGNORE INTO mine VALUES (?)", [(row[0],) for row in rows])
+            self._base.executemany("INSERT OR IGNORE INTO mine VALUES (?, ?)", networks)
             if retry:
                 self._base.execute(
                     "UPDATE jobs SET state = 'waiting', failure = NULL "
@@ -164,30 +168,34 @@ class SweepStore:
         threading.Thread(target=self._beat, args=(self._run,), daemon=True).start()
         return self.counts()
 
-    def take(self, number: int, finished: Sequence[tuple[str, Mapping[str, Any] | str]] = ()) -> list[tuple[str, Any]]:
+    def take(
+        self, lanes: Sequence[str], finished: Sequence[tuple[str, Mapping[str, Any] | str]] = ()
+    ) -> list[tuple[str, str, Any]]:
         """Keep what was finished, and take more of what waits, in one transaction.
 
         Args:
-            number: at the most so many.
+            lanes: who could do another job; one entry for each job.
             finished: keys with what the jobs found, or with the text of what went wrong.
 
         Returns:
-            Keys and specifications, in the order of the plan.
+            Lanes, keys and specifications; fewer than there are lanes if not enough is waiting.
         """
-        if not finished and not (number and self._left):
+        if not finished and not (lanes and self._left):
             return []
-        taken: list[tuple[str, Any]] = []
+        taken: list[tuple[str, str, Any]] = []
         with self._change():
             for key, outcome in finished:
                 self._finish(key, outcome)
-            while len(taken) < number and self._left:
-                key = self._left.popleft()
-                found = self._base.execute(
-                    "UPDATE jobs SET state = 'taken', run = ?, attempts = attempts + 1 "
-                    "WHERE key = ? AND state = 'waiting' RETURNING spec",
-                    (self._run, key),
-                ).fetchall()
-                taken += [(key, json.loads(spec)) for (spec,) in found]
+            for lane in lanes:
+                while (job := self._left.next(lane)) is not None:
+                    found = self._base.execute(
+                        "UPDATE jobs SET state = 'taken', run = ?, attempts = attempts + 1 "
+                        "WHERE key = ? AND state = 'waiting' RETURNING spec",
+                        (self._run, job),
+                    ).fetchall()
+                    if found:
+                        taken.append((lane, job, json.loads(found[0][0])))
+                        break  # else another run was faster
         return taken
 
     def give_back(self, keys: Iterable[str]) -> None:
@@ -199,7 +207,8 @@ class SweepStore:
                 "WHERE key = ? AND state = 'taken' AND run = ?",
                 [(key, self._run) for key in keys],
             )
-        self._left.extendleft(reversed(keys))
+        networks = [(key, self._one("SELECT network FROM mine WHERE key = ?", key)) for key in keys]
+        self._left.give_back(reversed(networks))
 
     def waits(self, look: bool = True) -> bool:
         """Whether a job of the plan may still be waiting.
@@ -220,10 +229,11 @@ class SweepStore:
         )
 
     def _look(self) -> None:
-        found = self._base.execute(
-            "SELECT key FROM mine JOIN jobs USING (key) WHERE state = 'waiting' ORDER BY position"
+        self._left.fill(
+            self._base.execute(
+                "SELECT key, network FROM mine JOIN jobs USING (key) WHERE state = 'waiting' ORDER BY position"
+            ).fetchall()
         )
-        self._left = deque(key for (key,) in found.fetchall())
 
     def _finish(self, key: str, outcome: Mapping[str, Any] | str) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
