@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -87,6 +88,8 @@ def run(
     if dry_run:
         _count(said, kept, as_json)
         return
+    # Dask leaves tasks behind when a worker dies; what becomes of their jobs is in the store.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     console = Console(stderr=True)
     with _progress(console, as_json) as (step, notice):
         found = sweep(said, kept, workers, scheduler, retry, step, notice)

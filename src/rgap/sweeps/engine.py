@@ -33,6 +33,8 @@ ANY = ""
 """Whichever worker there is."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 KILLED = "KilledWorker: every worker that began this job died, by want of memory or by a signal"
+FETCH = 5.0
+"""Seconds to wait for what a job found, which lies with the worker that did it."""
 RETURN = 600.0
 """Seconds to wait for a scheduler that is gone."""
 
@@ -119,11 +121,14 @@ class Cluster(Engine):
             raise SweepError(
                 f"several workers need Dask ({error}): install it with pip install 'rgap[sweep]', or pass --workers 1"
             ) from error
+        # Workers and schedulers that leave are what this is for; their farewells are not for the user.
+        for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "distributed"]:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._gone = (OSError, TimeoutError, self._dask.comm.core.CommClosedError)
         self._equip = importlib.import_module("rgap.sweeps.equip").Equip
         self._name = f"rgap-{uuid.uuid4().hex}"
         self._supplies, self._address, self._notice = supplies, address, notice
-        self._ended: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._begun: dict[str, Any] = {}
         self._specs: dict[str, Mapping[str, Any]] = {}
         self._suspects: list[str] = []
@@ -131,7 +136,7 @@ class Cluster(Engine):
         self._on_trial: str | None = None
         self._lane: dict[str, str] = {}
         self._threads: dict[str, int] = {}
-        self._counted, self._waiting = -math.inf, False
+        self._looked, self._waiting = -math.inf, False
         self._local: Any = None
         if address is None:
             self._local = self._own(workers)
@@ -140,8 +145,6 @@ class Cluster(Engine):
     def _own(self, workers: int) -> Any:
         """Processes of this machine. Who is not this process cannot give them work: connections are encrypted and
         need a certificate that is made anew each time."""
-        # Workers that leave are what this is for; their farewells are not for the user.
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
         settings = {
             # A job that kills is found out by itself, see `get`: one more try tells enough.
             "distributed.scheduler.allowed-failures": 1,
@@ -166,7 +169,6 @@ class Cluster(Engine):
 
     def _connect(self, patience: float) -> Any:
         start = time.monotonic()
-        told = False
         while True:
             try:
                 return self._client_now()
@@ -176,9 +178,6 @@ class Cluster(Engine):
                         f"no scheduler answers at {self._address} ({error}); expected the address of a Dask scheduler, "
                         "such as tcp://host:8786. What is done is in the store: the same command goes on"
                     ) from error
-                if not told:
-                    self._notice(f"the scheduler at {self._address} is gone: waiting for it")
-                    told = True
                 time.sleep(1.0)
 
     def _client_now(self) -> Any:
@@ -200,11 +199,7 @@ class Cluster(Engine):
     def lanes(self) -> list[str]:
         if self._on_trial is not None:
             return []
-        if time.monotonic() - self._counted > 1.0:
-            self._threads, self._counted = self._count(), time.monotonic()
-            if not self._threads and not self._waiting:
-                self._notice(f"the scheduler at {self._address} has no workers: waiting for the first")
-            self._waiting = not self._threads
+        self._look()
         if not self._threads:
             return [] if self._begun else [ANY]
         busy = Counter(self._lane.values())
@@ -212,12 +207,22 @@ class Cluster(Engine):
         # In turn, so that no worker gets all that is left.
         return [address for at in range(max(room.values())) for address, free in room.items() if at < free]
 
-    def _count(self) -> dict[str, int]:
-        """Threads by the address of the worker; as before if the scheduler does not answer."""
+    def _look(self) -> None:
+        """See which workers there are, now and then."""
+        if time.monotonic() - self._looked < 1.0:
+            return
         try:
-            return dict(self._client.nthreads())
+            self._threads = dict(self._client.nthreads())
         except self._gone:
-            return self._threads
+            return  # what it had been given will be lost, see `get`
+        self._looked = time.monotonic()
+        if not self._threads and not self._waiting:
+            self._notice("the scheduler has no workers: waiting for the first")
+        self._waiting = not self._threads
+        # If all workers die at once, Dask forgets jobs that were for one of them when others come.
+        for key, lane in list(self._lane.items()):
+            if lane != ANY and lane not in self._threads and self._begun[key].status == "pending":
+                self.put(key, self._specs[key], ANY)
 
     def put(self, key: str, spec: Mapping[str, Any], lane: str) -> None:
         self._specs[key], self._lane[key] = spec, lane
@@ -229,6 +234,7 @@ class Cluster(Engine):
         future.add_done_callback(lambda ended, key=key: self._ended.put((key, ended)))
 
     def get(self, timeout: float) -> list[tuple[str, Outcome]]:
+        self._look()
         if not self._begun and self._suspects:
             self._on_trial = self._suspects.pop()
             self.put(self._on_trial, self._specs[self._on_trial], ANY)
@@ -238,10 +244,10 @@ class Cluster(Engine):
                 key, future = self._ended.get(block=not found, timeout=timeout)
             except queue.Empty:
                 break
-            if self._begun.get(key) is not future:
+            if future is not self._begun.get(key):
                 continue  # of a scheduler that is gone
             outcome = self._outcome(future)
-            if outcome is None:
+            if outcome is None and future.status in ("cancelled", "error"):
                 return [*found, *self._again()]
             del self._begun[key], self._lane[key]
             if outcome == KILLED and key != self._on_trial:
@@ -253,21 +259,21 @@ class Cluster(Engine):
         return found
 
     def _outcome(self, future: Any) -> Outcome:
-        """What a job found, or what went wrong; None if the scheduler has forgotten it."""
+        """What a job found, or what went wrong; None if it was lost."""
         try:
             if future.status == "finished":
-                found: Mapping[str, Any] = future.result(timeout=30)
+                found: Mapping[str, Any] = future.result(timeout=FETCH)
                 return found
             if future.status != "error":
                 return None
-            error = future.exception(timeout=30)
+            error = future.exception(timeout=FETCH)
             if isinstance(error, self._dask.scheduler.KilledWorker):
                 return KILLED
             if isinstance(error, NotSupplied):  # a scheduler that was started anew knows nothing of the supplies
                 return None
-            return "".join(traceback.format_exception(type(error), error, future.traceback(timeout=30)))
+            return "".join(traceback.format_exception(type(error), error, future.traceback(timeout=FETCH)))
         except (*self._gone, self._dask.CancelledError):
-            return None
+            return None  # the worker died that had it
 
     def _again(self) -> list[tuple[str, Outcome]]:
         """Find the scheduler anew; all that it had been given is lost."""
@@ -277,6 +283,7 @@ class Cluster(Engine):
         self._suspects.clear()
         self._specs.clear()
         self._on_trial = None
+        self._notice(f"the scheduler at {self._address} is gone: waiting for it")
         self._client.close(timeout=1)
         self._client = self._connect(RETURN)
         return [(key, None) for key in lost]
