@@ -244,7 +244,7 @@ class Cluster(Engine):
                 key, future = self._ended.get(block=not found, timeout=timeout)
             except queue.Empty:
                 break
-            if future is not self._begun.get(key):
+            if key not in self._begun or self._begun[key] is not future:
                 continue  # of a scheduler that is gone
             outcome = self._outcome(future)
             if outcome is None and future.status in ("cancelled", "error"):
