@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients, Reconstruction
 from rgap.auditing.document import document, median
-from rgap.auditing.results import Case, Level, Result, gave_away, judge, vouched
+from rgap.auditing.results import Case, Level, Result, gave_away, judge, span, vouched
 from rgap.auditing.sent import Sent, Truth, captured, digest, received
 from rgap.auditing.sweep import Point, Sweep
 from rgap.auditing.verdict import Verdict, verdict
@@ -395,14 +395,12 @@ class _Run:
         sent = self.sent[at]
         if sent.truth is None or sent.labels is None:
             return vouched(found, sent.samples)
-        return judge(found, sent.truth, sent.labels, self.target.value_range or self._range)
+        return judge(found, sent.truth, sent.labels, self.target.value_range or self._span)
 
     @property
-    def _range(self) -> tuple[float, float]:
-        """The least and the greatest value of all samples that are known; never the same."""
-        known = [each.truth for each in self.sent if each.truth is not None]
-        low, high = (min(float(x.min()) for x in known), max(float(x.max()) for x in known)) if known else (0.0, 1.0)
-        return (low, high) if low < high else (low, low + max(1.0, abs(low)))
+    def _span(self) -> tuple[float, float]:
+        """Of all samples that are known."""
+        return span(*(each.truth for each in self.sent if each.truth is not None))
 
     def _exact(self, at: int, attacks: Sequence[Attack]) -> bool:
         own = [self.found.get(self._key("", at, attack), []) for attack in attacks]

@@ -138,6 +138,12 @@ def judge(
     return results
 
 
+def span(*samples: Tensor) -> tuple[float, float]:
+    """The least and the greatest value of samples of which no range is known; never the same."""
+    low, high = min(float(x.min()) for x in samples), max(float(x.max()) for x in samples)
+    return (low, high) if low < high else (low, low + max(1.0, abs(low)))
+
+
 def vouched(found: Reconstruction, samples: int) -> list[Result]:
     """One result for each of so many samples that nobody knows: what the certificate says, and no comparison."""
     inputs = [x[None] for x in found.inputs] if found.answers else []

@@ -25,7 +25,7 @@ from rgap.reproductions.base import Job, Options, Reproduction
 from rgap.reproductions.models import SHAPE, VALUE_RANGE, cnn6
 from rgap.store import Row
 from rgap.target import Target
-from rgap.training import train
+from rgap.training import accuracy, train
 from rgap.update import capture
 
 BATCH = 16
@@ -98,10 +98,7 @@ class Training(Reproduction):
         model = cell.build(options.seed)
         images, labels = self._pictures(cell, options)
         train(model, cell.loss, images, labels, epochs, self.rate, BATCH, options.seed)
-        with torch.no_grad():
-            outputs = model(images)
-        said = outputs.argmax(1).float() if outputs.shape[1] > 1 else outputs[:, 0].sign()
-        return model.requires_grad_(True), float((said == labels).float().mean())
+        return model.requires_grad_(True), accuracy(model, images, labels)
 
     def _stage(self, cell: Cell, epochs: int, options: Options, count: int) -> Row:
         model, accuracy = self._trained(cell, epochs, options)

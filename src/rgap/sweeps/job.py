@@ -31,9 +31,14 @@ class Job:
     spec: Mapping[str, Any]
 
     @cached_property
+    def text(self) -> str:
+        """The specification as it is kept."""
+        return canonical(self.spec)
+
+    @cached_property
     def key(self) -> str:
         """SHA-256 over the specification."""
-        return hashlib.sha256(canonical(self.spec).encode()).hexdigest()
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
     def network(self) -> str:

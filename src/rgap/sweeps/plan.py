@@ -20,13 +20,11 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from rgap import data, defences, losses, reading
-from rgap.attacks import Attack
-from rgap.attacks import named as attacks
 from rgap.data import Images
 from rgap.losses import Loss
 from rgap.models.named import ModelError
 from rgap.sweeps.job import AXES, Job, canonical
-from rgap.sweeps.work import Supplies, make
+from rgap.sweeps.work import Supplies, attack_of, make
 
 VERSION = 1
 """Of what a job's result depends on beside its specification. Raised when results would differ: old rows stay."""
@@ -151,7 +149,7 @@ class Plan:
             for model, width in itertools.product(self.models, self.said["widths"]):
                 make(model["name"], tuple(model["input-shape"]), self.said["seeds"][0], width)
             for attack in self.attacks:
-                _attack(attack)
+                attack_of(attack)
             for each in self.defences:
                 if each is not None:
                     defences.by_name(each["name"], each["strength"])
@@ -223,20 +221,22 @@ class Plan:
             images = self.pictures[tuple(model["input-shape"])]
             loss, source = self._loss(model), _source(model["name"])
             labels = data.labels(images, loss)
+            weights = None if model["weights"] is None else _digest(self._weights(model["weights"]))
+            name = model["name"] if model["weights"] is None else f"{model['name']}, {Path(model['weights']).name}"
+            training = {**self.said["training"], "pictures": digest(images.inputs)}
             for seed, width, stage in itertools.product(self.said["seeds"], self.said["widths"], self.said["stages"]):
                 target = {
                     "model": model["name"],
                     "source": source,
-                    "weights": None if model["weights"] is None else _digest(self._weights(model["weights"])),
+                    "weights": weights,
                     "input_shape": model["input-shape"],
                     "value_range": None if model["value-range"] == "none" else model["value-range"],
                     "loss": loss.name,
                     "seed": seed,
                     "width": width,
                     "stage": stage,
-                    "training": {**self.said["training"], "pictures": digest(images.inputs)} if stage else None,
+                    "training": training if stage else None,
                 }
-                name = model["name"] if model["weights"] is None else f"{model['name']}, {Path(model['weights']).name}"
                 yield from self._cells((name, seed, width, stage), target, images, labels)
 
     def _cells(
@@ -304,10 +304,6 @@ def _source(name: str) -> str | None:
         return None
     path = getattr(sys.modules[module], "__file__", None)  # imported when the plan was checked
     return None if path is None else _digest(Path(path).read_bytes())
-
-
-def _attack(said: Mapping[str, Any]) -> Attack:
-    return attacks.by_name(said["name"], said["iterations"], said["restarts"], said["polish"])
 
 
 def _named(attack: Mapping[str, Any]) -> str:

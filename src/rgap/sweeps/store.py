@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from rgap.sweeps.job import AXES, FIGURES, Job, canonical
+from rgap.sweeps.job import AXES, FIGURES, Job
 from rgap.sweeps.lanes import Lanes
 
 FORMAT = 1
@@ -141,7 +141,7 @@ class SweepStore:
         own = psutil.Process()
         self._run = uuid.uuid4().hex
         jobs = list(jobs)
-        rows = [(job.key, at, canonical(job.spec), *(job.axes[name] for name in AXES)) for at, job in enumerate(jobs)]
+        rows = [(job.key, at, job.text, *(job.axes[name] for name in AXES)) for at, job in enumerate(jobs)]
         networks = [(job.key, job.network) for job in jobs]
         names = ("key", "position", "spec", *AXES)
         with self._change():

@@ -15,14 +15,15 @@ from safetensors.torch import load as from_bytes
 from torch import Tensor, nn
 
 from rgap import defences, losses
+from rgap.attacks import Attack
 from rgap.attacks.named import by_name
-from rgap.auditing.results import judge
+from rgap.auditing.results import judge, span
 from rgap.files import plain
 from rgap.models.named import built_in, own
 from rgap.reading import load_tensors
 from rgap.sweeps.job import FIGURES, canonical
 from rgap.target import Target
-from rgap.training import train
+from rgap.training import accuracy, train
 from rgap.update import capture
 
 CACHED = 4
@@ -87,22 +88,21 @@ def do(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _do(spec: Mapping[str, Any]) -> dict[str, Any]:
-    target, accuracy = _target(canonical(spec["target"]))
+    target, right = _target(canonical(spec["target"]))
     truth, label = _found("pictures", spec["picture"])[None], float(spec["label"])
-    said, asked = spec["defence"], spec["attack"]
-    attack = by_name(asked["name"], asked["iterations"], asked["restarts"], asked["polish"])
+    said, attack = spec["defence"], attack_of(spec["attack"])
     obstacle = attack.obstacle(target, 1)
     if obstacle is not None:
         nothing = dict.fromkeys(FIGURES)
-        return {**nothing, "status": "does not apply", "reason": obstacle, "accuracy": accuracy, "seconds": 0.0}
+        return {**nothing, "status": "does not apply", "reason": obstacle, "accuracy": right, "seconds": 0.0}
     update, cost = capture(target, truth, torch.tensor([label])), 0.0
     if said is not None:
         armed = defences.by_name(said["name"], said["strength"])
         sent = armed(update, torch.Generator().manual_seed(said["seed"]))
         update, cost = sent, defences.gradient_error(update, sent)
-    (found,) = judge(attack(target, update), truth, [label], target.value_range or _range(truth))
+    (found,) = judge(attack(target, update), truth, [label], target.value_range or span(truth))
     named = {name: getattr(found, name) for name in FIGURES if hasattr(found, name)}
-    return {**named, "level": found.level.value, "gradient_error": cost, "accuracy": accuracy}
+    return {**named, "level": found.level.value, "gradient_error": cost, "accuracy": right}
 
 
 @lru_cache(CACHED)
@@ -114,17 +114,23 @@ def _target(said: str) -> tuple[Target, float | None]:
     if spec["weights"] is not None:
         load_tensors(model, from_bytes(_found("weights", spec["weights"])))
     loss = losses.for_model(model, shape, spec["loss"])
-    accuracy = None
+    right = None
     if spec["stage"]:
         inputs, labels = _found("training", spec["training"]["pictures"])
         rate, batch = spec["training"]["rate"], spec["training"]["batch"]
         train(model, loss, inputs, labels, spec["stage"], rate, batch, spec["seed"])
-        with torch.no_grad():
-            outputs = model(inputs)
-        guessed = outputs.argmax(1).to(labels) if outputs.shape[1] > 1 else outputs[:, 0].sign()
-        accuracy = float((guessed == labels).float().mean())
+        right = accuracy(model, inputs, labels)
     value_range = None if spec["value_range"] is None else (spec["value_range"][0], spec["value_range"][1])
-    return Target(model, loss, shape, value_range), accuracy
+    return Target(model, loss, shape, value_range), right
+
+
+def attack_of(said: Mapping[str, Any]) -> Attack:
+    """The attack of a specification.
+
+    Raises:
+        ValueError: there is none by this name, or it does not have such sizes.
+    """
+    return by_name(said["name"], said["iterations"], said["restarts"], said["polish"])
 
 
 def make(name: str, input_shape: tuple[int, ...], seed: int, width: int | None) -> nn.Module:
@@ -138,11 +144,6 @@ def make(name: str, input_shape: tuple[int, ...], seed: int, width: int | None) 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return own(name, seed=seed, **({} if width is None else {"width": width}))
-
-
-def _range(truth: Tensor) -> tuple[float, float]:
-    low, high = float(truth.min()), float(truth.max())
-    return (low, high) if low < high else (low, low + max(1.0, abs(low)))
 
 
 @contextmanager
