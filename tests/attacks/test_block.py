@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rgap import Target, capture, losses
 from rgap.attacks import Closed, Recursive, Status
-from rgap.nn.ops import Trained
+from rgap.nn.ops import Linear
 from tests.networks import ACTIVATIONS
 from tests.nn.modules import Skip, norm
 
@@ -76,7 +76,7 @@ def test_a_random_network_with_a_skip_is_recovered_or_it_is_said_why(client: Cli
     if found.status is Status.NOT_CONVERGED and not found.answers:
         assert found.reason.startswith(("stops at ", "under ", "the last layer")), found.reason
     for answer in found.answers:
-        names = {node.op.name for node in client.target.network.nodes if isinstance(node.op, Trained)}
+        names = {node.op.name for node in client.target.network.nodes if isinstance(node.op, Linear)}
         assert {layer.name for layer in answer.layers} <= names
 
 

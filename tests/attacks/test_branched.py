@@ -40,7 +40,7 @@ def problem(name: str) -> tuple[Branched, Tensor]:
     front = whole.part(whole.segments[:-1])
     values = whole.forward(x)
     k = target.loss.output_gradient(values[-1], torch.tensor([1.0], dtype=torch.float64))
-    ks = whole.pull(values, whole.slopes(values), {len(values) - 1: k})
+    ks = whole.vjp(values, whole.slopes(values), {len(values) - 1: k})
     at = whole.segments[-1].entry
     own = ks[at]
     assert own is not None
@@ -104,7 +104,7 @@ def test_a_unit_in_doubt_does_not_move_the_rows(name: str) -> None:
     slope = point.by_place[place].clone()
     slope.view(-1)[unit] *= -3.0
     _, right = of.normal(point, doubtful)
-    ks = of.network.pull(point.values, {**point.by_place, place: slope}, {len(point.values) - 1: of.known.k})
+    ks = of.network.vjp(point.values, {**point.by_place, place: slope}, {len(point.values) - 1: of.known.k})
     moved = [torch.zeros_like(of.known.y)]
     for (at, layer, value), grad in zip(of.heard, of.grads, strict=True):
         k = ks[at + 1]

@@ -18,7 +18,7 @@ from rgap.attacks.progress import Tick, watching
 from rgap.attacks.trail import Front, Given
 from rgap.constraints import Solver
 from rgap.nn import layers
-from rgap.nn.ops import Trained
+from rgap.nn.ops import Linear
 
 THOROUGH = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -331,7 +331,7 @@ def test_sides_of_kinks_are_told_from_the_gradient(outputs: int, seed: int) -> N
         return Front(layer.unpack_output(z), layer.unpack_output(of), None, layer.unpack_output(error))
 
     given_ = Given({"w": grad}, 1e-16, 1e-9)
-    found = back._sided(Trained(layer), front(here), front(there), grad, given_)
+    found = back._sided(Linear(layer), front(here), front(there), grad, given_)
     assert torch.equal(layer.pack_output(found.k), k)
 
 

@@ -57,7 +57,7 @@ class Case:
         values = whole.forward(self.x)
         label = torch.tensor([1.0], dtype=torch.float64)
         k = self.target.loss.output_gradient(values[-1], label)
-        ks = whole.pull(values, whole.slopes(values), {len(values) - 1: k})
+        ks = whole.vjp(values, whole.slopes(values), {len(values) - 1: k})
         self.inside: Network = whole.part([segment])
         self.truth = values[segment.entry]
         known = ks[segment.exit]

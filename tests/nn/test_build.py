@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from rgap import Target, losses
 from rgap.nn.network import Network
-from rgap.nn.ops import Affine, Move, Sum, Trained
+from rgap.nn.ops import Affine, Gather, Linear, Sum
 from tests.nn.modules import Call, Shifted, Skip, norm
 
 MOST = 600
@@ -79,14 +79,16 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...], int]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         x, chosen = torch.randn(2, *shape, dtype=torch.float64), []
+        first = x.clone().requires_grad_()
         for kind in kinds:
             make = ANY[kind] if kind < len(ANY) else PICTURES[(kind - len(ANY)) % len(PICTURES)]
             try:
                 module = make(x).double().eval()
                 with torch.no_grad():
                     after, alone = module(x.clone()), module(x[:1].clone())
+                torch.autograd.grad(nn.Sequential(*chosen, module)(first.clone()).sum(), first, allow_unused=True)
             except (RuntimeError, ValueError, IndexError):
-                continue  # it does not take this shape
+                continue  # it does not take this shape, or torch has no gradient of two that write in place
             # Samples must not see each other: some modules take a picture without a batch for one with it.
             apart = alone.shape == (1, *after.shape[1:]) and torch.allclose(after[:1], alone)
             if after.dim() > 1 and 0 < alone.numel() <= MOST and apart:
@@ -115,15 +117,15 @@ def test_a_random_network_is_its_module(drawn: tuple[nn.Module, tuple[int, ...],
     wanted, *of_weights = torch.autograd.grad((outputs * k).sum(), [x, *parameters.values()], allow_unused=True)
     values = network.forward(x.detach())
     slopes = network.slopes(values)
-    ks = network.pull(values, slopes, {len(values) - 1: k})
+    ks = network.vjp(values, slopes, {len(values) - 1: k})
     torch.testing.assert_close(torch.zeros_like(x) if ks[0] is None else ks[0], wanted, rtol=1e-8, atol=1e-10)
     by_name = dict(zip(parameters, of_weights, strict=True))
     for layer, found in network.gradients(values, ks):
         packed = layer.pack_weight(by_name[layer.weight_name][None])
         torch.testing.assert_close(found, packed, rtol=1e-8, atol=1e-10)
     move = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
-    pushed = network.push(values, slopes, move)[-1]
-    torch.testing.assert_close((pushed * k).sum(1), (move * wanted).flatten(1).sum(1), rtol=1e-8, atol=1e-9)
+    tangent = network.jvp(values, slopes, move)[-1]
+    torch.testing.assert_close((tangent * k).sum(1), (move * wanted).flatten(1).sum(1), rtol=1e-8, atol=1e-9)
 
 
 def segments_partition(network: Network, values: list[Tensor]) -> None:
@@ -158,7 +160,7 @@ def test_a_move_that_a_layer_and_something_after_it_read_stays_apart(move: nn.Mo
     x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(network.forward(x)[-1], model(x), rtol=1e-12, atol=1e-12)
     kinds = [type(node.op) for node in network.nodes]
-    assert kinds[:3] == [Move, Trained, Sum]
+    assert kinds[:3] == [Gather, Linear, Sum]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_what_nobody_reads_is_left_out() -> None:
         return 2 * x
 
     _, network = built(Call(unread))
-    assert [type(node.op) for node in network.nodes] == [Affine, Move, Trained]
+    assert [type(node.op) for node in network.nodes] == [Affine, Gather, Linear]
 
 
 @pytest.mark.parametrize(

@@ -91,13 +91,13 @@ def convolutions(draw: st.DrawFn, dims: int) -> Case:
 
 
 @st.composite
-def turned_linears(draw: st.DrawFn) -> Case:
+def transposed_linears(draw: st.DrawFn) -> Case:
     """x @ W: the weight has its inputs before its outputs."""
     generator = draw(generators())
     leading = draw(st.sampled_from([(), (1,), (3,), (2, 3)]))
     shape = (*leading, draw(st.integers(1, 6)))
     weight = torch.randn(shape[-1], draw(st.integers(1, 5)), generator=generator, dtype=torch.float64)
-    layer = layers.linear("fc", weight, None, shape, "fc.weight", None, turned=True)
+    layer = layers.linear("fc", weight, None, shape, "fc.weight", None, transposed=True)
     return Case(layer, weight, torch.matmul, shape, generator)
 
 
@@ -135,7 +135,7 @@ def transposed_convolutions(draw: st.DrawFn, dims: int) -> Case:
 
 LAYERS = {
     "linear": linears(),
-    "turned linear": turned_linears(),
+    "transposed linear": transposed_linears(),
     "conv1d": convolutions(1),
     "conv2d": convolutions(2),
     "conv3d": convolutions(3),

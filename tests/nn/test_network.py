@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rgap import Target, losses
 from rgap.nn.network import Network
-from rgap.nn.ops import Affine, Concat, Elementwise, Move, Other, Sum, Trained
+from rgap.nn.ops import Affine, Concat, Elementwise, Gather, Linear, Other, Sum
 from tests.nn.modules import MODULES, SHAPE, Call, Skip, made
 
 every_module = pytest.mark.parametrize("name", MODULES)
@@ -45,7 +45,7 @@ def test_gradients_are_autograds(name: str) -> None:
     parameters = dict(model.named_parameters())
     wanted = torch.autograd.grad((model(x) * k).sum(), [x, *parameters.values()], allow_unused=True)
     values = network.forward(x.detach())
-    ks = network.pull(values, network.slopes(values), {len(values) - 1: k})
+    ks = network.vjp(values, network.slopes(values), {len(values) - 1: k})
     torch.testing.assert_close(ks[0], wanted[0], rtol=1e-9, atol=1e-12)
     by_name = dict(zip(parameters, wanted[1:], strict=True))
     told = {layer.weight_name: (layer, found) for layer, found in network.gradients(values, ks)}
@@ -60,8 +60,8 @@ def test_pushed_moves_are_forward_modes(name: str) -> None:
     model, network = headed(name)
     x, moves = samples(1), samples(2) - samples(1)
     values = network.forward(x)
-    pushed = network.push(values, network.slopes(values), moves)[-1]
-    for move, found in zip(moves, pushed, strict=True):
+    tangents = network.jvp(values, network.slopes(values), moves)[-1]
+    for move, found in zip(moves, tangents, strict=True):
         _, expected = torch.func.jvp(lambda value: model(value), (x,), (move[None],))
         torch.testing.assert_close(found[None], expected, rtol=1e-9, atol=1e-11)
 
@@ -91,7 +91,7 @@ def test_what_can_be_inverted_is(name: str) -> None:
     _, network = headed(name)
     values = network.forward(samples(2))
     for node, y in zip(network.nodes, values[1:], strict=True):
-        if isinstance(node.op, (Move, Affine)):
+        if isinstance(node.op, (Gather, Affine)):
             found = node.op.invert(y)
             if found is not None:
                 torch.testing.assert_close(found, values[node.reads[0]], rtol=1e-12, atol=1e-12)
@@ -103,10 +103,10 @@ def test_what_can_be_inverted_is(name: str) -> None:
 
 
 EXPECTED = {
-    "reflected": [Trained], "upsampled, convolution": [Trained], "transposed": [Trained], "by hand": [Move, Trained],
-    "batch norm": [Affine], "scaled and shifted": [Affine] * 4, "padded with ones": [Move, Affine],
-    "rolled and flipped": [Move, Move], "twice": [Sum], "dropout": [], "relu6": [Elementwise], "maximum": [Other],
-    "side by side": [Elementwise, Trained, Concat], "shifted": [Affine],
+    "reflected": [Linear], "upsampled, convolution": [Linear], "transposed": [Linear], "by hand": [Gather, Linear],
+    "batch norm": [Affine], "scaled and shifted": [Affine] * 4, "padded with ones": [Gather, Affine],
+    "rolled and flipped": [Gather, Gather], "twice": [Sum], "dropout": [], "relu6": [Elementwise], "maximum": [Other],
+    "side by side": [Elementwise, Linear, Concat], "shifted": [Affine],
 }  # fmt: skip
 
 
@@ -114,18 +114,20 @@ EXPECTED = {
 def test_operations_are_recognised(name: str) -> None:
     _, network = headed(name)
     kinds = [type(node.op) for node in network.nodes][1:-1]
-    if kinds and kinds[-1] is Move and network.nodes[-2].shape == (network.nodes[-2].op.index.numel(),):  # type: ignore[attr-defined]
+    if kinds and kinds[-1] is Gather and network.nodes[-2].shape == (network.nodes[-2].op.index.numel(),):  # type: ignore[attr-defined]
         kinds = kinds[:-1]  # the flattening before the last layer
     assert kinds == EXPECTED[name]
 
 
-def test_weights_that_are_used_twice_or_frozen_are_not_heard() -> None:
+def test_weights_that_are_used_twice_or_frozen_have_no_gradient() -> None:
     shared = nn.Conv2d(4, 4, 1)
     frozen = nn.Conv2d(4, 4, 1).requires_grad_(False)
     model = nn.Sequential(shared, nn.ReLU(), shared, frozen, nn.Flatten(), nn.Linear(144, 2))
     network = Target(model, losses.CrossEntropy(2), SHAPE).network
-    heard = {node.op.layer.weight_name: node.op.heard for node in network.nodes if isinstance(node.op, Trained)}
-    assert heard == {"0.weight": False, "3.weight": False, "5.weight": True}
+    has_gradient = {
+        node.op.layer.weight_name: node.op.has_gradient for node in network.nodes if isinstance(node.op, Linear)
+    }
+    assert has_gradient == {"0.weight": False, "3.weight": False, "5.weight": True}
 
 
 def test_what_is_computed_without_gradient_passes_none_on() -> None:
@@ -141,7 +143,7 @@ def test_what_is_computed_without_gradient_passes_none_on() -> None:
     values = network.forward(x.detach())
     torch.testing.assert_close(values[-1], model(x), rtol=1e-12, atol=1e-12)
     k = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(network.pull(values, {}, {len(values) - 1: k})[0], wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(network.vjp(values, {}, {len(values) - 1: k})[0], wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_values_changed_in_place_are_read_as_they_are_then() -> None:

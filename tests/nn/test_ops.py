@@ -1,4 +1,4 @@
-"""Every kind of operation alone: its pull is the adjoint of its push, and what it inverts it inverts.
+"""Every kind of operation alone: its vjp is the adjoint of its jvp, and what it inverts it inverts.
 
 A new kind of operation adds one row to OPERATIONS.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rgap.nn import activations, layers
-from rgap.nn.ops import Affine, Concat, Elementwise, Move, Norm, Op, Other, Sum, Trained
+from rgap.nn.ops import Affine, Concat, Elementwise, Gather, Linear, Norm, Op, Other, Sum
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -22,19 +22,19 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
 
 
-def convolution(bias: bool) -> Trained:
+def convolution(bias: bool) -> Linear:
     around, shift = ((1, 0), (2, 1)), normal(4) if bias else None
     layer = layers.convolution(
         "conv", normal(4, 1, 2, 3), shift, (2, 4, 5), (1, 2), around, (2, 1), 2, "w", "b"
     )  # fmt: skip
-    return Trained(layer)
+    return Linear(layer)
 
 
-def moved(function: Callable[[Tensor], Tensor], *shape: int) -> Move:
+def moved(function: Callable[[Tensor], Tensor], *shape: int) -> Gather:
     """The move that a function makes of numbered values, where it puts no zeros."""
     numbers = torch.arange(torch.Size(shape).numel()).reshape(1, *shape)
     out = function(numbers)
-    return Move("move", out.flatten(), shape, tuple(out.shape[1:]))
+    return Gather("move", out.flatten(), shape, tuple(out.shape[1:]))
 
 
 SCALE = normal(1, 3, 1) + 3
@@ -43,13 +43,13 @@ OPERATIONS: dict[str, tuple[Op, tuple[tuple[int, ...], ...], bool, bool]] = {
     "convolution": (convolution(False), ((2, 4, 5),), False, True),
     "convolution with a bias": (convolution(True), ((2, 4, 5),), False, False),
     "linear on positions": (
-        Trained(layers.linear("fc", normal(3, 4), normal(3), (2, 4), "w", "b")), ((2, 4),), False, False,
+        Linear(layers.linear("fc", normal(3, 4), normal(3), (2, 4), "w", "b")), ((2, 4),), False, False,
     ),
     "matrix product": (
-        Trained(layers.linear("fc", normal(4, 3), None, (4,), "w", None, turned=True)), ((4,),), False, True,
+        Linear(layers.linear("fc", normal(4, 3), None, (4,), "w", None, transposed=True)), ((4,),), False, True,
     ),
     "transposed convolution": (
-        Trained(
+        Linear(
             layers.transposed_convolution("up", normal(2, 3, 3), None, (2, 4), (8,), (2,), (1,), (1,), 1, "w", None)
         ), ((2, 4),), False, True,
     ),
@@ -58,8 +58,8 @@ OPERATIONS: dict[str, tuple[Op, tuple[tuple[int, ...], ...], bool, bool]] = {
     "reordered": (moved(lambda x: x.transpose(1, 2).flip(1), 3, 4), ((3, 4),), True, True),
     "repeated": (moved(lambda x: x.repeat(1, 2, 3), 3, 4), ((3, 4),), True, True),
     "sliced": (moved(lambda x: x[:, 1:], 3, 4), ((3, 4),), False, True),
-    "padded": (Move("pad", torch.tensor([4, 0, 1, 4, 2, 3]), (2, 2), (6,)), ((2, 2),), True, True),
-    "padded and cut": (Move("pad", torch.tensor([4, 0, 1, 2]), (2, 2), (2, 2)), ((2, 2),), False, True),
+    "padded": (Gather("pad", torch.tensor([4, 0, 1, 4, 2, 3]), (2, 2), (6,)), ((2, 2),), True, True),
+    "padded and cut": (Gather("pad", torch.tensor([4, 0, 1, 2]), (2, 2), (2, 2)), ((2, 2),), False, True),
     "scaled": (Affine("scale", SCALE, torch.zeros(1, 3, 1).double()), ((3, 4),), True, True),
     "scaled and shifted": (Affine("scale", SCALE, normal(1, 3, 4)), ((3, 4),), True, False),
     "scaled by zero": (Affine("zero", torch.tensor([[[0.0], [1.0], [2.0]]]).double(), SCALE), ((3, 4),), False, False),
@@ -79,28 +79,28 @@ def inputs(shapes: tuple[tuple[int, ...], ...], count: int) -> tuple[Tensor, ...
 
 @every_operation
 def test_pull_is_the_adjoint_of_push(name: str) -> None:
-    """With many moves or gradients at the values of one system, or as many values."""
+    """With many tangents or gradients at the values of one system, or as many values."""
     op, shapes, *_ = OPERATIONS[name]
     for count in (1, 3):
-        xs, moves = inputs(shapes, count), inputs(shapes, 3)
-        pushed = op.push(moves, xs)
-        k = normal(*pushed.shape)
-        pulled = op.pull(k, xs)
-        assert [each.shape for each in pulled] == [each.shape for each in moves]
-        across = sum((move * each).flatten(1).sum(1) for move, each in zip(moves, pulled, strict=True))
-        torch.testing.assert_close((pushed * k).flatten(1).sum(1), across, rtol=1e-11, atol=1e-11)
+        xs, tangents = inputs(shapes, count), inputs(shapes, 3)
+        tangent = op.jvp(tangents, xs)
+        k = normal(*tangent.shape)
+        cotangents = op.vjp(k, xs)
+        assert [each.shape for each in cotangents] == [each.shape for each in tangents]
+        across = sum((move * each).flatten(1).sum(1) for move, each in zip(tangents, cotangents, strict=True))
+        torch.testing.assert_close((tangent * k).flatten(1).sum(1), across, rtol=1e-11, atol=1e-11)
 
 
 @every_operation
 def test_push_and_pull_are_autograds(name: str) -> None:
     op, shapes, *_ = OPERATIONS[name]
-    xs, moves = inputs(shapes, 2), inputs(shapes, 2)
-    out, expected = torch.func.jvp(op.forward, xs, moves)
-    torch.testing.assert_close(op.push(moves, xs), expected, rtol=1e-11, atol=1e-11)
+    xs, tangents = inputs(shapes, 2), inputs(shapes, 2)
+    out, expected = torch.func.jvp(op.forward, xs, tangents)
+    torch.testing.assert_close(op.jvp(tangents, xs), expected, rtol=1e-11, atol=1e-11)
     k = normal(*out.shape)
     leaves = tuple(x.clone().requires_grad_() for x in xs)
     wanted = torch.autograd.grad((op.forward(*leaves) * k).sum(), leaves)
-    for found, want in zip(op.pull(k, xs), wanted, strict=True):
+    for found, want in zip(op.vjp(k, xs), wanted, strict=True):
         torch.testing.assert_close(found, want, rtol=1e-11, atol=1e-11)
 
 
@@ -143,16 +143,16 @@ def test_linear_operations_pull_the_same_everywhere(name: str) -> None:
     op, shapes, *_ = OPERATIONS[name]
     xs = inputs(shapes, 1)
     k = normal(*op.forward(*xs).shape)
-    here, there = op.pull(k, xs), op.pull(k, tuple(3 * x + 1 for x in xs))
+    here, there = op.vjp(k, xs), op.vjp(k, tuple(3 * x + 1 for x in xs))
     same = all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
     assert same or not op.linear
 
 
 def test_a_gradient_that_is_not_let_through_is_zero() -> None:
-    op = Other("still", "mul", lambda x: 3 * x, 4, 4, silent=True)
-    [pulled] = op.pull(normal(2, 4), (normal(1, 4),))
-    assert pulled.shape == (2, 4)
-    assert not pulled.any()
+    op = Other("still", "mul", lambda x: 3 * x, 4, 4, detached=True)
+    [cotangents] = op.vjp(normal(2, 4), (normal(1, 4),))
+    assert cotangents.shape == (2, 4)
+    assert not cotangents.any()
 
 
 def test_an_operation_without_a_rule_for_several_samples_takes_them_one_by_one() -> None:
@@ -169,4 +169,4 @@ def test_a_norms_pull_times_its_size_is_its_pull() -> None:
     assert isinstance(op, Norm)
     [x], k = inputs(((3, 4),), 2), normal(2, 3, 4)
     size = (x.var(2, unbiased=False, keepdim=True) + op.eps).sqrt()
-    torch.testing.assert_close(op.pull_times_size(k, op.forward(x)) / size, op.pull(k, (x,))[0], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(op.vjp_times_size(k, op.forward(x)) / size, op.vjp(k, (x,))[0], rtol=1e-11, atol=1e-11)

@@ -14,9 +14,9 @@ from rgap.attacks import block
 from rgap.attacks.base import rounding
 from rgap.attacks.trail import End, Front, Given, Step, Trail, one
 from rgap.constraints import System
-from rgap.nn.activations import Activation, Folded, Inverse
+from rgap.nn.activations import Activation, Inverse, NonMonotone
 from rgap.nn.network import Network, Segment
-from rgap.nn.ops import Affine, Elementwise, Norm, Op, Trained
+from rgap.nn.ops import Affine, Elementwise, Linear, Norm, Op
 
 UNSURE, BRANCHES, BRANCHED = 5.0, 3, 20_000
 """A value within so many errors of its activation's kink may lie on either side of it; how many are tried at once, and
@@ -72,7 +72,7 @@ def recurse(
             keep = torch.tensor(list(through), device=front.y.device)
             family, k_error, trails = family[keep], k_error[keep], [trails[s] for s in through]
             front = _together(list(through.values()))
-        elif isinstance(op, Trained):
+        elif isinstance(op, Linear):
             front, residual = _layer(op, given, of, front, k_error, trails, at)
             alive = _plausible(residual, family, of)
             front, k_error, family = front.select(alive), k_error[alive], family[alive]
@@ -123,7 +123,7 @@ def _together(fronts: list[Front]) -> Front:
 
 
 def _layer(
-    op: Trained,
+    op: Linear,
     given: Given,
     of: Int[Tensor, " s"],
     front: Front,
@@ -134,7 +134,7 @@ def _layer(
     """The layer's input from its constraints (Eqs. 15 and 16), and how badly they are met."""
     layer, gradients = op.layer, given.gradients
     front = _told(op, front, given, of)
-    heard = op.heard and layer.weight_name in gradients
+    heard = op.has_gradient and layer.weight_name in gradients
     if heard:
         grad = layer.pack_weight(given.told(layer.weight_name, of))
     else:
@@ -155,7 +155,7 @@ def _layer(
     for s, trail in enumerate(trails):
         own = slice(s, s + 1)
         step = Step(k[own], z[own], z_error[own], solved.x[own], None if row_weight is None else row_weight[own])
-        trail.add(step, layer, system, solved, s, float(error[s]), op.told_by in gradients, heard)
+        trail.add(step, layer, system, solved, s, float(error[s]), op.cotangent_parameter in gradients, heard)
         trail.open_at(at, one(front, s))
     x = layer.unpack_input(solved.x)
     # The directions that the constraints tell badly are the same in all channels: so is the error of each pixel.
@@ -166,16 +166,16 @@ def _layer(
 
 def _told(op: Op, front: Front, given: Given, of: Int[Tensor, " s"]) -> Front:
     """With k itself, where the gradient of what is added to every value tells it."""
-    if op.told_by is None or op.told_by not in given.gradients:
+    if op.cotangent_parameter is None or op.cotangent_parameter not in given.gradients:
         return front
-    return replace(front, k=given.told(op.told_by, of).reshape(front.k.shape))
+    return replace(front, k=given.told(op.cotangent_parameter, of).reshape(front.k.shape))
 
 
-def _rows(op: Trained, front: Front) -> Tensor | None:
+def _rows(op: Linear, front: Front) -> Tensor | None:
     return None if front.weight is None else op.layer.pack_output(front.weight)
 
 
-def _unfolded(op: Trained, front: Front, other: Front, given: Given) -> Front:
+def _unfolded(op: Linear, front: Front, other: Front, given: Given) -> Front:
     """Of two values that a folded activation allows, the one that the weight rows of all the others come near to.
 
     k of a unit depends on which it is, so the gradient rows say nothing before it is decided.
@@ -207,7 +207,7 @@ def _unfolded(op: Trained, front: Front, other: Front, given: Given) -> Front:
     )
 
 
-def _sided(op: Trained, front: Front, other: Front, grad: Float[Tensor, "s g j i"], given: Given) -> Front:
+def _sided(op: Linear, front: Front, other: Front, grad: Float[Tensor, "s g j i"], given: Given) -> Front:
     """Of two sides of their kinks on which values may lie, the one with which the gradient agrees.
 
     The wrong one adds a multiple of one vector to the gradient of the unit's own weights, what the unit reads. So the
@@ -248,7 +248,7 @@ def _activation(activation: Activation, front: Front) -> tuple[Front, Int[Tensor
         weight = front.weight if weight is None else weight * front.weight
     of, slope = _branches(activation, front.y, inverse.slope, error)
     other = _other_side(activation, front, inverse, error) if len(of) == len(front.y) else None
-    if isinstance(activation, Folded):
+    if isinstance(activation, NonMonotone):
         z = activation.lower(front.y)
         fold = activation.slope(z)
         z = torch.where(front.y < 0, z, inverse.z)
@@ -275,11 +275,11 @@ def _unscaled(op: Norm, behind: Op | None, front: Front, given: Given, of: Int[T
     The bias's gradient is k summed over positions, and each group's k is known but for its size: as many linear
     equations as there are biases.
     """
-    name = behind.layer.bias_name if isinstance(behind, Trained) else None
-    if not isinstance(behind, Trained) or name is None or name not in given.gradients:
+    name = behind.layer.bias_name if isinstance(behind, Linear) else None
+    if not isinstance(behind, Linear) or name is None or name not in given.gradients:
         return None
     layer = behind.layer
-    times = layer.pack_output(op.pull_times_size(front.k, front.y))
+    times = layer.pack_output(op.vjp_times_size(front.k, front.y))
     count = front.k[0].numel()
     group = torch.arange(count, device=times.device).div(count // op.groups, rounding_mode="floor")
     group = layer.pack_output(group.reshape(1, *front.k.shape[1:])).expand(times.shape)
@@ -300,7 +300,7 @@ def _inverted(op: Op, front: Front, given: Given, of: Int[Tensor, " s"]) -> Fron
     y = op.invert(front.y)
     if y is None:
         return None
-    k = op.pull(front.k, (y,))[0]
+    k = op.vjp(front.k, (y,))[0]
     error = front.error.expand(front.y.shape)
     if isinstance(op, Affine):
         weight, error = front.weight, error / op.scale.abs()

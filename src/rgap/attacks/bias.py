@@ -40,7 +40,7 @@ from rgap.constraints import System
 from rgap.nn.layers import Layer
 from rgap.nn.losses import MarginLoss
 from rgap.nn.network import Network
-from rgap.nn.ops import Affine, Move, Other, Trained
+from rgap.nn.ops import Affine, Gather, Linear, Other
 from rgap.target import Target
 from rgap.update import Update
 
@@ -275,7 +275,7 @@ def _network(target: Target) -> Network | None:
 def _told_layers(network: Network, told: Collection[str]) -> Iterator[_Place]:
     for place, node in enumerate(network.nodes):
         op = node.op
-        if isinstance(op, Trained) and op.heard and op.layer.weight_name in told:
+        if isinstance(op, Linear) and op.has_gradient and op.layer.weight_name in told:
             by = _told_by(network, place + 1, told)
             if by is not None:
                 yield _Place(op.layer, place + 1, by)
@@ -283,7 +283,7 @@ def _told_layers(network: Network, told: Collection[str]) -> Iterator[_Place]:
 
 def _own(network: Network, value: int, told: Collection[str]) -> str | None:
     """The parameter whose gradient is k of this value, if there is one that was told."""
-    name = network.nodes[value - 1].op.told_by if value else None
+    name = network.nodes[value - 1].op.cotangent_parameter if value else None
     return name if name in told else None
 
 
@@ -295,7 +295,7 @@ def _told_by(network: Network, value: int, told: Collection[str]) -> str | None:
         if own is not None:
             return own
         readers = network.readers[value]
-        if len(readers) != 1 or not isinstance(network.nodes[readers[0]].op, (Affine, Move)):
+        if len(readers) != 1 or not isinstance(network.nodes[readers[0]].op, (Affine, Gather)):
             return None
         value = readers[0] + 1
     return None
@@ -306,7 +306,7 @@ def _k(network: Network, value: int, told: Mapping[str, Tensor]) -> Tensor | Non
     own = _own(network, value, told)
     if own is not None:
         return told[own].reshape(1, *network.shapes[value])
-    return network.k_of(value, lambda behind: _k(network, behind, told), {})
+    return network.cotangent_of(value, lambda behind: _k(network, behind, told), {})
 
 
 def _between(network: Network, value: int) -> str | None:
@@ -317,7 +317,7 @@ def _between(network: Network, value: int) -> str | None:
     for segment in reversed(segments):
         for place in segment.nodes:
             op = network.nodes[place].op
-            lost = isinstance(op, (Affine, Move)) and op.invert(_zeros(network, place)) is None
+            lost = isinstance(op, (Affine, Gather)) and op.invert(_zeros(network, place)) is None
             if isinstance(op, Other) or (lost and not segment.block):
                 return f"{op.name}: {op.what if isinstance(op, Other) else op.loses}"
     return None

@@ -17,9 +17,9 @@ from rgap.attacks import together
 from rgap.attacks.base import LayerReport, rounding
 from rgap.attacks.trail import Front, Given, Trail, report
 from rgap.constraints import Rows, Side, Solved, System
-from rgap.nn.activations import Folded
+from rgap.nn.activations import NonMonotone
 from rgap.nn.network import Network
-from rgap.nn.ops import Affine, Concat, Elementwise, Norm, Other, Sum, Trained
+from rgap.nn.ops import Affine, Concat, Elementwise, Linear, Norm, Other, Sum
 
 DENSE = 6_000
 """Unknowns of one group above which a value that is told directly is not solved for."""
@@ -100,7 +100,7 @@ class Inside:
 
     def _k(self, value: int) -> None:
         """Eq. 6, once k of everything that reads the value is known."""
-        k = self.network.k_of(value, self.ks.get, self.slopes)
+        k = self.network.cotangent_of(value, self.ks.get, self.slopes)
         if k is not None:
             self.ks[value] = k
 
@@ -116,7 +116,7 @@ class Inside:
             xs = tuple(each.y for each in known)
             noise = tuple(self._draw(each.y) * each.error for each in known)
             y = node.op.forward(*xs)
-            error = node.op.push(noise, xs).square().mean().sqrt()
+            error = node.op.jvp(noise, xs).square().mean().sqrt()
             self.values[place + 1] = Known(y, None, error.reshape(1, *[1] * (y.dim() - 1)))
         if isinstance(node.op, Elementwise):
             self.slopes.setdefault(place, node.op.activation.slope(known[0].y))
@@ -134,10 +134,10 @@ class Inside:
         for place in self.network.readers[value]:
             node, out = self.network.nodes[place], self.values.get(place + 1)
             op = node.op
-            if out is None or isinstance(op, (Trained, Other)):
+            if out is None or isinstance(op, (Linear, Other)):
                 continue
             if isinstance(op, Elementwise):
-                if not isinstance(op.activation, Folded):
+                if not isinstance(op.activation, NonMonotone):
                     inverse = op.activation.invert(out.y, out.size)
                     self.slopes[place] = inverse.slope
                     rows = (slice(None), *[None] * (out.y.dim() - 1))
@@ -168,11 +168,11 @@ class Inside:
         """Of each layer that reads the value and of which something is known: place, rows, right side, error of z."""
         for place in self.network.readers[value]:
             op, k, out = self.network.nodes[place].op, self.ks.get(place + 1), self.values.get(place + 1)
-            if not isinstance(op, Trained) or (out is None and (k is None or not op.heard)):
+            if not isinstance(op, Linear) or (out is None and (k is None or not op.has_gradient)):
                 continue
             layer = op.layer
             zeros = layer.weight.new_zeros(1, layer.outputs, layer.positions)
-            if k is not None and op.heard:
+            if k is not None and op.has_gradient:
                 k, grad = layer.pack_output(k), layer.pack_weight(self.given.gradients[layer.weight_name])
             else:
                 k, grad = zeros, torch.zeros_like(layer.weight)[None]
@@ -244,7 +244,7 @@ class Inside:
         x = found.x
         self.values[0] = Known(x, None, found.error.reshape(1, *[1] * (x.dim() - 1)))
         values = self.network.forward(x)
-        k = self.network.pull(values, self.network.slopes(values), {len(values) - 1: self.ks[len(values) - 1]})[0]
+        k = self.network.vjp(values, self.network.slopes(values), {len(values) - 1: self.ks[len(values) - 1]})[0]
         self.ks[0] = torch.zeros_like(x) if k is None else k
         self.reports = found.reports | self.reports
 

@@ -17,7 +17,7 @@ from rgap.attacks.joint import nearest, span, turned
 from rgap.attacks.trail import Front
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
-from rgap.nn.ops import Trained
+from rgap.nn.ops import Linear
 
 MOST_BYTES = 2**31
 """Of the matrix of all rows, above which nothing is solved jointly."""
@@ -50,7 +50,7 @@ class Branched:
         self.heard = [
             (place, node.op.layer, node.reads[0])
             for place, node in enumerate(network.nodes)
-            if isinstance(node.op, Trained) and node.op.heard
+            if isinstance(node.op, Linear) and node.op.has_gradient
         ]
         self.grads = [layer.pack_weight(gradients[layer.weight_name][None]) for _, layer, _ in self.heard]
         self._rows: Float[Tensor, "u r"] = known.y.new_zeros(0, 0)
@@ -87,7 +87,7 @@ class Branched:
         return At(values, self.network.slopes(values))
 
     def ks(self, point: At) -> list[Tensor | None]:
-        return self.network.pull(point.values, point.by_place, {len(point.values) - 1: self.known.k})
+        return self.network.vjp(point.values, point.by_place, {len(point.values) - 1: self.known.k})
 
     def _k(self, ks: list[Tensor | None], place: int, layer: Layer) -> Tensor:
         k = ks[place + 1]
@@ -132,7 +132,7 @@ class Branched:
         count = min(COLUMNS, self.unknowns - start)
         units = point.x.new_zeros(count, self.unknowns)
         units[torch.arange(count), start + torch.arange(count)] = 1.0
-        moves = self.network.push(point.values, point.by_place, units.reshape(count, *self.network.input_shape))
+        moves = self.network.jvp(point.values, point.by_place, units.reshape(count, *self.network.input_shape))
         parts = [(moves[-1] * self.weight).flatten(1)]
         for at, (place, layer, value) in enumerate(self.heard):
             if not heard[at]:
@@ -168,7 +168,7 @@ class Branched:
             own = point.x.new_zeros(len(units), mask.numel())
             own[torch.arange(len(units), device=own.device), units] = 1.0
             starts = {value: own.reshape(len(units), *point.values[value].shape[1:])}
-            ks = self.network.pull(point.values, point.by_place, starts)
+            ks = self.network.vjp(point.values, point.by_place, starts)
             for at, (layer_place, layer, read) in enumerate(self.heard):
                 k = ks[layer_place + 1]
                 if k is not None:
@@ -200,7 +200,7 @@ class Branched:
         for place, _ in self.network.activations:
             value = self.network.nodes[place].reads[0]
             node = self.network.nodes[value - 1] if value else None
-            if node is None or not isinstance(node.op, Trained):
+            if node is None or not isinstance(node.op, Linear):
                 found.append(torch.ones_like(point.values[value]))
                 continue
             layer = node.op.layer

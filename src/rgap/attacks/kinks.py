@@ -71,7 +71,7 @@ def step_over(network: Network, x: Tensor, units: list[tuple[int, int]]) -> Tens
         value = network.nodes[place].reads[0]
         k = torch.zeros_like(values[value])
         k.view(-1)[index] = 1.0
-        row = network.pull(values, slopes, {value: k})[0]
+        row = network.vjp(values, slopes, {value: k})[0]
         rows.append(torch.zeros_like(x).flatten() if row is None else row.flatten())
         heights.append(values[value].reshape(-1)[index])
     jacobian, value_of = torch.stack(rows), torch.stack(heights)
@@ -110,7 +110,7 @@ def _residuals(
     """Relative distance of the gradient with the given slopes from the given one; values are of one, slopes of s."""
     count = len(next(iter(slopes.values()))) if slopes else 1
     total, size = torch.zeros(count, dtype=k.dtype, device=k.device), 0.0
-    ks = network.pull(values, slopes, {len(values) - 1: k.expand(count, *k.shape[1:])})
+    ks = network.vjp(values, slopes, {len(values) - 1: k.expand(count, *k.shape[1:])})
     for layer, found in network.gradients(values, ks):
         grad = layer.pack_weight(gradients[layer.weight_name][None])
         total = total + (found - grad).flatten(1).square().sum(1)

@@ -33,7 +33,7 @@ from rgap.nn.chain import Kind, NotAChain, Obstacle
 from rgap.nn.layers import Layer
 from rgap.nn.losses import MarginLoss
 from rgap.nn.network import Network
-from rgap.nn.ops import Elementwise, Move, Trained
+from rgap.nn.ops import Elementwise, Gather, Linear
 from rgap.target import Target
 from rgap.update import Update, tolerated
 
@@ -317,18 +317,18 @@ def obstacle(target: Target) -> str | None:
 def _last(network: Network) -> Layer | None:
     """The layer whose raw output the loss takes."""
     for node in reversed(network.nodes):
-        if isinstance(node.op, Trained):
+        if isinstance(node.op, Linear):
             layer = node.op.layer
-            return layer if node.op.heard and layer.positions == 1 and layer.groups == 1 else None
-        if not isinstance(node.op, Move):
+            return layer if node.op.has_gradient and layer.positions == 1 and layer.groups == 1 else None
+        if not isinstance(node.op, Gather):
             return None
     return None
 
 
 def _before(network: Network) -> Activation:
     """The activation in front of the last layer, the identity if there is another operation."""
-    value = next(n.reads[0] for n in network.nodes if isinstance(n.op, Trained) and n.op.layer is network.layers[-1])
-    while value and isinstance(network.nodes[value - 1].op, Move):
+    value = next(n.reads[0] for n in network.nodes if isinstance(n.op, Linear) and n.op.layer is network.layers[-1])
+    while value and isinstance(network.nodes[value - 1].op, Gather):
         value = network.nodes[value - 1].reads[0]
     op = network.nodes[value - 1].op if value else None
     return op.activation if isinstance(op, Elementwise) else IDENTITY

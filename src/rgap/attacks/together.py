@@ -20,7 +20,7 @@ from rgap.attacks.trail import Front, Given
 from rgap.linalg.cgls import cgls
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
-from rgap.nn.ops import Trained
+from rgap.nn.ops import Linear
 
 STEPS, INNER = 40, 400
 """Linearisations, and products in each, at the most."""
@@ -57,7 +57,7 @@ class Constraints:
         self.inner = [
             (place, node.op.layer, node.reads[0])
             for place, node in enumerate(network.nodes)
-            if isinstance(node.op, Trained) and node.op.heard and with_gradients
+            if isinstance(node.op, Linear) and node.op.has_gradient and with_gradients
         ]
         gradients = given.gradients
         self.grads = {place: layer.pack_weight(gradients[layer.weight_name]) for place, layer, _ in self.inner}
@@ -69,7 +69,7 @@ class Constraints:
         self.values = self.network.forward(x)
         self.slopes = self.network.slopes(self.values)
         end = len(self.values) - 1
-        self.ks = self.network.pull(self.values, self.slopes, {end: self.front.k})
+        self.ks = self.network.vjp(self.values, self.slopes, {end: self.front.k})
         self.scales = {at: unit if bool(self.k(at).any()) else 0.0 for at, unit in self._units.items()}
 
     def output_miss(self) -> Tensor:
@@ -91,11 +91,11 @@ class Constraints:
     def k(self, place: int) -> Tensor:
         k = self.ks[place + 1]
         layer = self.network.nodes[place].op
-        assert isinstance(layer, Trained)
+        assert isinstance(layer, Linear)
         return layer.layer.pack_output(torch.zeros_like(self.values[place + 1]) if k is None else k)
 
     def forward(self, move: Tensor) -> Tensor:
-        moves = self.network.push(self.values, self.slopes, move)
+        moves = self.network.jvp(self.values, self.slopes, move)
         parts = [(moves[-1] * self.weight).flatten()]
         for place, layer, value in self.inner:
             found = layer.grad_weight(layer.pack_input(moves[value]), self.k(place))
@@ -110,7 +110,7 @@ class Constraints:
             pulled = layer.grad_input(self.k(place), self.scales[place] * part.reshape(1, *layer.weight.shape))
             pulled = layer.unpack_input(pulled).reshape(self.values[value].shape)
             starts[value] = starts[value] + pulled if value in starts else pulled
-        found = self.network.pull(self.values, self.slopes, starts)[0]
+        found = self.network.vjp(self.values, self.slopes, starts)[0]
         return torch.zeros_like(self.values[0]) if found is None else found
 
 

@@ -150,7 +150,7 @@ def _begun(problem: Branched, x: Tensor) -> At | str:
     """The operations linearised at an input, or why torch cannot push a move of the input through them."""
     try:
         at = problem.forward(x)
-        problem.network.push(at.values, at.by_place, torch.zeros_like(at.x))
+        problem.network.jvp(at.values, at.by_place, torch.zeros_like(at.x))
         problem.ks(at)
     except (RuntimeError, NotImplementedError) as error:
         return f"what is in front is not solved jointly: {str(error).strip().splitlines()[0]}"

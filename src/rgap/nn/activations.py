@@ -36,8 +36,8 @@ class Activation(ABC):
     kinked: bool = False
     """Whether the slope jumps at z = 0."""
 
-    folded: bool = False
-    """Whether some outputs have two inputs; see `Folded`."""
+    non_monotone: bool = False
+    """Whether some outputs have two inputs; see `NonMonotone`."""
 
     def other_side(self, slope: Tensor) -> Tensor:
         """The slopes on the other side of the kink; the same ones where there is no kink or no telling."""
@@ -300,29 +300,29 @@ class ELU(Smooth):
         return f"elu({self.alpha:g})" if self.scale == 1.0 else "selu"
 
 
-class Folded(Activation):
+class NonMonotone(Activation):
     """A smooth activation that falls to a minimum and rises from there: outputs between it and 0 have two inputs.
 
     `invert` names the upper one, `lower` the other; the constraints of the layer before decide between them.
     """
 
-    folded = True
-    turn: float
+    non_monotone = True
+    argmin: float
     """Where the minimum is."""
 
     @abstractmethod
     def slope(self, z: Tensor) -> Tensor: ...
 
     def invert(self, x: Tensor, error: Tensor) -> Inverse:
-        z = self._between(x, torch.full_like(x, self.turn), x.clamp(min=0) + 2.0, rising=True)
+        z = self._between(x, torch.full_like(x, self.argmin), x.clamp(min=0) + 2.0, rising=True)
         # Near the minimum z moves far for a small move of x: the slope states the row in x.
         slope = self.slope(z)
         return Inverse(z, slope, slope.clamp(min=0.0, max=1.0))
 
     def lower(self, x: Float[Tensor, "s *shape"]) -> Float[Tensor, "s *shape"]:
         """The input below the minimum, of outputs below 0; elsewhere the upper one's place, the minimum's, is kept."""
-        z = self._between(x, torch.full_like(x, LOWEST), torch.full_like(x, self.turn), rising=False)
-        return torch.where(x < 0, z, self.turn)
+        z = self._between(x, torch.full_like(x, LOWEST), torch.full_like(x, self.argmin), rising=False)
+        return torch.where(x < 0, z, self.argmin)
 
     def _between(self, x: Tensor, low: Tensor, high: Tensor, rising: bool) -> Tensor:
         """Where f(z) = x, by bisection: to the last digit, whatever the slope."""
@@ -338,13 +338,13 @@ LOWEST, BISECTIONS = -40.0, 64
 
 
 @dataclass(frozen=True)
-class GELU(Folded):
+class GELU(NonMonotone):
     """f(z) = z Phi(z), or with tanh in place of Phi where ``approximate`` says so."""
 
     approximate: str = "none"
 
     @property
-    def turn(self) -> float:  # type: ignore[override]
+    def argmin(self) -> float:  # type: ignore[override]
         return -0.7524614220710162 if self.approximate == "tanh" else -0.7517915246935645
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -363,10 +363,10 @@ class GELU(Folded):
 
 
 @dataclass(frozen=True)
-class SiLU(Folded):
+class SiLU(NonMonotone):
     """f(z) = z / (1 + exp(-z))."""
 
-    turn = -1.2784645427610738
+    argmin = -1.2784645427610738
 
     def __call__(self, z: Tensor) -> Tensor:
         return functional.silu(z)
@@ -380,10 +380,10 @@ class SiLU(Folded):
 
 
 @dataclass(frozen=True)
-class Mish(Folded):
+class Mish(NonMonotone):
     """f(z) = z tanh(log(1 + exp(z)))."""
 
-    turn = -1.1924312145154753
+    argmin = -1.1924312145154753
 
     def __call__(self, z: Tensor) -> Tensor:
         return functional.mish(z)

@@ -17,10 +17,10 @@ from rgap.nn.activations import IDENTITY, Activation
 from rgap.nn.graph import Use
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network, Node
-from rgap.nn.ops import Affine, Concat, Elementwise, Move, Norm, Op, Other, Sum, Trained
+from rgap.nn.ops import Affine, Concat, Elementwise, Gather, Linear, Norm, Op, Other, Sum
 
 # Operations whose output values are input values, or zeros.
-_MOVES = calls.VIEWS | {
+_GATHERS = calls.VIEWS | {
     "permute", "transpose", "t", "mT", "numpy_T", "swapdims", "expand_as", "cat", "rot90", "index_select",
     "movedim", "swapaxes", "slice", "select", "narrow", "flip", "roll", "pixel_shuffle",
     "pixel_unshuffle", "channel_shuffle", "split", "split_with_sizes", "chunk", "unbind", "expand", "repeat",
@@ -49,7 +49,7 @@ class Program:
     """What is known of each use of a layer."""
     shared: frozenset[str]
     """Weights that are used more than once."""
-    heard: frozenset[Traced]
+    with_gradient: frozenset[Traced]
     """Operations that a gradient gets back to."""
     activations: Mapping[Traced, Activation]
     dropped: frozenset[Traced]
@@ -76,7 +76,7 @@ class _Build:
         # Copies: the model's code may write to its buffers.
         self.tensors = {n: t.double().clone() if t.is_floating_point() else t.clone() for n, t in tensors.items()}
         self.known: dict[Traced, Any] = {}  # what does not depend on the input
-        self.place: dict[Traced, int] = {}  # of values that do
+        self.value_ids: dict[Traced, int] = {}  # of values that do
         self.parts: set[Traced] = set()  # operations whose results are no values: several, masks, scalars, complex
         self.nodes: list[Node] = []
         self.device = next(iter(self.tensors.values())).device
@@ -86,7 +86,7 @@ class _Build:
         example = next(iter(program.inputs)).meta["val"]
         for node in program.graph.nodes:
             if node in program.inputs:
-                self.place[node] = 0
+                self.value_ids[node] = 0
             elif node.op == "placeholder":
                 name = program.names.get(node)
                 self.known[node] = program.constants.get(node) if name is None else self.tensors[name]
@@ -98,12 +98,12 @@ class _Build:
 
     def finish(self, node: Traced, shape: tuple[int, ...]) -> Network:
         result = node.all_input_nodes[0]
-        if len(node.all_input_nodes) != 1 or result not in self.place:
+        if len(node.all_input_nodes) != 1 or result not in self.value_ids:
             raise NotImplementedError("the model returns something else than one tensor of outputs")
-        end = self.place[result]
+        end = self.value_ids[result]
         if end == 0:
             raise NotImplementedError("the model returns its input")
-        needed, reads = {end}, {place + 1: node.reads for place, node in enumerate(self.nodes)}
+        needed, reads = {end}, {node_id + 1: node.reads for node_id, node in enumerate(self.nodes)}
         for value in range(end, 0, -1):
             if value in needed:
                 needed |= set(reads[value])
@@ -115,7 +115,7 @@ class _Build:
         return Network(tuple(moved), shape)
 
     def visit(self, node: Traced) -> None:
-        data = [argument for argument in node.all_input_nodes if argument in self.place or argument in self.parts]
+        data = [argument for argument in node.all_input_nodes if argument in self.value_ids or argument in self.parts]
         name = calls.operation(node).removesuffix("_")
         if not data:
             if name not in calls.BLOCKS and all(argument in self.known for argument in node.all_input_nodes):
@@ -126,7 +126,7 @@ class _Build:
         if name in calls.BLOCKS:
             return
         if node in self.program.dropped:
-            self.place[node] = self.place[data[0]]
+            self.value_ids[node] = self.value_ids[data[0]]
             return
         result = node.meta.get("val")
         if not isinstance(result, Tensor) or not result.is_floating_point() or not result.dim():
@@ -136,21 +136,21 @@ class _Build:
             name = calls.operation(data[0]).removesuffix("_")
         data = self.roots(data)
         ops = self.ops(node, name, data)
-        reads = tuple(self.place[each] for each in self.reads(ops[0], node, data))
+        reads = tuple(self.value_ids[each] for each in self.reads(ops[0], node, data))
         for op in ops:
             self.nodes.append(Node(op, reads, _own(result.shape)))
             reads = (len(self.nodes),)
-        self.place[node] = reads[0]
+        self.value_ids[node] = reads[0]
         if calls.operation(node).endswith("_"):  # in place: who reads the old value from here on gets the new one
-            old = self.place[data[0]]
-            self.place.update({each: reads[0] for each, at in self.place.items() if at == old})
+            old = self.value_ids[data[0]]
+            self.value_ids.update({each: reads[0] for each, at in self.value_ids.items() if at == old})
 
     def roots(self, data: list[Traced]) -> list[Traced]:
         """The values behind operations whose results are no values of their own."""
         found: dict[Traced, None] = {}
         for each in data:
-            inner = [argument for argument in each.all_input_nodes if argument in self.place or argument in self.parts]
-            found.update(dict.fromkeys([each] if each in self.place else self.roots(inner)))
+            inner = [node for node in each.all_input_nodes if node in self.value_ids or node in self.parts]
+            found.update(dict.fromkeys([each] if each in self.value_ids else self.roots(inner)))
         return list(found)
 
     def reads(self, op: Op, node: Traced, data: list[Traced]) -> list[Traced]:
@@ -165,13 +165,13 @@ class _Build:
         where, arguments = calls.where(node), calls.arguments(node)
         # The batch, which is of one here, may have gone elsewhere than in front.
         in_front = all(each.meta["val"].shape[0] == 1 for each in (node, *data))
-        if node in self.program.heard and node in self.program.activations:
+        if node in self.program.with_gradient and node in self.program.activations:
             return [Elementwise(where, self.program.activations[node])]
-        if node in self.program.heard and name in _MOVES and len(data) == 1:
+        if node in self.program.with_gradient and name in _GATHERS and len(data) == 1:
             moved = self.moved(node, where, data[0])
             if moved:
                 return moved
-        if node in self.program.heard and in_front:
+        if node in self.program.with_gradient and in_front:
             trained = self.layer(node, data) if node in self.program.uses else None
             if trained is not None:
                 return [trained]
@@ -187,14 +187,14 @@ class _Build:
             if (
                 dim > 0
                 and len(data) == len(arguments["tensors"])
-                and all(e in self.place for e in arguments["tensors"])
+                and all(e in self.value_ids for e in arguments["tensors"])
             ):
                 return [Concat(where, dim - 1)]
         trains = arguments.get("train") or arguments.get("training") or arguments.get("use_input_stats")
         mode = " in training mode (call model.eval() first)" if trains else ""
         function = self.function(node, data)
         sizes = sum(each.meta["val"].numel() for each in data), node.meta["val"].numel()
-        return [Other(where, name + mode, function, *sizes, name in _SCALABLE, node not in self.program.heard)]
+        return [Other(where, name + mode, function, *sizes, name in _SCALABLE, node not in self.program.with_gradient)]
 
     def call(self, node: Traced, values: Mapping[Traced, Any]) -> Any:
         def value(argument: Traced) -> Any:
@@ -218,25 +218,25 @@ class _Build:
 
         return run
 
-    def layer(self, node: Traced, data: list[Traced]) -> Trained | None:
+    def layer(self, node: Traced, data: list[Traced]) -> Linear | None:
         use = self.program.uses[node]
         if use.make is None or use.weight_name is None or len(data) != 1:
             return None
         layer = replace(use.layer(self.tensors), activation=IDENTITY)
         told = use.weight_name in self.trained and use.weight_name not in self.program.shared
-        heard = told and node in self.program.heard
+        has_gradient = told and node in self.program.with_gradient
         bias = use.bias_name
-        if bias is not None and (not heard or bias not in self.trained or bias in self.program.shared):
+        if bias is not None and (not has_gradient or bias not in self.trained or bias in self.program.shared):
             layer = replace(layer, bias_name=None)
-        place = self.place[data[0]]
-        before = self.nodes[place - 1].op if place else None
-        alone = len(data[0].users) == 1 and not any(place in other.reads for other in self.nodes)
-        if isinstance(before, Move) and alone:
+        value_id = self.value_ids[data[0]]
+        before = self.nodes[value_id - 1].op if value_id else None
+        alone = len(data[0].users) == 1 and not any(value_id in other.reads for other in self.nodes)
+        if isinstance(before, Gather) and alone:
             fused = _fused(layer, before)
             if fused is not None:
-                self.place[data[0]] = self.nodes[place - 1].reads[0]
-                return Trained(fused, heard)
-        return Trained(layer, heard)
+                self.value_ids[data[0]] = self.nodes[value_id - 1].reads[0]
+                return Linear(fused, has_gradient)
+        return Linear(layer, has_gradient)
 
     def normalised(self, where: str, arguments: dict[str, Any]) -> Affine:
         """Batch norm with the statistics it has kept."""
@@ -287,7 +287,7 @@ class _Build:
         first, second = arguments["self"], arguments["other"]
         if not same or arguments.get("alpha", 1) != 1 or arguments.get("rounding_mode") is not None:
             return None
-        both = isinstance(first, Traced) and isinstance(second, Traced) and {first, second} <= set(self.place)
+        both = isinstance(first, Traced) and isinstance(second, Traced) and {first, second} <= set(self.value_ids)
         if both:
             return Sum(where) if name == "add" else None
         constant = second if first in data else first
@@ -319,7 +319,7 @@ class _Build:
         out = run(numbers) - constant
         index = out.round().long().reshape(-1) - 1
         index = torch.where(index < 0, count, index)
-        move = Move(where, index, _own(shape), _own(out_shape))
+        move = Gather(where, index, _own(shape), _own(out_shape))
         # Any other values tell whether that is all it does.
         draw = torch.Generator(device=self.device).manual_seed(0)
         probe = torch.randn(shape, generator=draw, dtype=torch.float64, device=self.device)
@@ -335,7 +335,7 @@ def _own(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[1:]) if shape[0] == 1 else tuple(shape)
 
 
-def _fused(layer: Layer, before: Move) -> Layer | None:
+def _fused(layer: Layer, before: Gather) -> Layer | None:
     """A convolution that reads its input through a move of pixels, the same in all channels; None if it is another."""
     if layer.channels_last or len(before.input_shape) != len(layer.input_shape) or len(layer.input_shape) < 2:
         return None

@@ -65,7 +65,7 @@ class Layer:
     activation: Activation = IDENTITY
     channels_last: bool = False
     """Whether the module keeps channels in the last dimension (Linear on more than one position)."""
-    turned: bool = False
+    transposed: bool = False
     """Whether the module's weight has its inputs before its outputs, as a transposed convolution's has."""
     grid: Grid | None = None
     """Of a convolution, behind its table."""
@@ -134,7 +134,7 @@ class Layer:
 
     def pack_weight(self, weight: Tensor) -> Float[Tensor, "s g j i"]:
         """Weights or their gradients, (s, *weight shape of the module), as (s, g, j, i)."""
-        if self.turned:
+        if self.transposed:
             (g, j, i), n = self.weight.shape, len(weight)
             weight = weight.reshape(n, g, self.channels // g, j, -1).transpose(2, 3)
             return weight.reshape(n, g, j, i)
@@ -269,14 +269,14 @@ def linear(
     input_shape: Sequence[int],
     weight_name: str,
     bias_name: str | None,
-    turned: bool = False,
+    transposed: bool = False,
 ) -> Layer:
     """A Linear layer, weight (outputs, features), on an input of shape (..., features).
 
     Args:
-        turned: the weight is (features, outputs), as in x @ W.
+        transposed: the weight is (features, outputs), as in x @ W.
     """
-    weight = weight.mT if turned else weight
+    weight = weight.mT if transposed else weight
     features, leading = input_shape[-1], tuple(input_shape[:-1])
     positions = math.prod(leading)
     return Layer(
@@ -291,7 +291,7 @@ def linear(
         weight_name=weight_name,
         bias_name=bias_name,
         channels_last=bool(leading),
-        turned=turned,
+        transposed=transposed,
     )
 
 
@@ -369,10 +369,10 @@ def transposed_convolution(
         reach = torch.arange(count) + before - torch.arange(width)[:, None] * spread
         at, fits = reach.div(step, rounding_mode="floor"), reach % step == 0
         axes.append((at, fits & (at >= 0) & (at < length)))
-    turned = weight.detach().to(torch.float64, copy=True).reshape(groups, channels // groups, weight.shape[1], -1)
+    swapped = weight.detach().to(torch.float64, copy=True).reshape(groups, channels // groups, weight.shape[1], -1)
     return Layer(
         name=name,
-        weight=turned.transpose(1, 2).reshape(groups, weight.shape[1], -1),
+        weight=swapped.transpose(1, 2).reshape(groups, weight.shape[1], -1),
         bias=None if bias is None else bias.detach().to(torch.float64, copy=True),
         table=_table(size, axes).to(weight.device),
         channels=channels,
@@ -381,5 +381,5 @@ def transposed_convolution(
         output_shape=(groups * weight.shape[1], *output_size),
         weight_name=weight_name,
         bias_name=bias_name,
-        turned=True,
+        transposed=True,
     )

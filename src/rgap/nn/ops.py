@@ -26,24 +26,24 @@ class Op(ABC):
     scalable: bool = False
     """Whether a factor a > 0 on all inputs comes out as the same factor."""
     linear: bool = False
-    """Whether `pull` does not depend on the inputs, which then only give their shapes."""
-    told_by: str | None = None
+    """Whether `vjp` does not depend on the inputs, which then only give their shapes."""
+    cotangent_parameter: str | None = None
     """The parameter that is added to every value of the output on its own, so that its gradient is k there."""
 
     @abstractmethod
     def forward(self, *xs: Tensor) -> Tensor: ...
 
-    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The gradients of the inputs from that of the output, at inputs xs; k may be many where xs are one."""
+    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The cotangents of the inputs from that of the output, k, at inputs xs; k may be many where xs are one."""
         wide = tuple(x.expand(len(k), *x.shape[1:]) for x in xs)
         back: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(self.forward, *wide)[1]
         return back(k)
 
-    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
-        """The move of the output from those of the inputs, at inputs xs; moves may be many where xs are one."""
-        wide = tuple(x.expand(len(moves[0]), *x.shape[1:]).contiguous() for x in xs)
-        moved: Tensor = torch.func.jvp(self.forward, wide, moves)[1]
-        return moved
+    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        """The tangent of the output from those of the inputs, at inputs xs; tangents may be many where xs are one."""
+        wide = tuple(x.expand(len(tangents[0]), *x.shape[1:]).contiguous() for x in xs)
+        tangent: Tensor = torch.func.jvp(self.forward, wide, tangents)[1]
+        return tangent
 
     def invert(self, y: Tensor) -> Tensor | None:
         """The only input for this output; None if the operation does not have one."""
@@ -59,16 +59,16 @@ class Op(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Trained(Op):
-    """z = W x + b, whose gradient is shared if it is heard."""
+class Linear(Op):
+    """z = W x + b, whose weight sends a gradient if it has one of its own."""
 
     layer: Layer
-    heard: bool = True
+    has_gradient: bool = True
     """Whether the gradient of its weight is that of this operation alone; else it has weight constraints only."""
     linear = True
 
     @property
-    def told_by(self) -> str | None:  # type: ignore[override]
+    def cotangent_parameter(self) -> str | None:  # type: ignore[override]
         return self.layer.bias_name if self.layer.positions == 1 else None
 
     @property
@@ -83,12 +83,12 @@ class Trained(Op):
         layer = self.layer
         return layer.unpack_output(layer.output(layer.pack_input(xs[0])) + layer.offset)
 
-    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         layer = self.layer
         return (layer.unpack_input(layer.grad_input(layer.pack_output(k))).reshape(len(k), *xs[0].shape[1:]),)
 
-    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
-        return self.layer.unpack_output(self.layer.output(self.layer.pack_input(moves[0])))
+    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return self.layer.unpack_output(self.layer.output(self.layer.pack_input(tangents[0])))
 
     def __str__(self) -> str:
         return str(self.layer).removesuffix(", identity")
@@ -108,23 +108,23 @@ class Elementwise(Op):
     def forward(self, *xs: Tensor) -> Tensor:
         return self.activation(xs[0])
 
-    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (k * self.activation.slope(xs[0]),)
 
-    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
-        return moves[0] * self.activation.slope(xs[0])
+    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return tangents[0] * self.activation.slope(xs[0])
 
     def __str__(self) -> str:
         return f"{self.name}: {self.activation}"
 
 
 @dataclass(frozen=True, eq=False)
-class Move(Op):
+class Gather(Op):
     """Every output value is an input value, or zero: reshaping, reordering, slices, padding, nearest upsampling."""
 
     name: str
     index: Int[Tensor, " m"]
-    """Of each output value the place among the input's; n, the number of input values, where it is zero."""
+    """Of each output value the index among the input's; n, the number of input values, where it is zero."""
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     scalable = True
@@ -139,13 +139,13 @@ class Move(Op):
         padded = torch.cat([x, x.new_zeros(len(x), 1)], 1)
         return padded[:, self.index].reshape(len(x), *self.output_shape)
 
-    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (self._gather(k).reshape(len(k), *self.input_shape),)
+    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self._scatter_add(k).reshape(len(k), *self.input_shape),)
 
-    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
-        return self.forward(*moves)
+    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return self.forward(*tangents)
 
-    def _gather(self, y: Tensor) -> Tensor:
+    def _scatter_add(self, y: Tensor) -> Tensor:
         flat = y.reshape(len(y), -1)
         total = flat.new_zeros(len(y), self.size + 1).scatter_add_(1, self.index.expand_as(flat), flat)
         return total[:, :-1]
@@ -154,7 +154,7 @@ class Move(Op):
         counts = torch.bincount(self.index, minlength=self.size + 1)[:-1]
         if not bool((counts > 0).all()):
             return None
-        return (self._gather(y) / counts).reshape(len(y), *self.input_shape)
+        return (self._scatter_add(y) / counts).reshape(len(y), *self.input_shape)
 
     @property
     def loses(self) -> str:
@@ -174,7 +174,7 @@ class Affine(Op):
     """(1, ...), broadcast over the value."""
     shift: Tensor
     """Likewise."""
-    told_by: str | None = None
+    cotangent_parameter: str | None = None
     linear = True
 
     @property
@@ -184,11 +184,11 @@ class Affine(Op):
     def forward(self, *xs: Tensor) -> Tensor:
         return self.scale * xs[0] + self.shift
 
-    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (k * self.scale,)
 
-    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
-        return moves[0] * self.scale
+    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return tangents[0] * self.scale
 
     def invert(self, y: Tensor) -> Tensor | None:
         return (y - self.shift) / self.scale if bool((self.scale != 0).all()) else None
@@ -221,7 +221,7 @@ class Norm(Op):
         size = (apart.square().mean(2, keepdim=True) + self.eps).sqrt()
         return self.scale * (apart / size).reshape(xs[0].shape) + self.shift
 
-    def pull_times_size(self, k: Tensor, y: Tensor) -> Tensor:
+    def vjp_times_size(self, k: Tensor, y: Tensor) -> Tensor:
         """The gradient of z, each group's times its size, from that of the output y."""
         unit = ((y - self.shift) / self.scale).reshape(len(y), self.groups, -1)
         slope = (k * self.scale).reshape(len(k), self.groups, -1)
@@ -247,11 +247,11 @@ class Sum(Op):
             total = total + x
         return total
 
-    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (k,) * len(xs)
 
-    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
-        return self.forward(*moves)
+    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return self.forward(*tangents)
 
 
 @dataclass(frozen=True)
@@ -267,11 +267,11 @@ class Concat(Op):
     def forward(self, *xs: Tensor) -> Tensor:
         return torch.cat(xs, self.dim + 1)
 
-    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.split(k, [x.shape[self.dim + 1] for x in xs], self.dim + 1)
 
-    def push(self, moves: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
-        return self.forward(*moves)
+    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return self.forward(*tangents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,7 +287,7 @@ class Other(Op):
     """Values that one sample's inputs hold."""
     outputs: int
     scalable: bool = False
-    silent: bool = False
+    detached: bool = False
     """Whether it lets no gradient through, as under no_grad."""
 
     def forward(self, *xs: Float[Tensor, "s ..."]) -> Tensor:
@@ -301,10 +301,10 @@ class Other(Op):
         except RuntimeError:  # no rule to run several samples at once
             return torch.stack([one(*sample) for sample in zip(*xs, strict=True)])
 
-    def pull(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self.silent:
+    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.detached:
             return tuple(k.new_zeros(len(k), *x.shape[1:]) for x in xs)
-        return super().pull(k, xs)
+        return super().vjp(k, xs)
 
     @property
     def loses(self) -> str:

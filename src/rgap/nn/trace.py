@@ -142,12 +142,12 @@ def follow(model: nn.Module, input_shape: tuple[int, ...], outputs: int | None =
         remedy = "Control flow that depends on the values of the input cannot be followed."
         return Graph((), (Obstacle("forward", f"cannot be traced: {first}", Kind.NOT_YET, remedy),))
     module = program.graph_module
-    silent = _inline(module)
+    detached = _inline(module)
     graph = module.graph
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     parameters = _Parameters(model, {n: names[n.name] for n in graph.nodes if n.name in names})
-    walk = _Walk(parameters, graph, _heard(graph, silent), outputs, program.call_spec.out_spec == _ONE_TENSOR)
+    walk = _Walk(parameters, graph, _with_gradient(graph, detached), outputs, program.call_spec.out_spec == _ONE_TENSOR)
     found = walk.run({n for n in graph.nodes if n.name in signature.user_inputs})
     written = signature.inputs_to_lifted_tensor_constants
     constants = {n: program.constants[written[n.name]].detach() for n in graph.nodes if n.name in written}
@@ -165,7 +165,7 @@ def _inline(module: GraphModule) -> set[Node]:
 
     The block itself stays, with nobody to read it, and becomes an obstacle. Returns the operations under no_grad.
     """
-    silent: set[Node] = set()
+    detached: set[Node] = set()
     for node in list(module.graph.nodes):
         name = operation(node) if node.op == "call_function" else ""
         if name not in BLOCKS:
@@ -178,11 +178,11 @@ def _inline(module: GraphModule) -> set[Node]:
         with module.graph.inserting_before(node):
             outputs: Any = module.graph.graph_copy(body.graph, copies)
         under_no_grad = name == "wrap_with_set_grad_enabled" and not node.args[0]
-        silent |= {copies[n] for n in body.graph.nodes if n.op == "call_function" and (under_no_grad or n in inner)}
+        detached |= {copies[n] for n in body.graph.nodes if n.op == "call_function" and (under_no_grad or n in inner)}
         for user in list(node.users):  # the outputs are a tuple, and every use takes one out of it
             user.replace_all_uses_with(outputs[user.args[1]])
             module.graph.erase_node(user)
-    return silent
+    return detached
 
 
 def _needed(graph: torch.fx.Graph) -> set[Node]:
@@ -198,13 +198,13 @@ def _needed(graph: torch.fx.Graph) -> set[Node]:
     return found
 
 
-def _heard(graph: torch.fx.Graph, silent: set[Node]) -> set[Node]:
+def _with_gradient(graph: torch.fx.Graph, detached: set[Node]) -> set[Node]:
     """The operations that a gradient gets back to from the outputs."""
     found: set[Node] = set()
     for node in reversed(graph.nodes):
-        if node.op == "output" or (node in found and node not in silent and operation(node) != "detach"):
+        if node.op == "output" or (node in found and node not in detached and operation(node) != "detach"):
             found |= set(node.all_input_nodes)
-    return found - silent
+    return found - detached
 
 
 class _Parameters:
@@ -233,9 +233,14 @@ class _Walk:
     """One pass over the graph, collecting layers and obstacles."""
 
     def __init__(
-        self, parameters: _Parameters, graph: torch.fx.Graph, heard: set[Node], outputs: int | None, one_tensor: bool
+        self,
+        parameters: _Parameters,
+        graph: torch.fx.Graph,
+        with_gradient: set[Node],
+        outputs: int | None,
+        one_tensor: bool,
     ):
-        self.parameters, self.graph, self.heard = parameters, graph, heard
+        self.parameters, self.graph, self.with_gradient = parameters, graph, with_gradient
         self.outputs, self.one_tensor = outputs, one_tensor
         self.source: dict[Node, _Source] = {}  # of every value computed from the input
         self.uses: list[Use] = []
@@ -244,7 +249,7 @@ class _Walk:
         self.shared: set[str] = set()
         self.obstacles: list[Obstacle] = []
         # For the network that is built of the same operations.
-        self.places: dict[Node, int] = {}
+        self.use_ids: dict[Node, int] = {}
         self.activations: dict[Node, Activation] = {}
         self.idle: set[Node] = set()
         self.inputs: set[Node] = set()
@@ -268,9 +273,9 @@ class _Walk:
             frozenset(self.inputs),
             self.parameters.names,
             constants,
-            {node: self.uses[place] for node, place in self.places.items()},
+            {node: self.uses[use_id] for node, use_id in self.use_ids.items()},
             frozenset(self.shared),
-            frozenset(self.heard),
+            frozenset(self.with_gradient),
             self.activations,
             frozenset(self.idle),
         )
@@ -321,7 +326,7 @@ class _Walk:
                 make = None
                 by_hand = weight in self.parameters.names and len(_shape(weight)) == 2
                 if x is not None and by_hand and (bias is None or _plain(arguments)):
-                    make = partial(layers.linear, input_shape=_shape(x)[1:], turned=True)
+                    make = partial(layers.linear, input_shape=_shape(x)[1:], transposed=True)
                 self.count(node, x, weight, bias, _values(x), make)
             elif name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
                 self.transposed(node, arguments)
@@ -342,7 +347,7 @@ class _Walk:
         if not self.parameters.tensors[name].requires_grad:
             remedy = "without its gradient a layer has weight constraints only; set requires_grad before the attack"
             self.block(where(node), f"{name} is frozen", Kind.SETTING, remedy)
-        elif node not in self.heard:
+        elif node not in self.with_gradient:
             remedy = "without its gradient a layer has weight constraints only; let the gradient through"
             self.block(where(node), f"no gradient gets to {name}", Kind.SETTING, remedy)
         if name in self.named:
@@ -421,10 +426,10 @@ class _Walk:
         self.named |= {name for name in (weight_name, bias_name) if name is not None}
         came = self.source[x]
         self.source[node] = _Source(len(self.uses))
-        self.places[node] = len(self.uses)
+        self.use_ids[node] = len(self.uses)
         if make is not None:
             make = partial(make, name=where(node), weight_name=weight_name, bias_name=bias_name)
-        gets = node in self.heard
+        gets = node in self.with_gradient
         self.uses.append(
             Use(
                 name=where(node),
