@@ -229,6 +229,35 @@ def test_scatter_is_the_adjoint_of_patches(case: Case) -> None:
     same((patches * other).sum((1, 2, 3)), (x * layer.scatter(other)).sum((1, 2)))
 
 
+@every_layer
+def test_rows_are_both_constraints_and_their_adjoint(case: Case) -> None:
+    """Against the three contractions; a k of one system, or one for each of several samples, broadcasts."""
+    layer = case.layer
+    x = layer.pack_input(case.inputs(6))
+    z = layer.pack_output(case.signals(6))
+    for lead, wide in (((6,), (6,)), ((6,), (1,)), ((2, 3), (3,)), ((2, 3), (2, 1))):
+        k = layer.pack_output(case.signals(math.prod(wide)))
+        full = k.reshape(*wide, *k.shape[1:]).expand(*lead, *k.shape[1:]).reshape(6, *k.shape[1:])
+        k, grad = k.reshape(*wide, *k.shape[1:]), case.normal(6, *layer.weight.shape)
+        outputs, gradients = layer.rows(x.reshape(*lead, *x.shape[1:]), k)
+        assert outputs.shape[:-2] == gradients.shape[:-3] == lead
+        same(outputs.flatten(0, -3), layer.output(x))
+        same(gradients.flatten(0, -4), layer.grad_weight(x, full))
+        both = layer.rows_adjoint(z.reshape(*lead, *z.shape[1:]), grad.reshape(*lead, *grad.shape[1:]), k)
+        assert both.shape == (*lead, *x.shape[1:])
+        same(both.flatten(0, -3), layer.grad_input(z) + layer.grad_input(full, grad))
+        same(layer.rows_adjoint(z, None, k[:1]), layer.grad_input(z))
+
+
+@every_layer
+def test_a_gradient_that_several_samples_share_goes_back_to_each(case: Case) -> None:
+    layer = case.layer
+    z, grad = layer.pack_output(case.signals(3)), case.normal(1, *layer.weight.shape)
+    k = layer.pack_output(case.signals(3))
+    expected = layer.grad_input(z) + layer.grad_input(k, grad.expand(3, *layer.weight.shape))
+    same(layer.rows_adjoint(z, grad, k), expected)
+
+
 # The matrices behind the form.
 
 

@@ -142,22 +142,44 @@ class Layer:
 
     # The trilinear form.
 
-    def patches(self, x: Float[Tensor, "s c n"]) -> Float[Tensor, "s g i p"]:
+    def patches(self, x: Float[Tensor, "*s c n"]) -> Float[Tensor, "*s g i p"]:
         """What each output position reads: the linear map U of the layer's geometry."""
         gathered = torch.nn.functional.pad(x, (0, 1))[..., self.table.reshape(-1)]
-        return gathered.reshape(len(x), self.groups, self.weight.shape[-1], self.positions)
+        return gathered.reshape(*x.shape[:-2], self.groups, self.weight.shape[-1], self.positions)
 
-    def scatter(self, patches: Float[Tensor, "s g i p"]) -> Float[Tensor, "s c n"]:
+    def scatter(self, patches: Float[Tensor, "*s g i p"]) -> Float[Tensor, "*s c n"]:
         """U', the adjoint of `patches`: adds every patch value to the pixel it was read from."""
-        flat = patches.reshape(len(patches), self.channels, self.table.numel())
+        flat = patches.reshape(*patches.shape[:-3], self.channels, self.table.numel())
         index = self.table.reshape(-1).expand_as(flat)
-        out = flat.new_zeros(len(patches), self.channels, self.pixels + 1)
+        out = flat.new_zeros(*flat.shape[:-1], self.pixels + 1)
         return out.scatter_add_(-1, index, flat)[..., :-1]
 
-    def output(self, x: Float[Tensor, "s c n"], weight: Tensor | None = None) -> Float[Tensor, "s o p"]:
+    def output(self, x: Float[Tensor, "*s c n"], weight: Tensor | None = None) -> Float[Tensor, "*s o p"]:
         """W x, without the bias (Eq. 16)."""
         weight = self.weight if weight is None else weight
-        return (weight @ self.patches(x)).reshape(len(x), self.outputs, self.positions)
+        return self._by_output(weight @ self.patches(x))
+
+    def rows(
+        self, x: Float[Tensor, "*s c n"], k: Float[Tensor, "*k o p"]
+    ) -> tuple[Float[Tensor, "*s o p"], Float[Tensor, "*r g j i"]]:
+        """W x and K x, the weight and the gradient constraints (Eqs. 15 and 16), from one unfolding of x.
+
+        Args:
+            k: its leading axes broadcast with those of x.
+        """
+        patches = self.patches(x)
+        return self._by_output(self.weight @ patches), self._by_group(k) @ patches.mT
+
+    def rows_adjoint(
+        self, z: Float[Tensor, "*z o p"], grad: Float[Tensor, "*r g j i"] | None, k: Float[Tensor, "*k o p"]
+    ) -> Float[Tensor, "*s c n"]:
+        """W' z + K' grad, the adjoint of `rows`, with one scatter; without ``grad`` it is W' z.
+
+        The leading axes of all three broadcast. Where that repeats one, the adjoint of the repetition, a sum, is left
+        to the caller.
+        """
+        patches = self.weight.mT @ self._by_group(z)
+        return self.scatter(patches if grad is None else patches + grad.mT @ self._by_group(k))
 
     @cached_property
     def offset(self) -> Float[Tensor, "o 1"]:
@@ -171,11 +193,11 @@ class Layer:
         read: Tensor = size.reshape(len(x), self.outputs, self.positions)
         return read
 
-    def grad_weight(self, x: Float[Tensor, "s c n"], k: Float[Tensor, "s o p"]) -> Float[Tensor, "s g j i"]:
+    def grad_weight(self, x: Float[Tensor, "*s c n"], k: Float[Tensor, "*s o p"]) -> Float[Tensor, "*s g j i"]:
         """K x, the gradient of the weight (Eq. 15)."""
         return self._by_group(k) @ self.patches(x).mT
 
-    def grad_input(self, k: Float[Tensor, "s o p"], weight: Tensor | None = None) -> Float[Tensor, "s c n"]:
+    def grad_input(self, k: Float[Tensor, "*s o p"], weight: Tensor | None = None) -> Float[Tensor, "*s c n"]:
         """W' k, the gradient of the input; with a gradient of the weight in place of W it is K' grad W."""
         weight = self.weight if weight is None else weight
         return self.scatter(weight.mT @ self._by_group(k))
@@ -198,8 +220,11 @@ class Layer:
         """W' k of the layer after this one, at this one's output: its own k, but for the activation's slope (Eq. 6)."""
         return self.pack_output(after.unpack_input(after.grad_input(k)))
 
-    def _by_group(self, k: Float[Tensor, "s o p"]) -> Float[Tensor, "s g j p"]:
-        return k.reshape(len(k), self.groups, self.weight.shape[-2], self.positions)
+    def _by_group(self, k: Float[Tensor, "*s o p"]) -> Float[Tensor, "*s g j p"]:
+        return k.reshape(*k.shape[:-2], self.groups, self.weight.shape[-2], self.positions)
+
+    def _by_output(self, z: Float[Tensor, "*s g j p"]) -> Float[Tensor, "*s o p"]:
+        return z.reshape(*z.shape[:-3], self.outputs, self.positions)
 
     # The matrices behind the form, as far as they are worth having.
 
