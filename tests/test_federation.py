@@ -42,7 +42,7 @@ def make_round(number: int = 1) -> Round:
     return Round(
         number,
         (
-            Received("7", weights, sent(one, 7), said={"num-examples": 2, "loss": 0.5, "per-class": [1, 2]}),
+            Received("7", weights, sent(one, 7), metrics={"num-examples": 2, "loss": 0.5, "per-class": [1, 2]}),
             Received("9", weights, sent(one, 9)),
             Received("8", weights, None, "NaN", {"loss": math.nan}),
             Received("10", state(two), sent(two, 10)),
@@ -75,8 +75,8 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
             continue
         assert one.update.header == two.update.header
         assert all(torch.equal(t, two.update.gradients[name]) for name, t in one.update.gradients.items())
-    assert found.nodes[0].said == {"num-examples": 2, "loss": 0.5, "per-class": [1, 2]}
-    assert found.nodes[2].said == {"loss": None}  # JSON has no NaN
+    assert found.nodes[0].metrics == {"num-examples": 2, "loss": 0.5, "per-class": [1, 2]}
+    assert found.nodes[2].metrics == {"loss": None}  # JSON has no NaN
 
 
 def test_weights_are_kept_once_by_content(tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_a_node_has_an_update_or_a_reason() -> None:
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     index = folder / "round-0001" / "round.json"
-    said = json.loads(index.read_text())
-    edit(said)
-    index.write_text(json.dumps(said))
+    document = json.loads(index.read_text())
+    edit(document)
+    index.write_text(json.dumps(document))
 
 
 NODE = "a field has the wrong type or value|expected a name and the digest of weights"
@@ -210,22 +210,22 @@ NODE = "a field has the wrong type or value|expected a name and the digest of we
     ("edit", "message"),
     [
         (
-            lambda said: said.update(format=2),
-            "got format 2, expected 1; read it with the version",
+            lambda document: document.update(format=3),
+            "got format 3, expected 2; read it with the version",
         ),
-        (lambda said: said.update(round=4), "expected an object with the round, which is 1"),
-        (lambda said: said.update(nodes={}), "a list of nodes"),
-        (lambda said: said.update(nodes=[7]), "a list of nodes"),
-        (lambda said: said["nodes"][0].update(node="../../../etc/passwd"), NODE),
-        (lambda said: said["nodes"][0].update(node=7), NODE),
-        (lambda said: said["nodes"][0].pop("node"), NODE),
-        (lambda said: said["nodes"][0].update(weights="../round-0001/node-7"), NODE),
-        (lambda said: said["nodes"][0].update(weights=None), NODE),
-        (lambda said: said["nodes"][0].update(failed=None), NODE),
-        (lambda said: said["nodes"][0].update(said=[]), NODE),
-        (lambda said: said["nodes"][0].update(weights="0" * 32), "no such file"),
-        (lambda said: said["nodes"][2].update(failed=""), "node-8.safetensors: no such file"),
-        (lambda said: said["nodes"].append(said["nodes"][0]), "each node once"),
+        (lambda document: document.update(round=4), "expected an object with the round, which is 1"),
+        (lambda document: document.update(nodes={}), "a list of nodes"),
+        (lambda document: document.update(nodes=[7]), "a list of nodes"),
+        (lambda document: document["nodes"][0].update(node="../../../etc/passwd"), NODE),
+        (lambda document: document["nodes"][0].update(node=7), NODE),
+        (lambda document: document["nodes"][0].pop("node"), NODE),
+        (lambda document: document["nodes"][0].update(weights="../round-0001/node-7"), NODE),
+        (lambda document: document["nodes"][0].update(weights=None), NODE),
+        (lambda document: document["nodes"][0].update(failed=None), NODE),
+        (lambda document: document["nodes"][0].update(metrics=[]), NODE),
+        (lambda document: document["nodes"][0].update(weights="0" * 32), "no such file"),
+        (lambda document: document["nodes"][2].update(failed=""), "node-8.safetensors: no such file"),
+        (lambda document: document["nodes"].append(document["nodes"][0]), "each node once"),
     ],
 )
 def test_an_index_that_was_changed_is_refused(
@@ -273,3 +273,15 @@ def test_a_missing_index_or_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "round-0001").mkdir()
     with pytest.raises(UpdateError, match=r"round.json: no such file"):
         list(read(tmp_path))
+
+
+def test_a_round_of_the_first_format_is_read(tmp_path: Path) -> None:
+    write(tmp_path, make_round())
+
+    def to_first(document: dict[str, Any]) -> None:
+        document["format"] = 1
+        for node in document["nodes"]:
+            node["said"] = node.pop("metrics")
+
+    change(tmp_path, to_first)
+    assert only(tmp_path).nodes[0].metrics == {"num-examples": 2, "loss": 0.5, "per-class": [1, 2]}

@@ -33,7 +33,7 @@ def test_a_container_may_have_less(
     ("count", "words"), [(0, "1 MiB"), (5 * 2**20, "5 MiB"), (1.5 * 2**30, "1.5 GiB"), (2**40, "1024.0 GiB")]
 )
 def test_bytes_in_words(count: float, words: str) -> None:
-    assert memory.said(count) == words
+    assert memory.readable(count) == words
 
 
 @pytest.mark.gpu

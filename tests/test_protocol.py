@@ -122,7 +122,7 @@ def test_capture_leaves_model_and_random_numbers_alone(optimiser: Optimiser) -> 
     assert all(torch.equal(first.gradients[name], g) for name, g in again.gradients.items())
 
 
-# What is undone.
+# What is inverted.
 
 
 @every_optimiser
@@ -130,26 +130,26 @@ def test_capture_leaves_model_and_random_numbers_alone(optimiser: Optimiser) -> 
 def test_one_step_undone_is_the_gradient(optimiser: Optimiser, summed: bool) -> None:
     target, (x, y) = make_target(2), batch(2)
     sent = capture(target, x, y, Protocol(DIFFERENCE, 1, 0.1, optimiser, summed))
-    plain, said = sent.undone(target)
+    plain, assumptions = sent.to_gradient(target)
     # Adam's first step all but loses the size: eight digits go into 1 - |step|.
     close(plain, gradients(target, x, y), 1e-5 if optimiser is Optimiser.ADAM else 1e-9)
     assert plain.header.protocol == Protocol()
     assert plain.header.batch_size == 2
-    assert (len(said) > 0) is (optimiser is Optimiser.ADAM)
+    assert (len(assumptions) > 0) is (optimiser is Optimiser.ADAM)
 
 
 def test_a_summed_gradient_undone_is_the_mean() -> None:
     target, (x, y) = make_target(3), batch(3)
-    plain, said = capture(target, x, y, Protocol(summed=True)).undone(target)
+    plain, assumptions = capture(target, x, y, Protocol(summed=True)).to_gradient(target)
     close(plain, gradients(target, x, y))
-    assert said == ()
+    assert assumptions == ()
     assert plain.header.protocol == Protocol()
 
 
 def test_a_plain_gradient_is_given_back_as_it_is() -> None:
     target = make_target()
     sent = capture(target, *batch(1))
-    assert sent.undone(target) == (sent, ())
+    assert sent.to_gradient(target) == (sent, ())
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.1, 0.01, 1e-3])
@@ -157,13 +157,13 @@ def test_however_coarse_a_difference_another_picture_does_not_reproduce_it(rate:
     """The smaller the step, the less of it the weights' rounding leaves; a picture a tenth too dark is another one."""
     target = Target(models.cnn6(), losses.Logistic(), (3, 32, 32), (0.0, 1.0))
     x, y = photographs(1).inputs, torch.tensor([-1.0])
-    plain, _ = capture(target, x, y, Protocol(DIFFERENCE, 1, rate)).undone(target)
+    plain, _ = capture(target, x, y, Protocol(DIFFERENCE, 1, rate)).to_gradient(target)
     assert gradient_residual(target, plain, x, y) <= plain.tolerance < gradient_residual(target, plain, 0.9 * x, y)
 
 
 def test_clients_are_still_counted_when_the_rest_is_undone() -> None:
     target, (x, y) = make_target(2), batch(4)
-    plain, _ = capture(target, x, y, Protocol(DIFFERENCE, 1, 0.1, summed=True, clients=2)).undone(target)
+    plain, _ = capture(target, x, y, Protocol(DIFFERENCE, 1, 0.1, summed=True, clients=2)).to_gradient(target)
     close(plain, gradients(target, x, y))
     assert plain.header.protocol == Protocol(clients=2)
     assert plain.samples(target) == 4
@@ -188,9 +188,9 @@ def test_equal_gradients_are_undone_exactly(
     for _ in range(steps):
         weight.grad = size * mean if summed else mean.clone()
         optimise.step()
-    found, said = Protocol(DIFFERENCE, steps, rate, optimiser, summed).undo({"w": weight.detach()}, size)
+    found, assumptions = Protocol(DIFFERENCE, steps, rate, optimiser, summed).undo({"w": weight.detach()}, size)
     torch.testing.assert_close(found["w"], mean, rtol=1e-4 if optimiser is Optimiser.ADAM else 1e-9, atol=1e-9)
-    assert any(f"{steps} local steps" in line for line in said) is (steps > 1)
+    assert any(f"{steps} local steps" in line for line in assumptions) is (steps > 1)
 
 
 def test_small_steps_are_nearly_the_gradient() -> None:
@@ -199,7 +199,7 @@ def test_small_steps_are_nearly_the_gradient() -> None:
     truth = gradients(target, x, y)
     errors = []
     for rate in (1e-1, 1e-2, 1e-3):
-        plain, _ = capture(target, x, y, Protocol(DIFFERENCE, 5, rate)).undone(target)
+        plain, _ = capture(target, x, y, Protocol(DIFFERENCE, 5, rate)).to_gradient(target)
         apart = sum(float((plain.gradients[name] - g).square().sum()) for name, g in truth.items())
         errors.append(math.sqrt(apart / sum(float(g.square().sum()) for g in truth.values())))
     assert errors[0] > 5 * errors[1] > 25 * errors[2] > 0
@@ -216,7 +216,7 @@ def test_the_closed_form_reads_a_picture_out_of_a_weight_difference(optimiser: O
     found = Closed()(target, capture(target, x, torch.ones(1), Protocol(DIFFERENCE, 1, 0.1, optimiser)))
     assert found.status is Status.EXACT, found
     assert score(found, x).mse[0] < 1e-10
-    assert not any("local steps" in said for said in found.assumptions)
+    assert not any("local steps" in note for note in found.assumptions)
 
 
 @every_optimiser
@@ -228,7 +228,7 @@ def test_several_steps_end_in_a_status_that_names_what_was_assumed(optimiser: Op
     found = Closed()(target, capture(target, x, y, Protocol(DIFFERENCE, 5, 0.5, optimiser)))
     assert "the 5 local steps are taken for 5 times the first" in found.assumptions
     assert found.status is not Status.EXACT
-    assert any("Adam" in said for said in found.assumptions) is (optimiser is Optimiser.ADAM)
+    assert any("Adam" in note for note in found.assumptions) is (optimiser is Optimiser.ADAM)
 
 
 # What makes no sense.

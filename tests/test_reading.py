@@ -650,8 +650,8 @@ def test_what_matched_says() -> None:
 
 
 def test_names_that_would_upset_a_terminal_are_quoted() -> None:
-    said = str(match({**GRADIENTS, "\x1b[2J": torch.ones(1), "x" * 5000: torch.ones(1)}))
-    assert said.splitlines()[1] == f"left over: '\\x1b[2J', {'x' * 100}..."
+    text = str(match({**GRADIENTS, "\x1b[2J": torch.ones(1), "x" * 5000: torch.ones(1)}))
+    assert text.splitlines()[1] == f"left over: '\\x1b[2J', {'x' * 100}..."
 
 
 def test_unfit_shapes_and_types_are_refused() -> None:
@@ -826,7 +826,7 @@ def test_a_pair_is_what_capture_sends(tmp_path: Path) -> None:
     sent = capture(target, x, y, DIFFERENCE)
     after = {name: t + sent.gradients.get(name, 0) for name, t in model.state_dict().items()}
     update = read_pair(*pair(tmp_path, model.state_dict(), after), target, DIFFERENCE, batch_size=3)
-    gradient, _ = update.undone(target)
+    gradient, _ = update.to_gradient(target)
     for name, expected in capture(target, x, y).gradients.items():
         assert torch.allclose(gradient.gradients[name], expected, atol=1e-13)
 

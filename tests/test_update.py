@@ -95,10 +95,10 @@ def test_the_file_holds_no_data(count: int, tmp_path: Path) -> None:
     target, x = small_target(), sample(count)
     capture(target, x, torch.ones(count)).save(tmp_path / "u")
     with safe_open(tmp_path / "u", framework="pt") as file:
-        said, names = file.metadata(), list(file.keys())
+        text, names = file.metadata(), list(file.keys())
         tensors = {name: file.get_tensor(name) for name in names}
-    assert set(said) == {"rgap"}
-    assert set(json.loads(said["rgap"])) == {
+    assert set(text) == {"rgap"}
+    assert set(json.loads(text["rgap"])) == {
         "format", "kind", "batch_size", "loss", "input_shape", "fingerprint", "training", "protocol",
     }  # fmt: skip
     assert {name: t.shape for name, t in tensors.items()} == {n: p.shape for n, p in target.parameters.items()}
@@ -272,8 +272,8 @@ GOOD = {
 }  # fmt: skip
 
 
-def with_header(path: Path, said: str | None) -> Path:
-    save_file({"w": torch.ones(2)}, path, metadata=None if said is None else {"rgap": said})
+def with_header(path: Path, text: str | None) -> Path:
+    save_file({"w": torch.ones(2)}, path, metadata=None if text is None else {"rgap": text})
     return path
 
 
@@ -285,7 +285,7 @@ def test_a_good_header_written_by_hand_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("text", "message"),
     [
         (None, "no rgap header; expected an update written by rgap.Update.save"),
         ("", "the header is not JSON (Expecting value"),
@@ -301,8 +301,8 @@ def test_a_good_header_written_by_hand_is_read(tmp_path: Path) -> None:
         (json.dumps({"format": 1, "batch_size": 1}), "got an update of kind None, expected 'gradient'"),
     ],
 )
-def test_other_headers_are_refused(said: str | None, message: str, tmp_path: Path) -> None:
-    path = with_header(tmp_path / "u", said)
+def test_other_headers_are_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    path = with_header(tmp_path / "u", text)
     refused(f"{path}: {message}", lambda: Update.load(path))
 
 
@@ -317,9 +317,9 @@ def test_other_headers_are_refused(said: str | None, message: str, tmp_path: Pat
     ],
 )
 def test_header_fields_of_the_wrong_type_are_refused(field: str, value: object, tmp_path: Path) -> None:
-    said = json.dumps(GOOD | {field: value})
-    path = with_header(tmp_path / "u", said)
-    refused(f"{path}: a field of the header has the wrong type: {said[:200]}", lambda: Update.load(path))
+    text = json.dumps(GOOD | {field: value})
+    path = with_header(tmp_path / "u", text)
+    refused(f"{path}: a field of the header has the wrong type: {text[:200]}", lambda: Update.load(path))
 
 
 def test_a_missing_batch_size_is_refused(tmp_path: Path) -> None:
@@ -375,8 +375,8 @@ def test_a_pickle_is_refused_and_not_run(how: str, tmp_path: Path) -> None:
 
 def test_a_pickle_in_the_header_is_only_text(tmp_path: Path) -> None:
     trace = tmp_path / "ran"
-    said = pickle.dumps(Bomb(trace), protocol=0).decode("ascii")
-    path = with_header(tmp_path / "u", said)
+    text = pickle.dumps(Bomb(trace), protocol=0).decode("ascii")
+    path = with_header(tmp_path / "u", text)
     refused(f"{path}: the header is not JSON", lambda: Update.load(path))
     assert not trace.exists()
 
@@ -385,12 +385,12 @@ def test_a_pickle_in_the_header_is_only_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "expected", "samples"), [(1, 1, 1), (1, 4, 4), (3, 1, 3), (3, 4, 3)], ids=lambda number: str(number)
+    ("stated", "expected", "samples"), [(1, 1, 1), (1, 4, 4), (3, 1, 3), (3, 4, 3)], ids=lambda number: str(number)
 )
-def test_the_client_tells_over_how_many_samples_it_averaged(said: int, expected: int, samples: int) -> None:
+def test_the_client_tells_over_how_many_samples_it_averaged(stated: int, expected: int, samples: int) -> None:
     """One sample is what a client that says nothing is taken to say; the target then knows better."""
     target = Target(small_model(), losses.Logistic(), (3, 5, 5), batch_size=expected)
-    update = Update({"w": torch.ones(2)}, Header(batch_size=said))
+    update = Update({"w": torch.ones(2)}, Header(batch_size=stated))
     assert update.samples(target) == samples
     assert Update({"w": torch.ones(2)}).samples(target) == expected
 

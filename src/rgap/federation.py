@@ -1,7 +1,7 @@
 """What the server of a federation was sent, round by round, as a folder of plain files.
 
     FOLDER/weights/<digest>.safetensors         weights that clients were given, each kept once
-    FOLDER/round-0001/round.json                who was in the round, with which weights, and what they said
+    FOLDER/round-0001/round.json                who was in the round, with which weights, and their metrics
     FOLDER/round-0001/node-<name>.safetensors   what each of them sent: an update as `Update.save` writes it
 
 A round is there whole or not at all. A server that starts over captures its first round again: what it was sent before
@@ -31,8 +31,8 @@ from rgap.reading import tensors as read_tensors
 from rgap.target import Target
 from rgap.update import Update, UpdateError
 
-FORMAT = 1
-"""Version of round.json. A reader refuses versions it does not know."""
+FORMAT = 2
+"""Version of round.json. Version 1, which has ``said`` for ``metrics``, is read too; others are refused."""
 
 _NODE = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _ROUND = re.compile(r"round-(\d{4,})(?:\.(\d+))?")
@@ -48,7 +48,7 @@ class Received:
         weights: those it was given: a state dict, as far as it was sent.
         update: None if what came is no update of the model.
         failed: why there is no update.
-        said: what the node said of itself, such as its number of examples; ready for JSON.
+        metrics: what the node says of itself, such as its number of examples; ready for JSON.
 
     Raises:
         UpdateError: the name cannot be part of a file's, or there is neither an update nor a reason.
@@ -58,7 +58,7 @@ class Received:
     weights: Mapping[str, Tensor]
     update: Update | None
     failed: str = ""
-    said: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not _NODE.fullmatch(self.node):
@@ -164,9 +164,9 @@ def write(folder: str | Path, found: Round) -> Path:
                 write_atomically(path, content)
             if each.update is not None:
                 each.update.save(temporary / f"node-{each.node}.safetensors")
-            nodes.append({"node": each.node, "weights": digest, "failed": each.failed, "said": dict(each.said)})
-        said = {"format": FORMAT, "round": found.number, "nodes": nodes}
-        write_atomically(temporary / "round.json", json.dumps(plain(said), indent=1).encode())
+            nodes.append({"node": each.node, "weights": digest, "failed": each.failed, "metrics": dict(each.metrics)})
+        document = {"format": FORMAT, "round": found.number, "nodes": nodes}
+        write_atomically(temporary / "round.json", json.dumps(plain(document), indent=1).encode())
         return _moved(temporary, folder, found.number)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -224,27 +224,29 @@ def read(folder: str | Path) -> Iterator[Round]:
 
 def _round(path: Path, weights: Path, number: int, attempt: int) -> Round:
     index = path / "round.json"
-    said = _parsed(index)
-    if said.get("format") != FORMAT:
+    document = _parsed(index)
+    version = document.get("format")
+    if version not in (1, FORMAT):
         raise UpdateError(
-            f"{index}: got format {said.get('format')!r}, expected {FORMAT}; read it with the version of rgap that "
-            "wrote it"
+            f"{index}: got format {version!r}, expected {FORMAT}; read it with the version of rgap that wrote it"
         )
-    rows = said.get("nodes")
-    if said.get("round") != number or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    rows = document.get("nodes")
+    if document.get("round") != number or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UpdateError(f"{index}: expected an object with the round, which is {number}, and a list of nodes")
     loaded: dict[str, Mapping[str, Tensor]] = {"": {}}
     nodes = []
     for row in rows:
-        node, digest, failed, own = (row.get(name) for name in ("node", "weights", "failed", "said"))
+        if version == 1:
+            row["metrics"] = row.pop("said", None)
+        node, digest, failed, metrics = (row.get(name) for name in ("node", "weights", "failed", "metrics"))
         if not (isinstance(node, str) and _NODE.fullmatch(node) and isinstance(digest, str)):
             raise UpdateError(f"{index}: got the node {str(node)[:100]!r}, expected a name and the digest of weights")
-        if not ((digest == "" or _DIGEST.fullmatch(digest)) and isinstance(failed, str) and isinstance(own, dict)):
+        if not ((digest == "" or _DIGEST.fullmatch(digest)) and isinstance(failed, str) and isinstance(metrics, dict)):
             raise UpdateError(f"{index}: node {node}: a field has the wrong type or value: {str(row)[:200]}")
         if digest not in loaded:
             loaded[digest] = _weights(weights / f"{digest}.safetensors")
         update = None if failed else Update.load(path / f"node-{node}.safetensors")
-        nodes.append(Received(node, loaded[digest], update, failed, own))
+        nodes.append(Received(node, loaded[digest], update, failed, metrics))
     try:
         return Round(number, tuple(nodes), attempt)
     except UpdateError as error:

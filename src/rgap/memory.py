@@ -27,6 +27,6 @@ def free(device: torch.device) -> int:
     return max(found, 0)
 
 
-def said(count: int | float) -> str:
+def readable(count: int | float) -> str:
     """A number of bytes in words."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(count / 2**20, 1):.0f} MiB"

@@ -74,7 +74,7 @@ class Protocol:
             batch_size: of one client.
         """
         found = {name: tensor.double() for name, tensor in sent.items()}
-        said: tuple[str, ...] = ()
+        assumptions: tuple[str, ...] = ()
         if self.sends is Sends.DIFFERENCE and self.learning_rate is not None:
             if self.optimiser is Optimiser.ADAM:
                 # Every step with the same gradient g moves a weight by rate * g / (|g| + epsilon).
@@ -83,14 +83,14 @@ class Protocol:
                     for name, t in found.items()
                 }
                 found = {name: ADAM_EPSILON * r / (1 - r.abs()) for name, r in ratio.items()}
-                said += ("Adam's step hides the size of a gradient: what is left of it was undone",)
+                assumptions += ("Adam's step hides the size of a gradient: what is left of it was inverted",)
             else:
                 found = {name: t / -(self.learning_rate * self._pushes) for name, t in found.items()}
             if self.steps > 1:
-                said += (f"the {self.steps} local steps are taken for {self.steps} times the first",)
+                assumptions += (f"the {self.steps} local steps are taken for {self.steps} times the first",)
         if self.summed and batch_size > 1:
             found = {name: t / batch_size for name, t in found.items()}
-        return found, said
+        return found, assumptions
 
     @property
     def _pushes(self) -> float:

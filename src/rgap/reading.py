@@ -630,10 +630,10 @@ def _header(protocol: Protocol, batch_size: int) -> Header:
 def _compare(path: Path, header: Header, protocol: Protocol, batch_size: int) -> None:
     """Warn of what the caller says and the header does not."""
     pairs = [("protocol", protocol, PLAIN, header.protocol), ("batch_size", batch_size, 1, header.batch_size)]
-    for name, given, default, said in pairs:
-        if given not in (default, said):
+    for name, given, default, stated in pairs:
+        if given not in (default, stated):
             warnings.warn(
-                f"{path}: got {name}={given}, but the file's own header says {said}; the header is taken",
+                f"{path}: got {name}={given}, but the file's own header says {stated}; the header is taken",
                 HeaderWins,
                 stacklevel=3,
             )

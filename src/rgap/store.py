@@ -50,25 +50,29 @@ class Store:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], fresh: bool = False):
         self.folder, self.settings = folder, json.loads(json.dumps(plain(dict(settings))))
-        self._lines, self._said, self._tensors = folder / "rows.jsonl", folder / "settings.json", folder / "tensors"
+        self._lines, self._settings_path, self._tensors = (
+            folder / "rows.jsonl",
+            folder / "settings.json",
+            folder / "tensors",
+        )
         folder.mkdir(parents=True, exist_ok=True)
         if fresh:
-            for path in (self._lines, self._said, *self._tensors.glob("*.safetensors")):
+            for path in (self._lines, self._settings_path, *self._tensors.glob("*.safetensors")):
                 path.unlink(missing_ok=True)
         self._check()
         self.rows = self._read()
 
     def _check(self) -> None:
         """Refuse to go on with a run that was started with other settings, or with settings that nobody can tell."""
-        if not self._said.is_file():
+        if not self._settings_path.is_file():
             if self._lines.is_file():
                 raise StoreError(f"{self._lines} has no settings.json beside it: pass --fresh to start over")
-            write_atomically(self._said, json.dumps(self.settings, indent=1).encode())
+            write_atomically(self._settings_path, json.dumps(self.settings, indent=1).encode())
             return
-        said = _parsed(self._said.read_bytes())
-        if not isinstance(said, dict):
-            raise StoreError(f"{self._said} is not JSON as written by rgap: pass --fresh to start over")
-        there, now = dict(_leaves(said)), dict(_leaves(self.settings))
+        entry = _parsed(self._settings_path.read_bytes())
+        if not isinstance(entry, dict):
+            raise StoreError(f"{self._settings_path} is not JSON as written by rgap: pass --fresh to start over")
+        there, now = dict(_leaves(entry)), dict(_leaves(self.settings))
         changed = [name for name in dict.fromkeys([*there, *now]) if there.get(name) != now.get(name)]
         if changed:
             listed = ", ".join(f"{name} {there.get(name)} there, {now.get(name)} now" for name in changed)
@@ -93,10 +97,10 @@ class Store:
 
     def _row(self, line: bytes) -> tuple[str, Row] | None:
         """Key and row of one line; None if the line or its tensors are not what `add` wrote."""
-        said = _parsed(line)
-        if not isinstance(said, dict):
+        entry = _parsed(line)
+        if not isinstance(entry, dict):
             return None
-        key, values, digest = said.get("key"), said.get("values"), said.get("tensors")
+        key, values, digest = entry.get("key"), entry.get("values"), entry.get("tensors")
         if not isinstance(key, str) or not isinstance(values, dict):
             return None
         if digest is None:

@@ -34,5 +34,5 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     """The share of samples that a model labels right: by its largest output, or by the sign of its only one."""
     with torch.no_grad():
         outputs = model(inputs)
-    said = outputs.argmax(1).to(labels) if outputs.shape[1] > 1 else outputs[:, 0].sign()
-    return float((said == labels).float().mean())
+    predicted = outputs.argmax(1).to(labels) if outputs.shape[1] > 1 else outputs[:, 0].sign()
+    return float((predicted == labels).float().mean())

@@ -1,4 +1,4 @@
-"""What a client sends: the gradient of its loss, and what is said about it. Never the data."""
+"""What a client sends: the gradient of its loss, and what the client says about it. Never the data."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Update:
         own = self.header.batch_size if self.header.batch_size != 1 else target.batch_size
         return own * self.header.protocol.clients
 
-    def undone(self, target: Target) -> tuple[Update, tuple[str, ...]]:
+    def to_gradient(self, target: Target) -> tuple[Update, tuple[str, ...]]:
         """The gradient of the mean loss behind what was sent, and what had to be taken for granted to get it.
 
         A gradient of a mean loss is given back as it is. What comes of a weight difference is less precise than its
@@ -116,7 +116,7 @@ class Update:
         protocol = self.header.protocol
         if protocol.sends is Sends.GRADIENT and not protocol.summed:
             return self, ()
-        found, said = protocol.undo(self.gradients, self.header.batch_size)
+        found, assumptions = protocol.undo(self.gradients, self.header.batch_size)
         plain = replace(
             protocol, sends=Sends.GRADIENT, steps=1, learning_rate=None, optimiser=Optimiser.SGD, summed=False
         )
@@ -126,7 +126,7 @@ class Update:
         if protocol.sends is Sends.DIFFERENCE and self.norm > 0:
             weights = math.sqrt(sum(float(target.parameters[n].double().square().sum()) for n in self.gradients))
             precision = float(torch.finfo(dtype).eps) * (1 + weights / self.norm)
-        return Update(kept, replace(self.header, protocol=plain, precision=precision)), said
+        return Update(kept, replace(self.header, protocol=plain, precision=precision)), assumptions
 
     def check(self, target: Target, partial: bool = False) -> None:
         """Refuse an update that is not one of this target's model.
@@ -168,8 +168,8 @@ class Update:
         if header["precision"] is None:
             del header["precision"]
         kind, optimiser = protocol.pop("sends").value, protocol.pop("optimiser").value
-        said = json.dumps({"format": FORMAT, "kind": kind, **header, "protocol": {**protocol, "optimiser": optimiser}})
-        content = to_bytes(tensors, metadata={"rgap": said})
+        fields = {"format": FORMAT, "kind": kind, **header, "protocol": {**protocol, "optimiser": optimiser}}
+        content = to_bytes(tensors, metadata={"rgap": json.dumps(fields)})
         write_atomically(path, content)
 
     @classmethod
@@ -187,11 +187,11 @@ class Update:
             raise UpdateError(f"{path}: no such file; expected an update written by rgap.Update.save")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                said = (file.metadata() or {}).get("rgap")
+                header_text = (file.metadata() or {}).get("rgap")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except safetensors.SafetensorError as error:
             raise UpdateError(f"{path}: not a whole safetensors file, it may be truncated ({error})") from error
-        header = _header(said, path)
+        header = _header(header_text, path)
         try:
             update = cls(tensors, header)
             if target is not None:
@@ -206,11 +206,11 @@ def tolerated(precision: float) -> float:
     return min(math.sqrt(precision), LOOSEST)
 
 
-def _header(said: str | None, path: Path) -> Header:
-    if said is None:
+def _header(text: str | None, path: Path) -> Header:
+    if text is None:
         raise UpdateError(f"{path}: no rgap header; expected an update written by rgap.Update.save")
     try:
-        found = json.loads(said)
+        found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UpdateError(f"{path}: the header is not JSON ({error})") from error
     if not isinstance(found, dict):
@@ -234,18 +234,18 @@ def _header(said: str | None, path: Path) -> Header:
         and (shape is None or (isinstance(shape, list) and all(_is(size, int) for size in shape)))
     )
     if not right:
-        raise UpdateError(f"{path}: a field of the header has the wrong type: {said[:200]}")
+        raise UpdateError(f"{path}: a field of the header has the wrong type: {text[:200]}")
     protocol = _protocol(found["kind"], found.get("protocol", {}), path)
     return Header(**header, input_shape=None if shape is None else tuple(shape), protocol=protocol)
 
 
-def _protocol(kind: str, said: Any, path: Path) -> Protocol:
+def _protocol(kind: str, spec: Any, path: Path) -> Protocol:
     """The protocol of a header; fields that are not there have their defaults."""
-    if not isinstance(said, dict):
-        raise UpdateError(f"{path}: the protocol is {type(said).__name__}, expected an object")
-    steps, clients, rate = said.get("steps", 1), said.get("clients", 1), said.get("learning_rate")
+    if not isinstance(spec, dict):
+        raise UpdateError(f"{path}: the protocol is {type(spec).__name__}, expected an object")
+    steps, clients, rate = spec.get("steps", 1), spec.get("clients", 1), spec.get("learning_rate")
     optimisers = {optimiser.value: optimiser for optimiser in Optimiser}
-    optimiser, summed = said.get("optimiser", Optimiser.SGD.value), said.get("summed", False)
+    optimiser, summed = spec.get("optimiser", Optimiser.SGD.value), spec.get("summed", False)
     right = (
         _is(steps, int)
         and _is(clients, int)
@@ -255,7 +255,7 @@ def _protocol(kind: str, said: Any, path: Path) -> Protocol:
         and isinstance(summed, bool)
     )
     if not right:
-        raise UpdateError(f"{path}: a field of the protocol has the wrong type or value: {str(said)[:200]}")
+        raise UpdateError(f"{path}: a field of the protocol has the wrong type or value: {str(spec)[:200]}")
     try:
         return Protocol(Sends(kind), steps, rate, optimisers[optimiser], summed, clients)
     except ValueError as error:

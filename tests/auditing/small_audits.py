@@ -147,6 +147,6 @@ def result(
 
 def documented(audit: Audit) -> dict[str, Any]:
     """What audit.json holds, read by a strict parser; the report of it can be made."""
-    said: dict[str, Any] = json.loads(json.dumps(audit.to_dict(), allow_nan=False))
-    assert "<html" in render(said)
-    return said
+    document: dict[str, Any] = json.loads(json.dumps(audit.to_dict(), allow_nan=False))
+    assert "<html" in render(document)
+    return document

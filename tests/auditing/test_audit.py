@@ -50,20 +50,20 @@ def test_pictures_are_read_out_and_the_document_says_so(tmp_path: Path) -> None:
     assert levels(found) == ["exact", "exact"]
     assert [case.label for case in found.cases] == [-1.0, 1.0]
     assert all(case.results[0].mse < 1e-8 for case in found.cases)
-    said = documented(found)
-    assert said["verdict"]["level"] == "exact"
-    assert said["verdict"]["layer"]["name"] == "conv1"
-    assert said["verdict"]["layer"]["role"] == "gives away"
-    assert [len(sample["results"]) for sample in said["samples"]] == [1, 1]
-    assert len(said["samples"][0]["results"][0]["layers"]) == len(said["target"]["layers"]) == 7
-    assert (said["target"]["model"], said["made"]["command"]) == ("CNN6", "c")
-    assert said["target"]["parameters"] == sum(p.numel() for p in target.model.parameters())
-    assert said["complete"] is True
-    assert said["attacks"][0]["exact"] == said["attacks"][0]["samples"] == 2
-    assert said["attacks"][1]["samples"] is None
+    document = documented(found)
+    assert document["verdict"]["level"] == "exact"
+    assert document["verdict"]["layer"]["name"] == "conv1"
+    assert document["verdict"]["layer"]["role"] == "gives away"
+    assert [len(sample["results"]) for sample in document["samples"]] == [1, 1]
+    assert len(document["samples"][0]["results"][0]["layers"]) == len(document["target"]["layers"]) == 7
+    assert (document["target"]["model"], document["made"]["command"]) == ("CNN6", "c")
+    assert document["target"]["parameters"] == sum(p.numel() for p in target.model.parameters())
+    assert document["complete"] is True
+    assert document["attacks"][0]["exact"] == document["attacks"][0]["samples"] == 2
+    assert document["attacks"][1]["samples"] is None
     found.save(tmp_path / "audit.json")
     found.render(tmp_path / "audit.html")
-    assert json.loads((tmp_path / "audit.json").read_text())["samples"] == said["samples"]
+    assert json.loads((tmp_path / "audit.json").read_text())["samples"] == document["samples"]
     assert "<html" in (tmp_path / "audit.html").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["audit.html", "audit.json"]
 
@@ -109,11 +109,11 @@ def test_attacks_that_do_not_apply_are_named_with_the_reason() -> None:
     assert "of 2 samples in one update" in str(bias.obstacle)
     assert (picky.results, bias.results, silent.obstacle, len(silent.results)) == ((), (), None, 2)
     assert [r.attack for case in found.cases for r in case.results] == ["Silent", "Silent"]
-    said = documented(found)["attacks"]
-    assert [each["applies"] for each in said] == [False, False, True]
-    assert said[0]["reason"] == picky.obstacle
-    assert said[0]["exact"] is said[0]["median_psnr"] is None
-    assert (said[2]["exact"], said[2]["recognisable"], said[2]["median_psnr"]) == (0, 0, None)
+    document = documented(found)["attacks"]
+    assert [each["applies"] for each in document] == [False, False, True]
+    assert document[0]["reason"] == picky.obstacle
+    assert document[0]["exact"] is document[0]["median_psnr"] is None
+    assert (document[2]["exact"], document[2]["recognisable"], document[2]["median_psnr"]) == (0, 0, None)
 
 
 def test_what_one_attack_reads_out_exactly_is_not_given_to_the_next() -> None:
@@ -165,7 +165,7 @@ def test_samples_are_grouped_into_updates(batch_size: int, clients: int, updates
     found = audit(target, samples, attacks=[watched], protocol=Protocol(clients=clients), about=ABOUT)
     assert len(watched.seen) == updates
     assert [case.name for case in found.cases] == list(samples.names[: 7 - left])
-    assert any(f"{left} samples that do not fill another update" in said for said in found.not_run) is (left > 0)
+    assert any(f"{left} samples that do not fill another update" in note for note in found.not_run) is (left > 0)
     # The mean over clients of equal batches is the mean over all of them.
     labels = torch.tensor([-1.0, 1.0] * 4)
     for at, update in enumerate(watched.seen):
@@ -173,9 +173,9 @@ def test_samples_are_grouped_into_updates(batch_size: int, clients: int, updates
         whole = target.gradient(samples.inputs[own], labels[own])
         for name, g in update.gradients.items():
             torch.testing.assert_close(g, whole[name])
-    said = documented(found)
-    assert (said["settings"]["samples"], said["protocol"]["clients"]) == (7 - left, clients)
-    assert said["target"]["batch_size"] == batch_size
+    document = documented(found)
+    assert (document["settings"]["samples"], document["protocol"]["clients"]) == (7 - left, clients)
+    assert document["target"]["batch_size"] == batch_size
 
 
 def test_progress_is_told() -> None:
@@ -227,18 +227,18 @@ def test_a_budget_of_nothing_runs_nothing_and_says_so() -> None:
     assert not found.complete
     assert [case.results for case in found.cases] == [(), ()]
     assert [case.best for case in found.cases] == [None, None]
-    said = documented(found)
-    assert said["complete"] is False
-    assert said["settings"]["budget"] == 0
-    assert [sample["best"] for sample in said["samples"]] == [None, None]
+    document = documented(found)
+    assert document["complete"] is False
+    assert document["settings"]["budget"] == 0
+    assert [sample["best"] for sample in document["samples"]] == [None, None]
 
 
 def test_what_was_not_tried_is_not_called_empty() -> None:
     """That nothing ran is no reason to say that the updates hold nothing."""
     for attacks, budget in (([Bias()], 0.0), ([Picky()], None), ([], None)):
-        said = documented(audit(open_target(), pictures(1), attacks=attacks, budget=budget, about=ABOUT))["verdict"]
-        assert said["level"] == "not recovered"
-        assert "zero" not in said["headline"]
+        document = documented(audit(open_target(), pictures(1), attacks=attacks, budget=budget, about=ABOUT))["verdict"]
+        assert document["level"] == "not recovered"
+        assert "zero" not in document["headline"]
 
 
 class Clock:
@@ -297,8 +297,8 @@ def run_in(folder: Path, count: int = 3, target: Target | None = None, **asked: 
 
 def content(found: Audit) -> dict[str, Any]:
     """Everything but the times of this run."""
-    said = documented(found)
-    return {name: value for name, value in said.items() if name != "made"}
+    document = documented(found)
+    return {name: value for name, value in document.items() if name != "made"}
 
 
 def test_what_is_in_the_folder_is_not_run_again(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_what_is_in_the_folder_counts_when_no_time_is_left(tmp_path: Path) -> No
     assert ran == [0, 0]
     assert levels(second) == levels(first)
     assert second.complete
-    assert not any("time" in said for said in second.not_run)
+    assert not any("time" in note for note in second.not_run)
 
 
 def test_more_attacks_go_on_from_the_folder(tmp_path: Path) -> None:
@@ -390,10 +390,10 @@ def test_an_interruption_keeps_what_was_done(tmp_path: Path) -> None:
         run_in(tmp_path, count, attacks=[interrupted])
     assert len(interrupted.seen) == 9
     assert isinstance(stopped.value, Interrupted)
-    said = documented(stopped.value.audit)
-    assert said["complete"] is False
-    assert any("interrupted" in each for each in said["not_run"])
-    assert [sample["level"] for sample in said["samples"]] == ["exact"] * 8 + ["not recovered"] * 3
+    document = documented(stopped.value.audit)
+    assert document["complete"] is False
+    assert any("interrupted" in each for each in document["not_run"])
+    assert [sample["level"] for sample in document["samples"]] == ["exact"] * 8 + ["not recovered"] * 3
     found, _ = run_in(tmp_path, count, attacks=[whole])
     # The updates that were attacked together with the one at which it ended are done again.
     assert len(whole.seen) == 3
@@ -433,15 +433,15 @@ def test_a_model_that_is_no_chain(classes: int) -> None:
     assert recursive.obstacle is None
     assert ["stops at 1: max_pool2d" in result.reason for result in recursive.results] == [True, True]
     assert len(idlg.results) == 2
-    said = documented(found)
-    assert said["target"]["layers"] == []
-    assert any("max_pool2d" in obstacle for obstacle in said["target"]["obstacles"])
+    document = documented(found)
+    assert document["target"]["layers"] == []
+    assert any("max_pool2d" in obstacle for obstacle in document["target"]["obstacles"])
     target = Target(seeded(*layers, nn.Tanh()), loss, SHAPE, (0.0, 1.0))
     found = audit(target, pictures(2), attacks=[Recursive(), IDLG(iterations=2)], about=ABOUT)
     assert "tanh" in str(found.attacks[0].obstacle)
-    said = documented(found)
-    assert any("closed form does not follow this model" in limit for limit in said["verdict"]["limits"])
-    assert said["rank"] is not None
+    document = documented(found)
+    assert any("closed form does not follow this model" in limit for limit in document["verdict"]["limits"])
+    assert document["rank"] is not None
 
 
 class Untraceable(nn.Module):
@@ -478,8 +478,8 @@ def test_rows_of_a_table() -> None:
         (result,) = case.results
         assert result.inputs is not None
         torch.testing.assert_close(result.inputs, row[None], rtol=0, atol=1e-8)
-    said = documented(found)
-    for sample in said["samples"]:
+    document = documented(found)
+    for sample in document["samples"]:
         assert sample["picture"] is None
         assert [(each["picture"], each["ssim"]) for each in sample["results"]] == [(None, None)]
 
@@ -500,20 +500,25 @@ def test_all_of_nothing_is_called_that() -> None:
     target = Target(model, losses.Hinge(), SHAPE, (0.0, 1.0))
     found = audit(target, pictures(2), [1.0, 1.0], [Closed(), Bias()], about=ABOUT)
     assert {r.status for case in found.cases for r in case.results} == {Status.GRADIENT_ZERO.value}
-    said = documented(found)["verdict"]
-    assert said["level"] == "nothing sent"
-    assert "zero" in said["headline"]
+    document = documented(found)["verdict"]
+    assert document["level"] == "nothing sent"
+    assert "zero" in document["headline"]
 
 
 def test_weight_differences_are_read_out() -> None:
     protocol = Protocol(Sends.DIFFERENCE, 1, 0.1)
     found = audit(open_target(), pictures(2), attacks=[Bias()], protocol=protocol, about=ABOUT)
     assert levels(found) == ["exact", "exact"]
-    said = documented(found)["protocol"]
-    assert (said["sends"], said["learning_rate"], said["steps"], said["optimiser"]) == ("difference", 0.1, 1, "sgd")
+    sent = documented(found)["protocol"]
+    assert (sent["sends"], sent["learning_rate"], sent["steps"], sent["optimiser"]) == (
+        "difference",
+        0.1,
+        1,
+        "sgd",
+    )
     several = audit(open_target(), pictures(1), attacks=[Bias()], protocol=replace(protocol, steps=3), about=ABOUT)
     (result,) = several.cases[0].results
-    assert any("3 local steps" in said for said in result.assumptions)
+    assert any("3 local steps" in note for note in result.assumptions)
     documented(several)
 
 

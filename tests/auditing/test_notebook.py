@@ -47,7 +47,7 @@ def test_a_reconstruction_shows_what_it_says_and_nothing_as_markup() -> None:
     reader = Reader()
     reader.feed(shown._repr_html_())
     assert set(reader.tags) == {"p", "b", "ul", "li"}
-    assert all(html.escape(said) in shown._repr_html_() for said in shown.assumptions)
+    assert all(html.escape(note) in shown._repr_html_() for note in shown.assumptions)
 
 
 def test_a_data_frame_has_a_row_for_each_sample_and_attack(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rgap import Target, Update, UpdateError, audit, audit_updates, capture, losses, models
 from rgap.attacks import Bias, Closed, Status
 from rgap.auditing import Level
-from rgap.auditing.results import vouched
+from rgap.auditing.results import from_certificate
 from rgap.checks import Preflight
 from rgap.picture import side_by_side
 from rgap.report import render
@@ -43,9 +43,9 @@ def test_a_certificate_counts_where_nobody_knows_the_sample(tmp_path: Path) -> N
         assert case.best.inputs is not None
         assert float((case.best.inputs - truth[case.name][0]).abs().max()) < 1e-3  # the certificate was right
     assert found.verdict.headline == "Every sample can be read out of the update exactly."
-    assert any("Nobody here knows these samples" in said for said in found.verdict.limits)
+    assert any("Nobody here knows these samples" in note for note in found.verdict.limits)
     assert not found.sweeps
-    assert not any("defences" in said for said in found.not_run)
+    assert not any("defences" in note for note in found.not_run)
     page = render(found.to_dict())
     assert page.count("not known") >= 2
     assert "Misfit of the gradient" in page
@@ -62,7 +62,7 @@ def test_an_answer_without_a_certificate_does_not_count() -> None:
     expected = Level.EXACT if statuses == {"exact"} else Level.NOTHING
     assert {case.level for case in alone.cases} == {expected}
     assert {case.level for case in compared.cases} == {Level.EXACT}
-    assert not any("Nobody here knows" in said for said in compared.verdict.limits)
+    assert not any("Nobody here knows" in note for note in compared.verdict.limits)
 
 
 def test_nothing_certain_is_said_so() -> None:
@@ -74,7 +74,7 @@ def test_nothing_certain_is_said_so() -> None:
         "0 of 2 samples recovered exactly, 0 more recognisably, 1 not; of 1 nobody can say: "
         "there is nothing to compare with."
     )
-    assert any("Nobody here knows 1 of these samples" in said for said in found.verdict.limits)
+    assert any("Nobody here knows 1 of these samples" in note for note in found.verdict.limits)
     assert [case.label for case in found.cases] == [1.0, None]
     render(found.to_dict())
 
@@ -127,6 +127,6 @@ def test_the_folder_holds_the_updates_that_were_given(tmp_path: Path) -> None:
 
 
 def test_without_an_answer_nothing_is_vouched_for() -> None:
-    (only,) = vouched(nothing("Some", Preflight((), ())), 1)
+    (only,) = from_certificate(nothing("Some", Preflight((), ())), 1)
     assert only.level is Level.NOTHING
     assert only.inputs is None

@@ -1,4 +1,4 @@
-"""The verdict: what is said to someone who must decide."""
+"""The verdict: what is told to someone who must decide."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from small_audits import open_target, result
 from torch import nn
 
 from rgap import Target, losses
-from rgap.auditing import Case, Point, Result, Sweep, Verdict
+from rgap.auditing import Case, DoseResponse, Response, Result, Verdict
 from rgap.auditing.verdict import verdict
 
 TARGET = open_target()
@@ -28,12 +28,12 @@ def case(*results: Result) -> Case:
     return Case("a", torch.zeros(1, 1, 4, 4), 1.0, results)
 
 
-def said(*kinds: str, sweeps: tuple[Sweep, ...] = (), target: Target = TARGET) -> Verdict:
+def verdict_of(*kinds: str, sweeps: tuple[DoseResponse, ...] = (), target: Target = TARGET) -> Verdict:
     return verdict([case(KINDS[kind]) for kind in kinds], sweeps, None, target)
 
 
 def texts(found: Verdict) -> list[str]:
-    """Everything that is said but the limits."""
+    """Every text but the limits."""
     own = dataclasses.asdict(found)
     own.pop("limits")
 
@@ -50,7 +50,7 @@ def texts(found: Verdict) -> list[str]:
 @settings(max_examples=60, deadline=None)
 @given(kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=6))
 def test_levels_and_numbers(kinds: list[str]) -> None:
-    found = said(*kinds)
+    found = verdict_of(*kinds)
     exact, some = kinds.count("exact"), kinds.count("recognisable")
     none = len(kinds) - exact - some
     assert found.level == ("exact" if exact else "recognisable" if some else "not recovered")
@@ -75,25 +75,25 @@ def test_levels_and_numbers(kinds: list[str]) -> None:
     ],
 )
 def test_headlines(kinds: list[str], headline: str) -> None:
-    assert said(*kinds).headline == headline
+    assert verdict_of(*kinds).headline == headline
 
 
 def test_safe_is_only_said_to_be_denied() -> None:
     for kinds in (["exact"], ["recognisable"], ["not recovered"]):
-        with_it = [limit for limit in said(*kinds).limits if "safe" in limit.lower()]
+        with_it = [limit for limit in verdict_of(*kinds).limits if "safe" in limit.lower()]
         assert len(with_it) == 1
         assert "no result here means that a model is safe" in with_it[0]
 
 
 def test_the_limits_name_the_thresholds_and_the_closed_form() -> None:
-    told = " ".join(said("exact").limits)
+    told = " ".join(verdict_of("exact").limits)
     assert all(number in told for number in ("50 dB", "20 dB", "0.5"))
     assert "closed form does not follow" not in told
     other = Target(TARGET.model, losses.Logistic(), (1, 4, 4))
-    assert "closed form does not follow" not in " ".join(said("exact", target=other).limits)
-    assert "closed form does not follow" not in " ".join(said("exact", target=open_target(classes=3)).limits)
+    assert "closed form does not follow" not in " ".join(verdict_of("exact", target=other).limits)
+    assert "closed form does not follow" not in " ".join(verdict_of("exact", target=open_target(classes=3)).limits)
     ended = Target(nn.Sequential(TARGET.model, nn.Tanh()), losses.Logistic(), (1, 4, 4))
-    assert "closed form does not follow this model (1: tanh" in " ".join(said("exact", target=ended).limits)
+    assert "closed form does not follow this model (1: tanh" in " ".join(verdict_of("exact", target=ended).limits)
 
 
 def test_updates_of_zero_are_called_empty_only_if_all_are() -> None:
@@ -119,19 +119,19 @@ def test_the_result_that_gives_most_away_counts() -> None:
     assert case(nan, KINDS["not recovered"]).best is KINDS["not recovered"]
 
 
-def sweep(name: str, error: float, closes: bool) -> Sweep:
-    off, on = Point(0.0, 90.0, 1.0, 1.0, 0.0), Point(0.5, 9.0, 0.1, 0.0 if closes else 1.0, error)
-    return Sweep(name, "strength", f"What {name} does.", (off, on))
+def sweep(name: str, error: float, closes: bool) -> DoseResponse:
+    off, on = Response(0.0, 90.0, 1.0, 1.0, 0.0), Response(0.5, 9.0, 0.1, 0.0 if closes else 1.0, error)
+    return DoseResponse(name, "strength", f"What {name} does.", (off, on))
 
 
 def test_advice_is_what_closed_the_leak_the_cheapest_first() -> None:
     sweeps = (sweep("Dear", 0.9, True), sweep("Vain", 0.01, False), sweep("Cheap", 0.1, True))
-    advice = said("exact", sweeps=sweeps).advice
+    advice = verdict_of("exact", sweeps=sweeps).advice
     assert [each.what.split()[0] for each in advice] == ["Cheap", "Dear"]
     assert advice[0].why == "What Cheap does."
     assert "0.5" in advice[0].what
     assert (advice[0].before.recovered, advice[0].after.gradient_error) == (1.0, 0.1)
-    assert said("not recovered", sweeps=sweeps).advice == ()
+    assert verdict_of("not recovered", sweeps=sweeps).advice == ()
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,10 @@ def test_advice_is_what_closed_the_leak_the_cheapest_first() -> None:
 def test_a_weak_guarantee_is_not_left_to_be_taken_for_a_strong_one(
     private: bool, epsilon: float | None, caveat: str | None
 ) -> None:
-    off, on = Point(0.0, 90.0, 1.0, 1.0, 0.0), Point(0.5, 9.0, 0.1, 0.0, 0.2, epsilon)
-    (advice,) = said("exact", sweeps=(Sweep("Noise", "strength", "Differential privacy.", (off, on), private),)).advice
+    off, on = Response(0.0, 90.0, 1.0, 1.0, 0.0), Response(0.5, 9.0, 0.1, 0.0, 0.2, epsilon)
+    (advice,) = verdict_of(
+        "exact", sweeps=(DoseResponse("Noise", "strength", "Differential privacy.", (off, on), private),)
+    ).advice
     assert advice.why.startswith("Differential privacy.")
     assert (advice.why == "Differential privacy.") is (caveat is None)
     assert caveat is None or caveat in advice.why

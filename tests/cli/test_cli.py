@@ -55,11 +55,11 @@ def test_audit_on_built_in_photographs(capsys: pytest.CaptureFixture[str], tmp_p
     assert all(word in out for word in ("astronaut", "Closed", "MSE", "PSNR", "rank", "condition", "conv1"))
     with Image.open(tmp_path / "audit.png") as picture:
         assert picture.format == "PNG"
-    said = json.loads((tmp_path / "audit.json").read_text())
-    assert said["kind"] == "rgap-audit"
-    assert said["verdict"]["headline"] in (tmp_path / "audit.html").read_text()
-    assert {attack["name"] for attack in said["attacks"] if attack["samples"]} == {"Closed"}
-    assert [attack["name"] for attack in said["attacks"]] == ["Closed", "Bias", "iDLG", "InvertingGradients"]
+    document = json.loads((tmp_path / "audit.json").read_text())
+    assert document["kind"] == "rgap-audit"
+    assert document["verdict"]["headline"] in (tmp_path / "audit.html").read_text()
+    assert {attack["name"] for attack in document["attacks"] if attack["samples"]} == {"Closed"}
+    assert [attack["name"] for attack in document["attacks"]] == ["Closed", "Bias", "iDLG", "InvertingGradients"]
 
 
 def test_layers_solved_jointly_are_told(
@@ -82,8 +82,8 @@ def test_layers_solved_jointly_are_told(
     assert "1 of 1 samples recovered exactly" in words
     assert "jointly" in words
     assert "neighbouring values of the input are similar" in words
-    said = json.loads((tmp_path / "rgap-out" / "audit.json").read_text())
-    assert said["samples"][0]["results"][0]["joint"]["free"] == 0
+    document = json.loads((tmp_path / "rgap-out" / "audit.json").read_text())
+    assert document["samples"][0]["results"][0]["joint"]["free"] == 0
     with torch.random.fork_rng():
         _, out, _ = run(capsys, *arguments, "--attack", "recursive")
     assert "0 of 1 samples recovered exactly" in " ".join(out.split())
@@ -93,10 +93,10 @@ def test_layers_solved_jointly_are_told(
 def test_audit_of_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, photograph: Path) -> None:
     where = ("--data", photograph.parent, "--out", tmp_path / "out", "--attack", "idlg", "--iterations", 1)
     code, out, _ = run(capsys, "audit", *SMALL, *where, "--json")
-    said = json.loads(out)
+    document = json.loads(out)
     assert code == 0
-    assert said["samples"][0]["name"] == "client.png"
-    assert said["settings"]["data"] == str(photograph.parent)
+    assert document["samples"][0]["name"] == "client.png"
+    assert document["settings"]["data"] == str(photograph.parent)
 
 
 def test_capture_then_attack(capsys: pytest.CaptureFixture[str], tmp_path: Path, photograph: Path) -> None:
@@ -184,14 +184,14 @@ def test_attacks_by_optimisation(
     arguments = ("attack", "update.safetensors", *model, "--attack", *attack, "--iterations", 3)
     code, out, err = run(capsys, *arguments, "--json")
     assert code == 0, err
-    said = json.loads(out)
-    assert said["attack"] == name
-    assert said["assumptions"]
-    (answer, *_) = said["answers"]
+    document = json.loads(out)
+    assert document["attack"] == name
+    assert document["assumptions"]
+    (answer, *_) = document["answers"]
     assert len(answer["labels"]) == 1
     assert answer["labels"][0] in ((0, 1, 2) if mine else (-1, 1))
     if name == "iDLG":
-        assert any(assumption.startswith("the best of") for assumption in said["assumptions"])
+        assert any(assumption.startswith("the best of") for assumption in document["assumptions"])
     found = load_file(tmp_path / "rgap-out" / "reconstruction.safetensors")
     assert found["inputs.0"].shape == (1, 1, 12, 12)
     with Image.open(tmp_path / "rgap-out" / "reconstruction.png") as picture:
@@ -266,11 +266,11 @@ def test_audit_of_what_is_no_chain(capsys: pytest.CaptureFixture[str], tmp_path:
     code, out, _ = run(capsys, "audit", *model, "--count", 4, "--attack", "idlg", "--iterations", 2)
     assert code == 0
     assert "not converged" in out
-    said = json.loads((tmp_path / "rgap-out" / "audit.json").read_text())
-    told = json.dumps(said)
+    document = json.loads((tmp_path / "rgap-out" / "audit.json").read_text())
+    told = json.dumps(document)
     assert all(word in told for word in ("batch_norm", "max_pool2d"))
-    assert [sample["label"] for sample in said["samples"]] == [0, 1, 2, 0]
-    assert {result["attack"] for sample in said["samples"] for result in sample["results"]} == {"iDLG"}
+    assert [sample["label"] for sample in document["samples"]] == [0, 1, 2, 0]
+    assert {result["attack"] for sample in document["samples"] for result in sample["results"]} == {"iDLG"}
     with Image.open(tmp_path / "rgap-out" / "audit.png") as picture:
         assert picture.format == "PNG"
     code, out, _ = run(capsys, "audit", *model, "--count", 1, "--attack", "closed", "--out", "closed")
@@ -308,16 +308,16 @@ def read(folder: Path) -> Any:
 def test_audit_as_json_prints_nothing_else(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
     code, out, err = tiny(capsys, "--json")
     assert (code, err) == (0, "")
-    said = json.loads(out)
-    assert [sample["results"][0]["status"] for sample in said["samples"]] == ["exact", "exact"]
-    assert said["verdict"] == read(open_network)["verdict"]
+    document = json.loads(out)
+    assert [sample["results"][0]["status"] for sample in document["samples"]] == ["exact", "exact"]
+    assert document["verdict"] == read(open_network)["verdict"]
 
 
 def test_several_attacks_one_after_the_other(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
     assert run(capsys, "audit", *TINY, "--count", 1, "--attack", "recursive", "--attack", "bias")[0] == 0
-    said = read(open_network)
-    assert [attack["name"] for attack in said["attacks"]] == ["Recursive", "Bias"]
-    assert [result["attack"] for result in said["samples"][0]["results"]] == ["Recursive"]
+    document = read(open_network)
+    assert [attack["name"] for attack in document["attacks"]] == ["Recursive", "Bias"]
+    assert [result["attack"] for result in document["samples"][0]["results"]] == ["Recursive"]
 
 
 @pytest.mark.parametrize(
@@ -361,9 +361,9 @@ def test_batches_and_clients(capsys: pytest.CaptureFixture[str], open_network: P
     options = ("--batch-size", 2, "--summed", "--count", 3, "--attack", "idlg", "--iterations", 1)
     code, out, _ = run(capsys, "audit", *TINY, *options)
     assert code == 0
-    said = read(open_network)
-    assert (said["target"]["batch_size"], said["protocol"]["clients"], len(said["samples"])) == (2, 1, 2)
-    assert said["protocol"]["summed"] is True
+    document = read(open_network)
+    assert (document["target"]["batch_size"], document["protocol"]["clients"], len(document["samples"])) == (2, 1, 2)
+    assert document["protocol"]["summed"] is True
     assert "1 samples that do not fill another update" in " ".join(out.split())
     code, _, err = run(capsys, "audit", *TINY, "--clients", 2, "--count", 1, "--out", "other")
     assert code == 1
@@ -373,10 +373,10 @@ def test_batches_and_clients(capsys: pytest.CaptureFixture[str], open_network: P
 def test_classes(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
     model = ("--model", "my_open_classes:make", "--loss", "cross-entropy", "--input-shape", "1,8,8")
     assert run(capsys, "audit", *model, "--count", 3, "--attack", "bias")[0] == 0
-    said = read(open_network)
-    assert [sample["label"] for sample in said["samples"]] == [0, 1, 2]
-    assert [sample["level"] for sample in said["samples"]] == ["exact"] * 3
-    assert [sample["results"][0]["labels"] for sample in said["samples"]] == [[0], [1], [2]]
+    document = read(open_network)
+    assert [sample["label"] for sample in document["samples"]] == [0, 1, 2]
+    assert [sample["level"] for sample in document["samples"]] == ["exact"] * 3
+    assert [sample["results"][0]["labels"] for sample in document["samples"]] == [[0], [1], [2]]
 
 
 def test_folders_of_classes_give_the_labels(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
@@ -425,8 +425,8 @@ def test_no_time_at_all(capsys: pytest.CaptureFixture[str], open_network: Path) 
     assert code == 0
     assert "Bias on 2 updates: the time was up" in " ".join(out.split())
     assert "every gradient is zero" not in out
-    said = read(open_network)
-    assert (said["complete"], [sample["best"] for sample in said["samples"]]) == (False, [None, None])
+    document = read(open_network)
+    assert (document["complete"], [sample["best"] for sample in document["samples"]]) == (False, [None, None])
     assert (open_network / "rgap-out" / "audit.png").is_file()
 
 
@@ -445,15 +445,15 @@ def test_a_file_gives_options_and_the_command_line_wins(capsys: pytest.CaptureFi
     text = OPTIONS + 'defence = ["Sign", "DropBias"]\nbatch-size = 1\nsummed = true\njson = true\n'
     code, out, err = configured(capsys, open_network, text)
     assert (code, err) == (0, "")
-    said = json.loads(out)
-    assert len(said["samples"]) == 3
-    assert [defence["name"] for defence in said["defences"]] == ["Sign", "DropBias"]
-    assert said["protocol"]["summed"] is True
+    document = json.loads(out)
+    assert len(document["samples"]) == 3
+    assert [defence["name"] for defence in document["defences"]] == ["Sign", "DropBias"]
+    assert document["protocol"]["summed"] is True
     code, out, _ = configured(capsys, open_network, text, "--count", 1, "--defence", "Clip", "--fresh")
-    said = json.loads(out)
+    document = json.loads(out)
     assert code == 0
-    assert len(said["samples"]) == 1
-    assert [defence["name"] for defence in said["defences"]] == ["Clip"]
+    assert len(document["samples"]) == 1
+    assert [defence["name"] for defence in document["defences"]] == ["Clip"]
 
 
 def test_a_file_can_say_when_to_fail(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:

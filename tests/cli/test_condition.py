@@ -22,7 +22,7 @@ HOLDS = {
 }
 
 
-def said(text: str) -> Condition:
+def parsed(text: str) -> Condition:
     found = condition(click.Context(click.Command("audit")), click.Option(["--fail-if"]), text)
     assert found is not None
     return found
@@ -75,13 +75,13 @@ def test_without_a_figure_nothing_holds(figure: str, sign: str) -> None:
 )
 def test_conditions_are_read(figure: str, sign: str, bound: float, spaces: list[str]) -> None:
     before, inside, between, after = spaces
-    assert said(f"{before}{figure}{inside}{sign}{between}{bound!r}{after}") == Condition(figure, sign, bound)
+    assert parsed(f"{before}{figure}{inside}{sign}{between}{bound!r}{after}") == Condition(figure, sign, bound)
 
 
 def test_a_condition_is_told_as_it_was_given() -> None:
     for text in ("psnr>20", "ssim<=0.5", "exact>0", "recognisable>=0.1"):
-        assert str(said(text)) == text
-        assert said(str(said(text))) == said(text)
+        assert str(parsed(text)) == text
+        assert parsed(str(parsed(text))) == parsed(text)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_condition_is_told_as_it_was_given() -> None:
 )  # fmt: skip
 def test_what_is_no_condition_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="expected one of psnr, ssim, exact, recognisable") as caught:
-        said(text)
+        parsed(text)
     assert repr(text) in str(caught.value)
 
 

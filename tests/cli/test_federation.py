@@ -43,9 +43,9 @@ def rgap(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
 
 def test_each_round_has_its_report(captured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = captured.parent / "out"
-    said, errors = rgap(capsys, str(captured), *MODEL, "--attack", "closed", "--out", str(out))
-    assert "round-0001: Every sample can be read out of the update exactly." in said
-    assert "round-0002-2: The sample can be read out" in said  # other weights are another audit
+    output, errors = rgap(capsys, str(captured), *MODEL, "--attack", "closed", "--out", str(out))
+    assert "round-0001: Every sample can be read out of the update exactly." in output
+    assert "round-0002-2: The sample can be read out" in output  # other weights are another audit
     assert "node broken sent no update: it sent NaN" in errors
     names = {
         f"{name}.{kind}" for name in ("round-0001", "round-0002", "round-0002-2") for kind in ("html", "json", "png")
@@ -58,8 +58,8 @@ def test_each_round_has_its_report(captured: Path, capsys: pytest.CaptureFixture
 
 def test_one_round_as_json(captured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(captured.parent / "out")
-    said, _ = rgap(capsys, str(captured), *MODEL, "--attack", "bias", "--round", "1", "--out", out, "--json")
-    (line,) = said.splitlines()
+    output, _ = rgap(capsys, str(captured), *MODEL, "--attack", "bias", "--round", "1", "--out", out, "--json")
+    (line,) = output.splitlines()
     assert [ran["name"] for ran in json.loads(line)["attacks"]] == ["Bias"]
 
 

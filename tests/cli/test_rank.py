@@ -62,10 +62,10 @@ def test_the_table_ends_with_the_verdict(capsys: pytest.CaptureFixture[str], tmp
 def test_json_prints_nothing_else(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, err = run(capsys, "rank", *SMALL, "--out", tmp_path, "--json", "--no-measure", "--batch-size", 3)
     assert (code, err) == (0, "")
-    said = json.loads(out)
-    assert said == json.loads((tmp_path / "rank.json").read_text())
-    assert said["batch_size"] == 3
-    assert {layer["measured"] for layer in said["layers"]} == {"not measured"}
+    document = json.loads(out)
+    assert document == json.loads((tmp_path / "rank.json").read_text())
+    assert document["batch_size"] == 3
+    assert {layer["measured"] for layer in document["layers"]} == {"not measured"}
 
 
 def test_ranks_at_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -81,10 +81,10 @@ def test_models_that_are_no_chain(
     code, out, err = run(capsys, "rank", *residual, "--out", tmp_path)
     assert (code, err) == (0, "")
     assert "not measured" in out
-    said = " ".join(out.split())
-    assert "no plain chain: add of 2 values (the recursion passes it)" in said
-    assert "the input of c is no single layer's output" in said
-    assert "it is no plain chain, with add of 2 values" in said
+    document = " ".join(out.split())
+    assert "no plain chain: add of 2 values (the recursion passes it)" in document
+    assert "the input of c is no single layer's output" in document
+    assert "it is no plain chain, with add of 2 values" in document
     layers = json.loads((tmp_path / "rank.json").read_text())["layers"]
     assert [layer["name"] for layer in layers] == ["a", "b", "c"]
     assert [layer["virtual_rows"] for layer in layers] == [0, 4 * 144 - 144, 0]
@@ -99,5 +99,5 @@ def test_progress_appears_only_after_a_while(monkeypatch: pytest.MonkeyPatch, pa
         time.sleep(0.3)
         step(layer)
         time.sleep(0.3)
-    said = console.file.getvalue()
-    assert ("1/7" in said and layer.name in said) is shown
+    document = console.file.getvalue()
+    assert ("1/7" in document and layer.name in document) is shown

@@ -167,8 +167,8 @@ def test_what_is_kept_is_the_gradient_times_the_learning_rate(tmp_path: Path) ->
             header = node.update.header
             assert (header.batch_size, header.loss, header.input_shape) == (part + 2, "logistic", (4,))
             assert header.protocol == DIFFERENCE
-            assert node.said["num-examples"] == part + 2
-            assert node.said["train_loss"] > 0
+            assert node.metrics["num-examples"] == part + 2
+            assert node.metrics["train_loss"] > 0
 
 
 def test_what_is_kept_is_what_came_before_the_strategy_changed_it(tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ def test_the_server_sees_the_pictures_of_all_but_the_client_that_defends_itself(
         assert all(result is not None and result.psnr > 40 for result in best[:2])
         assert best[2] is not None
         assert best[2].psnr < 20
-        said = json.loads((tmp_path / f"round-{number}.json").read_text())
-        assert render(said) == (tmp_path / f"round-{number}.html").read_text()
+        document = json.loads((tmp_path / f"round-{number}.json").read_text())
+        assert render(document) == (tmp_path / f"round-{number}.html").read_text()
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("client ") for line in lines) == 2 * (1 + 2 * 3 + 1)
 

@@ -148,8 +148,8 @@ def test_everything_needed_to_run_it_again(page: Page) -> None:
     ("sends", "steps", "rate"), [("gradient", 1, None), ("difference", 1, 0.1), ("difference", 5, 0.1)]
 )
 def test_the_protocol_in_words(sends: str, steps: int, rate: float | None, summed: bool, clients: int) -> None:
-    said = {"sends": sends, "steps": steps, "learning_rate": rate, "optimiser": "adam", "summed": summed}
-    sentences = re.findall(r"[^ ].*?[a-z]\.", words.protocol(said | {"clients": clients}, 4))
+    protocol = {"sends": sends, "steps": steps, "learning_rate": rate, "optimiser": "adam", "summed": summed}
+    sentences = re.findall(r"[^ ].*?[a-z]\.", words.protocol(protocol | {"clients": clients}, 4))
     first = {
         ("gradient", 1): "Each client sends the gradient of one batch of 4 samples.",
         (

@@ -66,7 +66,7 @@ def home(folder: Path) -> Path:
     return folder
 
 
-def said(factory: str = "make", **other: Any) -> dict[str, Any]:
+def spec_of(factory: str = "make", **other: Any) -> dict[str, Any]:
     """A plan of one picture, one attack and no defence."""
     return {
         "models": [f"small_sweep_models:{factory}"],

@@ -35,9 +35,9 @@ def test_a_plan_is_run_shown_and_exported(folder: Path, capsys: pytest.CaptureFi
     toml(folder, seeds=2, count=2)
     assert "4 jobs, 0 of them done in plan.sqlite" in rgap(capsys, "plan.toml", "--dry-run")
     assert not (folder / "plan.sqlite").exists()
-    said = rgap(capsys, "plan.toml", "--workers", "1", "--export", "rows.csv")
-    assert "4 jobs: 4 done" in said
-    assert "small_sweep_models:make bias" in said
+    words = rgap(capsys, "plan.toml", "--workers", "1", "--export", "rows.csv")
+    assert "4 jobs: 4 done" in words
+    assert "small_sweep_models:make bias" in words
     assert (folder / "rows.csv").read_text().count("\n") == 5
     assert json.loads(rgap(capsys, "plan.toml", "--dry-run", "--json")) == {
         "store": "plan.sqlite",
@@ -46,8 +46,8 @@ def test_a_plan_is_run_shown_and_exported(folder: Path, capsys: pytest.CaptureFi
     }
     summary = json.loads(rgap(capsys, "run", "plan.toml", "--workers", "1", "--json"))
     assert (summary["jobs"], summary["before"], summary["done"], summary["failed"]) == (4, 4, 0, 0)
-    said = rgap(capsys, "show", "plan.sqlite", "--by", "seed, attack", "--plot", "p.png", "--x", "seed", "--y", "psnr")
-    assert "Plot: p.png" in said
+    words = rgap(capsys, "show", "plan.sqlite", "--by", "seed, attack", "--plot", "p.png", "--x", "seed", "--y", "psnr")
+    assert "Plot: p.png" in words
     assert (folder / "p.png").is_file()
     groups = json.loads(rgap(capsys, "show", "plan.sqlite", "--by", "seed", "--json"))
     assert [(each["seed"], each["jobs"], each["exact"]) for each in groups] == [(0, 2, 1.0), (1, 2, 1.0)]
@@ -57,10 +57,10 @@ def test_a_plan_is_run_shown_and_exported(folder: Path, capsys: pytest.CaptureFi
 
 def test_failures_are_told_and_end_with_a_code_of_their_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toml(folder, "picky", seeds=3)
-    said = rgap(capsys, "plan.toml", "--workers", "1", "--store", "s.sqlite", code=command.FAILED)
-    assert "failed 1 times: RuntimeError: seed 2 is bad luck" in said
-    assert "--retry" in said
-    assert "3, 1 failed" in said
+    words = rgap(capsys, "plan.toml", "--workers", "1", "--store", "s.sqlite", code=command.FAILED)
+    assert "failed 1 times: RuntimeError: seed 2 is bad luck" in words
+    assert "--retry" in words
+    assert "3, 1 failed" in words
     assert "failed 1 times" in rgap(capsys, "show", "s.sqlite")
     (folder / "mended").touch()
     assert "1 done" in rgap(capsys, "plan.toml", "--workers", "1", "--store", "s.sqlite", "--retry")
@@ -93,12 +93,12 @@ def test_several_workers_need_dask(
 ) -> None:
     toml(folder)
     monkeypatch.setitem(sys.modules, "distributed", None)
-    said = rgap(capsys, "plan.toml", "--workers", "2", code=1)
-    assert "pip install 'rgap[sweep]', or pass --workers 1" in said
+    words = rgap(capsys, "plan.toml", "--workers", "2", code=1)
+    assert "pip install 'rgap[sweep]', or pass --workers 1" in words
 
 
 @pytest.mark.parametrize(
-    ("now", "said"),
+    ("now", "words"),
     [
         (Progress(0, 0, 10, 0, 1.0), "starting"),
         (Progress(5, 0, 10, 5, 10.0), "0.5 a second, 10 s left"),
@@ -106,5 +106,5 @@ def test_several_workers_need_dask(
         (Progress(1, 0, 20001, 1, 1.0), "1.0 a second, 5.6 h left"),
     ],
 )
-def test_rate_and_time_left(now: Progress, said: str) -> None:
-    assert command._pace(now) == said
+def test_rate_and_time_left(now: Progress, words: str) -> None:
+    assert command._pace(now) == words

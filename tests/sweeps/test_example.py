@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_example_runs(tmp_path: Path) -> None:
     """On one picture and one network, of which every other cell is one of the example's own."""
     whole = Plan.load(ROOT / "examples" / "sweep.toml")
-    small = Plan.of({**whole.said, "models": ["cnn6"], "seeds": [0], "images": {"count": 1}})
+    small = Plan.of({**whole.spec, "models": ["cnn6"], "seeds": [0], "images": {"count": 1}})
     assert sweep(small, tmp_path / "s.sqlite").failed == 0
     with SweepStore(tmp_path / "s.sqlite") as kept:
         rows = list(kept.rows())

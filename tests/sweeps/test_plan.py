@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from small_plans import home, said
+from small_plans import home, spec_of
 
 from rgap import data, models
 from rgap.models.named import BUILT_IN, ONE_WIDTH, ModelError, built_in
@@ -91,7 +91,7 @@ def test_whatever_a_result_depends_on_makes_another_job(
 ) -> None:
     monkeypatch.chdir(home(tmp_path))
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    assert set(keys(Plan.of(said()))).isdisjoint(keys(Plan.of(said(**changed))))
+    assert set(keys(Plan.of(spec_of()))).isdisjoint(keys(Plan.of(spec_of(**changed))))
 
 
 def test_what_the_noise_is_drawn_from_belongs_to_a_defended_job() -> None:
@@ -105,10 +105,10 @@ def test_other_code_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(home(tmp_path))
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "small_sweep_models", raising=False)
-    before = keys(Plan.of(said()))
+    before = keys(Plan.of(spec_of()))
     path = tmp_path / "small_sweep_models.py"
     path.write_text(path.read_text() + "\n# changed\n")
-    assert set(before).isdisjoint(keys(Plan.of(said())))
+    assert set(before).isdisjoint(keys(Plan.of(spec_of())))
 
 
 def test_pictures_and_weights_are_named_by_their_values(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_pictures_and_weights_are_named_by_their_values(tmp_path: Path) -> None:
 def test_what_a_plan_says_makes_the_same_plan(tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text(WHOLE)
     plan = Plan.load(tmp_path / "plan.toml")
-    again = Plan.of(plan.said, tmp_path)
+    again = Plan.of(plan.spec, tmp_path)
     assert again == plan
     assert keys(again) == keys(plan)
 

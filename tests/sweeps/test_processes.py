@@ -57,8 +57,8 @@ def test_a_run_that_is_killed_goes_on_and_does_nothing_twice(folder: Path, alone
     kill(first)
     before = done(store)
     assert 3 <= before < 12
-    said = ended(start(folder, str(plan), "--workers", "1", "--json", RGAP_TEST_NAP="0"))
-    assert f'"before": {before}, "done": {12 - before}' in said
+    output = ended(start(folder, str(plan), "--workers", "1", "--json", RGAP_TEST_NAP="0"))
+    assert f'"before": {before}, "done": {12 - before}' in output
     assert same_but_for_the_model(outcomes(store), alone)
     # The one that was being done began twice, no other.
     assert sorted(attempts(store)) == [1] * 11 + [2]
@@ -71,8 +71,8 @@ def test_a_worker_that_is_killed_loses_nothing(folder: Path, alone: dict[str, di
     victim, *others = workers(run)
     kill(victim)
     assert others
-    said = ended(run)
-    assert "12 jobs: 12 done" in said
+    output = ended(run)
+    assert "12 jobs: 12 done" in output
     assert same_but_for_the_model(outcomes(store), alone)
     assert attempts(store) == [1] * 12  # the run itself had no need to begin any of them again
 
@@ -83,9 +83,9 @@ def test_a_run_that_is_interrupted_gives_back_what_it_had_taken(folder: Path, co
     run = start(folder, str(plan), "--workers", str(count))
     until(lambda: done(store) >= 1)
     run.send_signal(signal.SIGINT)
-    said = ended(run, code=130)
-    assert "interrupted" in said
-    assert "Traceback" not in said
+    output = ended(run, code=130)
+    assert "interrupted" in output
+    assert "Traceback" not in output
     with SweepStore(store, make=False) as opened:
         counts = opened.counts()
     assert counts["taken"] == counts["failed"] == 0
@@ -107,9 +107,9 @@ def test_the_workers_of_a_run_that_is_killed_do_not_stay(folder: Path) -> None:
 
 def test_a_job_that_kills_its_workers_fails_and_the_others_do_not(folder: Path) -> None:
     plan, store = toml(folder, "poisonous", seeds=4), folder / "plan.sqlite"
-    said = ended(start(folder, str(plan), "--workers", "2"), code=4)
-    assert "every worker that began this job died" in said
-    assert "--retry" in said
+    output = ended(start(folder, str(plan), "--workers", "2"), code=4)
+    assert "every worker that began this job died" in output
+    assert "--retry" in output
     with SweepStore(store, make=False) as opened:
         states = {row["seed"]: row["state"] for row in opened.rows()}
     assert states == {0: "done", 1: "failed", 2: "done", 3: "done"}
@@ -118,10 +118,10 @@ def test_a_job_that_kills_its_workers_fails_and_the_others_do_not(folder: Path) 
 def test_two_runs_share_a_store(folder: Path, alone: dict[str, dict[str, object]]) -> None:
     plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
     runs = [start(folder, str(plan), "--workers", "1", "--json", RGAP_TEST_NAP="0.3") for _ in range(2)]
-    said = [ended(run) for run in runs]
+    output = [ended(run) for run in runs]
     assert same_but_for_the_model(outcomes(store), alone)
     assert attempts(store) == [1] * 12  # nothing was done twice
-    own = [int(each.split('"done": ')[1].split(",")[0]) for each in said]
+    own = [int(each.split('"done": ')[1].split(",")[0]) for each in output]
     assert sum(own) == 12
     assert min(own) > 0
 
@@ -145,10 +145,10 @@ def test_a_full_disk_ends_the_run_and_spoils_nothing(folder: Path, alone: dict[s
     """The files of a run may not grow beyond what is little for 200 jobs; with more room it goes on."""
     plan, store = toml(folder, seeds=50, count=4), folder / "plan.sqlite"
     refused = start(folder, str(plan), "--workers", "1", shell=f"trap '' XFSZ; ulimit -f {FULL}")
-    said = ended(refused, code=1)
-    assert "plan.sqlite" in said
-    assert "Make room and run the same command again" in said
-    assert "Traceback" not in said
+    output = ended(refused, code=1)
+    assert "plan.sqlite" in output
+    assert "Make room and run the same command again" in output
+    assert "Traceback" not in output
     before = done(store)
     assert before < 200
     assert "200 jobs" in ended(start(folder, str(plan), "--workers", "1"))
@@ -231,13 +231,13 @@ def test_a_scheduler_that_comes_back_is_gone_on_with(
     begin("scheduler")
     until(lambda: answers(port))
     begin("worker")
-    said = ended(run)
-    assert "is gone: waiting for it" in said
-    assert "12 jobs: 12 done" in said
+    output = ended(run)
+    assert "is gone: waiting for it" in output
+    assert "12 jobs: 12 done" in output
     assert same_but_for_the_model(outcomes(store), alone)
 
 
 def test_no_scheduler_is_said_so(folder: Path, port: int) -> None:
-    said = ended(start(folder, str(toml(folder)), "--scheduler", f"tcp://127.0.0.1:{port}"), code=1)
-    assert f"no scheduler answers at tcp://127.0.0.1:{port}" in said
-    assert "Traceback" not in said
+    output = ended(start(folder, str(toml(folder)), "--scheduler", f"tcp://127.0.0.1:{port}"), code=1)
+    assert f"no scheduler answers at tcp://127.0.0.1:{port}" in output
+    assert "Traceback" not in output

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_plans import home, said
+from small_plans import home, spec_of
 
 from rgap import Target, capture, data, losses, models, score
 from rgap.attacks import Bias, Closed, Status
@@ -79,7 +79,7 @@ def test_a_job_finds_what_the_attack_finds(folder: Path) -> None:
 
 def test_a_trained_network_is_attacked_as_it_is_after_its_epochs(folder: Path) -> None:
     plan = Plan.of(
-        said(stages=[0, 2], attacks=["bias"], images={"count": 1}, training={"images": 6, "batch": 4, "rate": 0.01})
+        spec_of(stages=[0, 2], attacks=["bias"], images={"count": 1}, training={"images": 6, "batch": 4, "rate": 0.01})
     )
     sweep(plan, folder / "s.sqlite")
     before, after = rows(folder / "s.sqlite")
@@ -101,7 +101,7 @@ def test_a_trained_network_is_attacked_as_it_is_after_its_epochs(folder: Path) -
 def test_weights_come_from_a_file(folder: Path) -> None:
     save_file(dict(models.fcn3(16, seed=9).state_dict()), folder / "w.safetensors")
     plan = Plan.of(
-        said(models=["fcn3", {"name": "fcn3", "weights": "w.safetensors"}], seeds=[9], attacks=["recursive"]), folder
+        spec_of(models=["fcn3", {"name": "fcn3", "weights": "w.safetensors"}], seeds=[9], attacks=["recursive"]), folder
     )
     sweep(plan, folder / "s.sqlite")
     first, second = rows(folder / "s.sqlite")
@@ -110,7 +110,7 @@ def test_weights_come_from_a_file(folder: Path) -> None:
 
 
 def test_what_fails_keeps_its_error_and_is_tried_again_when_asked(folder: Path) -> None:
-    plan, path = Plan.of(said("picky", seeds=[0, 1, 2, 3])), folder / "s.sqlite"
+    plan, path = Plan.of(spec_of("picky", seeds=[0, 1, 2, 3])), folder / "s.sqlite"
     found = sweep(plan, path)
     assert (found.done, found.failed) == (3, 1)
     (failed,) = (row for row in rows(path) if row["state"] == "failed")
@@ -127,7 +127,7 @@ def test_what_fails_keeps_its_error_and_is_tried_again_when_asked(folder: Path) 
 
 def test_a_larger_plan_does_only_what_is_new(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / "s.sqlite"
-    sweep(Plan.of(said(seeds=[0, 1])), path)
+    sweep(Plan.of(spec_of(seeds=[0, 1])), path)
     done: list[int] = []
     real = work.do
 
@@ -136,7 +136,7 @@ def test_a_larger_plan_does_only_what_is_new(folder: Path, monkeypatch: pytest.M
         return real(spec)
 
     monkeypatch.setattr(engine, "do", watched)
-    found = sweep(Plan.of(said(seeds=[2, 1, 3])), path)
+    found = sweep(Plan.of(spec_of(seeds=[2, 1, 3])), path)
     assert done == [2, 3]
     assert (found.jobs, found.before, found.done) == (3, 1, 2)
     assert sorted(row["seed"] for row in rows(path)) == [0, 1, 2, 3]
@@ -145,7 +145,7 @@ def test_a_larger_plan_does_only_what_is_new(folder: Path, monkeypatch: pytest.M
 def test_an_interruption_keeps_what_was_done_and_gives_back_the_rest(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, path = Plan.of(said(seeds=[0, 1, 2])), folder / "s.sqlite"
+    plan, path = Plan.of(spec_of(seeds=[0, 1, 2])), folder / "s.sqlite"
     real, calls = work.do, 0
 
     def impatient(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def test_what_a_worker_lost_is_done_again(folder: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Forgetful, "lost", False)
     monkeypatch.setattr(run, "Here", Forgetful)
-    found = sweep(Plan.of(said(seeds=[0, 1])), folder / "s.sqlite")
+    found = sweep(Plan.of(spec_of(seeds=[0, 1])), folder / "s.sqlite")
     assert Forgetful.lost
     assert (found.done, found.failed) == (2, 0)
     assert [row["attempts"] for row in rows(folder / "s.sqlite")] == [1, 1]  # it was not its fault
@@ -190,7 +190,7 @@ def test_progress_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(run, "WAIT", 0.0)
     seen: list[Progress] = []
-    sweep(Plan.of(said(seeds=[0, 1, 2])), folder / "s.sqlite", progress=seen.append)
+    sweep(Plan.of(spec_of(seeds=[0, 1, 2])), folder / "s.sqlite", progress=seen.append)
     assert [each.done for each in seen] == sorted(each.done for each in seen)
     last = seen[-1]
     assert (last.done, last.failed, last.total, last.here) == (3, 0, 3, 3)
@@ -200,12 +200,12 @@ def test_progress_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_job_needs_its_supplies() -> None:
-    (job,) = Plan.of(said()).jobs()
+    (job,) = Plan.of(spec_of()).jobs()
     with pytest.raises(work.NotSupplied):
         work.do({**job.spec, "picture": "of nobody"})
 
 
 def test_a_specification_is_plain_and_its_figures_have_columns() -> None:
-    for job in Plan.of(said(stages=[1], defences=["sign"])).jobs():
+    for job in Plan.of(spec_of(stages=[1], defences=["sign"])).jobs():
         assert json.loads(json.dumps(job.spec)) == job.spec
     assert set(FIGURES) <= set(ROW)

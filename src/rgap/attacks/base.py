@@ -117,7 +117,7 @@ class Answer:
     joint: JointReport | None = None
     """If layers were solved jointly."""
     note: str = ""
-    """Why something was left undone; empty if nothing was."""
+    """Why something was left to_gradient; empty if nothing was."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,13 +216,13 @@ class Attack(ABC):
         for update in updates:
             update.check(target, partial=self.partial)
         start = time.perf_counter()
-        undone = [update.undone(target) for update in updates]
-        plain = [update for update, _ in undone]
+        to_gradient = [update.to_gradient(target) for update in updates]
+        plain = [update for update, _ in to_gradient]
         found = self.run_many(target, plain, [preflight(target, update) for update in plain])
         together = (time.perf_counter() - start) / max(1, len(updates))
         return tuple(
             replace(each, seconds=each.seconds or together, assumptions=(*said, *each.assumptions))
-            for each, (_, said) in zip(found, undone, strict=True)
+            for each, (_, said) in zip(found, to_gradient, strict=True)
         )
 
     def run_many(self, target: Target, updates: Sequence[Update], checks: Sequence[Preflight]) -> list[Reconstruction]:

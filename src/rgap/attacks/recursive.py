@@ -27,7 +27,7 @@ from rgap.attacks.trail import End, Front, Given
 from rgap.checks import Preflight
 from rgap.constraints import Solver
 from rgap.constraints import bytes_needed as layer_bytes
-from rgap.memory import free, said
+from rgap.memory import free, readable
 from rgap.nn.activations import IDENTITY, Activation
 from rgap.nn.chain import Kind, NotAChain, Obstacle
 from rgap.nn.layers import Layer
@@ -294,7 +294,7 @@ def _together(network: Network, solver: Solver) -> int:
     there = free(network.device)
     if each + shared > there:
         raise MemoryError(
-            f"the recursion would take about {said(each + shared)}, {said(there)} are free: expected "
+            f"the recursion would take about {readable(each + shared)}, {readable(there)} are free: expected "
             "a smaller input, or solver='iterative'"
         )
     return max(1, min(MOST, int((there - shared) / 2 / (CANDIDATES * each))))

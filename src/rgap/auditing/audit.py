@@ -19,9 +19,9 @@ from torch import Tensor
 
 from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients, Reconstruction
 from rgap.auditing.document import document, median
-from rgap.auditing.results import Case, Level, Result, gave_away, judge, span, vouched
-from rgap.auditing.sent import Sent, Truth, captured, digest, received
-from rgap.auditing.sweep import Point, Sweep
+from rgap.auditing.dose_response import DoseResponse, Response
+from rgap.auditing.observed import Observed, Truth, captured, digest, received
+from rgap.auditing.results import Case, Level, Result, from_certificate, gave_away, judge, span
 from rgap.auditing.verdict import Verdict, verdict
 from rgap.data import Images
 from rgap.defences import DPSGD, Defence, gradient_error
@@ -39,17 +39,17 @@ NO_DEFENCE = "defences: none was asked for; a sweep measures what it takes to cl
 SWEPT = 4
 """Samples at the most on which a defence is swept."""
 LATE, INTERRUPTED = "the time was up", "the same audit goes on when it is run again"
-"""Ends of what is said of work that was left undone."""
+"""Ends of the notes on work that was left out."""
 RESULTS = 2
 """Version of what is kept in the folder of an audit."""
 SWEEP_ITERATIONS = 500
 """Of an attack by optimisation in a sweep, which runs it many times."""
-TOGETHER = 8
-"""Updates that are attacked together: what an interruption can cost."""
+CHUNK = 8
+"""Updates of one call of an attack: what an interruption can cost."""
 
 
 @dataclass(frozen=True)
-class Ran:
+class AttackRun:
     """One attack, over all samples."""
 
     name: str
@@ -67,8 +67,8 @@ class Audit:
     settings: dict[str, Any]
     """What was asked for: seed, samples, data, budget, command."""
     cases: tuple[Case, ...]
-    attacks: tuple[Ran, ...]
-    sweeps: tuple[Sweep, ...]
+    attacks: tuple[AttackRun, ...]
+    sweeps: tuple[DoseResponse, ...]
     rank: RankAnalysis | None
     not_run: tuple[str, ...]
     complete: bool
@@ -258,7 +258,7 @@ class _Run:
     """One audit as it goes on."""
 
     target: Target
-    sent: list[Sent]
+    sent: list[Observed]
     attacks: tuple[Attack, ...]
     protocol: Protocol
     accounting: Accounting | None
@@ -269,7 +269,7 @@ class _Run:
     not_run: list[str] = field(default_factory=list)
     found: dict[str, list[Result]] = field(default_factory=dict)
     """By key, what one attack made of one update's samples."""
-    sweeps: list[Sweep] = field(default_factory=list)
+    sweeps: list[DoseResponse] = field(default_factory=list)
     rank: RankAnalysis | None = None
 
     def __post_init__(self) -> None:
@@ -326,7 +326,7 @@ class _Run:
         """What was found so far."""
         cases = tuple(self._cases())
         ran = tuple(
-            Ran(attack.name, obstacle, tuple(self._of(attack)))
+            AttackRun(attack.name, obstacle, tuple(self._of(attack)))
             for attack, obstacle in zip(self.attacks, self.obstacles, strict=True)
         )
         return Audit(
@@ -338,7 +338,7 @@ class _Run:
             sweeps=tuple(self.sweeps),
             rank=self.rank,
             not_run=tuple(self.not_run),
-            complete=not any(said.endswith((LATE, INTERRUPTED)) for said in self.not_run),
+            complete=not any(note.endswith((LATE, INTERRUPTED)) for note in self.not_run),
             seconds=time.perf_counter() - self.start,
         )
 
@@ -364,8 +364,8 @@ class _Run:
 
     def _key(self, defence: str, at: int, attack: Attack) -> str:
         # A function's repr holds its address, which is another one in the next process.
-        said = re.sub(r"<function (\S+) at 0x[0-9a-f]+>", r"\1", repr(attack))
-        return f"{defence}|{at}|{said}"
+        settings = re.sub(r"<function (\S+) at 0x[0-9a-f]+>", r"\1", repr(attack))
+        return f"{defence}|{at}|{settings}"
 
     def _run(self, defence: str, attack: Attack, updates: dict[int, Update]) -> dict[int, list[Result]]:
         """One attack on updates by their number, from the store those that are there; fewer if the time is up."""
@@ -374,15 +374,15 @@ class _Run:
         for at, key in keys.items():
             if key not in self.found and self.store is not None and key in self.store.rows:
                 row = self.store.rows[key]
-                said = row.values["results"]
-                self.found[key] = [Result.from_dict(each, row.tensors.get(str(n))) for n, each in enumerate(said)]
+                found_rows = enumerate(row.values["results"])
+                self.found[key] = [Result.from_dict(each, row.tensors.get(str(n))) for n, each in found_rows]
             if key in self.found:
                 found[at] = self.found[key]
         left = [at for at in updates if at not in found]
-        for start in range(0, len(left), TOGETHER):
+        for start in range(0, len(left), CHUNK):
             if self.late:
                 break
-            chunk = left[start : start + TOGETHER]
+            chunk = left[start : start + CHUNK]
             for at, each in zip(chunk, attack.many(self.target, [updates[at] for at in chunk]), strict=True):
                 found[at] = self.found[keys[at]] = self._judged(at, each)
                 if self.store is not None:
@@ -394,7 +394,7 @@ class _Run:
     def _judged(self, at: int, found: Reconstruction) -> list[Result]:
         sent = self.sent[at]
         if sent.truth is None or sent.labels is None:
-            return vouched(found, sent.samples)
+            return from_certificate(found, sent.samples)
         return judge(found, sent.truth, sent.labels, self.target.value_range or self._span)
 
     @property
@@ -425,18 +425,18 @@ class _Run:
     def _sweep(self, defence: Defence) -> None:
         """The defence at each of its levels, on the first updates, against the attacks that gave most away."""
         best = self._best()
-        points: list[Point] = []
+        points: list[Response] = []
         for strength in (None, *type(defence).levels):
             point = None if self.late else self._point(defence, strength, best)
             if point is None:
-                said = "at all" if strength is None else f"from {defence.strength_name} {strength:g} on"
-                self.not_run.append(f"{defence.name} {said}: {LATE}")
+                since = "at all" if strength is None else f"from {defence.strength_name} {strength:g} on"
+                self.not_run.append(f"{defence.name} {since}: {LATE}")
                 break
             points.append(point)
         if points:
             private = isinstance(defence, DPSGD)
             named = defence.strength_name or "on"
-            self.sweeps.append(Sweep(defence.name, named, defence.about, tuple(points), private))
+            self.sweeps.append(DoseResponse(defence.name, named, defence.about, tuple(points), private))
 
     def _swept(self) -> list[int]:
         """The numbers of the updates of a sweep: those that leak before those that do not."""
@@ -461,7 +461,7 @@ class _Run:
         short = [replace(attack, iterations=min(attack.iterations, SWEEP_ITERATIONS)) for attack in robust]
         return list(dict.fromkeys([first, *short]))
 
-    def _point(self, defence: Defence, strength: float | None, attacks: Sequence[Attack]) -> Point | None:
+    def _point(self, defence: Defence, strength: float | None, attacks: Sequence[Attack]) -> Response | None:
         """One strength, None for the update as it is; no point if the time is up."""
         armed = defence if strength is None else defence.with_strength(strength)
         self._tell(f"{defence.name} {'off' if strength is None else f'{strength:g}'}", 0)
@@ -485,7 +485,7 @@ class _Run:
         best = [max(each, key=gave_away) for tried in rounds for each in zip(*tried, strict=True)]
         if not best:
             return None
-        return Point(
+        return Response(
             strength=0.0 if strength is None else strength,
             psnr=median([r.psnr for r in best]),
             ssim=median([r.ssim for r in best]),

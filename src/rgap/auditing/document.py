@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rgap.auditing.dose_response import DoseResponse, Response
 from rgap.auditing.results import Level, Result
-from rgap.auditing.sweep import Point, Sweep
 from rgap.auditing.verdict import Verdict
 from rgap.files import plain
 from rgap.picture import is_picture
 
 if TYPE_CHECKING:
-    from rgap.auditing.audit import Audit, Ran
+    from rgap.auditing.audit import AttackRun, Audit
     from rgap.rank import RankAnalysis
 
 FORMAT = 2
@@ -100,8 +100,7 @@ def png(picture: Tensor, value_range: tuple[float, float] | None) -> str | None:
 
 
 def _protocol(audit: Audit) -> dict[str, Any]:
-    said = asdict(audit.protocol)
-    return {**said, "sends": audit.protocol.sends.value, "optimiser": audit.protocol.optimiser.value}
+    return {**asdict(audit.protocol), "sends": audit.protocol.sends.value, "optimiser": audit.protocol.optimiser.value}
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
@@ -142,7 +141,7 @@ def _rank(rank: RankAnalysis) -> dict[str, Any]:
     return {"index": rank.index, "joint_free": rank.joint_free, "sentence": rank.verdict, "layers": layers}
 
 
-def _ran(ran: Ran) -> dict[str, Any]:
+def _ran(ran: AttackRun) -> dict[str, Any]:
     results = ran.results
     return {
         "name": ran.name,
@@ -165,7 +164,7 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(-math.inf if math.isnan(value) else value for value in values)
 
 
-def _sweep(sweep: Sweep) -> dict[str, Any]:
+def _sweep(sweep: DoseResponse) -> dict[str, Any]:
     at = sweep.closes_at
     return {
         "name": sweep.name,
@@ -177,7 +176,7 @@ def _sweep(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _point(point: Point) -> dict[str, Any]:
+def _point(point: Response) -> dict[str, Any]:
     return {
         "strength": point.strength,
         "median_psnr": point.psnr,

@@ -82,10 +82,10 @@ class Result:
         return plain({f.name: getattr(self, f.name) for f in fields(self) if f.name != "inputs"})
 
     @classmethod
-    def from_dict(cls, said: dict[str, Any], inputs: Tensor | None) -> Result:
+    def from_dict(cls, row: dict[str, Any], inputs: Tensor | None) -> Result:
         """The inverse of `to_dict`: None becomes NaN again."""
         numbers = (*COMPARED, "gradient_residual", "error")
-        values = {**said, **{name: math.nan if said[name] is None else said[name] for name in numbers}}
+        values = {**row, **{name: math.nan if row[name] is None else row[name] for name in numbers}}
         for name in ("labels", "assumptions", "warnings"):
             values[name] = tuple(values[name])
         return cls(**values, inputs=inputs)
@@ -144,7 +144,7 @@ def span(*samples: Tensor) -> tuple[float, float]:
     return (low, high) if low < high else (low, low + max(1.0, abs(low)))
 
 
-def vouched(found: Reconstruction, samples: int) -> list[Result]:
+def from_certificate(found: Reconstruction, samples: int) -> list[Result]:
     """One result for each of so many samples that nobody knows: what the certificate says, and no comparison."""
     inputs = [x[None] for x in found.inputs] if found.answers else []
     unknown = dict.fromkeys(COMPARED, math.nan)
@@ -153,7 +153,7 @@ def vouched(found: Reconstruction, samples: int) -> list[Result]:
 
 def _result(found: Reconstruction, inputs: Tensor | None, right: bool | None, compared: bool, **quality: Any) -> Result:
     answer = found.answers[0] if found.answers else None
-    said: dict[str, Any] = {} if answer is None else solved(answer)
+    layers: dict[str, Any] = {} if answer is None else solved(answer)
     return Result(
         attack=found.attack,
         status=found.status.value,
@@ -169,7 +169,7 @@ def _result(found: Reconstruction, inputs: Tensor | None, right: bool | None, co
         warnings=found.preflight.findings,
         inputs=inputs,
         compared=compared,
-        **said,
+        **layers,
         **quality,
     )
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rgap.attacks.recursive import obstacle
+from rgap.auditing.dose_response import DoseResponse, Response
 from rgap.auditing.results import EXACT_PSNR, RECOGNISABLE_PSNR, RECOGNISABLE_SSIM, Case, Level
-from rgap.auditing.sweep import Point, Sweep
 from rgap.rank import RankAnalysis
 from rgap.target import Target
 
@@ -40,8 +40,8 @@ class Advice:
 
     what: str
     why: str
-    before: Point
-    after: Point
+    before: Response
+    after: Response
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,17 @@ class Verdict:
     limits: tuple[str, ...]
 
 
-def verdict(cases: Sequence[Case], sweeps: Sequence[Sweep], rank: RankAnalysis | None, target: Target) -> Verdict:
+def verdict(
+    cases: Sequence[Case], sweeps: Sequence[DoseResponse], rank: RankAnalysis | None, target: Target
+) -> Verdict:
     """What the results mean for someone who must decide."""
     count = len(cases)
     exact = sum(case.level is Level.EXACT for case in cases)
     seen = sum(case.level is not Level.NOTHING for case in cases)
     tried = any(case.results for case in cases)
     unknown = [case.name for case in cases if case.truth is None]
-    silent = tried and all(r.status == "gradient zero" for case in cases for r in case.results)
-    if silent:
+    zero = tried and all(r.status == "gradient zero" for case in cases for r in case.results)
+    if zero:
         level, headline = "nothing sent", "The updates hold nothing: every gradient is zero."
     elif not tried:
         level = Level.NOTHING.value
@@ -117,7 +119,7 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int) -> list[str]:
 
 
 def _unknown(names: Sequence[str], count: int) -> tuple[str, ...]:
-    """What is to be said of samples that nobody here knows."""
+    """What a reader must know of samples that nobody here knows."""
     if not names:
         return ()
     which = "these samples" if len(names) == count else f"{len(names)} of these samples"
@@ -145,7 +147,7 @@ def _layer(rank: RankAnalysis | None, leaks: bool) -> LayerNote | None:
     return None
 
 
-def _advice(sweeps: Sequence[Sweep]) -> list[Advice]:
+def _advice(sweeps: Sequence[DoseResponse]) -> list[Advice]:
     """Of each defence that closed the leak, the weakest strength that did, the cheapest first."""
     found = []
     for sweep in sweeps:
@@ -157,7 +159,7 @@ def _advice(sweeps: Sequence[Sweep]) -> list[Advice]:
     return sorted(found, key=lambda each: each.after.gradient_error)
 
 
-def _caveat(sweep: Sweep, after: Point) -> tuple[str, ...]:
+def _caveat(sweep: DoseResponse, after: Response) -> tuple[str, ...]:
     """What a promise of differential privacy must not be taken for."""
     if not sweep.private:
         return ()

@@ -66,8 +66,8 @@ def command(
     with shown(Console(stderr=True)):
         found = chosen(target, received)
     out.mkdir(parents=True, exist_ok=True)
-    said = describe(found)
-    write_atomically(out / "reconstruction.json", json.dumps(said, indent=1).encode())
+    document = describe(found)
+    write_atomically(out / "reconstruction.json", json.dumps(document, indent=1).encode())
     if found.answers:
         values = {}
         for at, answer in enumerate(found.answers):
@@ -80,17 +80,17 @@ def command(
                 picture, target.value_range or (float(picture.min()), float(picture.max())), out / "reconstruction.png"
             )
     if as_json:
-        click.echo(json.dumps(said))
+        click.echo(json.dumps(document))
         return
     report = Console()
     if found.answers and found.layers:
         report.print(tables.layers(found.answers[0], "Layer by layer"))
-        if (joint := tables.together(found.answers[0])) is not None:
+        if (joint := tables.joint_solve(found.answers[0])) is not None:
             report.print(joint, highlight=False)
     for note in tables.notes(found):
         report.print(f"- {note}", highlight=False)
-    told = ", ".join(f"{label:+g}" for label in found.labels.tolist()) if found.answers else ""
-    label = f", label {told}" if told else ""
+    labels = ", ".join(f"{label:+g}" for label in found.labels.tolist()) if found.answers else ""
+    label = f", label {labels}" if labels else ""
     twins = f", {len(found.twins)} twin(s)" if found.twins else ""
     report.print(f"\n[bold]{found.status.value}[/bold]{label}{twins}: {found.reason}", highlight=False)
     report.print(f"Written to {out}", highlight=False)

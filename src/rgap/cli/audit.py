@@ -28,8 +28,8 @@ from rgap.cli.options import (
     make_protocol,
     make_target,
     protocol_options,
-    said,
     target_options,
+    tick_line,
 )
 from rgap.data import Images
 from rgap.defences import ALL, Defence, by_name
@@ -158,7 +158,7 @@ def shown(quiet: bool) -> Iterator[Callable[[Step], None]]:
             present = now.what
             progress.update(task, description=now.what, completed=now.done, total=now.total)
 
-        with watching(lambda tick: progress.update(task, description=f"{present}: {said(tick)}")):
+        with watching(lambda tick: progress.update(task, description=f"{present}: {tick_line(tick)}")):
             yield step
 
 
@@ -216,8 +216,8 @@ def _show(result: Audit, out: Path) -> None:
     report.print(tables.attacks(result))
     first = next((case for case in result.cases if case.best is not None and case.best.layers), None)
     if first is not None and first.best is not None:
-        said_of = {"layers": first.best.layers, "joint": first.best.joint}
-        report.print(tables.solved(said_of, f"Layer by layer, for {first.name}"))
+        record = {"layers": first.best.layers, "joint": first.best.joint}
+        report.print(tables.solved(record, f"Layer by layer, for {first.name}"))
     for sweep in result.sweeps:
         report.print(tables.sweep(sweep))
     for note in tables.audit_notes(result):

@@ -209,29 +209,29 @@ def _configured(ctx: click.Context, param: click.Parameter, value: Path | None) 
     if not value.is_file():
         raise click.BadParameter(f"{value}: no such file", ctx, param)
     try:
-        said = tomllib.loads(value.read_text())
+        entries = tomllib.loads(value.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{value}: not TOML ({error})", ctx, param) from error
     names = {name.lstrip("-"): each.name for each in ctx.command.params for name in each.opts if name.startswith("--")}
-    unknown = [name for name in said if name not in names or name == "config"]
+    unknown = [name for name in entries if name not in names or name == "config"]
     if unknown:
         known = ", ".join(sorted(set(names) - {"config"}))
         raise click.BadParameter(f"{value}: unknown {', '.join(unknown)}; expected some of {known}", ctx, param)
     whole = {each.name for each in ctx.command.params if isinstance(each.type, click.types.IntParamType)}
-    for name, entry in said.items():
+    for name, entry in entries.items():
         if names[name] in whole and isinstance(entry, (bool, float)):
             raise click.BadParameter(f"{value}: got --{name} {entry!r}, expected a whole number", ctx, param)
-    ctx.default_map = {str(names[name]): entry for name, entry in said.items()}
+    ctx.default_map = {str(names[name]): entry for name, entry in entries.items()}
 
 
 @contextmanager
 def shown(console: Console) -> Iterator[None]:
     """Show how far an attack has come, for as long as it runs."""
-    with console.status("attacking") as status, watching(lambda tick: status.update(said(tick))):
+    with console.status("attacking") as status, watching(lambda tick: status.update(tick_line(tick))):
         yield
 
 
-def said(tick: Tick) -> str:
+def tick_line(tick: Tick) -> str:
     """One line of progress."""
     if math.isnan(tick.loss):
         return f"{tick.what} {tick.done}/{tick.total}"

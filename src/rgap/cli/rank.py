@@ -52,11 +52,11 @@ def command(measure: bool, batch_size: int | None, sample: Path | None, out: Pat
     with _progress(len(target.graph.uses), console, not as_json and console.is_terminal) as step:
         analysis = rank_analysis(target, values, batch_size, measure, progress=step)
     out.mkdir(parents=True, exist_ok=True)
-    said = analysis.to_dict()
-    write_atomically(out / "rank.json", json.dumps(said, indent=1).encode())
+    document = analysis.to_dict()
+    write_atomically(out / "rank.json", json.dumps(document, indent=1).encode())
     plot(analysis, out / "rank.png")
     if as_json:
-        click.echo(json.dumps(said))
+        click.echo(json.dumps(document))
         return
     report = Console()
     report.print(tables.ranks(analysis))

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from rgap.attacks.progress import watching
-from rgap.cli.options import said
+from rgap.cli.options import tick_line
 from rgap.reproductions import NAMES, Options, by_name, reproduce
 
 WIDE = 160
@@ -115,5 +115,5 @@ def _progress(console: Console, shown: bool) -> Iterator[Callable[[str, int, int
             else:
                 bar.update(task, completed=at, description=key)
 
-        with watching(lambda tick: bar.update(task, description=f"{present}: {said(tick)}")):
+        with watching(lambda tick: bar.update(task, description=f"{present}: {tick_line(tick)}")):
             yield before

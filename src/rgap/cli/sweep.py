@@ -84,15 +84,15 @@ def run(
 
     Results are kept as they come. Several runs, of one plan or of several, can share a store.
     """
-    said, kept = Plan.load(plan), store or plan.with_suffix(".sqlite")
+    chosen, kept = Plan.load(plan), store or plan.with_suffix(".sqlite")
     if dry_run:
-        _count(said, kept, as_json)
+        _count(chosen, kept, as_json)
         return
     # Dask leaves tasks behind when a worker dies; what becomes of their jobs is in the store.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     console = Console(stderr=True)
     with _progress(console, as_json) as (step, notice):
-        found = sweep(said, kept, workers, scheduler, retry, step, notice)
+        found = sweep(chosen, kept, workers, scheduler, retry, step, notice)
     with SweepStore(kept, make=False) as opened:
         rows, failures = list(opened.rows()), opened.failures()
     if exported is not None:
@@ -122,8 +122,8 @@ def show(store: Path, by: str | None, plot: Path | None, x: str | None, y: str, 
     if plot is not None:
         draw(rows, plot, x, y, axes if by else None)
     if as_json:
-        said = [{**dict(zip(axes, g.values, strict=True)), **plain(asdict(g))} for g in groups]
-        click.echo(json.dumps([{key: value for key, value in each.items() if key != "values"} for each in said]))
+        entries = [{**dict(zip(axes, g.values, strict=True)), **plain(asdict(g))} for g in groups]
+        click.echo(json.dumps([{key: value for key, value in each.items() if key != "values"} for each in entries]))
         return
     _report(rows, axes)
     for line, times in failures:
@@ -167,7 +167,7 @@ def _progress(console: Console, quiet: bool) -> Iterator[tuple[Callable[[Progres
                 last = now.seconds
                 console.print(f"{now.done + now.failed} of {now.total} jobs, {_pace(now)}", highlight=False)
 
-        yield step, lambda said: None if quiet else console.print(said, highlight=False)
+        yield step, lambda text: None if quiet else console.print(text, highlight=False)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
     with Bar(*columns, console=console, transient=True) as bar:
@@ -176,7 +176,7 @@ def _progress(console: Console, quiet: bool) -> Iterator[tuple[Callable[[Progres
         def move(now: Progress) -> None:
             bar.update(task, completed=now.done + now.failed, total=now.total, pace=_pace(now))
 
-        yield move, lambda said: bar.console.print(said, highlight=False)
+        yield move, lambda text: bar.console.print(text, highlight=False)
 
 
 def _pace(now: Progress) -> str:
@@ -198,8 +198,8 @@ def _report(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> None:
     if not console.is_terminal:
         console = Console(width=WIDE)
     table = Table(title="What came out", title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
-    strong = "defence" in axes and "strength" in axes  # in one column, to leave room
-    named = [name for name in axes if not (strong and name == "strength")]
+    joined = "defence" in axes and "strength" in axes  # in one column, to leave room
+    named = [name for name in axes if not (joined and name == "strength")]
     for name in named:
         table.add_column(name, no_wrap=True, justify="right" if name in NUMERIC else "left")
     columns = COLUMNS if console.width >= ROOMY else COLUMNS[:-2]
@@ -207,7 +207,7 @@ def _report(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> None:
         table.add_column(name, no_wrap=True, justify="right")
     for group in grouped(rows, axes):
         cells = {name: _cell(value) for name, value in zip(axes, group.values, strict=True)}
-        if strong and cells["strength"] != NONE:
+        if joined and cells["strength"] != NONE:
             cells["defence"] += f" {cells['strength']}"
         table.add_row(*(cells[name] for name in named), *_figures(group)[: len(columns)])
     console.print(table, highlight=False, markup=False)

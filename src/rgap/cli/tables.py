@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from rgap.attacks import Answer, Reconstruction
-from rgap.auditing import Audit, Level, Sweep
+from rgap.auditing import Audit, DoseResponse, Level
 from rgap.auditing.describe import solved as describe_solved
 from rgap.rank import RankAnalysis
 from rgap.rank.analysis import about
@@ -54,7 +54,7 @@ def attacks(audit: Audit) -> Table:
     return table
 
 
-def sweep(found: Sweep) -> Table:
+def sweep(found: DoseResponse) -> Table:
     """One row for each strength of a defence."""
     table = _table(f"{found.name}: what still leaks, and what it costs", (found.strength_name or "on",))
     for name in ("median PSNR dB", "recognisable", "change of the update", "epsilon"):
@@ -74,15 +74,15 @@ def audit_notes(audit: Audit) -> list[str]:
     """What a reader must know beside the numbers."""
     notes = [f"{ran.name} does not apply: {ran.obstacle}" for ran in audit.attacks if ran.obstacle is not None]
     best = [case.best for case in audit.cases if case.best is not None]
-    notes += dict.fromkeys(f"assumed: {said}" for result in best for said in result.assumptions)
-    notes += dict.fromkeys(f"warning: {said}" for result in best for said in result.warnings)
+    notes += dict.fromkeys(f"assumed: {text}" for result in best for text in result.assumptions)
+    notes += dict.fromkeys(f"warning: {text}" for result in best for text in result.warnings)
     notes += [
         f"{case.name}: {case.best.status}, {case.best.reason}"
         for case in audit.cases
         if case.best is not None and case.level is not Level.EXACT
     ]
     notes += [each.sentence for each in audit.sweeps]
-    notes += [f"not run: {said}" for said in audit.not_run]
+    notes += [f"not run: {text}" for text in audit.not_run]
     return notes
 
 
@@ -95,18 +95,18 @@ def layers(answer: Answer, title: str) -> Table:
     return solved(describe_solved(answer), title)
 
 
-def solved(said: dict[str, Any], title: str) -> Table:
+def solved(record: dict[str, Any], title: str) -> Table:
     """One row for each layer, from the input to the output.
 
     Layers that were solved jointly show what the recursion measured of them alone, without its residual and error:
     those were of an input that the joint solve replaced.
     """
-    jointly = () if said["joint"] is None else said["joint"]["layers"]
+    jointly = () if record["joint"] is None else record["joint"]["layers"]
     table = _table(title, ("layer",))
     for name in ("|x|", "|z| rows", "|W| rows", "rank", "free", "condition", "residual", "error"):
         table.add_column(name, justify="right")
     table.add_column("solved by")
-    for layer in said["layers"]:
+    for layer in record["layers"]:
         replaced = layer["name"] in jointly
         method = "jointly" if replaced else layer["method"]
         residual = max(_real(layer["weight_residual"]), _real(layer["gradient_residual"]))
@@ -142,8 +142,8 @@ def ranks(analysis: RankAnalysis) -> Table:
     return table
 
 
-def together(answer: Answer) -> str | None:
-    """What is to be said of layers that were solved jointly; None if none were."""
+def joint_solve(answer: Answer) -> str | None:
+    """The layers that were solved jointly, in one line; None if none were."""
     joint = answer.joint
     if joint is None:
         return None

@@ -145,14 +145,14 @@ class Capture(Strategy):
     def _received(self, reply: Message, prints: dict[int, str]) -> Received:
         node = reply.metadata.src_node_id
         weights = self._sent.get(node, {})
-        said = {name: value for record in reply.content.metric_records.values() for name, value in record.items()}
+        metrics = {name: value for record in reply.content.metric_records.values() for name, value in record.items()}
         try:
             if not weights:
                 raise UpdateError("it was sent no weights in this round")
             if id(weights) not in prints:
                 prints[id(weights)] = fingerprint(with_weights(self.target, weights))
             header = Header(
-                self._size(said),
+                self._size(metrics),
                 self.target.loss.name,
                 self.target.input_shape,
                 prints[id(weights)],
@@ -161,13 +161,13 @@ class Capture(Strategy):
             )
             update = Update(self._change(_tensors(_arrays(reply, self.arrays_key)[1]), weights), header)
         except Exception as error:
-            return Received(str(node), weights, None, f"{type(error).__name__}: {error}", said)
-        return Received(str(node), weights, update, said=said)
+            return Received(str(node), weights, None, f"{type(error).__name__}: {error}", metrics)
+        return Received(str(node), weights, update, metrics=metrics)
 
-    def _size(self, said: Mapping[str, Any]) -> int:
+    def _size(self, metrics: Mapping[str, Any]) -> int:
         if isinstance(self.batch_size, int):
             return self.batch_size
-        size = said.get(self.batch_size, self.target.batch_size)
+        size = metrics.get(self.batch_size, self.target.batch_size)
         if not isinstance(size, int | float) or size < 1 or not float(size).is_integer():
             raise UpdateError(f"its metric {self.batch_size!r} is {size}, expected a whole number from 1 on")
         return int(size)

@@ -122,21 +122,21 @@ def several(number: int, one: str, many: str = "") -> str:
     return f"{count(number)} {one if number == 1 else many or one + 's'}"
 
 
-def protocol(said: dict[str, Any], batch_size: int) -> str:
+def protocol(spec: dict[str, Any], batch_size: int) -> str:
     """What leaves the client, in a sentence or two."""
     batch = several(batch_size, "sample")
-    if said["sends"] == "gradient":
+    if spec["sends"] == "gradient":
         text = f"Each client sends the gradient of one batch of {batch}."
     else:
-        rate = "" if said["learning_rate"] is None else f" with a learning rate of {number(said['learning_rate'])}"
-        optimiser = name(said["optimiser"])
-        steps = several(said["steps"], "step")
-        where = "on a batch" if said["steps"] == 1 else "each on the same batch"
+        rate = "" if spec["learning_rate"] is None else f" with a learning rate of {number(spec['learning_rate'])}"
+        optimiser = name(spec["optimiser"])
+        steps = several(spec["steps"], "step")
+        where = "on a batch" if spec["steps"] == 1 else "each on the same batch"
         text = (
             f"Each client sends how far its weights have moved after {steps} of {optimiser}{rate}, {where} of {batch}."
         )
-    if said["summed"]:
+    if spec["summed"]:
         text += " The loss is summed over the batch, not averaged."
-    if said["clients"] > 1:
-        text += f" The server sees only the average over {several(said['clients'], 'client')}."
+    if spec["clients"] > 1:
+        text += f" The server sees only the average over {several(spec['clients'], 'client')}."
     return text

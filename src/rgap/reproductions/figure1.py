@@ -49,22 +49,24 @@ class Curve:
 
     def roots(self, product: float) -> tuple[float, ...]:
         """Every margin with this product, ascending, by bisection on both sides of the turning point."""
-        turn, lowest = self.turning()
+        argmin, lowest = self.turning()
         if product <= lowest:
             return ()
-        found = [self._root(product, turn, -1.0)]
-        if product < 0 and turn < self.end - 1e-6:  # beyond the turning point the product rises towards 0
-            found.append(self._root(product, turn, 1.0))
+        found = [self._root(product, argmin, -1.0)]
+        if product < 0 and argmin < self.end - 1e-6:  # beyond the turning point the product rises towards 0
+            found.append(self._root(product, argmin, 1.0))
         return tuple(found)
 
-    def _root(self, product: float, turn: float, side: float) -> float:
+    def _root(self, product: float, argmin: float, side: float) -> float:
         """The root on one side of the turning point."""
         step = 1.0
-        while self.product(min(turn + side * step, self.end)) < product:
+        while self.product(min(argmin + side * step, self.end)) < product:
             step *= 2
-        other = min(turn + side * step, self.end)
+        other = min(argmin + side * step, self.end)
         return float(
-            brentq(lambda mu: self.product(mu) - product, min(turn, other), max(turn, other), xtol=1e-15, rtol=1e-15)
+            brentq(
+                lambda mu: self.product(mu) - product, min(argmin, other), max(argmin, other), xtol=1e-15, rtol=1e-15
+            )
         )
 
 

@@ -301,13 +301,13 @@ class Figure5(Reproduction):
         ]
 
     def remarks(self, rows: Mapping[str, Row]) -> Sequence[str]:
-        said = [
+        ratios = [
             one["mse"] ** 0.5 / one["stated error"]
             for row in rows.values()
             for one in row.values["levels"]
             if one["level"] >= self.small and one["status"] == "exact"
         ]
-        understated = f" by a factor of up to {max(said):.0f}" if said else ""
+        understated = f" by a factor of up to {max(ratios):.0f}" if ratios else ""
         return (
             "The paper shows pictures only, of how noise averages out over the constraints of a wider network.",
             "The noise's standard deviation is the level times the root mean square of each parameter's gradient. "

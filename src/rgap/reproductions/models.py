@@ -183,8 +183,8 @@ class Models(Reproduction):
         table.add_column("reason", max_width=60)
         for cell in self.cells:
             rank = rows[f"{cell.name}, rank"].values
-            said = f"worst index {rank['index']} at {rank['layer']}, of {rank['layers']} layers"
-            table.add_row(cell.name, "rank", "", "", "", "", "leaks" if rank["index"] <= 0 else "protects", said)
+            worst_index = f"worst index {rank['index']} at {rank['layer']}, of {rank['layers']} layers"
+            table.add_row(cell.name, "rank", "", "", "", "", "leaks" if rank["index"] <= 0 else "protects", worst_index)
             for name in self.attacks:
                 own = self.outcomes(rows, cell, name)
                 if not own:

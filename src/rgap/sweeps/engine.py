@@ -113,7 +113,7 @@ class Cluster(Engine):
         supplies: Supplies,
         address: str | None = None,
         workers: int = 1,
-        notice: Callable[[str], None] = lambda said: None,
+        notice: Callable[[str], None] = lambda text: None,
     ):
         try:
             self._dask = importlib.import_module("distributed")

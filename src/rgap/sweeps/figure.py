@@ -15,8 +15,8 @@ from rgap.sweeps.summary import MEASURES, NUMERIC, Group, Row, axes_of, grouped
 
 MARKERS = "osv^D"
 """After ten lines colours begin again, with another marker."""
-BESIDE = 6
-"""With more lines than these the legend stands beside the picture."""
+INSIDE = 6
+"""With more lines than these the legend stands outside the picture."""
 EXACT, SEEN = "#7a1f3d", "#d9a5b3"
 
 
@@ -61,8 +61,8 @@ def _lines(rows: Sequence[Row], x: str, y: str, by: Sequence[str]) -> Figure:
     series: dict[tuple[Any, ...], list[Group]] = {}
     for group in grouped(rows, [*by, x]):
         series.setdefault(group.values[:-1], []).append(group)
-    beside = len(series) > BESIDE
-    figure = Figure(figsize=(9.6 if beside else 6.4, max(4.0, 0.19 * len(series))), layout="constrained", dpi=150)
+    outside = len(series) > INSIDE
+    figure = Figure(figsize=(9.6 if outside else 6.4, max(4.0, 0.19 * len(series))), layout="constrained", dpi=150)
     ax = figure.subplots()
     every = [group.values[-1] for groups in series.values() for group in groups if group.values[-1] is not None]
     for number, (values, groups) in enumerate(series.items()):
@@ -85,7 +85,7 @@ def _lines(rows: Sequence[Row], x: str, y: str, by: Sequence[str]) -> Figure:
     ax.set_xlabel({"stage": "epochs trained"}.get(x, x))
     ax.set_ylabel(MEASURES[y])
     ax.grid(alpha=0.3)
-    if beside:
+    if outside:
         figure.legend(fontsize=7, loc="outside right upper")
     else:
         ax.legend(fontsize=7)
@@ -111,9 +111,9 @@ def _bars(rows: Sequence[Row], by: Sequence[str]) -> Figure:
 
 def _named(by: Sequence[str], values: Sequence[Any]) -> str:
     """A group in words, such as ``cnn6, width 20, closed``."""
-    said = []
+    words = []
     for name, value in zip(by, values, strict=True):
         if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
-        said.append(f"{name} {value:g}" if isinstance(value, (int, float)) else str(value))
-    return ", ".join(said) or "all"
+        words.append(f"{name} {value:g}" if isinstance(value, (int, float)) else str(value))
+    return ", ".join(words) or "all"

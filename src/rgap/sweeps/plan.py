@@ -95,11 +95,11 @@ class Plan:
     """What is multiplied, as the TOML file says, defaults filled in.
 
     Args:
-        said: by the names in `SCHEMA`.
+        spec: by the names in `SCHEMA`.
         folder: that paths in the plan start from.
     """
 
-    said: Mapping[str, Any]
+    spec: Mapping[str, Any]
     folder: Path
 
     @classmethod
@@ -111,7 +111,7 @@ class Plan:
         """
         path = Path(path)
         try:
-            said = tomllib.loads(path.read_text(encoding="utf-8"))
+            spec = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise PlanError(f"{path}: not TOML ({error})") from error
         except OSError as error:
@@ -119,24 +119,24 @@ class Plan:
                 f"{path}: cannot be read ({error.strerror}); expected a plan, see docs/sweeps.md"
             ) from error
         try:
-            return cls.of(said, path.parent)
+            return cls.of(spec, path.parent)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
 
     @classmethod
-    def of(cls, said: Mapping[str, Any], folder: str | Path = ".") -> Plan:
+    def of(cls, spec: Mapping[str, Any], folder: str | Path = ".") -> Plan:
         """A plan from Python.
 
         Raises:
             PlanError: against the schema, or a name that is not known.
         """
         # Through JSON: what a plan may hold is what its jobs can be made of.
-        said = json.loads(json.dumps(dict(said), default=str))
-        error = best_match(Draft202012Validator(SCHEMA).iter_errors(said))
+        spec = json.loads(json.dumps(dict(spec), default=str))
+        error = best_match(Draft202012Validator(SCHEMA).iter_errors(spec))
         if error is not None:
             place = error.json_path.removeprefix("$.").removeprefix("$") or "the plan"
             raise PlanError(f"{place}: {error.message}; the fields of a plan are in docs/sweeps.md")
-        whole = {**DEFAULTS, **said}
+        whole = {**DEFAULTS, **spec}
         whole["images"] = {**IMAGES, **whole["images"]}
         whole["training"] = {**TRAINING, **whole["training"]}
         plan = cls(whole, Path(folder))
@@ -146,8 +146,8 @@ class Plan:
     def _check(self) -> None:
         """Refuse names that are not known before anything runs."""
         try:
-            for model, width in itertools.product(self.models, self.said["widths"]):
-                make(model["name"], tuple(model["input-shape"]), self.said["seeds"][0], width)
+            for model, width in itertools.product(self.models, self.spec["widths"]):
+                make(model["name"], tuple(model["input-shape"]), self.spec["seeds"][0], width)
             for attack in self.attacks:
                 attack_of(attack)
             for each in self.defences:
@@ -161,21 +161,21 @@ class Plan:
     @cached_property
     def models(self) -> list[dict[str, Any]]:
         """Each with name, weights, shape, range and loss."""
-        common = {name: self.said[name] for name in ("input-shape", "value-range", "loss")}
-        tables = [{"name": each} if isinstance(each, str) else each for each in self.said["models"]]
+        common = {name: self.spec[name] for name in ("input-shape", "value-range", "loss")}
+        tables = [{"name": each} if isinstance(each, str) else each for each in self.spec["models"]]
         return [{"weights": None, **common, **each} for each in tables]
 
     @cached_property
     def attacks(self) -> list[dict[str, Any]]:
         """Each with its name and sizes."""
-        tables = [{"name": each} if isinstance(each, str) else each for each in self.said["attacks"]]
+        tables = [{"name": each} if isinstance(each, str) else each for each in self.spec["attacks"]]
         return [{"iterations": None, "restarts": None, "polish": False, **each} for each in tables]
 
     @cached_property
     def defences(self) -> list[dict[str, Any] | None]:
         """Each with its name and one strength; None for an update that is left as it is."""
         found: list[dict[str, Any] | None] = []
-        for each in self.said["defences"]:
+        for each in self.spec["defences"]:
             if each == "none":
                 found.append(None)
                 continue
@@ -204,8 +204,8 @@ class Plan:
     def _pictures(self, shape: tuple[int, ...]) -> Images:
         if len(shape) != 3 or shape[0] not in (1, 3):
             raise PlanError(f"input-shape is {list(shape)}: expected (1 or 3, height, width), a picture's")
-        count, folder = self.said["images"]["count"], self.said["images"]["data"]
-        most = max(count, self.said["training"]["images"]) if max(self.said["stages"]) else count
+        count, folder = self.spec["images"]["count"], self.spec["images"]["data"]
+        most = max(count, self.spec["training"]["images"]) if max(self.spec["stages"]) else count
         channels, size = shape[0], shape[1:]
         if folder is None:
             found = data.photographs(min(most, 25), size=(size[0], size[1]), channels=channels)
@@ -223,8 +223,8 @@ class Plan:
             labels = data.labels(images, loss)
             weights = None if model["weights"] is None else _digest(self._weights(model["weights"]))
             name = model["name"] if model["weights"] is None else f"{model['name']}, {Path(model['weights']).name}"
-            training = {**self.said["training"], "pictures": digest(images.inputs)}
-            for seed, width, stage in itertools.product(self.said["seeds"], self.said["widths"], self.said["stages"]):
+            training = {**self.spec["training"], "pictures": digest(images.inputs)}
+            for seed, width, stage in itertools.product(self.spec["seeds"], self.spec["widths"], self.spec["stages"]):
                 target = {
                     "model": model["name"],
                     "source": source,
@@ -243,7 +243,7 @@ class Plan:
         self, network: tuple[Any, ...], target: dict[str, Any], images: Images, labels: Sequence[float]
     ) -> Iterator[Job]:
         """Every picture, attack and defence against one network."""
-        for at in range(self.said["images"]["count"]):
+        for at in range(self.spec["images"]["count"]):
             picture = digest(images.inputs[at])
             for attack, defence in itertools.product(self.attacks, self.defences):
                 shown = ("none", None) if defence is None else (defence["name"], defence["strength"])
@@ -254,7 +254,7 @@ class Plan:
                     "picture": picture,
                     "label": labels[at],
                     "attack": attack,
-                    "defence": None if defence is None else {**defence, "seed": self.said["noise-seed"] + at},
+                    "defence": None if defence is None else {**defence, "seed": self.spec["noise-seed"] + at},
                 }
                 yield Job(dict(zip(AXES, axes, strict=True)), spec)
 
@@ -262,7 +262,7 @@ class Plan:
         """By its name, or what fits the model's outputs."""
         shape = tuple(model["input-shape"])
         try:
-            return losses.for_model(make(model["name"], shape, self.said["seeds"][0], None), shape, model["loss"])
+            return losses.for_model(make(model["name"], shape, self.spec["seeds"][0], None), shape, model["loss"])
         except ValueError as error:
             raise PlanError(f"models: {model['name']}: {error}") from error
 
@@ -281,7 +281,7 @@ class Plan:
             images = self.pictures[tuple(model["input-shape"])]
             for inputs in images.inputs:
                 found.pictures[digest(inputs)] = inputs
-            if max(self.said["stages"]):
+            if max(self.spec["stages"]):
                 labels = torch.tensor(data.labels(images, self._loss(model)))
                 found.training[digest(images.inputs)] = (images.inputs, labels)
             if model["weights"] is not None:
@@ -290,7 +290,7 @@ class Plan:
         return found
 
     def __str__(self) -> str:
-        return canonical(dict(self.said))
+        return canonical(dict(self.spec))
 
 
 def _source(name: str) -> str | None:

@@ -63,7 +63,7 @@ def sweep(
     scheduler: str | None = None,
     retry: bool = False,
     progress: Callable[[Progress], None] | None = None,
-    notice: Callable[[str], None] = lambda said: None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Summary:
     """Do what is left to do of a plan.
 

@@ -54,7 +54,7 @@ CREATE TABLE jobs (
 ) WITHOUT ROWID;
 CREATE INDEX by_state ON jobs (state, run);
 CREATE TABLE runs (id TEXT PRIMARY KEY, host TEXT, pid INTEGER, began REAL, beat REAL) WITHOUT ROWID;
-CREATE TABLE plans (said TEXT PRIMARY KEY, first_run TEXT) WITHOUT ROWID;
+CREATE TABLE plans (plan TEXT PRIMARY KEY, first_run TEXT) WITHOUT ROWID;
 """
 ROW = ("key", *AXES, "state", *FIGURES, "failure", "attempts", "finished")
 """The columns of a table of results."""
@@ -131,11 +131,11 @@ class SweepStore:
 
     # A run: plan, then take and finish in turn.
 
-    def plan(self, jobs: Iterable[Job], said: str, retry: bool = False) -> Counts:
+    def plan(self, jobs: Iterable[Job], text: str, retry: bool = False) -> Counts:
         """Begin a run of these jobs; those that the file does not know are put into it.
 
         Args:
-            said: the plan itself, kept for the reader.
+            text: the plan itself, kept for the reader.
             retry: jobs that failed wait again.
         """
         own = psutil.Process()
@@ -149,7 +149,7 @@ class SweepStore:
                 "INSERT INTO runs VALUES (?, ?, ?, ?, ?)",
                 (self._run, socket.gethostname(), own.pid, own.create_time(), time.time()),
             )
-            self._base.execute("INSERT OR IGNORE INTO plans VALUES (?, ?)", (said, self._run))
+            self._base.execute("INSERT OR IGNORE INTO plans VALUES (?, ?)", (text, self._run))
             self._base.executemany(
                 f"INSERT OR IGNORE INTO jobs ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})", rows
             )
@@ -329,16 +329,16 @@ class SweepStore:
             self.seconds += time.perf_counter() - start
 
     def _told(self, error: sqlite3.Error) -> SweepError:
-        said = str(error)
-        if "full" in said or "disk I/O" in said:
+        reason = str(error)
+        if "full" in reason or "disk I/O" in reason:
             left = "Make room and run the same command again: what is in the store stays, and is not done again"
-        elif "locked" in said:
+        elif "locked" in reason:
             left = f"Another process has been writing for {PATIENCE:.0f} s: end it, and run the same command again"
-        elif "not a database" in said or "malformed" in said:
+        elif "not a database" in reason or "malformed" in reason:
             left = "It is no SQLite file, or a damaged one: expected a store of sweeps, or another --store"
         else:
             left = "Check that its folder exists and can be written to, or pass another --store"
-        return SweepError(f"{self.path}: {said}. {left}.")
+        return SweepError(f"{self.path}: {reason}. {left}.")
 
 
 Counts = dict[str, int]

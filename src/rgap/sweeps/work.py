@@ -90,15 +90,15 @@ def do(spec: Mapping[str, Any]) -> dict[str, Any]:
 def _do(spec: Mapping[str, Any]) -> dict[str, Any]:
     target, right = _target(canonical(spec["target"]))
     truth, label = _found("pictures", spec["picture"])[None], float(spec["label"])
-    said, attack = spec["defence"], attack_of(spec["attack"])
+    defence, attack = spec["defence"], attack_of(spec["attack"])
     obstacle = attack.obstacle(target, 1)
     if obstacle is not None:
         nothing = dict.fromkeys(FIGURES)
         return {**nothing, "status": "does not apply", "reason": obstacle, "accuracy": right, "seconds": 0.0}
     update, cost = capture(target, truth, torch.tensor([label])), 0.0
-    if said is not None:
-        armed = defences.by_name(said["name"], said["strength"])
-        sent = armed(update, torch.Generator().manual_seed(said["seed"]))
+    if defence is not None:
+        armed = defences.by_name(defence["name"], defence["strength"])
+        sent = armed(update, torch.Generator().manual_seed(defence["seed"]))
         update, cost = sent, defences.gradient_error(update, sent)
     (found,) = judge(attack(target, update), truth, [label], target.value_range or span(truth))
     named = {name: getattr(found, name) for name in FIGURES if hasattr(found, name)}
@@ -106,9 +106,9 @@ def _do(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(CACHED)
-def _target(said: str) -> tuple[Target, float | None]:
+def _target(text: str) -> tuple[Target, float | None]:
     """The network of a specification, and which share of the pictures that it was trained on it labels right."""
-    spec = json.loads(said)
+    spec = json.loads(text)
     shape = tuple(spec["input_shape"])
     model = make(spec["model"], shape, spec["seed"], spec["width"])
     if spec["weights"] is not None:
@@ -124,13 +124,13 @@ def _target(said: str) -> tuple[Target, float | None]:
     return Target(model, loss, shape, value_range), right
 
 
-def attack_of(said: Mapping[str, Any]) -> Attack:
+def attack_of(spec: Mapping[str, Any]) -> Attack:
     """The attack of a specification.
 
     Raises:
         ValueError: there is none by this name, or it does not have such sizes.
     """
-    return by_name(said["name"], said["iterations"], said["restarts"], said["polish"])
+    return by_name(spec["name"], spec["iterations"], spec["restarts"], spec["polish"])
 
 
 def make(name: str, input_shape: tuple[int, ...], seed: int, width: int | None) -> nn.Module:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Point:
+class Response:
     """A defence at one strength, over the samples of the sweep, the worst attack for the client each time."""
 
     strength: float
@@ -23,18 +23,18 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class DoseResponse:
     """One defence, from weak to strong."""
 
     name: str
     strength_name: str
     about: str
-    points: tuple[Point, ...]
+    points: tuple[Response, ...]
     private: bool = False
     """Whether the defence gives differential privacy, as much as its epsilon says."""
 
     @property
-    def closes_at(self) -> Point | None:
+    def closes_at(self) -> Response | None:
         """The weakest point from which on no sample was recognisable; None if there is none."""
         closed = None
         if not self.points or self.points[0].recovered == 0:

@@ -19,7 +19,7 @@ Truth = tuple[Tensor, Sequence[float]]
 
 
 @dataclass(frozen=True, eq=False)
-class Sent:
+class Observed:
     """One update, and what is known of the samples behind it."""
 
     update: Update
@@ -38,7 +38,7 @@ class Sent:
 
 def captured(
     target: Target, samples: Images | Tensor, labels: Sequence[float] | None, protocol: Protocol
-) -> tuple[list[Sent], str | None]:
+) -> tuple[list[Observed], str | None]:
     """What clients with these samples would send, and what had to be left out; see `rgap.audit`.
 
     Raises:
@@ -62,14 +62,14 @@ def captured(
     found = []
     for start in range(0, count, group):
         own = slice(start, start + group)
-        said = tuple(float(label) for label in given[own])
-        update = capture(target, inputs[own], torch.tensor(said), protocol)
-        found.append(Sent(update, names[own], inputs[own], said, made_here=True))
+        own_labels = tuple(float(label) for label in given[own])
+        update = capture(target, inputs[own], torch.tensor(own_labels), protocol)
+        found.append(Observed(update, names[own], inputs[own], own_labels, made_here=True))
     left_out = len(inputs) - count
     return found, f"{left_out} samples that do not fill another update" if left_out else None
 
 
-def received(target: Target, updates: Mapping[str, Update], truth: Mapping[str, Truth]) -> list[Sent]:
+def received(target: Target, updates: Mapping[str, Update], truth: Mapping[str, Truth]) -> list[Observed]:
     """Updates that a server got, by the names of those who sent them; see `rgap.audit_updates`.
 
     Raises:
@@ -87,7 +87,7 @@ def received(target: Target, updates: Mapping[str, Update], truth: Mapping[str, 
         count = update.samples(target)
         names = (name,) if count == 1 else tuple(f"{name}, sample {at + 1}" for at in range(count))
         if name not in truth:
-            found.append(Sent(update, names))
+            found.append(Observed(update, names))
             continue
         inputs, labels = truth[name]
         if tuple(inputs.shape) != (count, *target.input_shape) or len(labels) != count:
@@ -96,11 +96,11 @@ def received(target: Target, updates: Mapping[str, Update], truth: Mapping[str, 
                 f"({count}, {', '.join(map(str, target.input_shape))}) and {count} labels: the update says that it "
                 f"comes from {count} samples"
             )
-        found.append(Sent(update, names, inputs, tuple(float(label) for label in labels)))
+        found.append(Observed(update, names, inputs, tuple(float(label) for label in labels)))
     return found
 
 
-def digest(sent: Sequence[Sent]) -> str:
+def digest(sent: Sequence[Observed]) -> str:
     """SHA-256 over the samples that are known, and over updates that were not made of them here."""
     found = hashlib.sha256()
     for each in sent:

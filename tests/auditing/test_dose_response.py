@@ -13,7 +13,7 @@ from small_audits import Robust, Silent, Watched, documented, open_target, pictu
 
 from rgap import Audit, audit, capture
 from rgap.attacks import Attack, Bias
-from rgap.auditing import Accounting, Point, Sweep
+from rgap.auditing import Accounting, DoseResponse, Response
 from rgap.defences import DPSGD, Clip, Defence, GaussianNoise, Sign, TopK, gradient_error
 from rgap.protocol import Protocol
 
@@ -26,9 +26,9 @@ def run(defence: Defence, *attacks: Attack, count: int = 2, **asked: object) -> 
     )  # type: ignore[arg-type]  # fmt: skip
 
 
-def sweep_of(*recovered: float) -> Sweep:
-    points = tuple(Point(float(at), 30.0 * share, math.nan, share, 0.1 * at) for at, share in enumerate(recovered))
-    return Sweep("Noise", "deviation", "Adds noise.", points)
+def sweep_of(*recovered: float) -> DoseResponse:
+    points = tuple(Response(float(at), 30.0 * share, math.nan, share, 0.1 * at) for at, share in enumerate(recovered))
+    return DoseResponse("Noise", "deviation", "Adds noise.", points)
 
 
 # One sweep.
@@ -46,7 +46,7 @@ def test_sentences_say_the_strength_or_that_there_is_none() -> None:
     assert closed.sentence == "From deviation 2 on no sample was recognisable to the attacks tried."
     assert "at deviation 3 25% of the samples are still recognisable" in open_.sentence
     assert open_.sentence.startswith("No strength tried closes the leak")
-    assert Sweep("Noise", "deviation", "", ()).sentence == "No strength was tried."
+    assert DoseResponse("Noise", "deviation", "", ()).sentence == "No strength was tried."
 
 
 # In an audit.
@@ -74,12 +74,12 @@ def test_noise_closes_the_leak_and_each_point_is_the_truth() -> None:
         assert point.gradient_error == pytest.approx(sum(errors) / 2)
         assert point.psnr == pytest.approx(sum(quality) / 2)
     assert sweep.closes_at is not None
-    said = documented(found)
-    (defence,) = said["defences"]
+    document = documented(found)
+    (defence,) = document["defences"]
     assert (defence["name"], defence["strength"]) == ("GaussianNoise", "deviation")
     assert defence["closes_at"] == sweep.closes_at.strength
     assert defence["sentence"] == sweep.sentence
-    (advice,) = said["verdict"]["advice"]
+    (advice,) = document["verdict"]["advice"]
     assert f"{sweep.closes_at.strength:g}" in advice["what"]
     assert (advice["before"]["recovered"], advice["after"]["recovered"]) == (1.0, 0.0)
     assert advice["cost"]["gradient_error"] == sweep.closes_at.gradient_error
@@ -104,10 +104,10 @@ def test_levels_go_from_weak_to_strong_whatever_their_numbers() -> None:
 
 def test_a_defence_that_is_on_or_off_is_told_in_words() -> None:
     found = run(Sign())
-    said = documented(found)
-    assert [point["strength"] for point in said["defences"][0]["points"]] == [0.0, 1.0]
-    assert said["defences"][0]["closes_at"] == 1.0
-    for text in (said["defences"][0]["sentence"], *(advice["what"] for advice in said["verdict"]["advice"])):
+    document = documented(found)
+    assert [point["strength"] for point in document["defences"][0]["points"]] == [0.0, 1.0]
+    assert document["defences"][0]["closes_at"] == 1.0
+    for text in (document["defences"][0]["sentence"], *(advice["what"] for advice in document["verdict"]["advice"])):
         assert "  " not in text
 
 
@@ -155,7 +155,7 @@ def test_without_time_no_defence_is_swept_and_that_is_told(tmp_path: Path) -> No
     found = run(GaussianNoise(), count=1, folder=tmp_path, budget=0.0)
     assert found.sweeps == ()
     assert not found.complete
-    assert any(said.startswith("GaussianNoise") and "time" in said for said in found.not_run)
+    assert any(note.startswith("GaussianNoise") and "time" in note for note in found.not_run)
 
 
 def test_a_sweep_goes_on_from_the_folder(tmp_path: Path) -> None:
