@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rgap import Target, capture, losses
 from rgap.attacks import Closed, Recursive, Status
 from rgap.attacks.branched import At, Branched
-from rgap.attacks.trail import Front
+from rgap.inversion.state import State
 from tests.nn.modules import Skip, norm
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -44,7 +44,7 @@ def problem(name: str) -> tuple[Branched, Tensor]:
     at = whole.segments[-1].entry
     own = ks[at]
     assert own is not None
-    known = Front(values[at], own, None, torch.zeros_like(values[at]))
+    known = State(values[at], own, None, torch.zeros_like(values[at]))
     return Branched(front, known, {name: grad.double() for name, grad in update.gradients.items()}), x
 
 
@@ -73,7 +73,7 @@ def test_normal_equations_are_those_of_the_dense_rows(name: str) -> None:
     dense = torch.stack(columns, 1)
     size = float(gram.abs().max())
     torch.testing.assert_close(gram, dense.T @ dense, rtol=1e-6, atol=1e-7 * size)
-    wanted = [of.known.y.flatten()]
+    wanted = [of.known.value.flatten()]
     wanted += [scale**0.5 * grad.flatten() for scale, grad in zip(of._scales, of.grads, strict=True)]
     misses = torch.cat(wanted) - held(of, point, at)
     expected = dense.T @ misses + gram @ at.flatten()
@@ -104,8 +104,8 @@ def test_a_unit_in_doubt_does_not_move_the_rows(name: str) -> None:
     slope = point.by_place[place].clone()
     slope.view(-1)[unit] *= -3.0
     _, right = of.normal(point, doubtful)
-    ks = of.network.vjp(point.values, {**point.by_place, place: slope}, {len(point.values) - 1: of.known.k})
-    moved = [torch.zeros_like(of.known.y)]
+    ks = of.network.vjp(point.values, {**point.by_place, place: slope}, {len(point.values) - 1: of.known.cotangent})
+    moved = [torch.zeros_like(of.known.value)]
     for (at, layer, value), grad in zip(of.heard, of.grads, strict=True):
         k = ks[at + 1]
         assert k is not None

@@ -13,10 +13,11 @@ from networks import ACTIVATIONS, Client, clients
 from torch import nn
 
 from rgap import NotAChain, Target, Update, UpdateError, attacks, capture, data, losses, models, score
-from rgap.attacks import Recursive, Status, back, recursive
+from rgap.attacks import Recursive, Status, recursive
 from rgap.attacks.progress import Tick, watching
-from rgap.attacks.trail import Front, Given
-from rgap.constraints import Solver
+from rgap.inversion import recursion
+from rgap.inversion.layer import Solver
+from rgap.inversion.state import Observation, State
 from rgap.nn import layers
 from rgap.nn.ops import Linear
 
@@ -327,12 +328,12 @@ def test_sides_of_kinks_are_told_from_the_gradient(outputs: int, seed: int) -> N
     here = torch.where(wrong, 0.2 * k, k)
     error = torch.full_like(z, 1e-9)
 
-    def front(of: torch.Tensor) -> Front:
-        return Front(layer.unpack_output(z), layer.unpack_output(of), None, layer.unpack_output(error))
+    def front(of: torch.Tensor) -> State:
+        return State(layer.unpack_output(z), layer.unpack_output(of), None, layer.unpack_output(error))
 
-    given_ = Given({"w": grad}, 1e-16, 1e-9)
-    found = back._sided(Linear(layer), front(here), front(there), grad, given_)
-    assert torch.equal(layer.pack_output(found.k), k)
+    given_ = Observation({"w": grad}, 1e-16, 1e-9)
+    found = recursion._sided(Linear(layer), front(here), front(there), grad, given_)
+    assert torch.equal(layer.pack_output(found.cotangent), k)
 
 
 def test_what_would_not_fit_into_memory_is_refused_before_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

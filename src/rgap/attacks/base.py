@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.checks import Preflight, preflight
+from rgap.inversion.report import JointReport, LayerReport
 from rgap.target import Target
 from rgap.update import Update
 
@@ -40,62 +41,6 @@ class Status(Enum):
     """The gradient holds nothing: a saturated loss, or a layer whose units are all dead."""
     NOT_CONVERGED = "not converged"
     """No input was found that reproduces the gradient."""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened at one layer, for one answer."""
-
-    name: str
-    unknowns: int
-    """|x|, the values of the layer's input."""
-    weight_rows: int
-    """Weight constraints in use, after those that an activation hides are dropped."""
-    gradient_rows: int
-    rank: int
-    """Independent constraints among them, measured."""
-    condition: float
-    weight_residual: float
-    """|W x + b - z| / |z|."""
-    gradient_residual: float
-    """|K x - grad W| / |grad W|."""
-    error: float
-    """How far the rounding of the gradient may have moved this layer's input (root mean square, an estimate)."""
-    dead_units: int
-    """Outputs whose gradient is zero at every position: their weights' gradients say nothing."""
-    method: str
-    open_since: str | None = None
-    """The layer whose free dimensions reach this layer's input, so that it is not determined; None if it is."""
-
-    @property
-    def free(self) -> int:
-        """The number of dimensions that the constraints leave open."""
-        return self.unknowns - self.rank
-
-
-@dataclass(frozen=True)
-class JointReport:
-    """How several layers' constraints were solved together for the input."""
-
-    layers: tuple[str, ...]
-    """From the input to the last layer that was solved jointly."""
-    unknowns: int
-    rows: int
-    """Weight rows of the last of these layers and gradient rows of all of them."""
-    rank: int
-    """Independent constraints at the answer, measured without the prior."""
-    condition: float
-    steps: int
-    """Linearisations."""
-    converged: bool
-    """Whether the recomputed gradient agrees."""
-    prior: str
-    """What was taken for granted where constraints were still missing."""
-
-    @property
-    def free(self) -> int:
-        """The number of dimensions that all constraints together leave open."""
-        return self.unknowns - self.rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,11 +187,6 @@ class Attack(ABC):
 def residual_tolerance(dtype: torch.dtype) -> float:
     """How well a recomputed gradient must agree with one of this type: the square root of its rounding."""
     return float(torch.finfo(dtype).eps ** 0.5)
-
-
-def rounding(grad: Tensor, eps: float) -> Tensor:
-    """How far rounding may have moved each value of a gradient: by its own size, and a little by the largest's."""
-    return eps * (grad.abs() + 0.1 * grad.abs().amax())
 
 
 def gradient_residual(

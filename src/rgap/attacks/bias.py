@@ -19,24 +19,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.attacks.back import recurse
 from rgap.attacks.base import (
     AS_ONE,
     MIXTURE,
     Answer,
     Attack,
-    LayerReport,
     Reconstruction,
     Status,
     gradient_residual,
     judge,
-    rounding,
 )
 from rgap.attacks.labels import of_one
-from rgap.attacks.trail import Front, Given
-from rgap.attacks.trail import report as told_report
 from rgap.checks import Preflight
-from rgap.constraints import System
+from rgap.inversion.layer import LayerSystem
+from rgap.inversion.recursion import recurse
+from rgap.inversion.report import LayerReport, layer_report
+from rgap.inversion.rounding import rounding
+from rgap.inversion.state import Observation, State
 from rgap.nn.layers import Layer
 from rgap.nn.losses import MarginLoss
 from rgap.nn.network import Network
@@ -125,24 +124,24 @@ class Bias(Attack):
             x = row.reshape(1, -1, 1)
             report = _linear_report(layer, grad, k, x, error)
         else:
-            system = System(layer, k, torch.zeros_like(k), rank_tolerance)
+            system = LayerSystem(layer, k, torch.zeros_like(k), rank_tolerance)
             solved = system.solve(torch.zeros_like(k), grad)
             if solved.rank[0] < layer.unknowns:
                 return f"the gradient of {layer.name} alone leaves its input open"
             noise = torch.randn(grad.shape, generator=probe, dtype=grad.dtype, device=grad.device)
             moved = system.apply_inverse(torch.zeros_like(k), noise * _rounding(grad, dtype))
             x, error = solved.x, float(moved.square().mean().sqrt())
-            report = told_report(layer, k, torch.zeros_like(k), solved, 0, error, None)
+            report = layer_report(layer, k, torch.zeros_like(k), solved, 0, error, None)
         entry = network.nodes[place.value - 1].reads[0]
         y = layer.unpack_input(x).reshape(1, *network.shapes[entry])
         if entry == 0:
             return y, error, (report,)
         before = _k(network, entry, told)
-        front = Front(y, torch.zeros_like(y) if before is None else before, None, y.new_full((1,) * y.dim(), error))
+        front = State(y, torch.zeros_like(y) if before is None else before, None, y.new_full((1,) * y.dim(), error))
         # Where k goes on by a way that is not told, the layers in front have weight constraints only.
         heard = {} if before is None else told
         segments = [segment for segment in network.segments if segment.exit <= entry]
-        given = Given({name: g[None] for name, g in heard.items()}, eps, rank_tolerance, self.seed)
+        given = Observation({name: g[None] for name, g in heard.items()}, eps, rank_tolerance, self.seed)
         [(_, end), *_] = recurse(
             network, segments, given, front, y.new_zeros(1), torch.zeros(1, dtype=torch.long, device=y.device)
         )

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.attacks.joint import nearest, span, turned
-from rgap.attacks.trail import Front
+from rgap.inversion.state import State
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Linear
@@ -44,16 +44,16 @@ class At:
 class Branched:
     """All constraints of a network's layers on its input, for one candidate, its output being known."""
 
-    def __init__(self, network: Network, known: Front, gradients: dict[str, Tensor]):
+    def __init__(self, network: Network, known: State, gradients: dict[str, Tensor]):
         self.network, self.known = network, known
-        self.weight = torch.ones_like(known.y) if known.weight is None else known.weight
+        self.weight = torch.ones_like(known.value) if known.row_weight is None else known.row_weight
         self.heard = [
             (place, node.op.layer, node.reads[0])
             for place, node in enumerate(network.nodes)
             if isinstance(node.op, Linear) and node.op.has_gradient
         ]
         self.grads = [layer.pack_weight(gradients[layer.weight_name][None]) for _, layer, _ in self.heard]
-        self._rows: Float[Tensor, "u r"] = known.y.new_zeros(0, 0)
+        self._rows: Float[Tensor, "u r"] = known.value.new_zeros(0, 0)
         self._scales = [0.0] * len(self.heard)
         self._away: list[Tensor | None] = [None] * len(self.heard)
 
@@ -68,7 +68,7 @@ class Branched:
 
     @property
     def unknowns(self) -> int:
-        return self.known.y.new_zeros(self.network.input_shape).numel()
+        return self.known.value.new_zeros(self.network.input_shape).numel()
 
     @property
     def rows_in_front(self) -> int:
@@ -87,7 +87,7 @@ class Branched:
         return At(values, self.network.slopes(values))
 
     def ks(self, point: At) -> list[Tensor | None]:
-        return self.network.vjp(point.values, point.by_place, {len(point.values) - 1: self.known.k})
+        return self.network.vjp(point.values, point.by_place, {len(point.values) - 1: self.known.cotangent})
 
     def _k(self, ks: list[Tensor | None], place: int, layer: Layer) -> Tensor:
         k = ks[place + 1]
@@ -119,7 +119,7 @@ class Branched:
 
     def _misses(self, point: At, ks: list[Tensor | None]) -> list[Tensor]:
         """What the point leaves of the output, and of each layer's gradient."""
-        misses = [(self.known.y - point.values[-1]) * self.weight]
+        misses = [(self.known.value - point.values[-1]) * self.weight]
         for (place, layer, value), grad in zip(self.heard, self.grads, strict=True):
             misses.append(grad - layer.grad_weight(layer.pack_input(point.values[value]), self._k(ks, place, layer)))
         return misses
@@ -182,7 +182,7 @@ class Branched:
         wrong = sum(float(each.square().sum()) for each in inner)
         size = sum(float(grad.square().sum()) for grad in self.grads)
         gradients = (wrong / size) ** 0.5 if size else 0.0
-        return max(gradients, float(miss.norm() / (self.known.y * self.weight).norm().clamp(min=1e-300)))
+        return max(gradients, float(miss.norm() / (self.known.value * self.weight).norm().clamp(min=1e-300)))
 
     def nearest_to_kink(self, point: At, count: int) -> list[Tensor]:
         """Masks of the units, over all activations, that are nearest to their kink."""

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.attacks import joint, products
-from rgap.attacks.base import rounding
+from rgap.inversion.rounding import rounding
 from rgap.linalg import cg, psd
 from rgap.nn.layers import Layer
 
@@ -130,7 +130,7 @@ def solve(problem: Joint, point: Any, prior: Prior, fading: Fading, tolerance: f
         iterative: by products alone, which a `joint.Problem` has.
     """
     chain = problem if iterative and isinstance(problem, joint.Problem) else None
-    step: Step = _Dense(problem, prior) if chain is None else _Products(chain, prior)
+    step: LayerSolve = _Dense(problem, prior) if chain is None else _Products(chain, prior)
     tries: list[Found] = []
     for doubted in DOUBTED:
         tries.append(_descend(problem, step, point, prior, fading, tolerance, doubted))
@@ -143,7 +143,7 @@ def solve(problem: Joint, point: Any, prior: Prior, fading: Fading, tolerance: f
 
 def _descend(
     problem: Joint,
-    solved: Step,
+    solved: LayerSolve,
     point: Any,
     prior: Prior,
     fading: Fading,
@@ -186,7 +186,7 @@ def _descend(
 
 
 @runtime_checkable
-class Step(Protocol):
+class LayerSolve(Protocol):
     """One linearised solve: point, units in doubt, the input so far, the prior's weight, and whether it is the last."""
 
     def __call__(self, point: Any, doubtful: list[Tensor] | None, x: Tensor, weight: float, last: bool) -> Tensor: ...

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.attacks.base import residual_tolerance
-from rgap.attacks.heads import of_layer
+from rgap.inversion.output import of_layer
 from rgap.nn.losses import CrossEntropy, Loss, MarginLoss
 from rgap.target import Target
 from rgap.update import Update
@@ -122,7 +122,7 @@ def of_one(target: Target, update: Update) -> Candidates:
 
 
 def _by_roots(last: _Last, update: Update, grad: Tensor | None) -> Candidates:
-    """The labels of all candidates that the last layer's gradient has; see `rgap.attacks.heads`."""
+    """The labels of all candidates that the last layer's gradient has; see `rgap.inversion.output`."""
     if grad is not None:
         bias = _told(update, last.bias_name)
         device = last.weight.device

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
-from rgap.attacks.base import Answer, Attack, Reconstruction, Status, gradient_residual, rounding
+from rgap.attacks.base import Answer, Attack, Reconstruction, Status, gradient_residual
 from rgap.attacks.labels import one_hot
 from rgap.attacks.progress import Reporter
 from rgap.attacks.recursive import Recursive
 from rgap.checks import Preflight
+from rgap.inversion.rounding import rounding
 from rgap.target import Target
 from rgap.update import Update
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from rgap.attacks import kinks
-from rgap.attacks.back import recurse
 from rgap.attacks.base import (
     AS_ONE,
     MIXTURE,
@@ -21,12 +20,13 @@ from rgap.attacks.base import (
     gradient_residual,
     judge,
 )
-from rgap.attacks.heads import Heads, heads
 from rgap.attacks.progress import Reporter
-from rgap.attacks.trail import End, Front, Given
 from rgap.checks import Preflight
-from rgap.constraints import Solver
-from rgap.constraints import bytes_needed as layer_bytes
+from rgap.inversion.layer import Solver
+from rgap.inversion.layer import bytes_needed as layer_bytes
+from rgap.inversion.output import OutputCandidates, output_candidates
+from rgap.inversion.recursion import recurse
+from rgap.inversion.state import Candidate, Observation, State
 from rgap.memory import free, readable
 from rgap.nn.activations import IDENTITY, Activation
 from rgap.nn.chain import Kind, NotAChain, Obstacle
@@ -55,7 +55,7 @@ class _Begun:
     """What is known of one update before the recursion."""
 
     gradients: dict[str, Tensor]
-    start: Heads | None
+    start: OutputCandidates | None
     assumptions: tuple[str, ...]
     ended: tuple[Status, str] | None = None
     """Status and reason, if there is nothing to follow."""
@@ -135,7 +135,7 @@ class Recursive(Attack):
             return _Begun(gradients, None, assumptions, (Status.GRADIENT_ZERO, reason))
         if network.scalable:
             assumptions += ("the gradient was not scaled: here a scaled one is that of a brighter or darker input",)
-        start = heads(last, _before(network), target.loss, gradients, update.precision)
+        start = output_candidates(last, _before(network), target.loss, gradients, update.precision)
         assumptions += start.assumptions
         if len(start.labels) == 0:
             reason = start.reason or f"under {target.loss.name} loss no sample gives this last gradient"
@@ -190,14 +190,14 @@ class Recursive(Attack):
         z = torch.cat([heads.z for heads in followed]).reshape(-1, *network.shapes[-1])
         rank_tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
         gradients = {name: torch.stack([each.gradients[name] for each in begun]) for name in begun[0].gradients}
-        given = Given(gradients, eps, rank_tolerance, self.seed, self.solver)
-        ends: list[list[End]] = [[] for _ in updates]
+        given = Observation(gradients, eps, rank_tolerance, self.seed, self.solver)
+        ends: list[list[Candidate]] = [[] for _ in updates]
         stopped: list[dict[str, None]] = [{} for _ in updates]
         reached = recurse(
             network,
             network.segments,
             given,
-            Front(z, k, None, torch.zeros_like(z)),
+            State(z, k, None, torch.zeros_like(z)),
             torch.cat([heads.k_error for heads in followed]),
             torch.tensor(of, device=z.device),
             Reporter(self.name, len(network.segments)),
@@ -235,11 +235,11 @@ class Recursive(Attack):
         self,
         target: Target,
         gradients: dict[str, Tensor],
-        end: End,
+        end: Candidate,
         eps: float,
         rank_tolerance: float,
         probe: torch.Generator,
-    ) -> End:
+    ) -> Candidate:
         """What is still done for a candidate after the recursion; `Closed` solves jointly what it left open."""
         return end
 
@@ -264,7 +264,7 @@ class Recursive(Attack):
         return Status.AMBIGUOUS, f"{len(answers)} inputs reproduce the gradient, {len(inside)} inside the value range"
 
 
-def _saturated(target: Target, start: Heads, eps: float, tolerance: float) -> str:
+def _saturated(target: Target, start: OutputCandidates, eps: float, tolerance: float) -> str:
     """What a nearly saturated loss did to the client's own gradient; empty if it did nothing that shows."""
     k = float(start.k.abs().max())
     if isinstance(target.loss, MarginLoss) or k == 0 or eps / k <= tolerance:

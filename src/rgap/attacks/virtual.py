@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from rgap.attacks import joint, kinks
-from rgap.attacks.base import JointReport
 from rgap.attacks.branched import MOST_BYTES, At, Branched
 from rgap.attacks.fading import Fading, Joint, Prior, determined, solve, told_by_a_draw
 from rgap.attacks.recursive import Recursive, settled
-from rgap.attacks.trail import End
+from rgap.inversion.report import JointReport
+from rgap.inversion.state import Candidate
 from rgap.target import Target
 
 RANK_ROUNDINGS = 8
@@ -48,11 +48,11 @@ class Closed(Recursive):
         self,
         target: Target,
         gradients: dict[str, Tensor],
-        end: End,
+        end: Candidate,
         eps: float,
         rank_tolerance: float,
         probe: torch.Generator,
-    ) -> End:
+    ) -> Candidate:
         """Solve jointly from the input to the last value that is known for certain; nothing if the input is."""
         if not end.stopped and end.layers[0].open_since is None:
             return end
@@ -79,8 +79,8 @@ class Closed(Recursive):
             z_error = step.z_error
         else:
             problem = branched = Branched(front, end.known, gradients)
-            z_error = end.known.error.expand(end.known.y.shape)
-            begin = _begun(branched, _noise(target, end.known.y, probe))
+            z_error = end.known.std.expand(end.known.value.shape)
+            begin = _begun(branched, _noise(target, end.known.value, probe))
             if isinstance(begin, str):
                 return replace(end, stopped=f"{end.stopped}; {begin}")
         # A chain's layers keep channels in front, whatever the module does.
@@ -128,7 +128,7 @@ def _prior(target: Target) -> tuple[Prior, str]:
     return prior, f"where constraints are missing, values of the input are near {prior.centre:g}"
 
 
-def _start(end: End, target: Target, depth: int) -> list[Tensor]:
+def _start(end: Candidate, target: Target, depth: int) -> list[Tensor]:
     """z of the layers in front, from the recursion's own inputs: least squares, right in most signs."""
     chain = target.chain
     found = []

@@ -108,7 +108,8 @@ def _condition(lengths: list[Tensor], turns: list[Tensor], like: Tensor) -> Floa
             float(eigvalsh_tridiagonal(diagonal.numpy(), beside.numpy(), select="i", select_range=(at, at))[0])
             for at in (0, used - 1)
         )
-        found[s] = most / max(least, torch.finfo(torch.float64).tiny)
+        ratio = most / max(least, torch.finfo(torch.float64).tiny)
+        found[s] = min(ratio, torch.finfo(found.dtype).max)
     return found
 
 

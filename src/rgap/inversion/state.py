@@ -1,4 +1,4 @@
-"""What is kept of each candidate on its way from the output to the input."""
+"""What the recursion is given, what it knows at each value, and what it keeps of each candidate on its way."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgap.attacks.base import JointReport, LayerReport
-from rgap.constraints import Solved, Solver, System
+from rgap.inversion.layer import LayerSolution, LayerSystem, Solver
+from rgap.inversion.report import JointReport, LayerReport, layer_report
 from rgap.nn.activations import Activation, Identity
 from rgap.nn.layers import Layer
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """What the recursion works with from beginning to end, for u updates of one model."""
+class Observation:
+    """The gradients of u updates of one model, and how far they can be trusted."""
 
     gradients: dict[str, Tensor]
-    """By parameter name, (u, *shape) in float64; what is missing was not told."""
+    """By parameter name, (u, *shape) in float64; what is missing was not sent."""
     eps: float
     """Relative rounding of the gradients."""
     rank_tolerance: float
@@ -28,56 +28,70 @@ class Given:
     seed: int = 0
     """Of the noise that errors are estimated with."""
     solver: Solver = "auto"
-    """For what the gradient alone does not tell."""
+    """For what a layer's gradient alone does not determine."""
 
-    def told(self, name: str, of: Int[Tensor, " s"]) -> Float[Tensor, "s ..."]:
+    def gradient(self, name: str, of: Int[Tensor, " s"]) -> Float[Tensor, "s ..."]:
         """A parameter's gradient for each of several candidates, given which update each one is of."""
         gradient = self.gradients[name]
         return gradient.expand(len(of), *gradient.shape[1:]) if len(gradient) == 1 else gradient[of]
 
-    def one(self, update: int) -> Given:
+    def one(self, update: int) -> Observation:
         """A single update's."""
         return replace(self, gradients={name: g[update : update + 1] for name, g in self.gradients.items()})
 
-    def probe(self, place: int, device: torch.device) -> torch.Generator:
-        """Draws noise, the same at the same place whatever else is attacked."""
-        return torch.Generator(device=device).manual_seed(self.seed + 1_000_003 * place)
+    def probe(self, value_id: int, device: torch.device) -> torch.Generator:
+        """Draws noise, the same at the same value whatever else is attacked."""
+        return torch.Generator(device=device).manual_seed(self.seed + 1_000_003 * value_id)
 
 
 @dataclass(frozen=True, eq=False)
-class Front:
+class State:
     """How far the recursion has come: what is known of one value of the network, for s candidates."""
 
-    y: Tensor
+    value: Tensor
     """(s, *shape)"""
-    k: Tensor
-    """The gradient of the loss with respect to it."""
-    weight: Tensor | None
-    """How far each value can be relied on, 0 where it is not known; None means 1 everywhere."""
-    error: Tensor
-    """About how far y is off, (s, *shape) or broadcast to it."""
-    other: Front | None = None
-    """What else it may be: behind a folded activation the other values that its output allows, and at kinks the k of
-    their other side."""
+    cotangent: Tensor
+    """The gradient of the loss with respect to the value, (s, *shape): the paper's k behind a layer."""
+    row_weight: Tensor | None
+    """How far each number can be relied on, 0 where it is not known; None means 1 everywhere."""
+    std: Tensor
+    """The standard deviation of the value's error, about: (s, *shape) or broadcast to it."""
+    alternative: State | None = None
+    """What else it may be: behind an activation that is not monotone the other value that its output allows, and at
+    kinks the cotangent of their other side."""
 
-    def select(self, index: Tensor) -> Front:
+    def select(self, index: Tensor) -> State:
         """The candidates at an index or mask."""
-        return Front(
-            self.y[index],
-            self.k[index],
-            None if self.weight is None else self.weight[index],
-            self.error[index],
-            None if self.other is None else self.other.select(index),
+        return State(
+            self.value[index],
+            self.cotangent[index],
+            None if self.row_weight is None else self.row_weight[index],
+            self.std[index],
+            None if self.alternative is None else self.alternative.select(index),
         )
 
+    def one(self, s: int) -> State:
+        """A single candidate's."""
+        return self.select(torch.tensor([s], device=self.value.device))
+
     @property
-    def spread(self) -> Float[Tensor, " s"]:
-        """The root mean square of the error."""
-        return self.error.expand(self.y.shape).flatten(1).square().mean(1).sqrt()
+    def rms_std(self) -> Float[Tensor, " s"]:
+        """The root mean square of the standard deviation."""
+        return self.std.expand(self.value.shape).flatten(1).square().mean(1).sqrt()
+
+    @staticmethod
+    def concatenate(states: Sequence[State]) -> State:
+        """The candidates of several states that are known everywhere."""
+        return State(
+            torch.cat([each.value for each in states]),
+            torch.cat([each.cotangent for each in states]),
+            None,
+            torch.cat([each.std.expand(each.value.shape) for each in states]),
+        )
 
 
 @dataclass(frozen=True)
-class Step:
+class LayerSolve:
     """What one candidate had at a layer."""
 
     k: Float[Tensor, "1 o p"]
@@ -89,7 +103,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class End:
+class Candidate:
     """One candidate at the end of the recursion."""
 
     x: Tensor
@@ -100,42 +114,42 @@ class End:
     margin: float
     error: float
     layers: tuple[LayerReport, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[LayerSolve, ...]
     at: int
     """The place in the network of the last value, from the output, up to which nothing was left open."""
-    known: Front
+    known: State
     """That value."""
     stopped: str = ""
     """Why it did not get to the input; empty if it did."""
     joint: JointReport | None = None
     note: str = ""
 
-    def scaled(self, factor: float, label: Tensor, margin: float) -> End:
+    def scaled(self, factor: float, label: Tensor, margin: float) -> Candidate:
         """The same direction for another candidate, in a network that scales."""
         return replace(self, x=factor * self.x, label=label, margin=margin, error=abs(factor) * self.error)
 
 
 @dataclass
-class Trail:
+class History:
     """What is said of one candidate along its way, from the output to the input."""
 
     layers: list[LayerReport] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
+    steps: list[LayerSolve] = field(default_factory=list)
     """Both from the input to the output."""
     x_open: str | None = None
     """The rank-deficient layer, if any, whose free dimensions reach the present input, and so the z before it."""
     k_open: str | None = None
     """Likewise for k."""
     at: int = 0
-    known: Front | None = None
+    known: State | None = None
     """The last value up to which nothing was left open, and its place; set when something is."""
 
     def add(
         self,
-        step: Step,
+        step: LayerSolve,
         layer: Layer,
-        system: System,
-        solved: Solved,
+        system: LayerSystem,
+        solved: LayerSolution,
         s: int,
         error: float,
         k_known: bool,
@@ -143,54 +157,22 @@ class Trail:
     ) -> None:
         """Note what happened at a layer, and whether its input is determined."""
         self.k_open = None if k_known else self.k_open
-        z_open = None if system.by_gradient_alone[s] else self.x_open
+        z_open = None if system.determined_by_gradient[s] else self.x_open
         own = layer.name if solved.rank[s] < layer.unknowns else None
         self.x_open = self.k_open or z_open or own
-        self.layers.insert(0, report(layer, step.k, step.row_weight, solved, s, error, self.x_open, heard))
+        self.layers.insert(0, layer_report(layer, step.k, step.row_weight, solved, s, error, self.x_open, heard))
         self.steps.insert(0, step)
 
     def beside(self, reports: Sequence[LayerReport]) -> None:
         """Note what happened in a block."""
         self.layers[:0] = reports
 
-    def open_at(self, at: int, known: Front) -> None:
+    def open_at(self, at: int, known: State) -> None:
         """Remember the value before the first that was left open."""
         if self.known is None and (self.x_open or self.k_open) is not None:
             self.at, self.known = at, known
 
-    def passed(self, activation: Activation) -> Trail:
+    def passed(self, activation: Activation) -> History:
         """A copy behind an activation: the slopes that enter the next k are known as far as the input is."""
         k_open = self.k_open if isinstance(activation, Identity) else self.k_open or self.x_open
-        return Trail(list(self.layers), list(self.steps), self.x_open, k_open, self.at, self.known)
-
-
-def report(
-    layer: Layer,
-    k: Float[Tensor, "1 o p"],
-    row_weight: Float[Tensor, "1 o p"] | None,
-    solved: Solved,
-    s: int,
-    error: float,
-    opened: str | None,
-    heard: bool = True,
-) -> LayerReport:
-    """What happened at a layer, for candidate s of those that were solved together."""
-    return LayerReport(
-        name=layer.name,
-        unknowns=layer.unknowns,
-        weight_rows=layer.weight_rows if row_weight is None else int((row_weight > 0).sum()),
-        gradient_rows=layer.gradient_rows if heard else 0,
-        rank=solved.rank[s],
-        condition=solved.condition[s],
-        weight_residual=float(solved.weight_residual[s]),
-        gradient_residual=float(solved.gradient_residual[s]),
-        error=error,
-        dead_units=int((k[0] == 0).all(-1).sum()) if heard else 0,
-        method=solved.method[s],
-        open_since=opened,
-    )
-
-
-def one(front: Front, s: int) -> Front:
-    """A single candidate's."""
-    return front.select(torch.tensor([s], device=front.y.device))
+        return History(list(self.layers), list(self.steps), self.x_open, k_open, self.at, self.known)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from rgap.constraints import Rows, Solver, System
-from rgap.constraints.strong import STRONG
+from rgap.inversion.layer import LayerRows, LayerSystem, Solver
+from rgap.inversion.layer.dominant import DOMINANT
 from rgap.nn import layers
 from rgap.nn.layers import Layer
 
@@ -50,15 +50,15 @@ class Drawn:
         )
         return self.W[z, x], self.K[w, x], self.rows[z], z, w, x
 
-    def system(self, solver: Solver = "auto") -> System:
-        return System(self.layer, self.k, self.row_weight, TOLERANCE, solver=solver)
+    def system(self, solver: Solver = "auto") -> LayerSystem:
+        return LayerSystem(self.layer, self.k, self.row_weight, TOLERANCE, solver=solver)
 
-    def sides(self, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Flat right-hand sides as `System.solve` takes them."""
+    def rhs(self, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Flat right-hand sides as `LayerSystem.solve` takes them."""
         return z.reshape(self.k.shape), grad.reshape(1, *self.layer.weight.shape)
 
     def solve(self, z: Tensor, grad: Tensor, solver: Solver = "auto") -> Tensor:
-        return self.system(solver).solve(*self.sides(z, grad)).x.flatten()
+        return self.system(solver).solve(*self.rhs(z, grad)).x.flatten()
 
 
 def dense(
@@ -124,10 +124,10 @@ def problems(draw: st.DrawFn, weighted: bool | None = None) -> Drawn:
 
 @dataclass(frozen=True)
 class Several:
-    """Layers that read one input, which may itself be told, and all that as dense matrices."""
+    """Layers that read one input, whose own values may be known, and all that as dense matrices."""
 
     each: tuple[Drawn, ...]
-    direct: Tensor | None
+    observed_weight: Tensor | None
     """(1, channels, pixels)"""
     W: Tensor
     """The rows of one layer after the other's, then one for each value of the input."""
@@ -139,7 +139,7 @@ class Several:
 
     @property
     def rows(self) -> Tensor:
-        own = [] if self.direct is None else [self.direct.flatten()]
+        own = [] if self.observed_weight is None else [self.observed_weight.flatten()]
         return torch.cat([drawn.rows for drawn in self.each] + own)
 
     def group(self, g: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, slice]:
@@ -151,46 +151,46 @@ class Several:
             z.append(torch.arange(before_z + z_at.start, before_z + z_at.stop))
             w.append(torch.arange(before_w + w_at.start, before_w + w_at.stop))
             before_z, before_w = before_z + len(drawn.W), before_w + len(drawn.K)
-        if self.direct is not None:
+        if self.observed_weight is not None:
             z.append(torch.arange(before_z + x.start, before_z + x.stop))
         z_all, w_all = torch.cat(z), torch.cat(w)
         return self.W[z_all][:, x], self.K[w_all][:, x], self.rows[z_all], z_all, w_all, x
 
-    def system(self, solver: Solver = "auto") -> System:
+    def system(self, solver: Solver = "auto") -> LayerSystem:
         first, *others = self.each
-        beside = [Rows(drawn.layer, drawn.k, drawn.row_weight) for drawn in others]
-        return System(first.layer, first.k, first.row_weight, TOLERANCE, beside, self.direct, solver)
+        more = [LayerRows(drawn.layer, drawn.k, drawn.row_weight) for drawn in others]
+        return LayerSystem(first.layer, first.k, first.row_weight, TOLERANCE, more, self.observed_weight, solver)
 
-    def sides(self, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]], Tensor | None]:
-        """Flat right-hand sides as `System.solve` takes them."""
+    def rhs(self, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]], Tensor | None]:
+        """Flat right-hand sides as `LayerSystem.solve` takes them."""
         of_z = [len(drawn.W) for drawn in self.each]
-        told = None if self.direct is None else z[sum(of_z) :].reshape(self.direct.shape)
+        observed = None if self.observed_weight is None else z[sum(of_z) :].reshape(self.observed_weight.shape)
         parts = zip(
             self.each,
             torch.split(z[: sum(of_z)], of_z),
             torch.split(grad, [len(drawn.K) for drawn in self.each]),
             strict=True,
         )
-        first, *others = [drawn.sides(*side) for drawn, *side in parts]
-        return *first, others, told
+        first, *others = [drawn.rhs(*side) for drawn, *side in parts]
+        return *first, others, observed
 
     def solve(self, z: Tensor, grad: Tensor, solver: Solver = "auto") -> Tensor:
-        return self.system(solver).solve(*self.sides(z, grad)).x.flatten()
+        return self.system(solver).solve(*self.rhs(z, grad)).x.flatten()
 
 
 @st.composite
 def several(draw: st.DrawFn) -> Several:
-    """Up to three layers on one input, told itself or not; a single one is told."""
+    """Up to three layers on one input, its own values known or not; of a single one they are."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     groups, per_group = draw(st.sampled_from([1, 1, 2])), draw(st.integers(1, 2))
     shape = (groups * per_group, draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     size, count = 10.0 ** -draw(st.integers(0, 5)), draw(st.integers(1, 3))
     each = tuple(drawn_layer(draw, generator, groups, shape, size, None) for _ in range(count))
-    direct = None
+    observed_weight = None
     if count == 1 or draw(st.booleans()):
-        direct = drawn_weights(draw, generator, (1, shape[0], shape[1] * shape[2]))
-    own = [] if direct is None else [torch.eye(direct.numel(), dtype=torch.float64)]
-    return Several(each, direct, torch.cat([one.W for one in each] + own), torch.cat([one.K for one in each]))
+        observed_weight = drawn_weights(draw, generator, (1, shape[0], shape[1] * shape[2]))
+    own = [] if observed_weight is None else [torch.eye(observed_weight.numel(), dtype=torch.float64)]
+    return Several(each, observed_weight, torch.cat([one.W for one in each] + own), torch.cat([one.K for one in each]))
 
 
 def equilibrated(W: Tensor, K: Tensor, rows: Tensor) -> tuple[Tensor, float]:
@@ -203,20 +203,20 @@ def equilibrated(W: Tensor, K: Tensor, rows: Tensor) -> tuple[Tensor, float]:
 
 
 def clear(drawn: Drawn | Several) -> None:
-    """Leave out what rounding could call either way: rank, and which directions are strong."""
+    """Leave out what rounding could call either way: rank, and which directions are dominant."""
     for g in range(drawn.layer.groups):
         W, K, rows, *_ = drawn.group(g)
         joint, alone = (torch.linalg.svdvals(matrix) for matrix in (equilibrated(W, K, rows)[0], K))
         relative = joint / joint[0].clamp(min=1e-300)
         assume(not bool(((relative > ROUNDING) & (relative < CLEAR)).any()))
-        assume(not bool(((alone / (STRONG * alone[0].clamp(min=1e-300)) - 1).abs() < 0.05).any()))
+        assume(not bool(((alone / (DOMINANT * alone[0].clamp(min=1e-300)) - 1).abs() < 0.05).any()))
 
 
-def weak_directions(K: Tensor) -> Tensor:
+def trailing_directions(K: Tensor) -> Tensor:
     """An orthonormal basis, in columns, of what K shows faintly or not at all."""
     _, sigma, vh = torch.linalg.svd(K)
     sigma = functional.pad(sigma, (0, len(vh) - len(sigma)))
-    return vh[(sigma < STRONG * sigma[0]) | (sigma == 0)].T
+    return vh[(sigma < DOMINANT * sigma[0]) | (sigma == 0)].T
 
 
 def by_group(
@@ -235,16 +235,16 @@ def minimum_norm(W: Tensor, K: Tensor, rows: Tensor, z: Tensor, grad: Tensor) ->
     return torch.linalg.pinv(matrix, rtol=1e-6) @ torch.cat([rows * z, scale * grad])
 
 
-def strong_first(W: Tensor, K: Tensor, rows: Tensor, z: Tensor, grad: Tensor) -> Tensor:
-    """What the module says it solves: strong directions from the gradient alone, the weak ones from both."""
+def dominant_first(W: Tensor, K: Tensor, rows: Tensor, z: Tensor, grad: Tensor) -> Tensor:
+    """What the module says it solves: dominant directions from the gradient alone, the trailing ones from both."""
     u, sigma, vh = torch.linalg.svd(K)
     sigma = functional.pad(sigma, (0, len(vh) - len(sigma)))
-    strong = (sigma >= STRONG * sigma[0]) & (sigma > 0)
-    x = vh[strong].T @ ((u.T[: len(sigma)][strong[: len(u)]] @ grad) / sigma[strong])
-    weak = vh[~strong].T
+    dominant = (sigma >= DOMINANT * sigma[0]) & (sigma > 0)
+    x = vh[dominant].T @ ((u.T[: len(sigma)][dominant[: len(u)]] @ grad) / sigma[dominant])
+    trailing = vh[~dominant].T
     whole, scale = equilibrated(W, K, rows)
-    inverse = torch.linalg.pinv(whole @ weak, atol=1e-6 * torch.linalg.matrix_norm(whole, 2))
-    return x + weak @ (inverse @ torch.cat([rows * (z - W @ x), scale * (grad - K @ x)]))
+    inverse = torch.linalg.pinv(whole @ trailing, atol=1e-6 * torch.linalg.matrix_norm(whole, 2))
+    return x + trailing @ (inverse @ torch.cat([rows * (z - W @ x), scale * (grad - K @ x)]))
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-8) -> bool:
@@ -280,39 +280,39 @@ def test_rank_is_that_of_both_kinds_of_rows_together(drawn: Drawn) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(problems())
-def test_conjugate_gradients_see_whether_all_dimensions_are_told(drawn: Drawn) -> None:
+def test_conjugate_gradients_see_whether_all_dimensions_are_determined(drawn: Drawn) -> None:
     """They count by a draw, but never find none open where some are, or some where none are."""
     clear(drawn)
     exact, found = drawn.system("direct"), drawn.system("iterative")
     full = drawn.layer.unknowns
     if exact.rank[0] < full:
         assert found.rank[0] < full
-    elif exact.condition[0] < 1e3:  # what comes back only after very many steps counts as open
+    elif exact.condition[0] < 1e3:  # what is recovered only after very many steps counts as open
         assert found.rank[0] == full
 
 
 @settings(max_examples=100, deadline=None)
 @given(problems(), st.integers(0, 2**31), st.floats(1e-6, 1.0), SOLVERS)
-def test_inconsistent_constraints_are_solved_strong_directions_first(
+def test_inconsistent_constraints_are_solved_dominant_directions_first(
     drawn: Drawn, seed: int, size: float, solver: Solver
 ) -> None:
     clear(drawn)
     generator = torch.Generator().manual_seed(seed)
     x, z, grad = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (drawn.W.shape[1], *lengths(drawn)))
     z, grad = drawn.W @ x + size * z, drawn.K @ x + size * float(drawn.k.abs().max()) * grad
-    assert close(drawn.solve(z, grad, solver), by_group(drawn, strong_first, z, grad), 1e-6)
+    assert close(drawn.solve(z, grad, solver), by_group(drawn, dominant_first, z, grad), 1e-6)
 
 
 def lengths(drawn: Drawn | Several) -> tuple[int, int]:
     return len(drawn.W), len(drawn.K)
 
 
-# Several layers that read one input, and an input that is told by itself.
+# Several layers that read one input, and an input whose own values are known.
 
 
 @settings(max_examples=30, deadline=None)
 @given(several(), st.integers(0, 2**31), SOLVERS)
-def test_layers_beside_each_other_give_the_input_or_its_part_that_they_see(
+def test_layers_of_one_input_give_the_input_or_its_part_that_they_see(
     drawn: Several, seed: int, solver: Solver
 ) -> None:
     clear(drawn)
@@ -333,7 +333,7 @@ def joint_rows(drawn: Several, g: int) -> Tensor:
 
 @settings(max_examples=30, deadline=None)
 @given(several(), st.integers(0, 2**31), st.floats(1e-6, 1.0), SOLVERS)
-def test_layers_beside_each_other_are_solved_strong_directions_first(
+def test_layers_of_one_input_are_solved_dominant_directions_first(
     drawn: Several, seed: int, size: float, solver: Solver
 ) -> None:
     clear(drawn)
@@ -341,17 +341,17 @@ def test_layers_beside_each_other_are_solved_strong_directions_first(
     x, z, grad = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (drawn.W.shape[1], *lengths(drawn)))
     largest = max(float(each.k.abs().max()) for each in drawn.each)
     z, grad = drawn.W @ x + size * z, drawn.K @ x + size * largest * grad
-    assert close(drawn.solve(z, grad, solver), by_group(drawn, strong_first, z, grad), 1e-6)
+    assert close(drawn.solve(z, grad, solver), by_group(drawn, dominant_first, z, grad), 1e-6)
 
 
 @settings(max_examples=20, deadline=None)
 @given(several(), st.integers(0, 2**31))
-def test_what_is_not_told_of_several_rows_does_not_matter(drawn: Several, seed: int) -> None:
+def test_what_is_not_known_of_several_rows_does_not_matter(drawn: Several, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(drawn.W.shape[1], generator=generator, dtype=torch.float64)
     z, grad = drawn.W @ x, drawn.K @ x
     noise = torch.randn(z.shape, generator=generator, dtype=torch.float64) * (drawn.rows == 0)
-    plain, moved = (drawn.system().solve(*drawn.sides(side, grad)) for side in (z, z + 1e3 * noise))
+    plain, moved = (drawn.system().solve(*drawn.rhs(side, grad)) for side in (z, z + 1e3 * noise))
     assert close(moved.x, plain.x, 1e-6)
     for name in ("weight_residual", "weight_misfit"):
         assert torch.allclose(getattr(moved, name), getattr(plain, name), atol=1e-6)
@@ -362,11 +362,13 @@ def test_what_is_not_told_of_several_rows_does_not_matter(drawn: Several, seed: 
 def test_residuals_of_several_layers_are_those_of_all_their_rows(drawn: Several, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     z, grad = (torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths(drawn))
-    found = drawn.system().solve(*drawn.sides(z, grad))
+    found = drawn.system().solve(*drawn.rhs(z, grad))
     x, rows = found.x.flatten(), drawn.rows
-    misfit, told = rows * (drawn.W @ x - z), rows * z
-    if float(told.norm()):
-        assert float(found.weight_residual) == pytest.approx(float(misfit.norm() / told.norm()), rel=1e-9, abs=1e-12)
+    misfit, reference = rows * (drawn.W @ x - z), rows * z
+    if float(reference.norm()):
+        assert float(found.weight_residual) == pytest.approx(
+            float(misfit.norm() / reference.norm()), rel=1e-9, abs=1e-12
+        )
     assert float(found.gradient_residual) == pytest.approx(
         float((drawn.K @ x - grad).norm() / grad.norm()), rel=1e-9, abs=1e-12
     )
@@ -383,7 +385,7 @@ def test_rows_of_weight_zero_are_dropped(drawn: Drawn, seed: int) -> None:
     z, grad = drawn.W @ x, drawn.K @ x
     noise = torch.randn(z.shape, generator=generator, dtype=torch.float64) * (drawn.rows == 0)
     system = drawn.system()
-    plain, moved = (system.solve(*drawn.sides(side, grad)) for side in (z, z + 1e3 * noise))
+    plain, moved = (system.solve(*drawn.rhs(side, grad)) for side in (z, z + 1e3 * noise))
     assert close(moved.x, plain.x, 1e-6)
     for name in ("weight_residual", "weight_misfit"):
         assert torch.allclose(getattr(moved, name), getattr(plain, name), atol=1e-6)
@@ -391,16 +393,16 @@ def test_rows_of_weight_zero_are_dropped(drawn: Drawn, seed: int) -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(problems(), st.integers(0, 2**31))
-def test_by_gradient_alone_means_that_z_does_not_matter(drawn: Drawn, seed: int) -> None:
+def test_determined_by_the_gradient_means_that_z_does_not_matter(drawn: Drawn, seed: int) -> None:
     clear(drawn)
     generator = torch.Generator().manual_seed(seed)
     x, noise = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (drawn.W.shape[1], len(drawn.W)))
     z, grad = drawn.W @ x, drawn.K @ x
     system = drawn.system()
-    [alone] = system.by_gradient_alone
-    weak = [weak_directions(drawn.group(g)[1]) for g in range(drawn.layer.groups)]
-    assert alone == (sum(basis.shape[1] for basis in weak) == 0)
-    plain, moved = (system.solve(*drawn.sides(side, grad)).x.flatten() for side in (z, z + noise))
+    [alone] = system.determined_by_gradient
+    trailing = [trailing_directions(drawn.group(g)[1]) for g in range(drawn.layer.groups)]
+    assert alone == (sum(basis.shape[1] for basis in trailing) == 0)
+    plain, moved = (system.solve(*drawn.rhs(side, grad)).x.flatten() for side in (z, z + noise))
     if alone:
         assert torch.equal(moved, plain)
         assert close(plain, x)
@@ -409,9 +411,9 @@ def test_by_gradient_alone_means_that_z_does_not_matter(drawn: Drawn, seed: int)
         assert system.condition == (pytest.approx(max(float(v[0] / v[-1]) for v in values), rel=1e-6),)
         assert system.method == ("channel",)
     else:
-        # W on the weak directions is all that can move.
+        # W on the trailing directions is all that can move.
         pushed = drawn.W.T @ (drawn.rows**2 * noise)
-        reach = max(float((basis.T @ pushed[drawn.group(g)[-1]]).norm()) for g, basis in enumerate(weak))
+        reach = max(float((basis.T @ pushed[drawn.group(g)[-1]]).norm()) for g, basis in enumerate(trailing))
         assert (float((moved - plain).norm()) > 1e-9) == (reach > 1e-9)
         assert system.method != ("channel",)
 
@@ -422,7 +424,7 @@ def test_residuals_are_those_of_the_dense_matrices(drawn: Drawn, seed: int) -> N
     generator = torch.Generator().manual_seed(seed)
     z, grad = (torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths(drawn))
     rows = drawn.rows
-    found = drawn.system().solve(*drawn.sides(z, grad))
+    found = drawn.system().solve(*drawn.rhs(z, grad))
     x = found.x.flatten()
     misfit = rows * (drawn.W @ x - z)
     if float((rows * z).norm()):
@@ -438,7 +440,7 @@ def test_residuals_are_those_of_the_dense_matrices(drawn: Drawn, seed: int) -> N
 
 def test_right_hand_sides_of_zero_give_zero() -> None:
     drawn = fixed(torch.ones(1, 2, 4, dtype=torch.float64))
-    found = drawn.system().solve(*drawn.sides(torch.zeros(8).double(), torch.zeros(8).double()))
+    found = drawn.system().solve(*drawn.rhs(torch.zeros(8).double(), torch.zeros(8).double()))
     assert not found.x.any()
     assert [float(v) for v in (found.weight_residual, found.gradient_residual, found.weight_misfit)] == [0, 0, 0]
 
@@ -463,10 +465,10 @@ def test_without_any_row_nothing_is_known() -> None:
     none = torch.zeros(1, 2, 4, dtype=torch.float64)
     drawn = fixed(none, none)
     system = drawn.system()
-    found = system.solve(*drawn.sides(torch.ones(8).double(), torch.zeros(8).double()))
+    found = system.solve(*drawn.rhs(torch.ones(8).double(), torch.zeros(8).double()))
     assert found.rank == (0,)
     assert not found.x.any()
-    assert system.by_gradient_alone == [False]
+    assert system.determined_by_gradient == [False]
 
 
 @settings(max_examples=50, deadline=None)
@@ -485,16 +487,16 @@ def test_several_systems_at_once_equal_each_alone(drawn: Drawn, count: int, seed
     rows = None if drawn.row_weight is None else (normal(*k.shape) > -0.5).double()
     x = normal(count, layer.channels, layer.pixels)
     z, grad = layer.output(x), layer.grad_weight(x, k)
-    together = System(layer, k, rows, TOLERANCE)
-    found = together.solve(z, grad)
+    batch = LayerSystem(layer, k, rows, TOLERANCE)
+    found = batch.solve(z, grad)
     assert found.x.shape == x.shape
     for s in range(count):
         one = slice(s, s + 1)
-        single = System(layer, k[one], None if rows is None else rows[one], TOLERANCE)
+        single = LayerSystem(layer, k[one], None if rows is None else rows[one], TOLERANCE)
         alone = single.solve(z[one], grad[one])
-        assert found.rank[s] == alone.rank[0] == together.rank[s]
+        assert found.rank[s] == alone.rank[0] == batch.rank[s]
         assert found.condition[s] == pytest.approx(alone.condition[0], rel=0.3)  # estimates, maybe of two solvers
-        assert together.by_gradient_alone[s] == single.by_gradient_alone[0]
+        assert batch.determined_by_gradient[s] == single.determined_by_gradient[0]
         if alone.condition[0] < 1e5:
             assert close(found.x[s], alone.x[0], 1e-6)
             for name in ("weight_residual", "gradient_residual", "weight_misfit"):
@@ -513,7 +515,7 @@ def test_linear_layers(leading: tuple[int, ...], outputs: int) -> None:
     W, K = dense(functional.linear, shape, weight, k)
     x = torch.randn(1, *shape, generator=generator, dtype=torch.float64)
     z, grad = (W @ x.flatten()).reshape(1, *leading, outputs), (K @ x.flatten()).reshape(1, outputs, 4)
-    system = System(layer, layer.pack_output(k), None, TOLERANCE)
+    system = LayerSystem(layer, layer.pack_output(k), None, TOLERANCE)
     scale = float(W.square().mean() / K.square().mean()) ** 0.5
     matrix = torch.cat([W, scale * K])
     assert system.rank == (int(torch.linalg.matrix_rank(matrix, rtol=1e-9)),)
@@ -523,7 +525,7 @@ def test_linear_layers(leading: tuple[int, ...], outputs: int) -> None:
     assert close(found.flatten(), expected)
 
 
-def test_errors_of_z_reach_only_the_weak_directions() -> None:
+def test_errors_of_z_reach_only_the_trailing_directions() -> None:
     """k is nearly exact where z carries the errors of all later layers."""
     drawn = fixed(torch.tensor([[[1.0, 0, 0, 0], [0, 0, 0, 0]]], dtype=torch.float64) * 1e-4)
     x = torch.arange(1.0, 10.0).double()
@@ -540,4 +542,4 @@ def test_a_layer_too_large_for_memory_is_refused_before_anything_is_made() -> No
     layer = layers.convolution("conv1", weight, None, (3, 224, 224), (1, 1), ((0, 0),) * 2, (1, 1), 1, "w", None)
     k = torch.ones(1, 4, layer.positions, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"conv1 has an input of 3 x 50176 values.*169 GiB.*'auto' or 'iterative'"):
-        System(layer, k, None, 1e-9, solver="direct")
+        LayerSystem(layer, k, None, 1e-9, solver="direct")

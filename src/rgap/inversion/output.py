@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgap.attacks.scalar import Scalar, leading
+from rgap.inversion.root import Scalar, leading
 from rgap.nn.activations import Activation
 from rgap.nn.layers import Layer
 from rgap.nn.losses import BinaryCrossEntropy, CrossEntropy, Loss, MarginLoss, MeanSquaredError
@@ -33,7 +33,7 @@ BLUNT = 0.1
 
 
 @dataclass(frozen=True)
-class Heads:
+class OutputCandidates:
     """s candidates for what the last layer put out."""
 
     labels: Float[Tensor, " s"]
@@ -48,7 +48,7 @@ class Heads:
     reason: str = ""
     """Why there are no candidates; empty if there are some, or where the loss alone excludes them."""
 
-    def select(self, index: Tensor) -> Heads:
+    def select(self, index: Tensor) -> OutputCandidates:
         """The candidates at an index or mask."""
         return replace(
             self,
@@ -71,7 +71,9 @@ class Heads:
         return torch.tensor(sorted(positions.values()), dtype=torch.long, device=self.labels.device)
 
 
-def heads(last: Layer, before: Activation, loss: Loss, gradients: dict[str, Tensor], precision: float) -> Heads:
+def output_candidates(
+    last: Layer, before: Activation, loss: Loss, gradients: dict[str, Tensor], precision: float
+) -> OutputCandidates:
     """All candidates that the last layer's gradient allows; none if no sample can have given it.
 
     Args:
@@ -92,7 +94,7 @@ def of_layer(
     grad_weight: Float[Tensor, "o n"],
     grad_bias: Float[Tensor, " o"] | None,
     precision: float,
-) -> Heads:
+) -> OutputCandidates:
     """The same for one layer z = W x + b, under a loss that is a function of z and no margin loss.
 
     Args:
@@ -115,15 +117,15 @@ def of_layer(
     return _by_roots(loss, weight, offset, grad, precision)
 
 
-def _none(loss: Loss, like: Tensor, reason: str) -> Heads:
+def _none(loss: Loss, like: Tensor, reason: str) -> OutputCandidates:
     some = like.new_zeros(0)
     z = like.new_zeros(0, loss.outputs, 1)
-    return Heads(some, some, z, z, some, (), reason)
+    return OutputCandidates(some, some, z, z, some, (), reason)
 
 
 def _with_bias(
     loss: Loss, weight: Tensor, offset: Tensor, grad: Tensor, grad_bias: Float[Tensor, " o"], precision: float
-) -> Heads:
+) -> OutputCandidates:
     """k is the gradient of the bias, and the label follows from z."""
     scale = grad_bias.abs().max()  # squares of a saturated loss's gradient would be lost
     k = grad_bias / scale
@@ -132,20 +134,22 @@ def _with_bias(
     labels = _fitting(loss, z, grad_bias[None])
     moved = _moved(weight, offset, x[None], precision)
     off = _misses(loss, z, labels, grad_bias[None], moved, precision)
-    said = "k is read off the last layer's bias gradient, and the label is the one with which the loss gives it"
+    assumption = "k is read off the last layer's bias gradient, and the label is the one with which the loss gives it"
     fits = off <= 1
     if not bool(fits.any()):
         # A gradient that was clipped still has its direction and leads to its input, one with noise near it.
         given = loss.output_gradient(z.expand(len(labels), -1), labels)
         along = given @ k / given.norm(dim=1)
         fits = along == along.max()
-        said = "with no label the loss gives the last layer's bias gradient exactly, as it does of one sample: the "
-        said += "label with the nearest direction is taken"
+        assumption = (
+            "with no label the loss gives the last layer's bias gradient exactly, as it does of one sample: the "
+        )
+        assumption += "label with the nearest direction is taken"
     labels = labels[fits]
     count = len(labels)
     k_, z_ = grad_bias.expand(count, -1)[..., None], z.expand(count, -1)[..., None]
     nan = z.new_full((count,), float("nan"))
-    return Heads(labels, nan, k_, z_, z.new_full((count,), precision), (said,))
+    return OutputCandidates(labels, nan, k_, z_, z.new_full((count,), precision), (assumption,))
 
 
 def _fitting(loss: Loss, z: Float[Tensor, "1 o"], k: Float[Tensor, "1 o"]) -> Float[Tensor, " t"]:
@@ -201,7 +205,7 @@ def _misses(
     return off
 
 
-def _by_roots(loss: Loss, weight: Tensor, offset: Tensor, grad: Tensor, precision: float) -> Heads:
+def _by_roots(loss: Loss, weight: Tensor, offset: Tensor, grad: Tensor, precision: float) -> OutputCandidates:
     """Every scale of k at which the loss gives it back, by label."""
     u, size, v, left = leading(grad)
     if left > BLUNT:
@@ -211,9 +215,13 @@ def _by_roots(loss: Loss, weight: Tensor, offset: Tensor, grad: Tensor, precisio
             f"the last layer's gradient is not of rank one, as that of one sample is: {left:.0%} of it is left over; "
             "it is of several samples, or was changed",
         )
-    said = ["label and scale of k are the roots of the loss's equation; the gradient residual decides among them"]
+    assumptions = [
+        "label and scale of k are the roots of the loss's equation; the gradient residual decides among them"
+    ]
     if left > 10 * precision:
-        said.append(f"the last layer's gradient is of rank one, but for {left:.1e} of it, which is taken for noise")
+        assumptions.append(
+            f"the last layer's gradient is of rank one, but for {left:.1e} of it, which is taken for noise"
+        )
         precision = left
     scalar = Scalar(loss, u, size * (weight @ v), offset)
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # label, k, z, error of k
@@ -239,7 +247,9 @@ def _by_roots(loss: Loss, weight: Tensor, offset: Tensor, grad: Tensor, precisio
             "several samples, of a loss that is saturated, or of another loss",
         )
     labels, k, z, error = (torch.cat(column) for column in zip(*found, strict=True))
-    return Heads(labels, torch.full_like(error, float("nan")), k[..., None], z[..., None], error, tuple(said))
+    return OutputCandidates(
+        labels, torch.full_like(error, float("nan")), k[..., None], z[..., None], error, tuple(assumptions)
+    )
 
 
 def _possible(loss: Loss, u: Float[Tensor, " o"], precision: float) -> Float[Tensor, " t"]:
@@ -257,8 +267,8 @@ def _possible(loss: Loss, u: Float[Tensor, " o"], precision: float) -> Float[Ten
 
 
 def _collected(
-    found: list[tuple[float, float, Tensor, Tensor, float]], last: Layer, said: str, reason: str = ""
-) -> Heads:
+    found: list[tuple[float, float, Tensor, Tensor, float]], last: Layer, assumption: str, reason: str = ""
+) -> OutputCandidates:
     """Candidates of label, margin, k, z and the error of k."""
     like = last.weight
 
@@ -268,20 +278,20 @@ def _collected(
     def stacked(values: list[Tensor]) -> Tensor:
         return torch.stack(values)[..., None] if values else like.new_zeros(0, last.outputs, 1)
 
-    return Heads(
+    return OutputCandidates(
         column([each[0] for each in found]),
         column([each[1] for each in found]),
         stacked([each[2] for each in found]),
         stacked([each[3] for each in found]),
         column([each[4] for each in found]),
-        (said,) if said else (),
+        (assumption,) if assumption else (),
         reason,
     )
 
 
 def _of_margin(
     last: Layer, before: Activation, loss: MarginLoss, gradients: dict[str, Tensor], precision: float
-) -> Heads:
+) -> OutputCandidates:
     weight, grad = last.weight, gradients[last.weight_name].double().reshape(last.weight.shape)
     product = float((weight * grad).sum())
     noise = precision * float(weight.norm() * grad.norm())
@@ -300,7 +310,7 @@ def _of_margin(
     if last.bias is not None and bool(last.bias.any()):
         reason = "the last layer's bias is frozen: without its gradient the margin is not read off"
         return _collected([], last, "", reason)
-    labels, said = _margin_labels(before, loss, grad)
+    labels, assumption = _margin_labels(before, loss, grad)
     roots = loss.roots(product) or loss.roots(product + noise)
     for mu in roots:
         # Near the turning point the two roots meet, and rounding of the product moves them most.
@@ -313,7 +323,7 @@ def _of_margin(
         error = precision + float((slopes[1:] / slopes[0] - 1).abs().max())
         for y in labels:
             candidate(y, mu, y * float(slopes[0]), y * mu, error)
-    return _collected(found, last, said)
+    return _collected(found, last, assumption)
 
 
 def _nearest(roots: tuple[float, ...], mu: float) -> float:

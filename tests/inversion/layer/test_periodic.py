@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rgap.constraints import Rows, System
-from rgap.constraints.iterative import Iterative
-from rgap.constraints.periodic import SHIFT, Periodic, periodic
-from rgap.constraints.strong import Strong
+from rgap.inversion.layer import LayerRows, LayerSystem
+from rgap.inversion.layer.dominant import Dominant
+from rgap.inversion.layer.iterative import Iterative
+from rgap.inversion.layer.periodic import SHIFT, Periodic, periodic
 from rgap.linalg import cg
 from rgap.nn import layers
 from rgap.nn.layers import Layer
@@ -93,9 +93,9 @@ def test_it_saves_steps_on_a_strided_layer() -> None:
     weight = torch.randn(16, 3, 3, 3, generator=generator, dtype=torch.float64)
     layer = layers.convolution("conv", weight, None, (3, 32, 32), (2, 2), ((1, 1),) * 2, (1, 1), 1, "weight", None)
     k = torch.randn(1, 16, layer.positions, generator=generator, dtype=torch.float64)
-    rows = [Rows(layer, k, None)]
-    solver = Iterative(rows, None, Strong(rows, 1e-9, False), torch.full((1, 1), 1.0, dtype=torch.float64))
-    move = solver._fast.away(torch.randn(1, 3, 1024, generator=torch.Generator().manual_seed(1)))
+    rows = [LayerRows(layer, k, None)]
+    solver = Iterative(rows, None, Dominant(rows, 1e-9, False), torch.full((1, 1), 1.0, dtype=torch.float64))
+    move = solver._fast.deflate(torch.randn(1, 3, 1024, generator=torch.Generator().manual_seed(1)))
     plain, helped = (
         cg.solve(solver._fast, solver._fast(move), 1e-4, 2000, precondition=precondition)
         for precondition in (None, solver._precondition)
@@ -120,7 +120,7 @@ def test_a_layer_of_another_shape_is_solved_all_the_same() -> None:
     k = torch.randn(1, 40, layer.positions, generator=generator, dtype=torch.float64)
     x = torch.randn(1, 2, 35, generator=generator, dtype=torch.float64)
     for solver in ("direct", "iterative"):
-        system = System(layer, 0 * k, None, 1e-9, solver=solver)  # type: ignore[arg-type]
+        system = LayerSystem(layer, 0 * k, None, 1e-9, solver=solver)  # type: ignore[arg-type]
         found = system.solve(layer.output(x), layer.grad_weight(x, 0 * k))
         assert (system.rank[0] == layer.unknowns) == (layer.seen == layer.unknowns)
         if layer.seen == layer.unknowns:

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rgap.attacks import block
-from rgap.attacks.base import rounding
-from rgap.attacks.trail import End, Front, Given, Step, Trail, one
-from rgap.constraints import System
+from rgap.inversion import block
+from rgap.inversion.layer import LayerSystem
+from rgap.inversion.rounding import rounding
+from rgap.inversion.state import Candidate, History, LayerSolve, Observation, State
 from rgap.nn.activations import Activation, Inverse, NonMonotone
 from rgap.nn.network import Network, Segment
 from rgap.nn.ops import Affine, Elementwise, Linear, Norm, Op
@@ -34,17 +34,17 @@ DOUBT = 1e-2
 def recurse(
     network: Network,
     segments: Sequence[Segment],
-    given: Given,
-    front: Front,
+    given: Observation,
+    state: State,
     k_error: Float[Tensor, " s"],
     update: Int[Tensor, " s"],
     report: Callable[[int, float], None] = lambda done, loss: None,
-) -> list[tuple[int, End]]:
+) -> list[tuple[int, Candidate]]:
     """All candidates of all updates together; those that contradict their constraints fall out on the way.
 
     Args:
         segments: from the network's input to the value that is known.
-        front: that value, for each candidate.
+        state: that value, for each candidate.
         k_error: how far rounding may have moved k, relative to k.
         update: which one each candidate is of.
         report: is told how many segments were passed.
@@ -52,8 +52,8 @@ def recurse(
     Returns:
         Which candidate, and where it ended.
     """
-    family = torch.arange(len(front.y), device=front.y.device)
-    trails = [Trail() for _ in front.y]
+    family = torch.arange(len(state.value), device=state.value.device)
+    trails = [History() for _ in state.value]
     stopped, at = "", segments[-1].exit
     for count, segment in enumerate(reversed(segments)):
         report(count, float("nan"))
@@ -62,46 +62,46 @@ def recurse(
         if segment.block:
             part = network.part([segment])
             passed = [
-                block.back(part, given.one(int(of[s])), one(front, s), trail, given.probe(at, front.y.device))
+                block.back(part, given.one(int(of[s])), state.one(s), trail, given.probe(at, state.value.device))
                 for s, trail in enumerate(trails)
             ]
-            through = {s: each for s, each in enumerate(passed) if isinstance(each, Front)}
+            through = {s: each for s, each in enumerate(passed) if isinstance(each, State)}
             if not through:
                 stopped = str(passed[0])
                 break
-            keep = torch.tensor(list(through), device=front.y.device)
+            keep = torch.tensor(list(through), device=state.value.device)
             family, k_error, trails = family[keep], k_error[keep], [trails[s] for s in through]
-            front = _together(list(through.values()))
+            state = State.concatenate(list(through.values()))
         elif isinstance(op, Linear):
-            front, residual = _layer(op, given, of, front, k_error, trails, at)
+            state, residual = _layer(op, given, of, state, k_error, trails, at)
             alive = _plausible(residual, family, of)
-            front, k_error, family = front.select(alive), k_error[alive], family[alive]
+            state, k_error, family = state.select(alive), k_error[alive], family[alive]
             trails = [trail for trail, keep in zip(trails, alive.tolist(), strict=True) if keep]
         elif isinstance(op, Elementwise):
-            front, of = _activation(op.activation, front)
+            state, of = _activation(op.activation, state)
             k_error, family = k_error[of], family[of]
             trails = [trails[parent].passed(op.activation) for parent in of.tolist()]
         else:
             behind = network.nodes[segment.entry - 1].op if segment.entry else None
-            moved = _unscaled(op, behind, front, given, of) if isinstance(op, Norm) else None
-            moved = _inverted(op, front, given, of) if moved is None else moved
+            moved = _unscaled(op, behind, state, given, of) if isinstance(op, Norm) else None
+            moved = _inverted(op, state, given, of) if moved is None else moved
             if moved is None:
                 stopped = f"stops at {op.name}: {op.loses}"
                 break
-            front = moved
+            state = moved
     ends = []
     for s, trail in enumerate(trails):
-        here = one(front, s)
+        here = state.one(s)
         none = torch.zeros(0)
         ends.append(
             (
                 int(family[s]),
-                End(
-                    here.y,
+                Candidate(
+                    here.value,
                     none,
                     none,
                     float("nan"),
-                    float(here.spread[0]),
+                    float(here.rms_std[0]),
                     tuple(trail.layers),
                     tuple(trail.steps),
                     at if trail.known is None else trail.at,
@@ -113,113 +113,108 @@ def recurse(
     return ends
 
 
-def _together(fronts: list[Front]) -> Front:
-    return Front(
-        torch.cat([each.y for each in fronts]),
-        torch.cat([each.k for each in fronts]),
-        None,
-        torch.cat([each.error.expand(each.y.shape) for each in fronts]),
-    )
-
-
 def _layer(
     op: Linear,
-    given: Given,
+    given: Observation,
     of: Int[Tensor, " s"],
-    front: Front,
+    state: State,
     k_error: Float[Tensor, " s"],
-    trails: list[Trail],
+    trails: list[History],
     at: int,
-) -> tuple[Front, Float[Tensor, " s"]]:
+) -> tuple[State, Float[Tensor, " s"]]:
     """The layer's input from its constraints (Eqs. 15 and 16), and how badly they are met."""
     layer, gradients = op.layer, given.gradients
-    front = _told(op, front, given, of)
+    state = _told(op, state, given, of)
     heard = op.has_gradient and layer.weight_name in gradients
     if heard:
-        grad = layer.pack_weight(given.told(layer.weight_name, of))
+        grad = layer.pack_weight(given.gradient(layer.weight_name, of))
     else:
-        grad = torch.zeros_like(layer.weight).expand(len(front.y), *layer.weight.shape)
-    if front.other is not None:
-        folded = bool((front.other.y != front.y).any())
-        front = _unfolded(op, front, front.other, given) if folded else _sided(op, front, front.other, grad, given)
-    k, z, row_weight = layer.pack_output(front.k), layer.pack_output(front.y), _rows(op, front)
-    z_error = layer.pack_output(front.error.expand(front.y.shape))
+        grad = torch.zeros_like(layer.weight).expand(len(state.value), *layer.weight.shape)
+    if state.alternative is not None:
+        folded = bool((state.alternative.value != state.value).any())
+        state = (
+            _unfolded(op, state, state.alternative, given)
+            if folded
+            else _sided(op, state, state.alternative, grad, given)
+        )
+    k, z, row_weight = layer.pack_output(state.cotangent), layer.pack_output(state.value), _rows(op, state)
+    z_error = layer.pack_output(state.std.expand(state.value.shape))
     # Without gradient rows there are weight rows alone.
     known = k if heard else torch.zeros_like(k)
-    system = System(layer, known, row_weight, given.rank_tolerance, solver=given.solver)
+    system = LayerSystem(layer, known, row_weight, given.rank_tolerance, solver=given.solver)
     solved = system.solve(z - layer.offset, grad)
     # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
     z_error = z_error.maximum(solved.weight_misfit[:, None, None])
-    noise = _error(system, z_error, grad, given.eps, k_error, given.probe(at, front.y.device))
+    noise = _error(system, z_error, grad, given.eps, k_error, given.probe(at, state.value.device))
     error = noise.square().mean((1, 2)).sqrt()
     for s, trail in enumerate(trails):
         own = slice(s, s + 1)
-        step = Step(k[own], z[own], z_error[own], solved.x[own], None if row_weight is None else row_weight[own])
+        step = LayerSolve(k[own], z[own], z_error[own], solved.x[own], None if row_weight is None else row_weight[own])
         trail.add(step, layer, system, solved, s, float(error[s]), op.cotangent_parameter in gradients, heard)
-        trail.open_at(at, one(front, s))
+        trail.open_at(at, state.one(s))
     x = layer.unpack_input(solved.x)
     # The directions that the constraints tell badly are the same in all channels: so is the error of each pixel.
     each = noise.square().mean(1, keepdim=True).sqrt().expand(noise.shape)
-    before = Front(x, layer.unpack_input(layer.grad_input(k)), None, layer.unpack_input(each))
+    before = State(x, layer.unpack_input(layer.grad_input(k)), None, layer.unpack_input(each))
     return before, torch.maximum(solved.weight_residual, solved.gradient_residual)
 
 
-def _told(op: Op, front: Front, given: Given, of: Int[Tensor, " s"]) -> Front:
+def _told(op: Op, state: State, given: Observation, of: Int[Tensor, " s"]) -> State:
     """With k itself, where the gradient of what is added to every value tells it."""
     if op.cotangent_parameter is None or op.cotangent_parameter not in given.gradients:
-        return front
-    return replace(front, k=given.told(op.cotangent_parameter, of).reshape(front.k.shape))
+        return state
+    return replace(state, cotangent=given.gradient(op.cotangent_parameter, of).reshape(state.cotangent.shape))
 
 
-def _rows(op: Linear, front: Front) -> Tensor | None:
-    return None if front.weight is None else op.layer.pack_output(front.weight)
+def _rows(op: Linear, state: State) -> Tensor | None:
+    return None if state.row_weight is None else op.layer.pack_output(state.row_weight)
 
 
-def _unfolded(op: Linear, front: Front, other: Front, given: Given) -> Front:
+def _unfolded(op: Linear, state: State, other: State, given: Observation) -> State:
     """Of two values that a folded activation allows, the one that the weight rows of all the others come near to.
 
     k of a unit depends on which it is, so the gradient rows say nothing before it is decided.
     """
     layer = op.layer
-    unsure = front.y != other.y
-    weight = torch.ones_like(front.y) if front.weight is None else front.weight
+    unsure = state.value != other.value
+    weight = torch.ones_like(state.value) if state.row_weight is None else state.row_weight
     weight = layer.pack_output(torch.where(unsure, DOUBT * weight, weight))
-    nothing = torch.zeros_like(layer.pack_output(front.k))
-    system = System(layer, nothing, weight, given.rank_tolerance, solver=given.solver)
+    nothing = torch.zeros_like(layer.pack_output(state.cotangent))
+    system = LayerSystem(layer, nothing, weight, given.rank_tolerance, solver=given.solver)
     grad = torch.zeros_like(layer.weight).expand(len(nothing), *layer.weight.shape)
     lower = torch.zeros_like(unsure)
     for _ in range(FOLDS):
-        y = torch.where(lower, other.y, front.y)
+        y = torch.where(lower, other.value, state.value)
         x = system.solve(layer.pack_output(y) - layer.offset, grad).x
         z = layer.unpack_output(layer.output(x) + layer.offset)
-        nearer = unsure & ((z - other.y).abs() < (z - front.y).abs())
+        nearer = unsure & ((z - other.value).abs() < (z - state.value).abs())
         if bool((nearer == lower).all()):
             break
         lower = nearer
     chosen = None
-    if front.weight is not None and other.weight is not None:
-        chosen = torch.where(lower, other.weight, front.weight)
-    return Front(
-        torch.where(lower, other.y, front.y),
-        torch.where(lower, other.k, front.k),
+    if state.row_weight is not None and other.row_weight is not None:
+        chosen = torch.where(lower, other.row_weight, state.row_weight)
+    return State(
+        torch.where(lower, other.value, state.value),
+        torch.where(lower, other.cotangent, state.cotangent),
         chosen,
-        torch.where(lower, other.error, front.error.expand(front.y.shape)),
+        torch.where(lower, other.std, state.std.expand(state.value.shape)),
     )
 
 
-def _sided(op: Linear, front: Front, other: Front, grad: Float[Tensor, "s g j i"], given: Given) -> Front:
+def _sided(op: Linear, state: State, other: State, grad: Float[Tensor, "s g j i"], given: Observation) -> State:
     """Of two sides of their kinks on which values may lie, the one with which the gradient agrees.
 
     The wrong one adds a multiple of one vector to the gradient of the unit's own weights, what the unit reads. So the
     gradient rows of such units are left out at first; if the others determine the input it tells the sides.
     """
     layer = op.layer
-    k, there = layer.pack_output(front.k), layer.pack_output(other.k)
+    k, there = layer.pack_output(state.cotangent), layer.pack_output(other.cotangent)
     unsure = k != there
     sure = ~unsure.any(-1, keepdim=True)
     left = grad * sure.reshape(len(k), layer.groups, -1, 1)
-    system = System(layer, k * sure, _rows(op, front), max(ROUGH, given.rank_tolerance), solver=given.solver)
-    x = system.solve(layer.pack_output(front.y) - layer.offset, left).x
+    system = LayerSystem(layer, k * sure, _rows(op, state), max(ROUGH, given.rank_tolerance), solver=given.solver)
+    x = system.solve(layer.pack_output(state.value) - layer.offset, left).x
     miss = (grad - layer.grad_weight(x, k)).flatten(1, 2)
     patches = layer.patches(x)
     k = k.clone()
@@ -235,41 +230,41 @@ def _sided(op: Linear, front: Front, other: Front, grad: Float[Tensor, "s g j i"
         # What turning does not explain has another cause, such as a candidate that is none.
         if float(left.norm()) < 0.5 * float(miss[s, unit].norm()):
             k[s, unit, at[turned]] = there[s, unit, at[turned]]
-    return replace(front, k=layer.unpack_output(k).reshape(front.k.shape), other=None)
+    return replace(state, cotangent=layer.unpack_output(k).reshape(state.cotangent.shape), alternative=None)
 
 
-def _activation(activation: Activation, front: Front) -> tuple[Front, Int[Tensor, " b"]]:
+def _activation(activation: Activation, state: State) -> tuple[State, Int[Tensor, " b"]]:
     """Through an activation, with the candidate that each of the branches at its kinks comes from."""
-    error = front.error.expand(front.y.shape)
-    inverse = activation.invert(front.y, error)
+    error = state.std.expand(state.value.shape)
+    inverse = activation.invert(state.value, error)
     z_error = error / inverse.slope.abs().clamp(min=1e-12)
     weight = inverse.weight
-    if front.weight is not None:
-        weight = front.weight if weight is None else weight * front.weight
-    of, slope = _branches(activation, front.y, inverse.slope, error)
-    other = _other_side(activation, front, inverse, error) if len(of) == len(front.y) else None
+    if state.row_weight is not None:
+        weight = state.row_weight if weight is None else weight * state.row_weight
+    of, slope = _branches(activation, state.value, inverse.slope, error)
+    other = _other_side(activation, state, inverse, error) if len(of) == len(state.value) else None
     if isinstance(activation, NonMonotone):
-        z = activation.lower(front.y)
+        z = activation.lower(state.value)
         fold = activation.slope(z)
-        z = torch.where(front.y < 0, z, inverse.z)
-        fold = torch.where(front.y < 0, fold, inverse.slope)
-        other = Front(z, front.k * fold, fold.abs().clamp(max=1.0), error / fold.abs().clamp(min=1e-12))
-    found = Front(inverse.z, front.k, weight, z_error.expand(front.y.shape), other).select(of)
-    return replace(found, k=found.k * slope), of  # Eq. 6
+        z = torch.where(state.value < 0, z, inverse.z)
+        fold = torch.where(state.value < 0, fold, inverse.slope)
+        other = State(z, state.cotangent * fold, fold.abs().clamp(max=1.0), error / fold.abs().clamp(min=1e-12))
+    found = State(inverse.z, state.cotangent, weight, z_error.expand(state.value.shape), other).select(of)
+    return replace(found, cotangent=found.cotangent * slope), of  # Eq. 6
 
 
-def _other_side(activation: Activation, front: Front, inverse: Inverse, error: Tensor) -> Front | None:
+def _other_side(activation: Activation, state: State, inverse: Inverse, error: Tensor) -> State | None:
     """With k of values that may lie on the other side of their kink as it is there; None if there are no such."""
     there = activation.other_side(inverse.slope)
-    unsure = (front.y.abs() <= UNSURE * error) & (there != inverse.slope)
+    unsure = (state.value.abs() <= UNSURE * error) & (there != inverse.slope)
     if inverse.weight is not None:
         unsure &= inverse.weight > 0  # of the others nothing is known
     if not bool(unsure.any()):
         return None
-    return Front(inverse.z, front.k * torch.where(unsure, there, inverse.slope), None, front.error)
+    return State(inverse.z, state.cotangent * torch.where(unsure, there, inverse.slope), None, state.std)
 
 
-def _unscaled(op: Norm, behind: Op | None, front: Front, given: Given, of: Int[Tensor, " s"]) -> Front | None:
+def _unscaled(op: Norm, behind: Op | None, state: State, given: Observation, of: Int[Tensor, " s"]) -> State | None:
     """k of what a norm reads, its size from the gradient of the bias that was added there; the value stays unknown.
 
     The bias's gradient is k summed over positions, and each group's k is known but for its size: as many linear
@@ -279,41 +274,41 @@ def _unscaled(op: Norm, behind: Op | None, front: Front, given: Given, of: Int[T
     if not isinstance(behind, Linear) or name is None or name not in given.gradients:
         return None
     layer = behind.layer
-    times = layer.pack_output(op.vjp_times_size(front.k, front.y))
-    count = front.k[0].numel()
+    times = layer.pack_output(op.vjp_times_size(state.cotangent, state.value))
+    count = state.cotangent[0].numel()
     group = torch.arange(count, device=times.device).div(count // op.groups, rounding_mode="floor")
-    group = layer.pack_output(group.reshape(1, *front.k.shape[1:])).expand(times.shape)
+    group = layer.pack_output(group.reshape(1, *state.cotangent.shape[1:])).expand(times.shape)
     matrix = times.new_zeros(len(times), layer.outputs, op.groups).scatter_add_(2, group, times)
     sizes = times.new_zeros(matrix.shape).scatter_add_(2, group, times.abs()).amax((1, 2))
     if bool((torch.linalg.svdvals(matrix)[:, -1] <= CANCELS * sizes).any()) or layer.outputs < op.groups:
         return None  # the sums over positions cancel, as those of a whole group do
-    told = given.told(name, of).reshape(len(times), -1, 1)
+    told = given.gradient(name, of).reshape(len(times), -1, 1)
     inverse = torch.linalg.lstsq(matrix, told).solution[..., 0]
     k = times * inverse.gather(1, group.flatten(1)).reshape(times.shape)
-    nothing = torch.zeros_like(front.y)
-    return Front(nothing, layer.unpack_output(k).reshape(front.k.shape), nothing, front.error)
+    nothing = torch.zeros_like(state.value)
+    return State(nothing, layer.unpack_output(k).reshape(state.cotangent.shape), nothing, state.std)
 
 
-def _inverted(op: Op, front: Front, given: Given, of: Int[Tensor, " s"]) -> Front | None:
+def _inverted(op: Op, state: State, given: Observation, of: Int[Tensor, " s"]) -> State | None:
     """Through an operation that has one input for each output."""
-    front = _told(op, front, given, of)
-    y = op.invert(front.y)
+    state = _told(op, state, given, of)
+    y = op.invert(state.value)
     if y is None:
         return None
-    k = op.vjp(front.k, (y,))[0]
-    error = front.error.expand(front.y.shape)
+    k = op.vjp(state.cotangent, (y,))[0]
+    error = state.std.expand(state.value.shape)
     if isinstance(op, Affine):
-        weight, error = front.weight, error / op.scale.abs()
+        weight, error = state.row_weight, error / op.scale.abs()
     else:
-        weight = None if front.weight is None else op.invert(front.weight)
+        weight = None if state.row_weight is None else op.invert(state.row_weight)
         moved = op.invert(error)
         error = error if moved is None else moved
-    other = None if front.other is None else _inverted(op, front.other, given, of)
-    return Front(y, k, weight, error, other)
+    other = None if state.alternative is None else _inverted(op, state.alternative, given, of)
+    return State(y, k, weight, error, other)
 
 
 def _error(
-    system: System, z_error: Tensor, grad: Tensor, eps: float, k_error: Tensor, probe: torch.Generator
+    system: LayerSystem, z_error: Tensor, grad: Tensor, eps: float, k_error: Tensor, probe: torch.Generator
 ) -> Float[Tensor, "s c n"]:
     """Push one draw of the right-hand side's noise through the solver, the same one for all candidates.
 

@@ -12,7 +12,7 @@ from networks import ACTIVATIONS, LOSSES, Client, clients
 from torch import Tensor, nn
 
 from rgap import Target, capture, losses
-from rgap.attacks.heads import Heads, heads
+from rgap.inversion.output import OutputCandidates, output_candidates
 from rgap.nn.activations import IDENTITY
 from rgap.nn.layers import Layer
 
@@ -27,18 +27,18 @@ def true_head(target: Target, x: Tensor, y: Tensor) -> tuple[float, float, float
     return float(output.detach()), float(y) * float(output.detach()), float(k)
 
 
-def of(target: Target, gradients: dict[str, Tensor], precision: float = PRECISION) -> Heads:
+def of(target: Target, gradients: dict[str, Tensor], precision: float = PRECISION) -> OutputCandidates:
     """The candidates for a chain's last layer."""
     chain = target.chain
     before = chain[-2].activation if len(chain) > 1 else IDENTITY
-    return heads(chain[-1], before, target.loss, gradients, precision)
+    return output_candidates(chain[-1], before, target.loss, gradients, precision)
 
 
-def found(target: Target, x: Tensor, y: Tensor, precision: float = PRECISION) -> Heads:
+def found(target: Target, x: Tensor, y: Tensor, precision: float = PRECISION) -> OutputCandidates:
     return of(target, dict(capture(target, x, y).gradients), precision)
 
 
-def nearest(candidates: Heads, label: float, margin: float) -> int:
+def nearest(candidates: OutputCandidates, label: float, margin: float) -> int:
     """The candidate with this label and the nearest margin."""
     distance = (candidates.margins - margin).abs().masked_fill(candidates.labels != label, math.inf)
     assert len(distance), "there are no candidates"
@@ -221,10 +221,10 @@ def test_a_bias_gradient_of_zero_has_no_candidates() -> None:
     assert len(found(target, x, y).labels) == 0
 
 
-def some_heads() -> Heads:
+def some_heads() -> OutputCandidates:
     labels = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
     margins, k_error = torch.arange(4.0, dtype=torch.float64), torch.tensor([0.3, 0.1, 0.2, 0.4], dtype=torch.float64)
-    return Heads(
+    return OutputCandidates(
         labels,
         margins,
         labels.reshape(-1, 1, 1) * (margins.reshape(-1, 1, 1) + 10),
@@ -253,7 +253,7 @@ def test_one_per_direction_is_the_best_known() -> None:
     assert some_heads().one_per_direction.tolist() == [1, 2]
 
 
-# Heads of several outputs.
+# OutputCandidates of several outputs.
 
 
 def of_several(kind: str, outputs: int, generator: torch.Generator) -> losses.Loss:
@@ -313,7 +313,7 @@ def test_the_truth_of_several_outputs_is_a_candidate(
     loss, layer, gradients, label, k, z = a_head(kind, outputs, size, bias, dtype, seed)
     assume(bool(gradients["w"].any()))
     precision = 4 * torch.finfo(dtype).eps
-    candidates = heads(layer, IDENTITY, loss, gradients, precision)
+    candidates = output_candidates(layer, IDENTITY, loss, gradients, precision)
     if kind == "one mse" and bias != "sent":
         assert len(candidates.labels) == 0
         assert "without a bias" in candidates.reason
@@ -339,7 +339,7 @@ def test_every_candidate_of_several_outputs_gives_the_gradient(
 ) -> None:
     """By autograd at the candidate's own input, x = grad W' k / |k|^2, and label."""
     loss, layer, gradients, _, _, _ = a_head(kind, outputs, size, bias, torch.float64, seed)
-    candidates = heads(layer, IDENTITY, loss, gradients, 1e-15)
+    candidates = output_candidates(layer, IDENTITY, loss, gradients, 1e-15)
     assert len(candidates.labels) > 0
     for label, k, z, error in zip(
         candidates.labels, candidates.k[..., 0], candidates.z[..., 0], candidates.k_error, strict=True
@@ -369,7 +369,7 @@ def test_two_classes_without_a_bias_have_the_roots_of_the_logistic_loss(kind: st
     layer = Layer(
         "fc", weight.detach()[None], None, torch.zeros(1, 1, dtype=torch.long), 5, 1, (5,), (len(weight),), "w", None
     )
-    candidates = heads(layer, IDENTITY, loss, {"w": weight.grad}, 1e-15)
+    candidates = output_candidates(layer, IDENTITY, loss, {"w": weight.grad}, 1e-15)
     z = candidates.z[..., 0]
     output = z[:, 0] if kind == "one bce" else z[:, 1] - z[:, 0]
     assert sorted(((2 * candidates.labels - 1) * output).tolist()) == pytest.approx(expected, rel=1e-5)
@@ -386,7 +386,7 @@ def test_several_samples_without_a_bias_are_no_candidate(kind: str) -> None:
     layer = Layer(
         "fc", weight.detach()[None], None, torch.zeros(1, 1, dtype=torch.long), 9, 1, (9,), (loss.outputs,), "w", None
     )
-    candidates = heads(layer, IDENTITY, loss, {"w": weight.grad}, 1e-15)
+    candidates = output_candidates(layer, IDENTITY, loss, {"w": weight.grad}, 1e-15)
     if loss.outputs > 1:
         assert len(candidates.labels) == 0
         assert "rank one" in candidates.reason
@@ -396,7 +396,7 @@ def test_several_samples_without_a_bias_are_no_candidate(kind: str) -> None:
 @pytest.mark.parametrize("bias", ["sent", "none"])
 def test_a_gradient_of_zero_says_so(kind: str, bias: str) -> None:
     loss, layer, gradients, *_ = a_head(kind, 3, 1.0, bias, torch.float64, 0)
-    candidates = heads(layer, IDENTITY, loss, {name: 0 * g for name, g in gradients.items()}, 1e-15)
+    candidates = output_candidates(layer, IDENTITY, loss, {name: 0 * g for name, g in gradients.items()}, 1e-15)
     assert len(candidates.labels) == 0
     assert candidates.k.shape == candidates.z.shape == (0, loss.outputs, 1)
     assert "zero" in candidates.reason
@@ -405,7 +405,7 @@ def test_a_gradient_of_zero_says_so(kind: str, bias: str) -> None:
 
 def test_a_gradient_that_was_scaled_leads_to_the_nearest_label_and_says_so() -> None:
     loss, layer, gradients, label, k, _ = a_head("plain", 5, 1.0, "sent", torch.float64, 3)
-    candidates = heads(layer, IDENTITY, loss, {name: 0.3 * g for name, g in gradients.items()}, 1e-15)
+    candidates = output_candidates(layer, IDENTITY, loss, {name: 0.3 * g for name, g in gradients.items()}, 1e-15)
     assert candidates.labels.tolist() == [label]
     assert "nearest" in candidates.assumptions[0]
     torch.testing.assert_close(candidates.k[0, :, 0], 0.3 * k)

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.constraints.cost import LARGEST, WIDEST, Solver, factor_is_cheaper, fits, kernel_rows
-from rgap.constraints.direct import Direct
-from rgap.constraints.iterative import Iterative
-from rgap.constraints.rows import Rows, Side, flat
-from rgap.constraints.strong import Strong
+from rgap.inversion.layer.cost import LARGEST, WIDEST, Solver, factor_is_cheaper, fits, kernel_rows
+from rgap.inversion.layer.dominant import Dominant
+from rgap.inversion.layer.factorisation import Factorisation
+from rgap.inversion.layer.iterative import Iterative
+from rgap.inversion.layer.rows import LayerRows, Rhs, flat
 from rgap.nn.layers import Layer
 
 COUNTED = 8192
@@ -27,13 +27,13 @@ FINEST, COARSE = 1e-14, 1e-3
 
 
 @dataclass(frozen=True)
-class Solved:
+class LayerSolution:
     """The least-squares input of s systems, and how well it is determined."""
 
     x: Float[Tensor, "s c n"]
     rank: tuple[int, ...]
     condition: tuple[float, ...]
-    """How much the system magnifies a relative error: of the strong gradient rows or of the joint rows, the worse."""
+    """How much the system magnifies a relative error: of the dominant gradient rows or of the joint rows, the worse."""
     weight_residual: Float[Tensor, " s"]
     """|W x + b - z| / |z| over the rows in use."""
     gradient_residual: Float[Tensor, " s"]
@@ -44,10 +44,10 @@ class Solved:
     """How each was solved: ``channel``, ``cholesky``, ``eigen`` or ``iterative``."""
 
 
-class System:
+class LayerSystem:
     """The constraints on one layer's input, factored, for s systems with their own k.
 
-    Where a skip connection begins several layers read the same input, and it may itself be told by a sum.
+    Where a skip connection begins several layers read the same input, and its own values may be known from a sum.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class System:
         k: Float[Tensor, "s o p"],
         row_weight: Float[Tensor, "s o p"] | None,
         tolerance: float,
-        beside: Sequence[Rows] = (),
-        direct: Float[Tensor, "s c n"] | None = None,
+        others: Sequence[LayerRows] = (),
+        observed_weight: Float[Tensor, "s c n"] | None = None,
         solver: Solver = "auto",
     ):
         """
@@ -65,18 +65,18 @@ class System:
             k: gradient of the loss with respect to the layer's output.
             row_weight: how far each value of z is known, 0 where its row is dropped; None means 1 everywhere.
             tolerance: singular values below this fraction of the largest count as zero.
-            beside: other layers that read the same input, with as many groups.
-            direct: how far each value of the input is known by itself.
-            solver: for the weak directions.
+            others: other layers that read the same input, with as many groups.
+            observed_weight: how far each value of the input is known by itself.
+            solver: for the trailing directions.
 
         Raises:
             ValueError: the layer is too large for the dense matrices of a direct solver.
         """
         self.layer, self.k = layer, k
-        self.rows = (Rows(layer, k, row_weight), *beside)
-        self.direct = direct
+        self.rows = (LayerRows(layer, k, row_weight), *others)
+        self.observed_weight = observed_weight
         self._tolerance = tolerance
-        self._direct: Direct | None = None
+        self._factorisation: Factorisation | None = None
         self._iterative: Iterative | None = None
         channels, count = layer.channels // layer.groups, sum(kernel_rows(rows.layer) for rows in self.rows)
         if solver == "direct" and not fits(layer):
@@ -89,31 +89,31 @@ class System:
         dense = solver == "direct" or (
             solver == "auto" and small and factor_is_cheaper(layer, layer.pixels - count, len(k), count)
         )
-        self._strong = self._split(count, dense)
-        self._weak = [(s, g) for s, g in (self._strong.count < layer.pixels).nonzero().tolist()]
-        if not self._weak:
+        self._dominant = self._split(count, dense)
+        self._trailing = [(s, g) for s, g in (self._dominant.count < layer.pixels).nonzero().tolist()]
+        if not self._trailing:
             return
-        weak = layer.pixels - int(self._strong.count.min())
+        trailing = layer.pixels - int(self._dominant.count.min())
         dense = solver == "direct" or (
-            solver == "auto" and self._strong.whole and factor_is_cheaper(layer, weak, len(k), count)
+            solver == "auto" and self._dominant.complete and factor_is_cheaper(layer, trailing, len(k), count)
         )
         if not dense:
-            self._iterative = Iterative(self.rows, direct, self._strong, self._scale)
-            lost = {s for s, back in enumerate(self._iterative.comes_back.tolist()) if not back}
+            self._iterative = Iterative(self.rows, observed_weight, self._dominant, self._scale)
+            lost = {s for s, full in enumerate(self._iterative.full_rank.tolist()) if not full}
             if solver == "iterative" or not lost or layer.unknowns > COUNTED:
                 return
             # A factor counts the free dimensions exactly.
-            self._weak = [(s, g) for s, g in self._weak if s in lost]
+            self._trailing = [(s, g) for s, g in self._trailing if s in lost]
             if len(lost) == len(k):
                 self._iterative = None
-        if not self._strong.whole:
-            self._strong = self._split(count, True)
-        self._direct = Direct(self._gram, self._strong, self._scale, self._weak, tolerance)
+        if not self._dominant.complete:
+            self._dominant = self._split(count, True)
+        self._factorisation = Factorisation(self._gram, self._dominant, self._scale, self._trailing, tolerance)
 
-    def _split(self, rows: int, whole: bool) -> Strong:
-        untold = not any(bool(each.k.any()) for each in self.rows)
-        none = not whole and (untold or min(rows, self.layer.pixels) > WIDEST)
-        return Strong(self.rows, self._tolerance, whole, none)
+    def _split(self, rows: int, complete: bool) -> Dominant:
+        no_gradient = not any(bool(each.k.any()) for each in self.rows)
+        none = not complete and (no_gradient or min(rows, self.layer.pixels) > WIDEST)
+        return Dominant(self.rows, self._tolerance, complete, none)
 
     @cached_property
     def _scale(self) -> Float[Tensor, "s g"]:
@@ -121,8 +121,8 @@ class System:
         size, used = self.k.new_zeros(()), self._used
         for rows in self.rows:
             size = size + rows.size
-        if self.direct is not None:
-            size = size + self.direct.square().reshape(*used.shape, -1).sum(-1)
+        if self.observed_weight is not None:
+            size = size + self.observed_weight.square().reshape(*used.shape, -1).sum(-1)
         row = size / used.clamp(min=1)
         kernel = torch.stack([rows.kernel_size for rows in self.rows]).sum(0)
         gradient_row = kernel / sum(kernel_rows(rows.layer) for rows in self.rows)
@@ -132,139 +132,145 @@ class System:
     def _used(self) -> Float[Tensor, "s g"]:
         """The number of weight rows in use."""
         used = torch.stack([rows.used for rows in self.rows]).sum(0)
-        if self.direct is not None:
-            used = used + (self.direct.reshape(*used.shape, -1) > 0).sum(-1)
+        if self.observed_weight is not None:
+            used = used + (self.observed_weight.reshape(*used.shape, -1) > 0).sum(-1)
         return used
 
     def _gram(self, s: int) -> Float[Tensor, "g u u"]:
         """W'DW of one system."""
-        gram, *others = (
+        gram, *more = (
             rows.layer.weight_gram(None if rows.square is None else rows.square[s : s + 1])[0] for rows in self.rows
         )
-        for other in others:
+        for other in more:
             gram = gram + other
-        if self.direct is not None:
-            gram = gram + torch.diag_embed(self.direct[s].square().reshape(self.layer.groups, -1))
+        if self.observed_weight is not None:
+            gram = gram + torch.diag_embed(self.observed_weight[s].square().reshape(self.layer.groups, -1))
         return gram
 
     @property
     def method(self) -> tuple[str, ...]:
         """How each system is solved."""
-        factored = {s for s, _ in self._weak} if self._direct is not None else set()
+        factored = {s for s, _ in self._trailing} if self._factorisation is not None else set()
         return tuple(
-            self._direct.method(s)
-            if self._direct is not None and s in factored
+            self._factorisation.method(s)
+            if self._factorisation is not None and s in factored
             else "channel"
-            if alone or self._iterative is None
+            if determined or self._iterative is None
             else "iterative"
-            for s, alone in enumerate(self.by_gradient_alone)
+            for s, determined in enumerate(self.determined_by_gradient)
         )
 
     @property
-    def by_gradient_alone(self) -> list[bool]:
+    def determined_by_gradient(self) -> list[bool]:
         """Per system, whether the gradient rows determine the input, so that no error of z reaches it."""
-        return (self._strong.count == self.layer.pixels).all(-1).tolist()
+        return (self._dominant.count == self.layer.pixels).all(-1).tolist()
 
     @property
     def rank(self) -> tuple[int, ...]:
         """The number of independent constraints, per system; where conjugate gradients find it too small, about."""
         per_group = self.layer.channels // self.layer.groups
-        ranks = (self._strong.count.sum(-1) * per_group).tolist()
+        ranks = (self._dominant.count.sum(-1) * per_group).tolist()
         for s, method in enumerate(self.method):
             if method == "iterative" and self._iterative is not None:
                 ranks[s] = self.layer.unknowns - self._iterative.free(s)
-            elif method != "channel" and self._direct is not None:
-                ranks[s] += self._direct.rank(s)
+            elif method != "channel" and self._factorisation is not None:
+                ranks[s] += self._factorisation.rank(s)
         return tuple(ranks)
 
     @property
     def condition(self) -> tuple[float, ...]:
-        ratio = self._strong.condition.amax(-1).tolist()
+        ratio = self._dominant.condition.amax(-1).tolist()
         for s, method in enumerate(self.method):
             if method == "iterative" and self._iterative is not None:
                 ratio[s] = max(ratio[s], self._iterative.condition(s))
-            elif method != "channel" and self._direct is not None:
-                ratio[s] = max(ratio[s], self._direct.condition(s))
+            elif method != "channel" and self._factorisation is not None:
+                ratio[s] = max(ratio[s], self._factorisation.condition(s))
         return tuple(ratio)
 
     def solve(
         self,
         z: Float[Tensor, "s o p"],
         grad: Float[Tensor, "s g j i"],
-        beside: Sequence[Side] = (),
-        direct: Float[Tensor, "s c n"] | None = None,
-    ) -> Solved:
+        others: Sequence[Rhs] = (),
+        observed_input: Float[Tensor, "s c n"] | None = None,
+    ) -> LayerSolution:
         """The least-squares input for z (without the bias) and the weight's gradient; minimum norm where not unique.
 
         Args:
-            beside: z and gradient of the other layers.
-            direct: the input's own values, as far as they are known.
+            others: z and gradient of the other layers.
+            observed_input: the input's own values, as far as they are known.
         """
-        sides = ((z, grad), *beside)
+        rhs = ((z, grad), *others)
         fine = max(self._tolerance**2, FINEST)
-        x, size = self._inverse(sides, direct, fine)
-        for _ in range(REFINEMENTS if self._direct is not None or self._iterative is None else 0):
-            more, _ = self._inverse(self._misses(sides, x), None if direct is None else direct - x, fine, size)
+        x, size = self._inverse(rhs, observed_input, fine)
+        for _ in range(REFINEMENTS if self._factorisation is not None or self._iterative is None else 0):
+            more, _ = self._inverse(
+                self._misses(rhs, x), None if observed_input is None else observed_input - x, fine, size
+            )
             x = x + more
-        misses = self._misses(sides, x)
+        misses = self._misses(rhs, x)
         weighted = [rows.weighted(miss) for rows, (miss, _) in zip(self.rows, misses, strict=True)]
-        known = [rows.weighted(z) for rows, (z, _) in zip(self.rows, sides, strict=True)]
-        if direct is not None and self.direct is not None:
-            weighted.append((direct - x) * self.direct)
-            known.append(direct * self.direct)
-        misfit, told = flat(weighted), flat(known)
-        return Solved(
+        known = [rows.weighted(z) for rows, (z, _) in zip(self.rows, rhs, strict=True)]
+        if observed_input is not None and self.observed_weight is not None:
+            weighted.append((observed_input - x) * self.observed_weight)
+            known.append(observed_input * self.observed_weight)
+        misfit, reference = flat(weighted), flat(known)
+        return LayerSolution(
             x,
             self.rank,
             self.condition,
-            _relative(misfit, told),
-            _relative(flat([miss for _, miss in misses]), flat([given for _, given in sides])),
+            _relative(misfit, reference),
+            _relative(flat([miss for _, miss in misses]), flat([given for _, given in rhs])),
             (misfit.square().sum(1) / self._used.sum(-1).clamp(min=1)).sqrt(),
             self.method,
         )
 
-    def _misses(self, sides: Sequence[Side], x: Tensor) -> list[Side]:
+    def _misses(self, rhs: Sequence[Rhs], x: Tensor) -> list[Rhs]:
         """What an input leaves of the right-hand sides."""
         return [
             (z - rows.layer.output(x), grad - rows.layer.grad_weight(x, rows.k))
-            for rows, (z, grad) in zip(self.rows, sides, strict=True)
+            for rows, (z, grad) in zip(self.rows, rhs, strict=True)
         ]
 
     def apply_inverse(
         self,
         z: Float[Tensor, "s o p"],
         grad: Float[Tensor, "s g j i"],
-        beside: Sequence[Side] = (),
-        direct: Float[Tensor, "s c n"] | None = None,
+        others: Sequence[Rhs] = (),
+        observed_input: Float[Tensor, "s c n"] | None = None,
     ) -> Float[Tensor, "s c n"]:
         """The linear map from the right-hand sides to the solution, as exactly as the size of noise needs."""
-        return self._inverse(((z, grad), *beside), direct, COARSE)[0]
+        return self._inverse(((z, grad), *others), observed_input, COARSE)[0]
 
     def _inverse(
-        self, sides: Sequence[Side], direct: Tensor | None, tolerance: float, size: Tensor | None = None
+        self, rhs: Sequence[Rhs], observed_input: Tensor | None, tolerance: float, size: Tensor | None = None
     ) -> tuple[Float[Tensor, "s c n"], Float[Tensor, " s"]]:
         """The solution once, without refinement, and the norm of the right side of its normal equations.
 
         Args:
             tolerance: of an iterative solve, relative to size.
         """
-        layer, count = self.layer, len(sides[0][0])
+        layer, count = self.layer, len(rhs[0][0])
         shape = (count, layer.groups, layer.channels // layer.groups, layer.pixels)
-        x = self._strong.alone([grad for _, grad in sides])
-        if self._direct is None and self._iterative is None:
+        x = self._dominant.pinv([grad for _, grad in rhs])
+        if self._factorisation is None and self._iterative is None:
             return x, x.new_zeros(count)
         right = torch.zeros_like(x)
-        for rows, (z, grad) in zip(self.rows, sides, strict=True):
+        for rows, (z, grad) in zip(self.rows, rhs, strict=True):
             rest = z - rows.layer.output(x)
             right = right + rows.layer.grad_input(rest if rows.square is None else rest * rows.square)
             right = right + rows.layer.grad_input(rows.k, self._scale[..., None, None] * grad)
-        if direct is not None and self.direct is not None:
-            right = right + self.direct.square() * (direct - x)
+        if observed_input is not None and self.observed_weight is not None:
+            right = right + self.observed_weight.square() * (observed_input - x)
         size = right.flatten(1).norm(dim=1) if size is None else size
-        own = torch.zeros_like(x) if self._direct is None else self._direct.solve(right.reshape(shape)).reshape(x.shape)
+        own = (
+            torch.zeros_like(x)
+            if self._factorisation is None
+            else self._factorisation.solve(right.reshape(shape)).reshape(x.shape)
+        )
         if self._iterative is not None:
             more = self._iterative.solve(right, tolerance, size)
-            factored = {s for s, _ in self._weak} if self._direct is not None else set()
+            factored = {s for s, _ in self._trailing} if self._factorisation is not None else set()
             keep = torch.tensor([s not in factored for s in range(count)], device=x.device)
             own = torch.where(keep[:, None, None], more, own)
         return x + own, size

@@ -1,4 +1,4 @@
-"""The weak directions by conjugate gradients, which multiply with the rows and form no matrix."""
+"""The trailing directions by conjugate gradients, which multiply with the rows and form no matrix."""
 
 from __future__ import annotations
 
@@ -8,70 +8,80 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rgap.constraints.periodic import periodic
-from rgap.constraints.rows import Rows
-from rgap.constraints.strong import Strong
+from rgap.inversion.layer.dominant import Dominant
+from rgap.inversion.layer.periodic import periodic
+from rgap.inversion.layer.rows import LayerRows
 from rgap.linalg import cg
+from rgap.nn.layers import Layer
 
 STEPS = 1000
 """Of conjugate gradients, at the most; a condition of 100 takes about 1,000 to full accuracy."""
 CYCLES, INNER = 6, 1e-5
 """Solves in float32, each of what the one before left, and to which part of it. Products in float32 move half the
 bytes, and bytes are what most of their time goes to."""
-COMES_BACK, CLOSE = 1e-4, 1e-6
-"""A drawn move that comes back from its rows to this part of itself has no part that they do not see; solved to this
-residual, so that rounding and steps left undone are no part of what does not come back."""
+NULL_SPACE, CLOSE = 1e-4, 1e-6
+"""Where a random input is recovered from its rows to this relative error the rows have no null space; solved to this
+residual, so that rounding and steps left undone are no part of what is not recovered."""
 
 
 class Iterative:
-    """P(W'DW + b K'K)P y = P r, where P takes the strong directions away.
+    """P(W'DW + b K'K)P y = P r, where P takes the dominant directions away.
 
-    Whether the rows determine y shows in a move that is drawn: it comes back from what the rows say of it, or it does
-    not. Of f free dimensions the part that does not come back has a square of f on average, which is how they are
-    counted; a factor of the matrix would count exactly.
+    Whether the rows determine y a probe of their null space tells: a random input is recovered from its rows, or it is
+    not. Of f free dimensions the part that is lost has a square of f on average, which is how they are counted; a
+    factor of the matrix would count exactly.
     """
 
     def __init__(
         self,
-        rows: Sequence[Rows],
-        direct: Float[Tensor, "s c n"] | None,
-        strong: Strong,
+        rows: Sequence[LayerRows],
+        observed_weight: Float[Tensor, "s c n"] | None,
+        dominant: Dominant,
         scale: Float[Tensor, "s g"],
     ):
         """
         Args:
-            direct: how far each value of the input is known by itself.
+            observed_weight: how far each value of the input is known by itself.
             scale: b, of the gradient rows.
         """
         layer = rows[0].layer
-        around = periodic(layer) if len(rows) == 1 and direct is None else None
-        self._fine = _Normal(rows, direct, strong, scale)
+        around = periodic(layer) if len(rows) == 1 and observed_weight is None else None
+        self._fine = _Normal(rows, observed_weight, dominant, scale)
         self._fast = self._fine.single()
-        self._precondition: Callable[[Tensor], Tensor] = self._fast.away
+        self._precondition: Callable[[Tensor], Tensor] = self._fast.deflate
         if around is not None:
-            self._precondition = lambda rest: self._fast.away(around(rest))
-        generator = torch.Generator(device=scale.device).manual_seed(0)
-        draw = torch.randn(1, layer.channels, layer.pixels, generator=generator, dtype=scale.dtype, device=scale.device)
-        move = self._fine.away(draw.expand(len(scale), -1, -1))
+            self._precondition = lambda rest: self._fast.deflate(around(rest))
         self._condition, self._counting, self._fully = torch.ones_like(scale[:, 0]), True, True
-        found = self.solve(self._fine(move), CLOSE, None)
-        self._counting = False
-        left = (found - move).square().sum((1, 2))
-        nothing = (strong.count == layer.pixels).all(1)  # is weak, and what is left of the move is rounding
-        self.comes_back: Bool[Tensor, " s"] = nothing | (left <= COMES_BACK**2 * move.square().sum((1, 2)))
-        self._fully = bool(self.comes_back.all())
-        self._free = torch.where(self.comes_back, 0.0, left.round().clamp(min=1))
+        all_dominant = (dominant.count == layer.pixels).all(1)
+        self.full_rank, self._free = self._null_space_probe(layer, all_dominant)
+        self._counting, self._fully = False, bool(self.full_rank.all())
         self._condition = (self._condition * (1.0 if around is None else around.condition)).sqrt()
+
+    def _null_space_probe(
+        self, layer: Layer, all_dominant: Bool[Tensor, " s"]
+    ) -> tuple[Bool[Tensor, " s"], Float[Tensor, " s"]]:
+        """Whether the rows determine the trailing part, and about how many dimensions they leave free.
+
+        Args:
+            all_dominant: systems without a trailing part; what is left of their draw is rounding.
+        """
+        like = self._condition
+        generator = torch.Generator(device=like.device).manual_seed(0)
+        draw = torch.randn(1, layer.channels, layer.pixels, generator=generator, dtype=like.dtype, device=like.device)
+        x = self._fine.deflate(draw.expand(len(like), -1, -1))
+        lost = (self.solve(self._fine(x), CLOSE, None) - x).square().sum((1, 2))
+        full_rank = all_dominant | (lost <= NULL_SPACE**2 * x.square().sum((1, 2)))
+        return full_rank, torch.where(full_rank, 0.0, lost.round().clamp(min=1))
 
     def solve(
         self, right: Float[Tensor, "s c n"], tolerance: float, size: Float[Tensor, " s"] | None
     ) -> Float[Tensor, "s c n"]:
-        """The weak part of the input, from the right side of the whole normal equations.
+        """The trailing part of the input, from the right side of the whole normal equations.
 
         Args:
             tolerance: of the residual, relative to size, or to the right side's norm.
         """
-        rest = self._fine.away(right)
+        rest = self._fine.deflate(right)
         x, norm = torch.zeros_like(rest), rest.flatten(1).norm(dim=1)
         target = tolerance * (norm if size is None else size)
         # What rounding and the preconditioner put into free dimensions no later cycle would take out again.
@@ -83,7 +93,7 @@ class Iterative:
             found = cg.solve(self._fast, (rest / unit).float(), 1.0, STEPS, aim.float(), self._precondition)
             if self._counting:
                 self._condition = self._condition.maximum(found.condition.to(norm))
-            move = unit * self._fine.away(found.x.to(rest))
+            move = unit * self._fine.deflate(found.x.to(rest))
             new = rest - self._fine(move)
             size_ = new.flatten(1).norm(dim=1)
             better = size_ < norm
@@ -114,12 +124,12 @@ class _Normal:
 
     def __init__(
         self,
-        rows: Sequence[Rows],
-        direct: Float[Tensor, "s c n"] | None,
-        strong: Strong,
+        rows: Sequence[LayerRows],
+        observed_weight: Float[Tensor, "s c n"] | None,
+        dominant: Dominant,
         scale: Float[Tensor, "s g"],
     ):
-        self._rows, self._strong, self._scale, self._direct = rows, strong, scale, direct
+        self._rows, self._dominant, self._scale, self._observed_weight = rows, dominant, scale, observed_weight
 
     def single(self) -> _Normal:
         """In float32, gradient rows scaled beforehand: their squares might not have a place in its range."""
@@ -128,17 +138,17 @@ class _Normal:
         for each in self._rows:
             k = each.k.reshape(*scale.shape, -1) * scale[..., None]
             weight = None if each.row_weight is None else each.row_weight.float()
-            rows.append(Rows(each.layer.single, k.reshape(each.k.shape).float(), weight))
-        direct = None if self._direct is None else self._direct.float()
-        strong = self._strong.single(rows, self._scale)
-        return _Normal(rows, direct, strong, torch.ones_like(self._scale, dtype=torch.float32))
+            rows.append(LayerRows(each.layer.single, k.reshape(each.k.shape).float(), weight))
+        observed_weight = None if self._observed_weight is None else self._observed_weight.float()
+        dominant = self._dominant.single(rows, self._scale)
+        return _Normal(rows, observed_weight, dominant, torch.ones_like(self._scale, dtype=torch.float32))
 
-    def away(self, x: Float[Tensor, "s c n"]) -> Float[Tensor, "s c n"]:
-        """Without the strong directions."""
-        return self._strong.away(x)
+    def deflate(self, x: Float[Tensor, "s c n"]) -> Float[Tensor, "s c n"]:
+        """Without the dominant directions."""
+        return self._dominant.deflate(x)
 
     def __call__(self, x: Float[Tensor, "s c n"]) -> Float[Tensor, "s c n"]:
-        found = x.new_zeros(()) if self._direct is None else self._direct.square() * x
+        found = x.new_zeros(()) if self._observed_weight is None else self._observed_weight.square() * x
         for rows in self._rows:
             found = found + rows.layer.normal(x, rows.k, rows.square, self._scale)
-        return self.away(found)
+        return self.deflate(found)

@@ -7,12 +7,12 @@ from typing import Literal
 from rgap.nn.layers import Layer
 
 Solver = Literal["auto", "direct", "iterative"]
-"""How weak directions are solved for; auto takes whichever needs fewer operations."""
+"""How trailing directions are solved for; auto takes whichever needs fewer operations."""
 
 LARGEST = 2**33
 """Bytes of the largest dense matrix that is formed."""
 WIDEST = 4096
-"""Strong directions are looked for where the smaller side of K0 is at most this: they take its eigenvectors."""
+"""Dominant directions are looked for where the smaller side of K0 is at most this: they take its eigenvectors."""
 PRODUCTS = 150
 """Of conjugate gradients for one layer, about: the drawn move, the input, its refinement and a draw of noise."""
 STARTED, TOUCHED = 2e7, 1000
@@ -30,19 +30,19 @@ def fits(layer: Layer) -> bool:
     return 8 * layer.groups * (layer.unknowns // layer.groups) ** 2 <= LARGEST
 
 
-def factor_is_cheaper(layer: Layer, weak: int, systems: int, rows: int) -> bool:
+def factor_is_cheaper(layer: Layer, trailing: int, systems: int, rows: int) -> bool:
     """Whether a factor takes less time than conjugate gradients.
 
     Args:
-        weak: directions of each channel that are solved for.
+        trailing: directions of each channel that are solved for.
         systems: with their own k.
         rows: gradient rows of one channel, of all layers that read the same input.
     """
-    channels, n, weak = layer.channels // layer.groups, layer.pixels, max(weak, 0)
-    factor = (channels * weak) ** 3 / 3 + channels**2 * n * weak * (n + weak)
+    channels, n, trailing = layer.channels // layer.groups, layer.pixels, max(trailing, 0)
+    factor = (channels * trailing) ** 3 / 3 + channels**2 * n * trailing * (n + trailing)
     eigen = 10.0 * n**3 if rows < n else 0.0
     formed = TOUCHED * (channels * n) ** 2
-    product = 8 * layer.weight.numel() * layer.positions + 4 * layer.channels * n * (n - weak)
+    product = 8 * layer.weight.numel() * layer.positions + 4 * layer.channels * n * (n - trailing)
     direct = layer.groups * (systems * (factor + eigen) + formed)
     return fits(layer) and direct < PRODUCTS * (systems * product + STARTED)
 
@@ -50,8 +50,8 @@ def factor_is_cheaper(layer: Layer, weak: int, systems: int, rows: int) -> bool:
 def bytes_needed(layer: Layer, solver: Solver) -> int:
     """At the most, for one system.
 
-    Vectors and patches in any case; the strong directions where they are looked for; and a matrix, its part on the
-    weak directions and the factor of that where they are formed.
+    Vectors and patches in any case; the dominant directions where they are looked for; and a matrix, its part on the
+    trailing directions and the factor of that where they are formed.
     """
     c, n, rows = layer.channels, layer.pixels, kernel_rows(layer)
     small = min(rows, n)

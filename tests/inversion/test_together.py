@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rgap import Target, capture, losses
-from rgap.attacks import Recursive, Status, together
-from rgap.attacks.together import Constraints
-from rgap.attacks.trail import Front, Given
+from rgap.attacks import Recursive, Status
+from rgap.inversion import together
+from rgap.inversion.state import Observation, State
+from rgap.inversion.together import Constraints
 from rgap.nn.network import Network
 from tests.nn.modules import Shifted, Skip, norm
 
@@ -51,7 +52,7 @@ class Case:
         self.target = Target(model, losses.CrossEntropy(head), (2, 4, 4), (0.0, 1.0))
         self.update = capture(self.target, self.x, torch.tensor([1.0]))
         gradients = {name: grad.double()[None] for name, grad in self.update.gradients.items()}
-        self.given = Given(gradients, EPS, 1e-9)
+        self.given = Observation(gradients, EPS, 1e-9)
         whole = self.target.network
         segment = next(each for each in whole.segments if each.block)
         values = whole.forward(self.x)
@@ -63,7 +64,7 @@ class Case:
         known = ks[segment.exit]
         assert known is not None
         y = values[segment.exit]
-        self.front = Front(y, known, None, torch.full_like(y, 1e-15))
+        self.front = State(y, known, None, torch.full_like(y, 1e-15))
 
     def rows(self, with_gradients: bool = True) -> Constraints:
         return Constraints(self.inside, self.given, self.front, with_gradients)
@@ -131,8 +132,10 @@ def test_narrow_blocks_are_recovered_by_the_attack_or_it_is_said_why(name: str) 
 
 def test_what_contradicts_the_block_is_not_taken_for_an_input() -> None:
     case = Case(BLOCKS["one channel inside"])
-    y = case.front.y + torch.randn(case.front.y.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    front = Front(y, case.front.k, None, case.front.error)
+    y = case.front.value + torch.randn(
+        case.front.value.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
+    front = State(y, case.front.cotangent, None, case.front.std)
     found = together.solve(case.inside, case.given, front, case.truth)
     assert isinstance(found, str)
     assert "was not found from all its constraints together, misfit" in found
@@ -140,10 +143,10 @@ def test_what_contradicts_the_block_is_not_taken_for_an_input() -> None:
 
 def test_values_that_are_not_known_do_not_matter() -> None:
     case = Case(BLOCKS["one channel inside"])
-    weight = torch.ones_like(case.front.y)
+    weight = torch.ones_like(case.front.value)
     weight[0, 0, 0, 0] = 0.0
-    y = torch.where(weight > 0, case.front.y, 1e3)
-    rows = Constraints(case.inside, case.given, Front(y, case.front.k, weight, case.front.error), True)
+    y = torch.where(weight > 0, case.front.value, 1e3)
+    rows = Constraints(case.inside, case.given, State(y, case.front.cotangent, weight, case.front.std), True)
     rows.at(case.truth)
     assert rows.misfit() < 1e-10
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
-from rgap.attacks.base import LayerReport, rounding
-from rgap.attacks.trail import Front, Given
+from rgap.inversion.report import LayerReport
+from rgap.inversion.rounding import rounding
+from rgap.inversion.state import Observation, State
 from rgap.linalg.cgls import cgls
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
@@ -49,11 +50,11 @@ class Found:
 class Constraints:
     """The rows of a block on its input: weight rows of the output, and the gradient rows of its layers."""
 
-    def __init__(self, network: Network, given: Given, front: Front, with_gradients: bool):
-        self.network, self.front = network, front
+    def __init__(self, network: Network, given: Observation, state: State, with_gradients: bool):
+        self.network, self.state = network, state
         # All rows are stated in units of their noise, which are those of the output here.
-        self.noise = max(float(front.spread[0]), given.eps * float(front.y.square().mean().sqrt()))
-        self.weight = torch.ones_like(front.y) if front.weight is None else front.weight
+        self.noise = max(float(state.rms_std[0]), given.eps * float(state.value.square().mean().sqrt()))
+        self.weight = torch.ones_like(state.value) if state.row_weight is None else state.row_weight
         self.inner = [
             (place, node.op.layer, node.reads[0])
             for place, node in enumerate(network.nodes)
@@ -69,11 +70,11 @@ class Constraints:
         self.values = self.network.forward(x)
         self.slopes = self.network.slopes(self.values)
         end = len(self.values) - 1
-        self.ks = self.network.vjp(self.values, self.slopes, {end: self.front.k})
+        self.ks = self.network.vjp(self.values, self.slopes, {end: self.state.cotangent})
         self.scales = {at: unit if bool(self.k(at).any()) else 0.0 for at, unit in self._units.items()}
 
     def output_miss(self) -> Tensor:
-        return (self.front.y - self.values[-1]) * self.weight
+        return (self.state.value - self.values[-1]) * self.weight
 
     def gradient_miss(self, place: int, layer: Layer, value: int) -> Tensor:
         return self.grads[place] - layer.grad_weight(layer.pack_input(self.values[value]), self.k(place))
@@ -86,7 +87,7 @@ class Constraints:
     def misfit(self) -> float:
         """Relative, the worst of output and gradients."""
         inner = [_relative(self.gradient_miss(*each), self.grads[each[0]]) for each in self.inner]
-        return max([_relative(self.output_miss(), self.front.y * self.weight), *inner])
+        return max([_relative(self.output_miss(), self.state.value * self.weight), *inner])
 
     def k(self, place: int) -> Tensor:
         k = self.ks[place + 1]
@@ -114,16 +115,16 @@ class Constraints:
         return torch.zeros_like(self.values[0]) if found is None else found
 
 
-def solve(network: Network, given: Given, front: Front, start: Tensor) -> Found | str:
+def solve(network: Network, given: Observation, state: State, start: Tensor) -> Found | str:
     """The input at which output and gradients agree, or why none was found.
 
     Args:
         start: (1, *shape), where to begin.
     """
-    whole = Constraints(network, given, front, True)
+    whole = Constraints(network, given, state, True)
     whole.at(start)
     misfit, x, agrees = whole.misfit(), start, max(AGREES, 100 * given.eps)
-    for rows in (Constraints(network, given, front, False), whole):
+    for rows in (Constraints(network, given, state, False), whole):
         if misfit > agrees:
             x = _descend(rows, x)
             whole.at(x)
@@ -206,7 +207,7 @@ def _reports(rows: Constraints, condition: float, error: float) -> dict[int, Lay
             gradient_rows=layer.gradient_rows,
             rank=layer.unknowns,
             condition=condition,
-            weight_residual=_relative(rows.output_miss(), rows.front.y * rows.weight),
+            weight_residual=_relative(rows.output_miss(), rows.state.value * rows.weight),
             gradient_residual=_relative(rows.gradient_miss(place, layer, value), rows.grads[place]),
             error=error,
             dead_units=int((rows.k(place)[0] == 0).all(-1).sum()),

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from rgap.nn.layers import Layer
 
-Side = tuple[Tensor, Tensor]
+Rhs = tuple[Tensor, Tensor]
 """Of one layer, z without the bias (s, o, p) and the weight's gradient (s, g, j, i)."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class LayerRows:
     """What one layer says of its input, in s systems."""
 
     layer: Layer
@@ -33,9 +33,9 @@ class Rows:
     def weighted(self, z: Tensor) -> Tensor:
         return z if self.row_weight is None else z * self.row_weight
 
-    def select(self, systems: Tensor) -> Rows:
+    def select(self, systems: Tensor) -> LayerRows:
         """Of some of the systems."""
-        return Rows(self.layer, self.k[systems], None if self.row_weight is None else self.row_weight[systems])
+        return LayerRows(self.layer, self.k[systems], None if self.row_weight is None else self.row_weight[systems])
 
     @property
     def used(self) -> Float[Tensor, "s g"]:

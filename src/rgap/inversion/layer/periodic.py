@@ -75,11 +75,11 @@ def _symbol(layer: Layer, grid: Grid, counts: list[int]) -> Tensor:
         zip(counts, grid.kernel, grid.stride, grid.padding, grid.dilation, strict=True)
     ):
         reach = torch.arange(kernel, device=w.device) * dilation - before
-        # The last dimension is that of a real transform: half of its frequencies are the others' conjugates.
+        # The last dimension is that of a real transform: half of its frequencies are conjugates of the rest.
         waves = torch.arange(count // 2 + 1 if axis == dims - 1 else count, device=w.device)
-        turn = torch.exp(2j * math.pi * waves[:, None] * reach.div(stride, rounding_mode="floor") / count)
+        rotation = torch.exp(2j * math.pi * waves[:, None] * reach.div(stride, rounding_mode="floor") / count)
         phase = torch.nn.functional.one_hot(reach % stride, stride)
-        at = turn.to(w)[:, :, None] * phase.to(w)
+        at = rotation.to(w)[:, :, None] * phase.to(w)
         w = torch.tensordot(w, at, dims=([3], [1]))  # appends frequencies and phases of this dimension
     # (g, j, c, f1, r1, f2, r2, ...)
     waves_at, phases_at = range(3, 3 + 2 * dims, 2), range(4, 3 + 2 * dims, 2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rgap.constraints import System, bytes_needed
-from rgap.constraints.cost import factor_is_cheaper, fits, kernel_rows
+from rgap.inversion.layer import LayerSystem, bytes_needed
+from rgap.inversion.layer.cost import factor_is_cheaper, fits, kernel_rows
 from rgap.nn import layers
 from rgap.nn.layers import Layer
 
@@ -34,14 +34,14 @@ def test_small_layers_are_factored_and_large_ones_are_not() -> None:
 def test_the_system_says_how_it_was_solved(size: int, method: str) -> None:
     layer = convolution(size)
     k = torch.randn(2, 12, layer.positions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert System(layer, k, None, 1e-6).method == (method,) * 2
+    assert LayerSystem(layer, k, None, 1e-6).method == (method,) * 2
 
 
 def test_the_choice_can_be_overridden() -> None:
     layer = convolution(16)
     k = torch.randn(1, 12, layer.positions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert System(layer, k, None, 1e-6, solver="iterative").method == ("iterative",)
-    assert System(layer, k, None, 1e-6, solver="direct").method == ("cholesky",)
+    assert LayerSystem(layer, k, None, 1e-6, solver="iterative").method == ("iterative",)
+    assert LayerSystem(layer, k, None, 1e-6, solver="direct").method == ("cholesky",)
 
 
 def test_memory_grows_with_the_pixels_where_no_matrix_is_formed() -> None:
@@ -57,7 +57,7 @@ def test_a_layer_with_free_dimensions_is_counted_exactly_and_solved_with_least_n
     k = torch.randn(1, 4, layer.positions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     x = torch.randn(1, 3, layer.pixels, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     z, grad = layer.output(x), layer.grad_weight(x, k)
-    exact, drawn = (System(layer, k, None, 1e-6, solver=solver) for solver in ("auto", "iterative"))
+    exact, drawn = (LayerSystem(layer, k, None, 1e-6, solver=solver) for solver in ("auto", "iterative"))
     assert (exact.method, drawn.method) == (("eigen",), ("iterative",))
     assert exact.rank[0] < layer.unknowns
     assert drawn.rank[0] == pytest.approx(exact.rank[0], abs=6 * (2 * (layer.unknowns - exact.rank[0])) ** 0.5)
@@ -65,14 +65,14 @@ def test_a_layer_with_free_dimensions_is_counted_exactly_and_solved_with_least_n
     assert float((first - second).norm()) <= 1e-5 * float(first.norm())
 
 
-def test_a_system_without_weak_directions_beside_one_that_has_some() -> None:
+def test_a_system_without_trailing_directions_next_to_one_that_has_some() -> None:
     """What the gradient determines alone is of full rank, whatever is solved in the same batch."""
     layer = convolution(12, outputs=24)
     k = torch.randn(2, 24, layer.positions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     k[1, :, 1:] = 0  # shows the pixels of one position
     x = torch.randn(2, 3, layer.pixels, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    system = System(layer, k, None, 1e-6, solver="iterative")
-    alone = [System(layer, k[s : s + 1], None, 1e-6, solver="iterative") for s in range(2)]
+    system = LayerSystem(layer, k, None, 1e-6, solver="iterative")
+    alone = [LayerSystem(layer, k[s : s + 1], None, 1e-6, solver="iterative") for s in range(2)]
     assert system.rank == tuple(each.rank[0] for each in alone) == (432, 432)
     assert system.method == tuple(each.method[0] for each in alone)
     assert torch.allclose(system.solve(layer.output(x), layer.grad_weight(x, k)).x, x, atol=1e-7)

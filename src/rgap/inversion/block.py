@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.attacks import together
-from rgap.attacks.base import LayerReport, rounding
-from rgap.attacks.trail import Front, Given, Trail, report
-from rgap.constraints import Rows, Side, Solved, System
+from rgap.inversion import together
+from rgap.inversion.layer import LayerRows, LayerSolution, LayerSystem, Rhs
+from rgap.inversion.report import LayerReport, layer_report
+from rgap.inversion.rounding import rounding
+from rgap.inversion.state import History, Observation, State
 from rgap.nn.activations import NonMonotone
 from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Concat, Elementwise, Linear, Norm, Other, Sum
@@ -25,7 +26,7 @@ DENSE = 6_000
 """Unknowns of one group above which a value that is told directly is not solved for."""
 
 
-def back(network: Network, given: Given, front: Front, trail: Trail, probe: torch.Generator) -> Front | str:
+def back(network: Network, given: Observation, state: State, trail: History, probe: torch.Generator) -> State | str:
     """What is known of the block's input from what is known of its output, for one candidate; or why nothing is.
 
     Args:
@@ -40,26 +41,26 @@ def back(network: Network, given: Given, front: Front, trail: Trail, probe: torc
     other = next((node.op for node in network.nodes if isinstance(node.op, (Norm, Other))), None)
     if other is not None:
         return f"stops at {other.name}: {other.loses}"
-    inside = Inside(network, given, front, probe)
+    inside = Inside(network, given, state, probe)
     inside.spread()
     if 0 not in inside.values or 0 not in inside.ks:
-        found = together.solve(network, given, front, inside.start())
+        found = together.solve(network, given, state, inside.start())
         if isinstance(found, str):
             return f"stops at {name}: {found}"
     else:
         # One value after another used some of the rows and not others; all of them know better.
-        rows = together.Constraints(network, given, front, True)
+        rows = together.Constraints(network, given, state, True)
         found = together.refine(rows, inside.values[0].y)
     if isinstance(found, together.Found):
         inside.take(found)
     trail.beside([inside.reports[place] for place in sorted(inside.reports)])
     value = inside.values[0]
-    return Front(value.y, inside.ks[0], None, value.error)
+    return State(value.y, inside.ks[0], None, value.error)
 
 
 @dataclass(frozen=True)
 class Known:
-    """A value inside the block, (1, *shape), as `Front` has it."""
+    """A value inside the block, (1, *shape), as `State` has it."""
 
     y: Tensor
     weight: Tensor | None
@@ -78,11 +79,11 @@ class Known:
 class Inside:
     """What is known of the values of a block, and the rules by which more becomes known."""
 
-    def __init__(self, network: Network, given: Given, front: Front, probe: torch.Generator):
+    def __init__(self, network: Network, given: Observation, state: State, probe: torch.Generator):
         self.network, self.given, self.probe = network, given, probe
         end = len(network.nodes)
-        self.values: dict[int, Known] = {end: Known(front.y, front.weight, front.error)}
-        self.ks: dict[int, Tensor] = {end: front.k}
+        self.values: dict[int, Known] = {end: Known(state.value, state.row_weight, state.std)}
+        self.ks: dict[int, Tensor] = {end: state.cotangent}
         self.slopes: dict[int, Tensor] = {}
         self.reports: dict[int, LayerReport] = {}
 
@@ -164,7 +165,7 @@ class Inside:
                     size = op.scale.abs().mean() if isinstance(op, Affine) else undone.new_ones(())
                     yield Known(undone, weight, out.size.reshape(1, *[1] * (undone.dim() - 1)) / size)
 
-    def _rows(self, value: int) -> Iterator[tuple[int, Rows, Side, Tensor]]:
+    def _rows(self, value: int) -> Iterator[tuple[int, LayerRows, Rhs, Tensor]]:
         """Of each layer that reads the value and of which something is known: place, rows, right side, error of z."""
         for place in self.network.readers[value]:
             op, k, out = self.network.nodes[place].op, self.ks.get(place + 1), self.values.get(place + 1)
@@ -181,9 +182,9 @@ class Inside:
                 z = layer.pack_output(out.y) - layer.offset
                 weight = torch.ones_like(z) if out.weight is None else layer.pack_output(out.weight)
                 error = layer.pack_output(out.error.expand(out.y.shape))
-            yield place, Rows(layer, k, weight), (z, grad), error
+            yield place, LayerRows(layer, k, weight), (z, grad), error
 
-    def _solve(self, value: int, rows: list[tuple[int, Rows, Side, Tensor]], direct: Known | None) -> None:
+    def _solve(self, value: int, rows: list[tuple[int, LayerRows, Rhs, Tensor]], direct: Known | None) -> None:
         """The value from all of its layers' constraints, and its own value where that is told, if they determine it."""
         first = rows[0][1].layer
         alike = all(
@@ -202,7 +203,7 @@ class Inside:
         beside = [each for _, each, _, _ in rows[1:]]
         sides = [side for _, _, side, _ in rows]
         head = rows[0][1]
-        system = System(first, head.k, head.row_weight, self.given.rank_tolerance, beside, sure)
+        system = LayerSystem(first, head.k, head.row_weight, self.given.rank_tolerance, beside, sure)
         if system.rank[0] < first.unknowns:
             return
         solved = system.solve(*sides[0], sides[1:], y)
@@ -211,13 +212,15 @@ class Inside:
         self.values[value] = Known(x, None, error.reshape(1, *[1] * (x.dim() - 1)))
         for place, each, _, _ in rows:
             heard = bool(each.k.any())
-            self.reports[place] = report(each.layer, each.k, each.row_weight, solved, 0, float(error), None, heard)
+            self.reports[place] = layer_report(
+                each.layer, each.k, each.row_weight, solved, 0, float(error), None, heard
+            )
 
     def _error(
         self,
-        system: System,
-        rows: list[tuple[int, Rows, Side, Tensor]],
-        solved: Solved,
+        system: LayerSystem,
+        rows: list[tuple[int, LayerRows, Rhs, Tensor]],
+        solved: LayerSolution,
         direct: Known | None,
         y: Tensor | None,
     ) -> Tensor:

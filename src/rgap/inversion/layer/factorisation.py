@@ -1,4 +1,4 @@
-"""The weak directions by a dense factor of their normal equations."""
+"""The trailing directions by a dense factor of their normal equations."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.constraints.strong import Strong
+from rgap.inversion.layer.dominant import Dominant
 from rgap.linalg import psd
 
 
-class Direct:
-    """B'(W'DW + b K'K)B, factored, for some of the systems; B holds the weak directions of each channel."""
+class Factorisation:
+    """B'(W'DW + b K'K)B, factored, for some of the systems; B holds the trailing directions of each channel."""
 
     def __init__(
         self,
         gram: Callable[[int], Float[Tensor, "g u u"]],
-        strong: Strong,
+        dominant: Dominant,
         scale: Float[Tensor, "s g"],
         which: Sequence[tuple[int, int]],
         tolerance: float,
@@ -34,16 +34,16 @@ class Direct:
         grams = {s: gram(s) for s in dict.fromkeys(s for s, _ in which)}
         for s, g in which:
             matrix = grams[s][g]
-            basis, square = strong.weak(s, g)
+            basis, square = dominant.trailing(s, g)
             n, times = len(basis), float(scale[s, g])
             channels = len(matrix) // n
             reduced = psd.congruent(matrix.reshape(channels, n, channels * n), basis)
             reduced.diagonal().add_((times * square).repeat(channels))
-            size = max(float(matrix.diagonal().max()), times * float(strong.largest[s, g]) ** 2)
+            size = max(float(matrix.diagonal().max()), times * float(dominant.largest[s, g]) ** 2)
             self._factors[s, g] = basis, psd.factor(reduced, tolerance, size)
 
     def solve(self, right: Float[Tensor, "s g c n"]) -> Float[Tensor, "s g c n"]:
-        """The weak part of the input, from the right side of the whole normal equations; zero for other systems."""
+        """The trailing part of the input, from the right side of the whole normal equations; zero for other systems."""
         x = torch.zeros_like(right)
         for (s, g), (basis, factor) in self._factors.items():
             rhs = right[s, g] @ basis

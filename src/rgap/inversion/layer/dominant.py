@@ -9,35 +9,35 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.constraints.cost import kernel_rows
-from rgap.constraints.rows import Rows
+from rgap.inversion.layer.cost import kernel_rows
+from rgap.inversion.layer.rows import LayerRows
 
-STRONG = 0.1
-"""A direction is strong if its singular value in K0 is at least this fraction of the largest.
+DOMINANT = 0.1
+"""A direction is dominant if its singular value in K0 is at least this fraction of the largest.
 
 The gradient's noise, its rounding or what a defence adds, enters a direction divided by its singular value. Where that
 is small the weight rows know better: with 0.1 in place of 0.001 the error under noise falls a thousandfold."""
 
 
-class Strong:
-    """Singular vectors of K0 = U S V', of s systems and g groups, split into strong and weak.
+class Dominant:
+    """Singular vectors of K0 = U S V', of s systems and g groups, split into dominant and trailing.
 
     They are eigenvectors of the smaller of K0 K0' and K0' K0. That squares the singular values, which does no harm:
-    the strong ones are no less than a tenth of the largest, and of a weak one only the square is used. Where K0 has
-    fewer rows than columns V is never formed: V S^-2 V' K0' = K0' C with the small matrix C = U S^-2 U'.
+    the dominant ones are no less than a tenth of the largest, and of a trailing one only the square is used. Where K0
+    has fewer rows than columns V is never formed: V S^-2 V' K0' = K0' C with the small matrix C = U S^-2 U'.
     """
 
-    def __init__(self, rows: Sequence[Rows], tolerance: float, whole: bool, none: bool = False):
+    def __init__(self, rows: Sequence[LayerRows], tolerance: float, complete: bool, none: bool = False):
         """
         Args:
-            tolerance: singular values below this fraction of the largest are never strong.
-            whole: that all directions are needed and not the strong ones alone; see `weak`.
+            tolerance: singular values below this fraction of the largest are never dominant.
+            complete: that all directions are needed and not the dominant ones alone; see `trailing`.
             none: that none is to be looked for.
         """
         self._rows = rows
         kernel = None if none else torch.cat([each.layer.kernel_matrix(each.k) for each in rows], dim=2)
         s, groups, n = len(rows[0].k), rows[0].layer.groups, rows[0].layer.pixels
-        tall = whole or (kernel is not None and kernel.shape[2] >= n)
+        tall = complete or (kernel is not None and kernel.shape[2] >= n)
         if kernel is not None and bool(kernel.any()):
             value, vector = torch.linalg.eigh(kernel.mT @ kernel if tall else kernel @ kernel.mT)
             value, vector = value.flip(-1), vector.flip(-1)
@@ -46,9 +46,9 @@ class Strong:
             value = rows[0].k.new_zeros(s, groups, side)
             vector = torch.eye(side, dtype=value.dtype, device=value.device).expand(s, groups, side, side)
         self.largest: Float[Tensor, "s g"] = value[..., 0].clamp(min=0).sqrt()
-        strong = (value >= max(STRONG, tolerance) ** 2 * value[..., :1]) & (value[..., :1] > 0)
-        self.count: Float[Tensor, "s g"] = strong.sum(-1)
-        square = torch.where(strong, value, torch.inf)
+        dominant = (value >= max(DOMINANT, tolerance) ** 2 * value[..., :1]) & (value[..., :1] > 0)
+        self.count: Float[Tensor, "s g"] = dominant.sum(-1)
+        square = torch.where(dominant, value, torch.inf)
         smallest = square.amin(-1)
         self.condition: Float[Tensor, "s g"] = torch.where(
             self.count > 0, self.largest / smallest.sqrt().clamp(min=1e-300), 1.0
@@ -56,23 +56,23 @@ class Strong:
         most = int(self.count.max()) if self.count.numel() else 0
         self._all = (vector, value.clamp(min=0)) if tall else None
         self._inverse = (1 / square)[..., :most]
-        """S^-2; zero for what a system has less of strong directions than another."""
-        # In columns, those that are not strong zero.
-        self._basis = torch.where(strong[..., None, :most], vector[..., :most], 0.0)
+        """S^-2; zero for what a system has less of dominant directions than another."""
+        # In columns, those that are not dominant zero.
+        self._basis = torch.where(dominant[..., None, :most], vector[..., :most], 0.0)
         self._core = None if tall else (self._basis * self._inverse[..., None, :]) @ self._basis.mT
 
     @property
-    def whole(self) -> bool:
-        """Whether the weak directions are known too."""
+    def complete(self) -> bool:
+        """Whether the trailing directions are known too."""
         return self._all is not None
 
-    def weak(self, s: int, g: int) -> tuple[Float[Tensor, "n d"], Float[Tensor, " d"]]:
-        """The weak directions of one system and group, in columns, and the squares of their singular values."""
+    def trailing(self, s: int, g: int) -> tuple[Float[Tensor, "n d"], Float[Tensor, " d"]]:
+        """The trailing directions of one system and group, in columns, and the squares of their singular values."""
         assert self._all is not None
         vector, value = self._all
         return vector[s, g, :, int(self.count[s, g]) :], value[s, g, int(self.count[s, g]) :]
 
-    def alone(self, grads: Sequence[Tensor]) -> Float[Tensor, "s c n"]:
+    def pinv(self, grads: Sequence[Tensor]) -> Float[Tensor, "s c n"]:
         """The part of the input that the gradient alone tells; of each layer's weight, (s, g, j, i)."""
         if not self._inverse.shape[-1]:
             layer = self._rows[0].layer
@@ -83,8 +83,8 @@ class Strong:
         x = self._by_group(pulled)
         return ((x @ self._basis * self._inverse[..., None, :]) @ self._basis.mT).reshape(pulled.shape)
 
-    def away(self, x: Float[Tensor, "s c n"]) -> Float[Tensor, "s c n"]:
-        """An input without its strong directions."""
+    def deflate(self, x: Float[Tensor, "s c n"]) -> Float[Tensor, "s c n"]:
+        """An input without its dominant directions."""
         if not self._inverse.shape[-1]:
             return x
         if self._core is None:
@@ -92,14 +92,14 @@ class Strong:
         seen = torch.cat([_stacked(each, each.layer.grad_weight(x, each.k)) for each in self._rows], 2)
         return x - self._adjoint(self._core @ seen)
 
-    def single(self, rows: Sequence[Rows], scale: Float[Tensor, "s g"]) -> Strong:
-        """In float32, for `away`, with gradient rows whose squares are scaled."""
+    def single(self, rows: Sequence[LayerRows], scale: Float[Tensor, "s g"]) -> Dominant:
+        """In float32, for `deflate`, with gradient rows whose squares are scaled."""
         other = copy(self)
         other._rows, other._all, other._basis = rows, None, self._basis.float()
         other._core = None if self._core is None else (self._core / scale[..., None, None]).float()
         return other
 
-    def _pairs(self, grads: Sequence[Tensor]) -> list[tuple[Rows, Tensor]]:
+    def _pairs(self, grads: Sequence[Tensor]) -> list[tuple[LayerRows, Tensor]]:
         return list(zip(self._rows, grads, strict=True))
 
     def _by_group(self, x: Tensor) -> Float[Tensor, "s g c n"]:
@@ -119,7 +119,7 @@ class Strong:
         return found
 
 
-def _stacked(rows: Rows, grad: Float[Tensor, "s g j i"]) -> Float[Tensor, "s g m d"]:
+def _stacked(rows: LayerRows, grad: Float[Tensor, "s g j i"]) -> Float[Tensor, "s g m d"]:
     """Gradient rows in the order of K0, m = outputs times offsets, one column for each channel."""
     s, g, j, _ = grad.shape
     return grad.reshape(s, g, j, -1, rows.layer.offsets).transpose(3, 4).reshape(s, g, j * rows.layer.offsets, -1)
