@@ -273,10 +273,11 @@ def test_whole_files_are_read(whole: dict[str, bytes], tmp_path: Path) -> None:
         assert (found is None) == ("bomb" in kind), (kind, why)
 
 
+@pytest.mark.search
 @pytest.mark.parametrize("block", range(BLOCKS))
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file(kind: str, block: int, whole: dict[str, bytes], tmp_path: Path) -> None:
-    path, rng = tmp_path / "file", seeded(kind, block)
+def test_a_damaged_file(kind: str, block: int, first_seed: int, whole: dict[str, bytes], tmp_path: Path) -> None:
+    path, rng = tmp_path / "file", seeded(kind, first_seed + block)
     path.write_bytes(whole[kind])
     right = None if "bomb" in kind else tensors(path)
     for at in range(EACH):
@@ -291,18 +292,22 @@ def test_a_damaged_file(kind: str, block: int, whole: dict[str, bytes], tmp_path
             assert all(torch.equal(t, right[name]) for name, t in found.items()), (at, damage, len(found))
 
 
+@pytest.mark.search
 @pytest.mark.parametrize("block", range(BLOCKS))
 @pytest.mark.parametrize("kind", ZIPPED)
-def test_a_damaged_member_of_a_zip_file(kind: str, block: int, whole: dict[str, bytes], tmp_path: Path) -> None:
-    path, rng = tmp_path / "file", seeded("within", kind, block)
+def test_a_damaged_member_of_a_zip_file(
+    kind: str, block: int, first_seed: int, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    path, rng = tmp_path / "file", seeded("within", kind, first_seed + block)
     for at in range(EACH):
         path.write_bytes(within(whole[kind], DAMAGES[at % len(DAMAGES)], rng))
         check(path)
 
 
+@pytest.mark.search
 @pytest.mark.parametrize("block", range(BLOCKS))
-def test_noise(block: int, tmp_path: Path) -> None:
-    path, rng = tmp_path / "file", seeded("noise", block)
+def test_noise(block: int, first_seed: int, tmp_path: Path) -> None:
+    path, rng = tmp_path / "file", seeded("noise", first_seed + block)
     starts = [b"", b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"\x10\0\0\0\0\0\0\0{", b"\x93NUMPY"]
     for at in range(EACH):
         path.write_bytes(starts[at % len(starts)] + rng.randbytes(rng.choice([0, 1, 9, 100, 5000])))

@@ -160,10 +160,11 @@ def rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
+@pytest.mark.search
 @pytest.mark.parametrize("kind", ["noise", "float16"])
-def test_reliability_beats_the_plain_mean_and_the_best_row(kind: str) -> None:
+def test_reliability_beats_the_plain_mean_and_the_best_row(kind: str, first_seed: int) -> None:
     ours, plain, single = [], [], []
-    for seed in range(20):
+    for seed in range(first_seed, first_seed + 20):
         x, grad, k = noisy(seed) if kind == "noise" else rounded(seed, torch.float16)
         rows = [grad[i] / k[i] for i in range(len(k)) if k[i] != 0]
         ours.append(rms(divide(grad, k, torch.float64 if kind == "noise" else torch.float16)[0] - x))
@@ -174,10 +175,11 @@ def test_reliability_beats_the_plain_mean_and_the_best_row(kind: str) -> None:
     assert rms(torch.tensor(ours)) < 0.9 * rms(torch.tensor(single))
 
 
+@pytest.mark.search
 @pytest.mark.parametrize("kind", ["noise", torch.float16, torch.bfloat16, torch.float32])
-def test_the_estimated_error_covers_rounding_and_noise(kind: str | torch.dtype) -> None:
+def test_the_estimated_error_covers_rounding_and_noise(kind: str | torch.dtype, first_seed: int) -> None:
     true, said = [], []
-    for seed in range(20):
+    for seed in range(first_seed, first_seed + 20):
         x, grad, k = noisy(seed) if isinstance(kind, str) else rounded(seed, kind)
         found, error = divide(grad, k, torch.float64 if isinstance(kind, str) else kind)
         true.append(rms(found - x))
@@ -194,16 +196,17 @@ def test_values_below_the_types_full_precision_are_known_less_well() -> None:
     assert 0.1 < rms(found - x) / error < 2
 
 
+@pytest.mark.search
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("activation", ["tanh", "softplus", "leaky_relu"])
-def test_the_estimated_error_covers_the_way_through_the_front(activation: str, frozen: bool) -> None:
+def test_the_estimated_error_covers_the_way_through_the_front(activation: str, frozen: bool, first_seed: int) -> None:
     true, said = [], []
     target = target_of(nn.Conv2d(3, 8, 3, 1, 1), ACTIVATIONS[activation](), *head(128))
     with torch.no_grad():
         target.model[0].weight.mul_(4)  # slopes of tanh and softplus from 0 to 1
     target.model[0].requires_grad_(not frozen)
     single = Target(target.model.float(), target.loss, target.input_shape, target.value_range)
-    for seed in range(10):
+    for seed in range(first_seed, first_seed + 10):
         found, x = attack(single, seed=seed)
         true.append(rms(found.inputs - x))
         said.append(found.answers[0].error)

@@ -141,6 +141,7 @@ def certified(found: Reconstruction, target: Target, update: Update) -> None:
 # Random networks.
 
 
+@pytest.mark.search
 @every_attack
 def test_what_is_said_of_an_answer_is_true(row: Row) -> None:
     """Exact is never said of a wrong answer, and the certificate is the distance of the recomputed gradient."""
