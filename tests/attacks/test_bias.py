@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from networks import ACTIVATIONS, LOSSES, Client, clients
 from torch import Tensor, nn
@@ -125,6 +125,10 @@ def test_exact_is_never_said_of_a_wrong_answer(seed: int, activation: str, width
 
 @DRAWN
 @given(clients())
+# The second convolution reads one pixel of four.
+@example(Client((1, 4, 4), ((1, 2, 1, 2, 0, 1), (1, 2, 1, 2, 0, 1)), (), "elu", True, LOSSES[0], 1.0, 0))
+# It reads nothing but padding.
+@example(Client((1, 4, 4), ((1, 3, 4, 1, 0, 1), (1, 2, 1, 3, 1, 1)), (), "tanh", True, LOSSES[0], 1.0, 0))
 def test_nor_on_a_chain_with_a_margin_loss(client: Client) -> None:
     found = Bias()(client.target, capture(client.target, client.x, client.y))
     if found.status is Status.EXACT:

@@ -238,7 +238,8 @@ class _Place:
 
 def _simple(layer: Layer) -> bool:
     """Whether every row of the weight's gradient is a multiple of the input."""
-    return layer.positions == 1 and layer.offsets == 1 and layer.groups == 1
+    whole = layer.seen == layer.unknowns  # a stride may pass over pixels, and padding may be all that is read
+    return whole and layer.positions == 1 and layer.offsets == 1 and layer.groups == 1
 
 
 def _places(target: Target, told: Collection[str]) -> list[_Place] | str:
