@@ -53,7 +53,7 @@ def test_own_cnn(tmp_path: Path) -> None:
 
 def test_tabular(tmp_path: Path) -> None:
     found = check("tabular", tmp_path)
-    assert found.verdict.level == "exact"
+    assert found.verdict.level.value == "exact"
     assert {case.best.attack for case in found.cases if case.best is not None} == {Bias().name}
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from rgap import Audit, Protocol, Target, losses
 from rgap.attacks import Answer, Reconstruction, Status
 from rgap.auditing import Case
+from rgap.auditing.picture import ACROSS, side_by_side
 from rgap.auditing.results import judge
 from rgap.checks import Preflight
-from rgap.picture import ACROSS, is_picture, show, side_by_side, single
+from rgap.picture import is_picture, show, single
 
 
 def opened(path: Path) -> NDArray[np.uint8]:

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from rgap import Target, Update, UpdateError, capture, losses
+from rgap import Protocol, Target, Update, UpdateError, capture, losses
+from rgap.protocol import Sends
 from rgap.update import Header
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -577,3 +578,10 @@ def test_a_gradient_that_overflows_is_refused() -> None:
     model[3].weight.data.fill_(6e4)
     with pytest.raises(UpdateError, match="values are NaN or infinite, expected finite gradients"):
         capture(small_target(model), sample(), -LABEL)
+
+
+def test_printed_it_is_one_line_without_values() -> None:
+    update = Update({"w": torch.ones(2, 3), "b": torch.zeros(2)}, Header(4, "logistic"))
+    assert str(update) == "Update: gradient of 4 sample(s), logistic loss; 2 tensors, 8 values in float32, norm 2.45"
+    protocol = Protocol(Sends.DIFFERENCE, learning_rate=0.1)
+    assert str(Update({"w": torch.ones(1)}, Header(protocol=protocol))).startswith("Update: weight difference of 1")

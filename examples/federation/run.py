@@ -56,7 +56,8 @@ def main(out: Path, iterations: int = 300, **settings: Any) -> list[rgap.Audit]:
             for case in audit.cases:
                 if case.best is not None:
                     best = case.best
-                    print(f"{case.name:<10} {found.number:<6} {best.status:<14} {best.level.value:<14} {best.psnr:.0f}")
+                    status, level = best.status.value, best.level.value
+                    print(f"{case.name:<10} {found.number:<6} {status:<14} {level:<14} {best.psnr:.0f}")
     print(f"client {CLIENTS} adds noise to what it sends. The reports: {out}/round-1.html and so on")
     return audits
 

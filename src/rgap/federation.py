@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from rgap.files import plain, write_atomically
 from rgap.reading import load_tensors
 from rgap.reading import tensors as read_tensors
+from rgap.schema import validator
 from rgap.target import Target
 from rgap.update import Update, UpdateError
 
@@ -36,7 +37,18 @@ FORMAT = 2
 
 _NODE = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _ROUND = re.compile(r"round-(\d{4,})(?:\.(\d+))?")
-_DIGEST = re.compile(r"[0-9a-f]{32}")
+ROW = validator(
+    {
+        "required": ["node", "weights", "failed", "metrics"],
+        "properties": {
+            "node": {"type": "string", "pattern": rf"^{_NODE.pattern}\Z"},
+            "weights": {"type": "string", "pattern": r"^([0-9a-f]{32})?\Z"},
+            "failed": {"type": "string"},
+            "metrics": {"type": "object"},
+        },
+    }
+)
+"""What is kept of one node."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +105,11 @@ class Round:
                 f"got round {self.number} with the nodes {', '.join(names[:8])}: expected a number from 0 on, and each "
                 "node once"
             )
+
+    @property
+    def name(self) -> str:
+        """As its folder is called."""
+        return f"round-{self.number:04}" + ("" if self.attempt == 1 else f".{self.attempt}")
 
     def by_target(self, target: Target) -> list[tuple[Target, dict[str, Update]]]:
         """The target with the weights that were sent, and what came back, by node; most often they all got the same.
@@ -238,11 +255,9 @@ def _round(path: Path, weights: Path, number: int, attempt: int) -> Round:
     for row in rows:
         if version == 1:
             row["metrics"] = row.pop("said", None)
-        node, digest, failed, metrics = (row.get(name) for name in ("node", "weights", "failed", "metrics"))
-        if not (isinstance(node, str) and _NODE.fullmatch(node) and isinstance(digest, str)):
-            raise UpdateError(f"{index}: got the node {str(node)[:100]!r}, expected a name and the digest of weights")
-        if not ((digest == "" or _DIGEST.fullmatch(digest)) and isinstance(failed, str) and isinstance(metrics, dict)):
-            raise UpdateError(f"{index}: node {node}: a field has the wrong type or value: {str(row)[:200]}")
+        if not ROW.is_valid(row):
+            raise UpdateError(f"{index}: a field of a node has the wrong type or value: {str(row)[:200]}")
+        node, digest, failed, metrics = (row[name] for name in ("node", "weights", "failed", "metrics"))
         if digest not in loaded:
             loaded[digest] = _weights(weights / f"{digest}.safetensors")
         update = None if failed else Update.load(path / f"node-{node}.safetensors")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rgap.files import write_atomically
 from rgap.protocol import ADAM_EPSILON, MOMENTUM, Optimiser, Protocol, Sends
+from rgap.schema import nullable, validator
 from rgap.target import Target, fingerprint
 
 FORMAT = 1
@@ -79,6 +80,14 @@ class Update:
                 )
             kept[name] = gradient.detach().clone()
         object.__setattr__(self, "gradients", MappingProxyType(kept))
+
+    def __str__(self) -> str:
+        """What it is, in one line, without its values."""
+        header, values = self.header, sum(g.numel() for g in self.gradients.values())
+        kind = "gradient" if header.protocol.sends is Sends.GRADIENT else "weight difference"
+        of = f"{header.batch_size} sample(s)" + (f", {header.loss} loss" if header.loss else "")
+        size = f"{len(self.gradients)} tensors, {values:,} values in {str(self.dtype).removeprefix('torch.')}"
+        return f"Update: {kind} of {of}; {size}, norm {self.norm:.3g}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,6 +215,33 @@ def tolerated(precision: float) -> float:
     return min(math.sqrt(precision), LOOSEST)
 
 
+COUNT = {"type": "integer", "minimum": 1}
+HEADER = validator(
+    {
+        "required": ["batch_size"],
+        "properties": {
+            "batch_size": COUNT,
+            "loss": nullable("string"),
+            "fingerprint": nullable("string"),
+            "training": nullable("boolean"),
+            "precision": nullable("number", minimum=0),
+            "input_shape": nullable("array", items={"type": "integer"}),
+        },
+    }
+)
+PROTOCOL = validator(
+    {
+        "properties": {
+            "steps": {"type": "integer"},
+            "clients": {"type": "integer"},
+            "learning_rate": nullable("number"),
+            "optimiser": {"enum": [optimiser.value for optimiser in Optimiser]},
+            "summed": {"type": "boolean"},
+        },
+    }
+)
+
+
 def _header(text: str | None, path: Path) -> Header:
     if text is None:
         raise UpdateError(f"{path}: no rgap header; expected an update written by rgap.Update.save")
@@ -222,48 +258,25 @@ def _header(text: str | None, path: Path) -> Header:
         )
     if found.get("kind") not in [sends.value for sends in Sends]:
         raise UpdateError(f"{path}: got an update of kind {found.get('kind')!r}, expected 'gradient' or 'difference'")
-    shape = found.get("input_shape")
-    names = ("batch_size", "loss", "fingerprint", "training", "precision")
-    header: dict[str, Any] = {name: found.get(name) for name in names}
-    right = (
-        _is(header["batch_size"], int)
-        and header["batch_size"] >= 1
-        and all(header[n] is None or isinstance(header[n], str) for n in ("loss", "fingerprint"))
-        and (header["training"] is None or isinstance(header["training"], bool))
-        and (header["precision"] is None or (_is(header["precision"], float) and header["precision"] >= 0))
-        and (shape is None or (isinstance(shape, list) and all(_is(size, int) for size in shape)))
-    )
-    if not right:
+    if not HEADER.is_valid(found):
         raise UpdateError(f"{path}: a field of the header has the wrong type: {text[:200]}")
-    protocol = _protocol(found["kind"], found.get("protocol", {}), path)
-    return Header(**header, input_shape=None if shape is None else tuple(shape), protocol=protocol)
+    header = {name: found[name] for name in HEADER.schema["properties"] if found.get(name) is not None}
+    if "input_shape" in header:
+        header["input_shape"] = tuple(header["input_shape"])
+    return Header(**header, protocol=_protocol(found["kind"], found.get("protocol", {}), path))
 
 
 def _protocol(kind: str, spec: Any, path: Path) -> Protocol:
     """The protocol of a header; fields that are not there have their defaults."""
     if not isinstance(spec, dict):
         raise UpdateError(f"{path}: the protocol is {type(spec).__name__}, expected an object")
-    steps, clients, rate = spec.get("steps", 1), spec.get("clients", 1), spec.get("learning_rate")
-    optimisers = {optimiser.value: optimiser for optimiser in Optimiser}
-    optimiser, summed = spec.get("optimiser", Optimiser.SGD.value), spec.get("summed", False)
-    right = (
-        _is(steps, int)
-        and _is(clients, int)
-        and (rate is None or _is(rate, float) or _is(rate, int))
-        and isinstance(optimiser, str)
-        and optimiser in optimisers
-        and isinstance(summed, bool)
-    )
-    if not right:
+    if not PROTOCOL.is_valid(spec):
         raise UpdateError(f"{path}: a field of the protocol has the wrong type or value: {str(spec)[:200]}")
+    fields = {name: spec[name] for name in PROTOCOL.schema["properties"] if name in spec}
     try:
-        return Protocol(Sends(kind), steps, rate, optimisers[optimiser], summed, clients)
+        return Protocol(Sends(kind), **fields | {"optimiser": Optimiser(spec.get("optimiser", Optimiser.SGD.value))})
     except ValueError as error:
         raise UpdateError(f"{path}: {error}") from error
-
-
-def _is(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _listed(names: list[str]) -> str:

@@ -81,22 +81,8 @@ def watch(
     Raises:
         ValueError: an optimizer without a model, or a model that does not hold its parameters.
     """
-    module = watched if isinstance(watched, nn.Module) else model
-    if module is None and target is not None:
-        module = target.model
-    if module is None:
-        raise ValueError(
-            "an optimizer has no names for its parameters: pass model=, the model that it trains, or target="
-        )
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if isinstance(watched, Optimizer):
-        own = {id(p) for group in watched.param_groups for p in group["params"] if p.requires_grad}
-        trained = {name: p for name, p in trained.items() if id(p) in own}
-        if len(trained) < len(own):
-            raise ValueError(
-                f"the model holds {len(trained)} of the {len(own)} parameters of the optimizer, expected all: pass "
-                "model=, the very model that it trains"
-            )
+    module = _module(watched, target, model)
+    trained = _trained(watched, module)
     seen = Watched(target, keep)
     size = batch_size or (target.batch_size if target is not None else 1)
     loss, shape = (None, None) if target is None else (target.loss.name, target.input_shape)
@@ -125,6 +111,31 @@ def watch(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _module(watched: nn.Module | Optimizer, target: Target | None, model: nn.Module | None) -> nn.Module:
+    """The model whose parameters are watched."""
+    if isinstance(watched, nn.Module):
+        return watched
+    if model is not None:
+        return model
+    if target is not None:
+        return target.model
+    raise ValueError("an optimizer has no names for its parameters: pass model=, the model that it trains, or target=")
+
+
+def _trained(watched: nn.Module | Optimizer, module: nn.Module) -> dict[str, nn.Parameter]:
+    """Its parameters by name, as far as they are trained."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if isinstance(watched, Optimizer):
+        own = {id(p) for group in watched.param_groups for p in group["params"] if p.requires_grad}
+        trained = {name: p for name, p in trained.items() if id(p) in own}
+        if len(trained) < len(own):
+            raise ValueError(
+                f"the model holds {len(trained)} of the {len(own)} parameters of the optimizer, expected all: pass "
+                "model=, the very model that it trains"
+            )
+    return trained
 
 
 def _step(trained: Mapping[str, nn.Parameter], begin: Callable[[], Take]) -> Callable[[Optimizer, Any, Any], None]:

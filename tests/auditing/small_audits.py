@@ -120,7 +120,7 @@ def result(
     ssim: float = 0.0,
     shape_psnr: float | None = None,
     reproduced: bool = True,
-    status: str = "reproduced",
+    status: Status = Status.REPRODUCED,
     labels_right: bool = True,
 ) -> Result:
     """A result of which only the quality counts."""

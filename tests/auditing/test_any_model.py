@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rgap import Target, audit, losses
-from rgap.attacks import IDLG, Bias, Closed, Recursive
+from rgap.attacks import IDLG, Bias, Closed, Recursive, Status
 
 
 class Around(nn.Module):
@@ -91,5 +91,5 @@ def test_no_operation_crashes_an_audit(name: str) -> None:
     assert any(ran.obstacle is None and ran.results for ran in found.attacks) or name in ("control flow", "recurrent")
     for ran in found.attacks:
         for result in ran.results:
-            if result.status == "exact":
+            if result.status is Status.EXACT:
                 assert float((result.inputs - x).abs().max()) < 1e-3

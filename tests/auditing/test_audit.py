@@ -256,7 +256,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     import sys
 
     made = Clock()
-    monkeypatch.setattr(sys.modules["rgap.auditing.audit"], "time", SimpleNamespace(perf_counter=made))
+    monkeypatch.setattr(sys.modules["rgap.auditing.run"], "time", SimpleNamespace(perf_counter=made))
     return made
 
 
@@ -499,7 +499,7 @@ def test_all_of_nothing_is_called_that() -> None:
     nn.init.constant_(model[1].bias, 5.0)
     target = Target(model, losses.Hinge(), SHAPE, (0.0, 1.0))
     found = audit(target, pictures(2), [1.0, 1.0], [Closed(), Bias()], about=ABOUT)
-    assert {r.status for case in found.cases for r in case.results} == {Status.GRADIENT_ZERO.value}
+    assert {r.status for case in found.cases for r in case.results} == {Status.GRADIENT_ZERO}
     document = documented(found)["verdict"]
     assert document["level"] == "nothing sent"
     assert "zero" in document["headline"]
@@ -528,3 +528,8 @@ def test_the_default_attacks_come_in_the_order_of_their_cost() -> None:
     kinds: list[type[Attack]] = [type(attack) for attack in ATTACKS]
     assert kinds == [Closed, Bias, IDLG, InvertingGradients]
     assert Level.EXACT.value == "exact"
+
+
+def test_printed_it_is_its_verdict() -> None:
+    found = audit(open_target(), pictures(1), attacks=[Bias()], about=ABOUT)
+    assert str(found).splitlines() == [found.verdict.headline, *found.verdict.sentences]

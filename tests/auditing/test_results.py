@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_audits import found, nothing, result
 
+from rgap.attacks import JointReport, LayerReport, Status
 from rgap.auditing.results import EXACT_PSNR, RECOGNISABLE_PSNR, RECOGNISABLE_SSIM, Level, Result, judge
 from rgap.checks import Preflight
 
@@ -68,7 +69,7 @@ def test_samples_stay_without_where_there_are_fewer_reconstructions() -> None:
 def test_without_an_answer_there_is_nothing_to_judge() -> None:
     (only,) = judge(nothing("Some", Preflight(("odd",), ())), random_batch(1, 0), [1.0], RANGE)
     assert (only.status, only.reason, only.level, only.warnings) == (
-        "not converged",
+        Status.NOT_CONVERGED,
         "gave up",
         Level.NOTHING,
         ("odd",),
@@ -145,7 +146,7 @@ def test_levels_at_their_thresholds(quality: dict[str, float], level: Level) -> 
 
 def test_the_thresholds_are_those_that_are_documented() -> None:
     assert (RECOGNISABLE_PSNR, RECOGNISABLE_SSIM) == (20.0, 0.5)
-    assert [level.rank for level in (Level.NOTHING, Level.RECOGNISABLE, Level.EXACT)] == [0, 1, 2]
+    assert [level.rank for level in (Level.NOTHING, Level.RECOGNISABLE, Level.EXACT)] == [1, 2, 3]
 
 
 # Through JSON and back.
@@ -155,7 +156,7 @@ texts = st.lists(st.text(max_size=8), max_size=3).map(tuple)
 results = st.builds(
     Result,
     attack=st.text(max_size=8),
-    status=st.text(max_size=8),
+    status=st.sampled_from(Status),
     reason=st.text(max_size=8),
     mse=numbers,
     psnr=numbers,
@@ -171,8 +172,8 @@ results = st.builds(
     twins=st.integers(0, 9),
     assumptions=texts,
     warnings=texts,
-    layers=st.lists(st.fixed_dictionaries({"name": st.text(max_size=4), "condition": numbers}), max_size=2),
-    joint=st.none() | st.fixed_dictionaries({"layers": st.just(("a", "b")), "condition": numbers}),
+    layers=st.lists(st.builds(LayerReport, condition=numbers, error=numbers), max_size=2).map(tuple),
+    joint=st.none() | st.builds(JointReport, layers=st.just(("a", "b")), condition=numbers),
     inputs=st.none() | st.integers(0, 99).map(lambda seed: random_batch(1, seed)),
 )
 
@@ -187,6 +188,12 @@ def test_a_result_survives_json(before: Result) -> None:
         assert getattr(after, name) == getattr(before, name)
     assert (after.assumptions, after.warnings) == (before.assumptions, before.warnings)
     assert after.inputs is before.inputs
+    assert [(layer.name, layer.rank, layer.open_since) for layer in after.layers] == [
+        (layer.name, layer.rank, layer.open_since) for layer in before.layers
+    ]
+    assert (after.joint is None) is (before.joint is None)
+    if after.joint is not None and before.joint is not None:
+        assert (after.joint.layers, after.joint.free) == (before.joint.layers, before.joint.free)
     for name in ("mse", "psnr", "ssim", "shape_psnr", "best_mse", "gradient_residual", "error"):
         one, other = getattr(before, name), getattr(after, name)
         assert other == one or (math.isnan(other) and not math.isfinite(one))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_audits import Silent, Watched, nothing, open_target, pictures
+from small_audits import Silent, Watched, nothing, open_target, pictures, result
 from torch import Tensor
 
 from rgap import Target, Update, UpdateError, audit, audit_updates, capture, losses, models
-from rgap.attacks import Bias, Closed, Status
-from rgap.auditing import Level
+from rgap.attacks import Bias, Closed, JointReport, Status
+from rgap.auditing import Case, Level
+from rgap.auditing.picture import side_by_side
 from rgap.auditing.results import from_certificate
+from rgap.auditing.verdict import verdict
 from rgap.checks import Preflight
-from rgap.picture import side_by_side
+from rgap.cli.condition import Condition
 from rgap.report import render
 from rgap.store import StoreError
 
@@ -38,7 +41,7 @@ def test_a_certificate_counts_where_nobody_knows_the_sample(tmp_path: Path) -> N
     for case in found.cases:
         assert case.truth is None
         assert case.best is not None
-        assert case.best.status == Status.EXACT.value
+        assert case.best.status is Status.EXACT
         assert case.level is Level.EXACT
         assert case.best.inputs is not None
         assert float((case.best.inputs - truth[case.name][0]).abs().max()) < 1e-3  # the certificate was right
@@ -52,14 +55,14 @@ def test_a_certificate_counts_where_nobody_knows_the_sample(tmp_path: Path) -> N
     side_by_side(found, tmp_path / "audit.png")
 
 
-def test_an_answer_without_a_certificate_does_not_count() -> None:
+def test_a_picture_that_was_found_is_a_leak_without_a_certificate() -> None:
     """The bias attack finds the picture, but does not say that it is the only one: without the truth nobody can."""
     target = open_target()
     updates, truth = sent(target)
     watched = Watched(inner=Bias())
     alone, compared = (audit_updates(target, updates, known, attacks=[watched]) for known in (None, truth))
     statuses = {case.best.status for case in alone.cases if case.best is not None}
-    expected = Level.EXACT if statuses == {"exact"} else Level.NOTHING
+    expected = Level.EXACT if statuses == {Status.EXACT} else Level.RECOGNISABLE
     assert {case.level for case in alone.cases} == {expected}
     assert {case.level for case in compared.cases} == {Level.EXACT}
     assert not any("Nobody here knows" in note for note in compared.verdict.limits)
@@ -130,3 +133,30 @@ def test_without_an_answer_nothing_is_vouched_for() -> None:
     (only,) = from_certificate(nothing("Some", Preflight((), ())), 1)
     assert only.level is Level.NOTHING
     assert only.inputs is None
+
+
+@pytest.mark.parametrize(
+    ("free", "error", "reproduced", "level"),
+    [
+        (0, 1e-3, True, Level.RECOGNISABLE),
+        (8, 1e-3, True, Level.RECOGNISABLE),
+        (8, float("nan"), True, Level.RECOGNISABLE),
+        (60, 1e-3, True, Level.NOTHING),  # a prior filled most of it
+        (8, 0.5, True, Level.NOTHING),  # its rounding may have moved it that far
+        (8, 1e-3, False, Level.NOTHING),  # it is another input
+    ],
+)
+def test_what_was_found_counts_by_what_stays_free(free: int, error: float, reproduced: bool, level: Level) -> None:
+    joint = JointReport(("conv1", "conv2"), 100, 120, 100 - free, 10.0, 3, True, "smooth")
+    x = torch.linspace(0, 1, 16).reshape(1, 1, 4, 4)
+    made = replace(
+        result(reproduced=reproduced), status=Status.RANK_DEFICIENT, error=error, joint=joint, inputs=x, compared=False
+    )
+    assert made.level is level
+    case = Case("a", None, None, (made,))
+    assert Condition("recognisable", ">", 0.0).holds([case]) is (level is Level.RECOGNISABLE)
+    found = verdict([case], (), None, chain())
+    assert found.level is level
+    if level is Level.RECOGNISABLE:
+        assert found.headline.startswith("The sample was found, up to what no constraint decides")
+        assert any(f"{free:.1f}% of its dimensions" in sentence for sentence in found.sentences)

@@ -13,6 +13,7 @@ from small_audits import open_target, result
 from torch import nn
 
 from rgap import Target, losses
+from rgap.attacks import Status
 from rgap.auditing import Case, DoseResponse, Response, Result, Verdict
 from rgap.auditing.verdict import verdict
 
@@ -53,7 +54,7 @@ def test_levels_and_numbers(kinds: list[str]) -> None:
     found = verdict_of(*kinds)
     exact, some = kinds.count("exact"), kinds.count("recognisable")
     none = len(kinds) - exact - some
-    assert found.level == ("exact" if exact else "recognisable" if some else "not recovered")
+    assert found.level.value == ("exact" if exact else "recognisable" if some else "not recovered")
     counts = f"{exact} of {len(kinds)} samples recovered exactly, {some} more recognisably, {none} not."
     assert found.sentences[0] == counts
     assert any("label" in sentence for sentence in found.sentences) is (exact > 0 == some)
@@ -97,16 +98,16 @@ def test_the_limits_name_the_thresholds_and_the_closed_form() -> None:
 
 
 def test_updates_of_zero_are_called_empty_only_if_all_are() -> None:
-    zero = result(psnr=float("nan"), ssim=float("nan"), reproduced=False, status="gradient zero")
-    assert verdict([case(zero), case(zero, zero)], (), None, TARGET).level == "nothing sent"
-    assert verdict([case(zero), case(KINDS["not recovered"])], (), None, TARGET).level == "not recovered"
-    assert verdict([case(zero), case(KINDS["exact"])], (), None, TARGET).level == "exact"
+    zero = result(psnr=float("nan"), ssim=float("nan"), reproduced=False, status=Status.GRADIENT_ZERO)
+    assert verdict([case(zero), case(zero, zero)], (), None, TARGET).level.value == "nothing sent"
+    assert verdict([case(zero), case(KINDS["not recovered"])], (), None, TARGET).level.value == "not recovered"
+    assert verdict([case(zero), case(KINDS["exact"])], (), None, TARGET).level.value == "exact"
 
 
 def test_where_nothing_ran_nothing_is_said_of_the_updates() -> None:
     for cases in ([case()], [case(), case()]):
         found = verdict(cases, (), None, TARGET)
-        assert found.level == "not recovered"
+        assert found.level.value == "not recovered"
         assert "zero" not in found.headline
 
 

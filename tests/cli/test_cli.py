@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -13,12 +14,20 @@ import pytest
 import torch
 from command import run
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from rgap import data, models
+from rgap import cli, data, models
 from rgap.attacks import DLG, Attack, Closed, Hybrid, Matching, Polish, Recursive, named
 from rgap.attacks.named import BY_NAME
+from rgap.cli import console, options
+from rgap.cli.audit import DEFENCES
 from rgap.cli.options import make_attack
+from rgap.cli.reproduce import NAMES
+from rgap.defences import ALL
+from rgap.models.named import BUILT_IN
+from rgap.reproductions import NAMES as REPRODUCTIONS
+from rgap.reproductions import by_name
 
 
 @pytest.fixture
@@ -32,12 +41,14 @@ def photograph(tmp_path: Path) -> Path:
 SMALL = ("--input-shape", "1,12,12")
 
 
-def test_help_needs_no_torch() -> None:
+@pytest.mark.parametrize("verb", ["", *cli.COMMANDS])
+def test_help_needs_no_torch(verb: str) -> None:
     code = (
-        "import sys, rgap.cli as cli; cli.group.main(['-h'], standalone_mode=False); assert 'torch' not in sys.modules"
+        f"import sys, rgap.cli as cli; cli.group.main([{verb!r}, '-h'][not {verb!r}:], standalone_mode=False); "
+        "assert not {'torch', 'numpy', 'scipy'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Exit codes" in done.stdout
+    assert ("Options" if verb else "Exit codes") in done.stdout
 
 
 @pytest.mark.parametrize("command", ["audit", "attack", "capture"])
@@ -580,3 +591,25 @@ def test_a_label_outside_the_loss_and_a_grey_picture_for_colour(
     code, _, err = run(capsys, "capture", photograph, "--label", 1)
     assert code == 1
     assert "grey picture" in err
+
+
+# What --help names without importing anything.
+
+
+def test_the_names_in_help_are_those_there_are() -> None:
+    assert tuple(BUILT_IN) == options.MODELS
+    assert tuple(BY_NAME) == options.ATTACKS
+    assert sorted(DEFENCES) == sorted(kind.__name__ for kind in ALL)
+    found = {name: by_name(name) for name in REPRODUCTIONS}
+    assert found.keys() == NAMES.keys()
+    assert {name: f"{each.title} ({each.count} {each.counted})" for name, each in found.items()} == NAMES
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_a_narrow_table_wraps_words_and_cuts_no_number(width: int) -> None:
+    made = console.table("Title", ("sample", "attack", "level"), ("MSE", "PSNR dB", "residual"))
+    made.add_row("a-long-name-of-a-file.png", "InvertingGradients", "not recovered", "1e-300", "143", "2.5e-07")
+    out = io.StringIO()
+    Console(file=out, width=width).print(made)
+    assert all(number in out.getvalue() for number in ("1e-300", "143", "2.5e-07"))
+    assert "…" not in out.getvalue()

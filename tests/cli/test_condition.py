@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rgap.attacks import Status
 from rgap.auditing import Case, Result
 from rgap.cli.condition import Condition, condition
 
@@ -32,7 +33,7 @@ def case(*qualities: tuple[float, float]) -> Case:
     """A sample with one result for each PSNR and SSIM; those of 50 dB and more are exact."""
     results = tuple(
         Result(
-            attack="Some", status="reproduced", reason="", mse=0.1, psnr=psnr, ssim=ssim, shape_psnr=psnr,
+            attack="Some", status=Status.REPRODUCED, reason="", mse=0.1, psnr=psnr, ssim=ssim, shape_psnr=psnr,
             best_mse=0.1, gradient_residual=0.0, reproduced=True, error=0.0, seconds=0.0, labels=(), labels_right=False,
             twins=0, assumptions=(), warnings=(),
         )

@@ -359,7 +359,7 @@ def test_a_number_of_examples_that_is_none_is_refused(size: Any, tmp_path: Path)
         return reply
 
     apps = dict.fromkeys(NODES, make_app(train=wrong))
-    federate(Capture(QuietMetrics(), make_target(), tmp_path, DIFFERENCE, batch_size="size"), apps, rounds=1)
+    federate(Capture(QuietMetrics(), make_target(), tmp_path, DIFFERENCE, size_key="size"), apps, rounds=1)
     assert all("'size' is" in node.failed for node in counted(tmp_path)[0].nodes)
 
 
@@ -370,7 +370,7 @@ class QuietMetrics(FedAvg):
 
 def test_where_the_client_does_not_say_the_batch_size_is_the_targets(tmp_path: Path) -> None:
     target = Target(make_model().eval(), losses.Logistic(), (4,), batch_size=3)
-    federate(Capture(FedAvg(), target, tmp_path, DIFFERENCE, batch_size="rows"), rounds=1)
+    federate(Capture(FedAvg(), target, tmp_path, DIFFERENCE, size_key="rows"), rounds=1)
     assert all(n.update is not None and n.update.header.batch_size == 3 for n in counted(tmp_path)[0].nodes)
 
 

@@ -18,11 +18,9 @@ from rgap import losses, models
 from rgap.attacks import InvertingGradients
 from rgap.reproductions import Options, Reproduction, by_name, figure4, figure5, reproduce
 from rgap.reproductions import models as zoo
-from rgap.reproductions.batches import OPTIMISED
+from rgap.reproductions.batches import OPTIMISED, Figure6, Figure7
 from rgap.reproductions.figure1 import Figure1
 from rgap.reproductions.figure3 import Figure3
-from rgap.reproductions.figure6 import Figure6
-from rgap.reproductions.figure7 import Figure7
 from rgap.reproductions.inverting_gradients import Inverting, Setting
 from rgap.reproductions.models import Models
 from rgap.reproductions.table1 import GREY, Cell, Table1

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from small_plans import kill
 
 from rgap.sweeps import Job, SweepError, SweepStore, store
-from rgap.sweeps.job import AXES, FIGURES
+from rgap.sweeps.job import AXES, FIGURES, Failure
 
 
 def job(number: int) -> Job:
@@ -115,7 +115,7 @@ def test_failures_stay_until_they_are_asked_for_again(tmp_path: Path) -> None:
     with SweepStore(path) as kept:
         kept.plan(jobs(3), "plan")
         taken = taken_by(kept, 3)
-        kept.take([], [(key, "Traceback\n  here\nValueError: bad luck") for key, _ in taken[:2]])
+        kept.take([], [(key, Failure("Traceback\n  here\nValueError: bad luck")) for key, _ in taken[:2]])
         kept.take([], [(taken[2][0], found(2))])
         assert kept.failures() == [("ValueError: bad luck", 2)]
     with SweepStore(path) as kept:
@@ -143,7 +143,7 @@ def test_a_second_result_of_one_job_changes_nothing(tmp_path: Path) -> None:
         assert [k for k, _ in taken_by(second, 1)] == [key]
         second.take([], [(key, found(1))])
         first.take([], [(key, found(2))])
-        first.take([], [(key, "it failed")])
+        first.take([], [(key, Failure("it failed"))])
         (row,) = second.rows()
     assert (row["state"], row["mse"]) == ("done", 1 / 7)
 

@@ -1,9 +1,10 @@
 """The audit: what clients would send for a few samples, attacked in every way that applies."""
 
-from rgap.auditing.audit import ATTACKS, Accounting, AttackRun, Audit, Interrupted, Step, audit, audit_updates
+from rgap.auditing.audit import ATTACKS, Audit, Interrupted, audit, audit_updates
 from rgap.auditing.describe import describe
-from rgap.auditing.dose_response import DoseResponse, Response
-from rgap.auditing.results import Case, Level, Result
+from rgap.auditing.dose_response import Accounting, DoseResponse, Response
+from rgap.auditing.results import AttackRun, Case, Level, Result
+from rgap.auditing.run import Step
 from rgap.auditing.verdict import Advice, LayerNote, Verdict
 
 __all__ = [

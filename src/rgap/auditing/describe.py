@@ -1,12 +1,16 @@
-"""A reconstruction in words and numbers, ready for JSON."""
+"""A reconstruction in words and numbers, ready for JSON, and what was kept of it read again."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
 
-from rgap.attacks import Answer, Reconstruction
+from rgap.attacks import JointReport, LayerReport, Reconstruction
 from rgap.files import plain
+
+T = TypeVar("T")
 
 
 def describe(found: Reconstruction) -> dict[str, Any]:
@@ -27,7 +31,7 @@ def describe(found: Reconstruction) -> dict[str, Any]:
                     "margin": answer.margin,
                     "gradient_residual": answer.gradient_residual,
                     "error": answer.error,
-                    **solved(answer),
+                    **solved(answer.layers, answer.joint),
                     "note": answer.note,
                 }
                 for answer in found.answers
@@ -36,9 +40,19 @@ def describe(found: Reconstruction) -> dict[str, Any]:
     )
 
 
-def solved(answer: Answer) -> dict[str, Any]:
+def solved(layers: Sequence[LayerReport], joint: JointReport | None) -> dict[str, Any]:
     """What the closed form did layer by layer, and jointly."""
     return {
-        "layers": [asdict(layer) | {"free": layer.free} for layer in answer.layers],
-        "joint": None if answer.joint is None else asdict(answer.joint) | {"free": answer.joint.free},
+        "layers": [asdict(layer) | {"free": layer.free} for layer in layers],
+        "joint": None if joint is None else asdict(joint) | {"free": joint.free},
     }
+
+
+def restored(kind: type[T], row: Mapping[str, Any]) -> T:
+    """A dataclass of its fields as JSON has them: NaN for None where a number belongs, tuples for lists."""
+    values = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        value = row[field.name]
+        missing = value is None and field.type == "float"
+        values[field.name] = math.nan if missing else tuple(value) if isinstance(value, list) else value
+    return kind(**values)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import platform
-import statistics
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from rgap.auditing.dose_response import DoseResponse, Response
-from rgap.auditing.results import Level, Result
+from rgap.auditing.results import AttackRun, Level
 from rgap.auditing.verdict import Verdict
 from rgap.files import plain
 from rgap.picture import is_picture
 
 if TYPE_CHECKING:
-    from rgap.auditing.audit import AttackRun, Audit
+    from rgap.auditing.audit import Audit
     from rgap.rank import RankAnalysis
 
 FORMAT = 2
@@ -58,11 +55,15 @@ def document(audit: Audit) -> dict[str, Any]:
                 "layers": [] if target.obstacles else [str(layer) for layer in target.chain],
                 "obstacles": [str(obstacle) for obstacle in target.obstacles],
             },
-            "protocol": _protocol(audit),
+            "protocol": {
+                **asdict(audit.protocol),
+                "sends": audit.protocol.sends.value,
+                "optimiser": audit.protocol.optimiser.value,
+            },
             "settings": settings,
             "verdict": _verdict(audit.verdict),
             "rank": None if audit.rank is None else _rank(audit.rank),
-            "attacks": [_ran(each) for each in audit.attacks],
+            "attacks": [_attack_run(each) for each in audit.attacks],
             "samples": [
                 {
                     "name": case.name,
@@ -80,7 +81,7 @@ def document(audit: Audit) -> dict[str, Any]:
                 }
                 for case in audit.cases
             ],
-            "defences": [_sweep(sweep) for sweep in audit.sweeps],
+            "defences": [_dose_response(each) for each in audit.sweeps],
             "not_run": audit.not_run,
         }
     )
@@ -99,89 +100,54 @@ def png(picture: Tensor, value_range: tuple[float, float] | None) -> str | None:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _protocol(audit: Audit) -> dict[str, Any]:
-    return {**asdict(audit.protocol), "sends": audit.protocol.sends.value, "optimiser": audit.protocol.optimiser.value}
+RANKED = ("name", "unknowns", "gradient_rows", "weight_rows", "virtual_rows", "index", "rank", "free")
+"""Of a layer's rank, what stands in audit.json."""
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
-    return {
-        "level": verdict.level,
-        "headline": verdict.headline,
-        "sentences": verdict.sentences,
-        "layer": None if verdict.layer is None else asdict(verdict.layer),
-        "advice": [
-            {
-                "what": advice.what,
-                "why": advice.why,
-                "tried": True,
-                "before": {"psnr": advice.before.psnr, "recovered": advice.before.recovered},
-                "after": {"psnr": advice.after.psnr, "recovered": advice.after.recovered},
-                "cost": {"gradient_error": advice.after.gradient_error, "epsilon": advice.after.epsilon},
-            }
-            for advice in verdict.advice
-        ],
-        "limits": verdict.limits,
-    }
+    def outcome(at: Response) -> dict[str, float]:
+        return {"psnr": at.median_psnr, "recovered": at.recovered}
+
+    advice = [
+        {
+            "what": each.what,
+            "why": each.why,
+            "tried": True,
+            "before": outcome(each.before),
+            "after": outcome(each.after),
+            "cost": {"gradient_error": each.after.gradient_error, "epsilon": each.after.epsilon},
+        }
+        for each in verdict.advice
+    ]
+    return asdict(verdict) | {"level": verdict.level.value, "advice": advice}
 
 
 def _rank(rank: RankAnalysis) -> dict[str, Any]:
-    layers = [
-        {
-            "name": layer.name,
-            "unknowns": layer.unknowns,
-            "gradient_rows": layer.gradient_rows,
-            "weight_rows": layer.weight_rows,
-            "virtual_rows": layer.virtual_rows,
-            "index": layer.index,
-            "rank": layer.rank,
-            "free": layer.free,
-        }
-        for layer in rank.layers
-    ]
+    layers = [{name: getattr(layer, name) for name in RANKED} for layer in rank.layers]
     return {"index": rank.index, "joint_free": rank.joint_free, "sentence": rank.verdict, "layers": layers}
 
 
-def _ran(ran: AttackRun) -> dict[str, Any]:
-    results = ran.results
+def _attack_run(run: AttackRun) -> dict[str, Any]:
+    numbers: dict[str, float | None] = dict.fromkeys(
+        ("exact", "recognisable", "samples", "median_psnr", "median_seconds")
+    )
+    if run.results:
+        numbers = {
+            "exact": run.at_least(Level.EXACT),
+            "recognisable": run.at_least(Level.RECOGNISABLE),
+            "samples": len(run.results),
+            "median_psnr": run.median_psnr,
+            "median_seconds": run.median_seconds,
+        }
+    return {"name": run.name, "applies": run.obstacle is None, "reason": run.obstacle or "", **numbers}
+
+
+def _dose_response(found: DoseResponse) -> dict[str, Any]:
     return {
-        "name": ran.name,
-        "applies": ran.obstacle is None,
-        "reason": ran.obstacle or "",
-        "exact": _count(results, Level.EXACT) if results else None,
-        "recognisable": _count(results, Level.RECOGNISABLE) if results else None,
-        "samples": len(results) if results else None,
-        "median_psnr": median([r.psnr for r in results]) if results else None,
-        "median_seconds": median([r.seconds for r in results]) if results else None,
-    }
-
-
-def _count(results: Sequence[Result], least: Level) -> int:
-    return sum(result.level.rank >= least.rank for result in results)
-
-
-def median(values: Sequence[float]) -> float:
-    """NaN, where there was no answer, counts as the least."""
-    return statistics.median(-math.inf if math.isnan(value) else value for value in values)
-
-
-def _sweep(sweep: DoseResponse) -> dict[str, Any]:
-    at = sweep.closes_at
-    return {
-        "name": sweep.name,
-        "strength": sweep.strength_name,
-        "about": sweep.about,
-        "points": [_point(point) for point in sweep.points],
-        "closes_at": None if at is None else at.strength,
-        "sentence": sweep.sentence,
-    }
-
-
-def _point(point: Response) -> dict[str, Any]:
-    return {
-        "strength": point.strength,
-        "median_psnr": point.psnr,
-        "median_ssim": point.ssim,
-        "recovered": point.recovered,
-        "gradient_error": point.gradient_error,
-        "epsilon": point.epsilon,
+        "name": found.name,
+        "strength": found.strength_name,
+        "about": found.about,
+        "points": [asdict(point) for point in found.points],
+        "closes_at": None if found.closes_at is None else found.closes_at.strength,
+        "sentence": found.sentence,
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from rgap.attacks import Reconstruction, Status
-from rgap.auditing.describe import solved
+from rgap.attacks import JointReport, LayerReport, Reconstruction, Status
+from rgap.auditing.describe import restored, solved
 from rgap.files import plain
 from rgap.metrics import score
 
 EXACT_PSNR = 50.0
 """In dB: errors below a step of 8-bit pixels."""
 RECOGNISABLE_PSNR, RECOGNISABLE_SSIM = 20.0, 0.5
+FOUND_FREE, FOUND_ERROR = 0.25, 0.1
+"""Where nobody knows the sample: an input with the gradient that was sent counts as recognisable if no larger share of
+its dimensions stays free, and its expected error is no larger share of the range of its values (20 dB)."""
 COMPARED = ("mse", "psnr", "ssim", "shape_psnr", "best_mse")
 """The numbers that only someone who knows the sample can give."""
 
@@ -27,6 +31,8 @@ COMPARED = ("mse", "psnr", "ssim", "shape_psnr", "best_mse")
 class Level(Enum):
     """How much came back, worst for the client last."""
 
+    NOTHING_SENT = "nothing sent"
+    """The update is zero."""
     NOTHING = "not recovered"
     RECOGNISABLE = "recognisable"
     EXACT = "exact"
@@ -41,7 +47,7 @@ class Result:
     """What one attack made of one sample. NaN where there is no number."""
 
     attack: str
-    status: str
+    status: Status
     reason: str
     mse: float
     psnr: float
@@ -61,8 +67,8 @@ class Result:
     twins: int
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...]
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    joint: dict[str, Any] | None = None
+    layers: tuple[LayerReport, ...] = ()
+    joint: JointReport | None = None
     inputs: Tensor | None = None
     """(1, *input_shape): the reconstruction that belongs to this sample; None if there is none."""
     compared: bool = True
@@ -71,29 +77,52 @@ class Result:
     @property
     def level(self) -> Level:
         if not self.compared:
-            return Level.EXACT if self.status == Status.EXACT.value else Level.NOTHING
+            return Level.EXACT if self.status is Status.EXACT else self._found
         if self.reproduced and self.psnr >= EXACT_PSNR:
             return Level.EXACT
         near = any(psnr >= RECOGNISABLE_PSNR for psnr in (self.psnr, self.shape_psnr)) or self.ssim >= RECOGNISABLE_SSIM
         return Level.RECOGNISABLE if near else Level.NOTHING
 
+    @property
+    def _found(self) -> Level:
+        """What an answer without the truth and without certainty shows: a picture that was found is a leak."""
+        if self.inputs is None or not self.reproduced or self.free_share > FOUND_FREE:
+            return Level.NOTHING
+        low, high = span(self.inputs)
+        return Level.NOTHING if self.error > FOUND_ERROR * (high - low) else Level.RECOGNISABLE
+
+    @property
+    def free_share(self) -> float:
+        """The share of dimensions that no constraint decides, so that a prior filled them; 0 if none was counted."""
+        if self.joint is not None:
+            return self.joint.free / self.joint.unknowns
+        return max((layer.free / layer.unknowns for layer in self.layers), default=0.0)
+
     def to_dict(self) -> dict[str, Any]:
         """All but the inputs, ready for JSON."""
-        return plain({f.name: getattr(self, f.name) for f in fields(self) if f.name != "inputs"})
+        row = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "inputs"}
+        return plain(row | {"status": self.status.value} | solved(self.layers, self.joint))
 
     @classmethod
     def from_dict(cls, row: dict[str, Any], inputs: Tensor | None) -> Result:
         """The inverse of `to_dict`: None becomes NaN again."""
-        numbers = (*COMPARED, "gradient_residual", "error")
-        values = {**row, **{name: math.nan if row[name] is None else row[name] for name in numbers}}
-        for name in ("labels", "assumptions", "warnings"):
-            values[name] = tuple(values[name])
-        return cls(**values, inputs=inputs)
+        typed = {
+            "inputs": inputs,
+            "status": Status(row["status"]),
+            "layers": tuple(restored(LayerReport, layer) for layer in row["layers"]),
+            "joint": None if row["joint"] is None else restored(JointReport, row["joint"]),
+        }
+        return restored(cls, row | typed)
 
 
 def gave_away(result: Result) -> tuple[int, float]:
     """How much a result gives away, to be compared."""
-    return (result.level.rank, -math.inf if math.isnan(result.psnr) else result.psnr)
+    return result.level.rank, or_least(result.psnr)
+
+
+def or_least(psnr: float) -> float:
+    """NaN, where there was no answer, counts as the least."""
+    return -math.inf if math.isnan(psnr) else psnr
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +143,28 @@ class Case:
     @property
     def level(self) -> Level:
         return Level.NOTHING if self.best is None else self.best.level
+
+
+@dataclass(frozen=True)
+class AttackRun:
+    """One attack, over all samples."""
+
+    name: str
+    obstacle: str | None
+    """Why it does not apply; None if it does."""
+    results: tuple[Result, ...] = ()
+
+    def at_least(self, level: Level) -> int:
+        """How many samples came back so well or better."""
+        return sum(result.level.rank >= level.rank for result in self.results)
+
+    @property
+    def median_psnr(self) -> float:
+        return statistics.median(or_least(result.psnr) for result in self.results)
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(result.seconds for result in self.results)
 
 
 def judge(
@@ -153,10 +204,9 @@ def from_certificate(found: Reconstruction, samples: int) -> list[Result]:
 
 def _result(found: Reconstruction, inputs: Tensor | None, right: bool | None, compared: bool, **quality: Any) -> Result:
     answer = found.answers[0] if found.answers else None
-    layers: dict[str, Any] = {} if answer is None else solved(answer)
     return Result(
         attack=found.attack,
-        status=found.status.value,
+        status=found.status,
         reason=found.reason,
         gradient_residual=math.nan if answer is None else answer.gradient_residual,
         reproduced=answer is not None and answer.gradient_residual <= found.tolerance,
@@ -167,9 +217,10 @@ def _result(found: Reconstruction, inputs: Tensor | None, right: bool | None, co
         twins=len(found.twins),
         assumptions=found.assumptions,
         warnings=found.preflight.findings,
+        layers=() if answer is None else answer.layers,
+        joint=None if answer is None else answer.joint,
         inputs=inputs,
         compared=compared,
-        **layers,
         **quality,
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rgap.attacks import Status
 from rgap.attacks.recursive import obstacle
 from rgap.auditing.dose_response import DoseResponse, Response
-from rgap.auditing.results import EXACT_PSNR, RECOGNISABLE_PSNR, RECOGNISABLE_SSIM, Case, Level
+from rgap.auditing.results import EXACT_PSNR, FOUND_FREE, RECOGNISABLE_PSNR, RECOGNISABLE_SSIM, Case, Level
 from rgap.rank import RankAnalysis
 from rgap.target import Target
 
@@ -46,8 +47,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Verdict:
-    level: str
-    """``exact``, ``recognisable``, ``not recovered``, or ``nothing sent`` for updates that are zero."""
+    level: Level
     headline: str
     sentences: tuple[str, ...]
     layer: LayerNote | None
@@ -64,24 +64,24 @@ def verdict(
     seen = sum(case.level is not Level.NOTHING for case in cases)
     tried = any(case.results for case in cases)
     unknown = [case.name for case in cases if case.truth is None]
-    zero = tried and all(r.status == "gradient zero" for case in cases for r in case.results)
+    zero = tried and all(r.status is Status.GRADIENT_ZERO for case in cases for r in case.results)
     if zero:
-        level, headline = "nothing sent", "The updates hold nothing: every gradient is zero."
+        level, headline = Level.NOTHING_SENT, "The updates hold nothing: every gradient is zero."
     elif not tried:
-        level = Level.NOTHING.value
+        level = Level.NOTHING
         headline = "No attack ran: this says nothing about what the updates give away."
     elif exact:
-        level, headline = Level.EXACT.value, _many(exact, count, "can be read out of the update exactly")
+        level, headline = Level.EXACT, _many(exact, count, "can be read out of the update exactly")
     elif seen:
-        level, headline = (
-            Level.RECOGNISABLE.value,
-            _many(seen, count, "can be recognised in what the update gives away"),
-        )
+        level = Level.RECOGNISABLE
+        known = any(case.truth is not None for case in cases if case.level is not Level.NOTHING)
+        how = "can be recognised in" if known else "was found, up to what no constraint decides, in"
+        headline = _many(seen, count, f"{how} what the update gives away")
     elif unknown:
-        level = Level.NOTHING.value
+        level = Level.NOTHING
         headline = f"Of none of the {count} samples is it certain that the attacks that were tried recovered it."
     else:
-        level = Level.NOTHING.value
+        level = Level.NOTHING
         headline = f"None of the {count} samples was recovered by the attacks that were tried."
     return Verdict(
         level,
@@ -106,6 +106,13 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int) -> list[str]:
     seen_or_not = f"{seen - exact} more recognisably, {count - seen - others} not{tail}"
     found = [f"{exact} of {count} samples recovered exactly, {seen_or_not}."]
     best = [case.best for case in cases if case.best is not None and case.level is not Level.NOTHING]
+    unknown = [r for r in best if not r.compared and r.level is not Level.EXACT]
+    if unknown:
+        free = max(r.free_share for r in unknown)
+        found.append(
+            f"Of {len(unknown)} of these nobody here knows the sample: an input was found that has the gradient that "
+            f"was sent, and {free:.1%} of its dimensions at the most stay free."
+        )
     compared = [r for r in best if r.compared]
     if compared:
         worst = max(compared, key=lambda r: r.psnr)
@@ -124,8 +131,9 @@ def _unknown(names: Sequence[str], count: int) -> tuple[str, ...]:
         return ()
     which = "these samples" if len(names) == count else f"{len(names)} of these samples"
     return (
-        f"Nobody here knows {which}: nothing could be compared. They count as recovered where a reconstruction's "
-        "certificate says exact, and nowhere else; other reconstructions may show them all the same. Look at them.",
+        f"Nobody here knows {which}: nothing could be compared. They count as exact where a reconstruction's "
+        "certificate says so, and as recognisable where it has the gradient that was sent and no more than "
+        f"{FOUND_FREE:.0%} of its dimensions stay free; others may show them all the same. Look at them.",
     )
 
 

@@ -7,10 +7,12 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
-from rgap.auditing import Case, Level
+if TYPE_CHECKING:
+    from rgap.auditing import Case
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -42,6 +44,8 @@ class Condition:
 
     def value(self, cases: Sequence[Case]) -> float:
         """The figure; NaN if no attack gave one."""
+        from rgap.auditing import Level
+
         if self.figure in ("exact", "recognisable"):
             least = Level(self.figure).rank
             return sum(case.level.rank >= least for case in cases) / len(cases)

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console
-from torch import nn
 
-from rgap import losses
-from rgap.attacks import Attack
-from rgap.attacks.named import BY_NAME, by_name
-from rgap.attacks.progress import Tick, watching
-from rgap.models.named import BUILT_IN, ModelError, built_in, own
 from rgap.protocol import Optimiser, Protocol, Sends
-from rgap.reading import load_weights
-from rgap.target import Target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rgap.attacks import Attack
+    from rgap.target import Target
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# torch takes seconds to import. What is named in --help stands here, and a test holds it against what there is.
+MODELS = ("cnn6", "cnn6-d", "fcn3", "residual", "lenet", "vgg11", "resnet20", "strided", "vit-tiny")
+ATTACKS = ("closed", "recursive", "bias", "dlg", "idlg", "inverting-gradients", "hybrid")
+LOSSES = ("bce", "cross-entropy", "exponential", "hinge", "logistic", "mse", "squared-hinge")
+ABOUT_ATTACKS = (
+    "closed: R-GAP, and where a layer leaves its input open, several layers together; recursive: layer by layer, "
+    "as in the paper; bias: a Linear layer with a bias; dlg, idlg, inverting-gradients: by optimisation; hybrid: "
+    "recursive and dlg, the smoother answer of the two."
+)
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator; --help lists them in this order."""
+
+    def decorate(command: F) -> F:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
 
 
 def _shape(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
@@ -46,80 +64,94 @@ def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
     return low, high
 
 
-def target_options(command: F) -> F:
-    """The options that say what is attacked."""
-    for option in reversed(
-        (
-            click.option(
-                "--model",
-                default="cnn6",
-                show_default=True,
-                help=f"{', '.join(BUILT_IN)}, or PKG.MOD:FACTORY, called without arguments for a torch module. "
-                "Importing it is the only code of yours that runs.",
-            ),
-            click.option(
-                "--weights",
-                type=click.Path(path_type=Path),
-                help="The model's state dict: safetensors, npz, or tensors alone as torch.save writes them.",
-            ),
-            click.option(
-                "--loss",
-                type=click.Choice(["bce", "cross-entropy", "exponential", "hinge", "logistic", "mse", "squared-hinge"]),
-                help="By default logistic for a model of one output, cross-entropy for one of several. bce: labels are "
-                "numbers whose binary digits are the outputs'; mse: a real label, or a class for several outputs; the "
-                "others but cross-entropy take labels -1 and 1.",
-            ),
-            click.option(
-                "--input-shape",
-                callback=_shape,
-                metavar="SIZES",
-                default="3,32,32",
-                show_default=True,
-                help="One sample's, no batch.",
-            ),
-            click.option(
-                "--value-range",
-                callback=_range,
-                metavar="LOW,HIGH",
-                default="0,1",
-                show_default=True,
-                help="Of an input's values, or none.",
-            ),
-            click.option(
-                "--seed", type=int, default=0, show_default=True, help="Of a built-in model's initial weights."
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+target_options = options(
+    click.option(
+        "--model",
+        default="cnn6",
+        show_default=True,
+        help=f"{', '.join(MODELS)}, or PKG.MOD:FACTORY, called without arguments for a torch module. "
+        "Importing it is the only code of yours that runs.",
+    ),
+    click.option(
+        "--weights",
+        type=PATH,
+        help="The model's state dict: safetensors, npz, or tensors alone as torch.save writes them.",
+    ),
+    click.option(
+        "--loss",
+        type=click.Choice(LOSSES),
+        help="By default logistic for a model of one output, cross-entropy for one of several. bce: labels are "
+        "numbers whose binary digits are the outputs'; mse: a real label, or a class for several outputs; the "
+        "others but cross-entropy take labels -1 and 1.",
+    ),
+    click.option(
+        "--input-shape",
+        callback=_shape,
+        metavar="SIZES",
+        default="3,32,32",
+        show_default=True,
+        help="One sample's, no batch.",
+    ),
+    click.option(
+        "--value-range",
+        callback=_range,
+        metavar="LOW,HIGH",
+        default="0,1",
+        show_default=True,
+        help="Of an input's values, or none.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of a built-in model's initial weights."),
+)
+"""What is attacked, as `make_target` takes it."""
+
+protocol_options = options(
+    click.option("--batch-size", type=COUNT, default=1, show_default=True, help="Of one client."),
+    click.option(
+        "--sends",
+        type=click.Choice([sends.value for sends in Sends]),
+        default=Sends.GRADIENT.value,
+        show_default=True,
+        help="A gradient, or the difference of its weights after local steps.",
+    ),
+    click.option("--local-steps", type=COUNT, default=1, show_default=True),
+    click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Of the local steps."),
+    click.option(
+        "--optimiser",
+        type=click.Choice([optimiser.value for optimiser in Optimiser]),
+        default=Optimiser.SGD.value,
+        show_default=True,
+        help="Of the local steps.",
+    ),
+    click.option("--summed", is_flag=True, help="The loss is summed over a batch, not averaged."),
+    click.option("--clients", type=COUNT, default=1, show_default=True, help="Averaged by the server."),
+)
+"""What a client does between its data and what it sends, as `make_protocol` takes it."""
 
 
 def attack_options(default: str | None) -> Callable[[F], F]:
-    """The options that say which attack runs, as `make_attack` takes them; several attacks, if there is no default."""
-    names = click.Choice(list(BY_NAME))
-    about = (
-        "closed: R-GAP, and where a layer leaves its input open, several layers together; recursive: layer by layer, "
-        "as in the paper; bias: a Linear layer with a bias; dlg, idlg, inverting-gradients: by optimisation; hybrid: "
-        "recursive and dlg, the smoother answer of the two."
-    )
-    which = (
-        click.option("--attack", multiple=True, type=names, help=f"Default: all that apply. {about}")
-        if default is None
-        else click.option("--attack", default=default, show_default=True, type=names, help=about)
-    )
-    options = (
-        which,
-        click.option("--iterations", type=click.IntRange(min=1), help="Of attacks by optimisation."),
-        click.option("--restarts", type=click.IntRange(min=1), help="Starts of attacks by optimisation; default: 1."),
+    """Which attack runs, as `make_attack` takes it; several attacks, if there is no default."""
+    several = "" if default else "Default: all that apply. "
+    return options(
+        click.option(
+            "--attack",
+            default=default,
+            show_default=bool(default),
+            multiple=not default,
+            type=click.Choice(ATTACKS),
+            help=several + ABOUT_ATTACKS,
+        ),
+        click.option("--iterations", type=COUNT, help="Of attacks by optimisation."),
+        click.option("--restarts", type=COUNT, help="Starts of attacks by optimisation; default: 1."),
         click.option("--polish", is_flag=True, help="Go on from the answer by Gauss-Newton on the gradient residual."),
     )
 
-    def decorate(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
 
-    return decorate
+def output_options(json_help: str = "Print the result as JSON and nothing else.") -> Callable[[F], F]:
+    """Where a command writes, and whether it prints for people."""
+    return options(
+        click.option("--out", type=PATH, default="rgap-out", show_default=True, help="Folder to write."),
+        click.option("--json", "as_json", is_flag=True, help=json_help),
+    )
 
 
 def make_attack(attack: str, iterations: int | None, restarts: int | None, polish: bool) -> Attack:
@@ -128,67 +160,65 @@ def make_attack(attack: str, iterations: int | None, restarts: int | None, polis
     Raises:
         click.BadParameter: sizes for an attack that has none.
     """
+    from rgap.attacks.named import by_name
+
     try:
         return by_name(attack, iterations, restarts, polish)
     except ValueError as error:
         raise click.BadParameter(f"--iterations and --restarts: {error}") from error
 
 
-def protocol_options(command: F) -> F:
-    """The options that say what a client does between its data and what it sends, as `make_protocol` takes them."""
-    for option in reversed(
-        (
-            click.option(
-                "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Of one client."
-            ),
-            click.option(
-                "--sends",
-                type=click.Choice([sends.value for sends in Sends]),
-                default=Sends.GRADIENT.value,
-                show_default=True,
-                help="A gradient, or the difference of its weights after local steps.",
-            ),
-            click.option("--local-steps", type=click.IntRange(min=1), default=1, show_default=True),
-            click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Of the local steps."),
-            click.option(
-                "--optimiser",
-                type=click.Choice([optimiser.value for optimiser in Optimiser]),
-                default=Optimiser.SGD.value,
-                show_default=True,
-                help="Of the local steps.",
-            ),
-            click.option("--summed", is_flag=True, help="The loss is summed over a batch, not averaged."),
-            click.option(
-                "--clients",
-                type=click.IntRange(min=1),
-                default=1,
-                show_default=True,
-                help="Averaged by the server.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def make_protocol(named: dict[str, Any]) -> Protocol:
-    """The protocol that the options describe, which are taken out of ``named`` but for the batch size.
+def make_protocol(
+    sends: str, local_steps: int, learning_rate: float | None, optimiser: str, summed: bool, clients: int
+) -> Protocol:
+    """The protocol that the options describe.
 
     Raises:
         click.BadParameter: the options contradict each other.
     """
-    fields = {
-        "sends": Sends(named.pop("sends")),
-        "steps": named.pop("local_steps"),
-        "learning_rate": named.pop("learning_rate"),
-        "optimiser": Optimiser(named.pop("optimiser")),
-        "summed": named.pop("summed"),
-        "clients": named.pop("clients"),
-    }
     try:
-        return Protocol(**fields)
+        return Protocol(Sends(sends), local_steps, learning_rate, Optimiser(optimiser), summed, clients)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
+
+
+def make_target(
+    model: str,
+    weights: Path | None,
+    loss: str | None,
+    input_shape: tuple[int, ...],
+    value_range: tuple[float, float] | None,
+    seed: int,
+    batch_size: int = 1,
+) -> Target:
+    """The target the options describe."""
+    from rgap import losses
+    from rgap.reading import load_weights
+    from rgap.target import Target
+
+    module = _module(model, input_shape, seed)
+    if weights is not None:
+        load_weights(module, weights)
+    return Target(module, losses.for_model(module, input_shape, loss), input_shape, value_range, batch_size)
+
+
+def _module(model: str, input_shape: tuple[int, ...], seed: int) -> nn.Module:
+    from rgap.models.named import ModelError, built_in, own
+
+    try:
+        return own(model) if ":" in model else built_in(model, input_shape, seed)
+    except ModelError as error:
+        raise click.BadParameter(f"--model: {error}") from error
+
+
+def taken(named: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Some of a command's options, which are taken out of all."""
+    return {name: named.pop(name) for name in names}
+
+
+ATTACK = ("attack", "iterations", "restarts", "polish")
+PROTOCOL = ("sends", "local_steps", "learning_rate", "optimiser", "summed", "clients")
+"""Names of the options of `make_attack` and `make_protocol`."""
 
 
 def config_option(command: F) -> F:
@@ -222,40 +252,3 @@ def _configured(ctx: click.Context, param: click.Parameter, value: Path | None) 
         if names[name] in whole and isinstance(entry, (bool, float)):
             raise click.BadParameter(f"{value}: got --{name} {entry!r}, expected a whole number", ctx, param)
     ctx.default_map = {str(names[name]): entry for name, entry in entries.items()}
-
-
-@contextmanager
-def shown(console: Console) -> Iterator[None]:
-    """Show how far an attack has come, for as long as it runs."""
-    with console.status("attacking") as status, watching(lambda tick: status.update(tick_line(tick))):
-        yield
-
-
-def tick_line(tick: Tick) -> str:
-    """One line of progress."""
-    if math.isnan(tick.loss):
-        return f"{tick.what} {tick.done}/{tick.total}"
-    return f"{tick.what} {tick.done}/{tick.total}, loss {tick.loss:.1e}, {tick.rate:.0f}/s, {tick.left:.0f} s left"
-
-
-def make_target(
-    model: str,
-    weights: Path | None,
-    loss: str | None,
-    input_shape: tuple[int, ...],
-    value_range: tuple[float, float] | None,
-    seed: int,
-    batch_size: int = 1,
-) -> Target:
-    """The target the options describe."""
-    module = _module(model, input_shape, seed)
-    if weights is not None:
-        load_weights(module, weights)
-    return Target(module, losses.for_model(module, input_shape, loss), input_shape, value_range, batch_size)
-
-
-def _module(model: str, input_shape: tuple[int, ...], seed: int) -> nn.Module:
-    try:
-        return own(model) if ":" in model else built_in(model, input_shape, seed)
-    except ModelError as error:
-        raise click.BadParameter(f"--model: {error}") from error

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from rgap import data
-from rgap.cli import tables
-from rgap.cli.options import make_target, target_options
+from rgap.cli.capture import sample as read_sample
+from rgap.cli.console import report
+from rgap.cli.options import COUNT, PATH, make_target, output_options, target_options
 from rgap.files import write_atomically
-from rgap.picture import is_picture
-from rgap.rank import LayerRank, plot, rank_analysis
-from rgap.rank.analysis import Progress as Step
+
+if TYPE_CHECKING:
+    from rgap.rank import LayerRank
 
 PATIENCE = 2.0
 """Seconds before a progress bar appears."""
@@ -28,12 +28,9 @@ PATIENCE = 2.0
 @click.command("rank")
 @target_options
 @click.option("--measure/--no-measure", default=True, help="Measure ranks too, where the model is a chain.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Samples behind one gradient; default 1.")
-@click.option(
-    "--sample", type=click.Path(path_type=Path), help="Picture to measure at; default: random values in the range."
-)
-@click.option("--out", type=click.Path(path_type=Path), default="rgap-out", show_default=True, help="Folder to write.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
+@click.option("--batch-size", type=COUNT, help="Samples behind one gradient; default 1.")
+@click.option("--sample", type=PATH, help="Picture to measure at; default: random values in the range.")
+@output_options()
 def command(measure: bool, batch_size: int | None, sample: Path | None, out: Path, as_json: bool, **named: Any) -> None:
     """Count and measure which layer protects the input, before any update.
 
@@ -41,13 +38,11 @@ def command(measure: bool, batch_size: int | None, sample: Path | None, out: Pat
     the dimensions of its input that stay free, alone and with all later layers. Models that are no chain of layers are
     counted, not measured. Writes rank.json and rank.png.
     """
+    from rgap.cli import tables
+    from rgap.rank import plot, rank_analysis
+
     target = make_target(**named)
-    values = None
-    if sample is not None:
-        if not is_picture(target.input_shape):
-            raise ValueError(f"inputs of shape {target.input_shape} are no pictures: leave --sample out")
-        channels, height, width = target.input_shape
-        values = data.picture(sample, size=(height, width), channels=channels).inputs
+    values = None if sample is None else read_sample(target, sample, "leave --sample out")
     console = Console(stderr=True)
     with _progress(len(target.graph.uses), console, not as_json and console.is_terminal) as step:
         analysis = rank_analysis(target, values, batch_size, measure, progress=step)
@@ -58,16 +53,16 @@ def command(measure: bool, batch_size: int | None, sample: Path | None, out: Pat
     if as_json:
         click.echo(json.dumps(document))
         return
-    report = Console()
-    report.print(tables.ranks(analysis))
+    console = report()
+    console.print(tables.ranks(analysis))
     for note in analysis.notes:
-        report.print(f"- {note}", highlight=False, markup=False)
-    report.print(f"\n{analysis.verdict}", style="bold", highlight=False, markup=False)
-    report.print(f"Picture: {out / 'rank.png'}, numbers: {out / 'rank.json'}", highlight=False, markup=False)
+        console.print(f"- {note}")
+    console.print(f"\n{analysis.verdict}", style="bold")
+    console.print(f"Picture: {out / 'rank.png'}, numbers: {out / 'rank.json'}")
 
 
 @contextmanager
-def _progress(layers: int, console: Console, shown: bool) -> Iterator[Step]:
+def _progress(layers: int, console: Console, shown: bool) -> Iterator[Callable[[LayerRank], None]]:
     """A bar that appears only when there is something to wait for."""
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("layers {task.description}"))
     bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not shown)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from rgap.attacks.progress import watching
-from rgap.cli.options import tick_line
-from rgap.reproductions import NAMES, Options, by_name, reproduce
+from rgap.cli.console import bar, report, table
+from rgap.cli.options import COUNT, PATH, output_options
 
-WIDE = 160
-"""Columns of text that goes to a file: there is no window that it must fit."""
+NAMES = {
+    "table1": "Table 1: mean MSE of R-GAP, DLG and H-GAP (50 pictures)",
+    "table2": "Table 2: index and reconstruction error of five networks (6 pictures)",
+    "figure1": "Figure 1: losses, and the product that tells the margin (200 products for each loss)",
+    "figure3": "Figure 3: R-GAP, DLG and H-GAP on CNN6 (6 pictures)",
+    "figure4": "Figure 4: twin data, two inputs with one gradient (10 pictures)",
+    "figure5": "Figure 5: noise on the gradient, against the width of the network (5 pictures)",
+    "figure6": "Figure 6: batches of two on FCN3, R-GAP and DLG (10 batches of two)",
+    "figure7": "Figure 7: batches of five on FCN3, R-GAP and DLG (10 batches of five)",
+    "inverting-gradients": "Inverting Gradients: PSNR in dB on untrained networks, one picture a gradient "
+    "(20 pictures)",
+    "models": "Models that people train, and the attacks on each (no table of the paper) (20 pictures)",
+    "training": "What training changes (no figure of the paper) (5 pictures)",
+}
+"""What there is to reproduce, by name, as --help tells it: a test holds it against the reproductions."""
 
 
 class _WithNames(click.Command):
@@ -25,62 +35,52 @@ class _WithNames(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Names"):
-            formatter.write_dl([(name, f"{title} ({count} {counted})") for name, title, count, counted in _known()])
+            formatter.write_dl(list(NAMES.items()))
         super().format_epilog(ctx, formatter)
 
 
 @click.command("reproduce", cls=_WithNames)
-@click.argument("name", type=click.Choice(NAMES), metavar="[NAME]", required=False)
+@click.argument("name", type=click.Choice(tuple(NAMES)), metavar="[NAME]", required=False)
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder with CIFAR-10 and MNIST pictures in cifar10/ and mnist/, one subfolder for each class; default: "
     "built-in photographs.",
 )
-@click.option("--count", type=click.IntRange(min=1), help="How many pictures, or what else NAME counts; see below.")
+@click.option("--count", type=COUNT, help="How many pictures, or what else NAME counts; see below.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, starts and noise.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="rgap-out", show_default=True, help="Folder to write OUT/NAME in."
-)
 @click.option("--fresh", is_flag=True, help="Start over; else a run that was interrupted goes on where it was.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
-def command(
-    name: str | None, data: Path | None, count: int | None, seed: int, out: Path, fresh: bool, as_json: bool
-) -> None:
+@output_options()
+def command(name: str | None, out: Path, fresh: bool, as_json: bool, **named: Any) -> None:
     """Compute a table or figure of the paper again, beside the paper's numbers.
 
     Without NAME, list what there is. Writes NAME.json and NAME.png to OUT/NAME. What is done is kept there after an
     interruption, and is not done again.
     """
+    from rgap.reproductions import Options, by_name, reproduce
+
     if name is None:
         _list(as_json)
         return
-    chosen = by_name(name)
-    options = Options(data, count, seed)
-    folder = out / name
-    console = Console(stderr=True)
-    with _progress(console, not as_json and console.is_terminal) as before:
-        rows = reproduce(chosen, options, folder, fresh, before)
+    chosen, options, folder = by_name(name), Options(**named), out / name
+    with bar(Console(stderr=True), as_json) as step:
+        rows = reproduce(chosen, options, folder, fresh, step)
     if as_json:
         click.echo(json.dumps(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))))
         return
-    report = Console()
-    if not report.is_terminal:
-        report = Console(width=WIDE)
-    report.print(chosen.table(rows), markup=False)
+    console = report()
+    console.print(chosen.table(rows))
     for remark in chosen.remarks(rows):
-        report.print(f"- {remark}", highlight=False, markup=False)
-    number = chosen.count if count is None else count
-    report.print(
-        f"\n{number} {chosen.counted}, seed {seed}; {chosen.pictures(options)}.", highlight=False, markup=False
-    )
-    report.print(
-        f"Picture: {folder / name}.png, numbers: {folder / name}.json", highlight=False, markup=False, soft_wrap=True
-    )
+        console.print(f"- {remark}")
+    number = options.count or chosen.count
+    console.print(f"\n{number} {chosen.counted}, seed {options.seed}; {chosen.pictures(options)}.")
+    console.print(f"Picture: {folder / name}.png, numbers: {folder / name}.json", soft_wrap=True)
 
 
 def _known() -> Iterator[tuple[str, str, int, str]]:
     """Name, title, count, and what is counted, of everything there is."""
+    from rgap.reproductions import by_name
+
     for name in NAMES:
         found = by_name(name)
         yield name, found.title, found.count, found.counted
@@ -91,29 +91,7 @@ def _list(as_json: bool) -> None:
         keys = ("name", "title", "count", "counted")
         click.echo(json.dumps([dict(zip(keys, known, strict=True)) for known in _known()]))
         return
-    table = Table(title="rgap reproduce NAME", title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
-    for column in ("name", "what", "by default"):
-        table.add_column(column, no_wrap=column == "name")
+    made = table("rgap reproduce NAME", ("name", "what", "by default"))
     for name, title, count, counted in _known():
-        table.add_row(name, title, f"{count} {counted}")
-    Console().print(table, highlight=False)
-
-
-@contextmanager
-def _progress(console: Console, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over the jobs, with the present one's name and how far its attack has come."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task("", total=None)
-        present = ""
-
-        def before(key: str, at: int, total: int) -> None:
-            nonlocal present
-            present = key
-            if bar.tasks[0].total is None:
-                bar.reset(task, total=total, completed=at, description=key)  # what was done before took no time now
-            else:
-                bar.update(task, completed=at, description=key)
-
-        with watching(lambda tick: bar.update(task, description=f"{present}: {tick_line(tick)}")):
-            yield before
+        made.add_row(name, title, f"{count} {counted}")
+    report().print(made)

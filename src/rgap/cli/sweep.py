@@ -10,20 +10,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
+from rgap.cli.console import NONE, number, report, table
+from rgap.cli.options import COUNT, PATH
 from rgap.files import plain
-from rgap.sweeps import Plan, Progress, Summary, SweepStore, sweep
-from rgap.sweeps.export import export
-from rgap.sweeps.figure import draw
 from rgap.sweeps.job import AXES
 from rgap.sweeps.summary import MEASURES, NUMERIC, Group, axes_of, grouped
+
+if TYPE_CHECKING:
+    from rgap.sweeps import Plan, Progress, Summary
 
 FAILED = 4
 """Exit code when jobs of the plan have failed."""
@@ -32,9 +33,6 @@ EVERY = 30.0
 COLUMNS = ("jobs", "exact", "recog-\nnisable", "PSNR dB", "MSE", "change", "seconds")
 ROOMY = 100
 """Columns of text from which on all of them have room."""
-NONE = "-"
-WIDE = 160
-"""Columns of text that goes to a file: there is no window that it must fit."""
 
 
 class _Runs(click.Group):
@@ -56,11 +54,11 @@ def command() -> None:
 
 
 @command.command("run")
-@click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--store", type=click.Path(path_type=Path), help="SQLite file of the results; default: PLAN.sqlite.")
+@click.argument("plan", type=PATH)
+@click.option("--store", type=PATH, help="SQLite file of the results; default: PLAN.sqlite.")
 @click.option(
     "--workers",
-    type=click.IntRange(min=1),
+    type=COUNT,
     default=lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     show_default="one for each core",
     help="Processes on this machine, each with one job in one thread. 1 needs no Dask.",
@@ -68,7 +66,7 @@ def command() -> None:
 @click.option("--scheduler", metavar="ADDRESS", help="Of a Dask scheduler, or its file: its workers do the jobs.")
 @click.option("--retry", is_flag=True, help="Do jobs that failed once more.")
 @click.option("--dry-run", is_flag=True, help="Say how many jobs there are, and how many are done, and stop.")
-@click.option("--export", "exported", type=click.Path(path_type=Path), help="Write all rows to a .csv or .parquet.")
+@click.option("--export", "exported", type=PATH, help="Write all rows to a .csv or .parquet.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON and nothing else.")
 def run(
     plan: Path,
@@ -84,6 +82,9 @@ def run(
 
     Results are kept as they come. Several runs, of one plan or of several, can share a store.
     """
+    from rgap.sweeps import Plan, SweepStore, sweep
+    from rgap.sweeps.export import export
+
     chosen, kept = Plan.load(plan), store or plan.with_suffix(".sqlite")
     if dry_run:
         _count(chosen, kept, as_json)
@@ -107,14 +108,17 @@ def run(
 
 
 @command.command("show")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=PATH)
 @click.option("--by", metavar="AXES", help=f"With commas, of {', '.join(AXES)}; default: those that vary.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw to this file: .png, .svg or .pdf.")
+@click.option("--plot", type=PATH, help="Draw to this file: .png, .svg or .pdf.")
 @click.option("--x", type=click.Choice(NUMERIC), help="Axis of the plot; default: the one that varies, else bars.")
 @click.option("--y", type=click.Choice(list(MEASURES)), default="recognisable", show_default=True, help="In the plot.")
 @click.option("--json", "as_json", is_flag=True, help="Print the groups as JSON and nothing else.")
 def show(store: Path, by: str | None, plot: Path | None, x: str | None, y: str, as_json: bool) -> None:
     """Show what is in STORE as a table, and draw it. A run may be writing meanwhile."""
+    from rgap.sweeps import SweepStore
+    from rgap.sweeps.figure import draw
+
     with SweepStore(store, make=False) as opened:
         rows, failures = list(opened.rows()), opened.failures()
     axes = tuple(name.strip() for name in by.split(",")) if by else axes_of(rows)
@@ -133,10 +137,13 @@ def show(store: Path, by: str | None, plot: Path | None, x: str | None, y: str, 
 
 
 @command.command("export")
-@click.argument("store", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("store", type=PATH)
+@click.argument("file", type=PATH)
 def export_command(store: Path, file: Path) -> None:
     """Write the rows of STORE to FILE, which ends in .csv or .parquet."""
+    from rgap.sweeps import SweepStore
+    from rgap.sweeps.export import export
+
     with SweepStore(store, make=False) as opened:
         number = export(opened.rows(), file)
     click.echo(f"{file}: {number} rows")
@@ -144,6 +151,8 @@ def export_command(store: Path, file: Path) -> None:
 
 def _count(plan: Plan, store: Path, as_json: bool) -> None:
     """Say what a run would do, without making the store."""
+    from rgap.sweeps import SweepStore
+
     keys = {job.key for job in plan.jobs()}
     done = 0
     if store.is_file():
@@ -194,23 +203,19 @@ def _time(seconds: float) -> str:
 
 
 def _report(rows: list[dict[str, Any]], axes: tuple[str, ...]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDE)
-    table = Table(title="What came out", title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    console = report()
     joined = "defence" in axes and "strength" in axes  # in one column, to leave room
     named = [name for name in axes if not (joined and name == "strength")]
-    for name in named:
-        table.add_column(name, no_wrap=True, justify="right" if name in NUMERIC else "left")
     columns = COLUMNS if console.width >= ROOMY else COLUMNS[:-2]
-    for name in columns:
-        table.add_column(name, no_wrap=True, justify="right")
+    made = table("What came out", tuple(named), columns)
+    for column, name in zip(made.columns, named, strict=False):
+        column.justify = "right" if name in NUMERIC else "left"
     for group in grouped(rows, axes):
         cells = {name: _cell(value) for name, value in zip(axes, group.values, strict=True)}
         if joined and cells["strength"] != NONE:
             cells["defence"] += f" {cells['strength']}"
-        table.add_row(*(cells[name] for name in named), *_figures(group)[: len(columns)])
-    console.print(table, highlight=False, markup=False)
+        made.add_row(*(cells[name] for name in named), *_figures(group)[: len(columns)])
+    console.print(made)
 
 
 def _figures(group: Group) -> list[str]:
@@ -219,9 +224,11 @@ def _figures(group: Group) -> list[str]:
     jobs = f"{group.jobs}" + (f", {left} left" if left else "") + (f", {failed} failed" if failed else "")
     if group.done and not group.applied:
         return [jobs, "does not apply", *[NONE] * 5]
-    shares = [f"{share:.0%}" if not math.isnan(share) else NONE for share in (group.exact, group.recognisable)]
-    numbers = ((group.psnr, ".0f"), (group.mse, ".0e"), (group.cost, ".0e"), (group.seconds, ".2f"))
-    return [jobs, *shares, *(NONE if math.isnan(value) else format(value, form) for value, form in numbers)]
+    numbers = (
+        (group.exact, ".0%"), (group.recognisable, ".0%"), (group.psnr, ".0f"), (group.mse, ".0e"), (group.cost, ".0e"),
+        (group.seconds, ".2f"),
+    )  # fmt: skip
+    return [jobs, *(number(value, form) for value, form in numbers)]
 
 
 def _cell(value: Any) -> str:

@@ -67,9 +67,9 @@ class Capture(Strategy):
         folder: where the rounds are kept, see `rgap.federation`; None: nowhere.
         protocol: how the clients train. If they send weight differences, what is kept is the difference between the
             weights that came and those that were sent; if gradients, what came is taken for one.
-        batch_size: of each of a client's steps; or the key under which its metrics say of how many samples its data
-            are, which is the same if each step is on all of them, as a `Protocol` has it. Where a client does not say,
-            the target's.
+        batch_size: of each of a client's steps; None: what its metrics say under ``size_key``, else the target's.
+        size_key: of the number of samples of a client's data, which is the batch size if each step is on all of them,
+            as a `Protocol` has it.
         arrays_key: of the record of arrays in messages and replies; None: the only one there is.
         after: is given each round that brought something, after it was kept and before it is aggregated.
 
@@ -84,17 +84,20 @@ class Capture(Strategy):
         target: Target,
         folder: str | Path | None,
         protocol: Protocol,
-        batch_size: int | str = "num-examples",
+        batch_size: int | None = None,
+        size_key: str = "num-examples",
         arrays_key: str | None = None,
         after: Callable[[Round], object] | None = None,
     ):
-        if isinstance(batch_size, int) and batch_size < 1:
-            raise ValueError(f"got batch_size={batch_size}, expected 1 or more, or the key of a client's metric")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(
+                f"got batch_size={batch_size}, expected 1 or more, or None and the key of a client's metric"
+            )
         self.strategy, self.target, self.protocol = strategy, target, protocol
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.batch_size, self.arrays_key, self.after = batch_size, arrays_key, after
+        self.batch_size, self.size_key, self.arrays_key, self.after = batch_size, size_key, arrays_key, after
         self._configure, self._aggregate = strategy.configure_train, strategy.aggregate_train
         self._sent: dict[int, Mapping[str, Tensor]] = {}
 
@@ -165,11 +168,11 @@ class Capture(Strategy):
         return Received(str(node), weights, update, metrics=metrics)
 
     def _size(self, metrics: Mapping[str, Any]) -> int:
-        if isinstance(self.batch_size, int):
+        if self.batch_size is not None:
             return self.batch_size
-        size = metrics.get(self.batch_size, self.target.batch_size)
+        size = metrics.get(self.size_key, self.target.batch_size)
         if not isinstance(size, int | float) or size < 1 or not float(size).is_integer():
-            raise UpdateError(f"its metric {self.batch_size!r} is {size}, expected a whole number from 1 on")
+            raise UpdateError(f"its metric {self.size_key!r} is {size}, expected a whole number from 1 on")
         return int(size)
 
     def _change(self, came: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jsonschema import Draft202012Validator, TypeChecker
 from jsonschema.exceptions import best_match
-from jsonschema.validators import extend
+
+from rgap.schema import validator
 
 FORMAT = 2
 """The format of audit.json that this version reads."""
@@ -20,7 +19,6 @@ KIND = "rgap-audit"
 LONGEST = 1000
 """Characters of one text that are shown; the middle of a longer one is left out."""
 LONGEST_COMMAND = 20_000
-_GREATEST = sys.float_info.max
 _SHOWN = 200
 """Characters of a wrong value in an error message."""
 # They change the order in which the characters around them are shown: a name can pose as another one.
@@ -100,18 +98,7 @@ def _short(message: str) -> str:
     return message if len(message) <= _SHOWN else f"{message[:_SHOWN]}…"
 
 
-def _finite(_: TypeChecker, value: Any) -> bool:
-    # A comparison, since math.isfinite fails on an int that no float can hold.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _GREATEST
-
-
-def _whole(_: TypeChecker, value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 @cache
 def _validator() -> Any:
     schema = json.loads(Path(__file__).with_name("schema.json").read_text(encoding="utf-8"))
-    # JSON knows neither NaN nor infinity, but Python's floats do; and 2.0 is no count, whatever JSON Schema says.
-    types = Draft202012Validator.TYPE_CHECKER.redefine_many({"number": _finite, "integer": _whole})
-    return extend(Draft202012Validator, type_checker=types)(schema)  # type: ignore[no-untyped-call]
+    return validator(schema)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
@@ -48,6 +51,10 @@ class Options:
     def grey(self, count: int) -> Images:
         """MNIST pictures, or grey photographs: (count, 1, 28, 28)."""
         return self._pictures("mnist", count, 28, 1)
+
+    def pictures(self, shape: tuple[int, int, int], count: int) -> Images:
+        """Pictures for a network that takes this shape, one of the two above."""
+        return self.colour(count) if shape[0] == 3 else self.grey(count)
 
     def _pictures(self, name: str, count: int, size: int, channels: int) -> Images:
         if self.data is None:
@@ -103,6 +110,13 @@ class Reproduction(ABC):
     @abstractmethod
     def summary(self, rows: Mapping[str, Row]) -> dict[str, Any]:
         """The table's numbers, ready for JSON."""
+
+    def new_table(self, text: Sequence[str], numbers: Sequence[str] = ()) -> Table:
+        """With these columns, those of numbers to the right."""
+        table = Table(*text, title=self.title, title_justify="left", box=None)
+        for name in numbers:
+            table.add_column(name, justify="right")
+        return table
 
     def remarks(self, rows: Mapping[str, Row]) -> Sequence[str]:
         """Why the two differ, and what a reader must know."""
@@ -181,6 +195,8 @@ def _described(value: Any) -> Any:
         return {str(key): _described(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_described(entry) for entry in value]
+    if isinstance(value, partial):
+        return {"function": _described(value.func), "arguments": _described([*value.args, value.keywords])}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (torch.dtype, Path)):
@@ -191,3 +207,33 @@ def _described(value: Any) -> Any:
 def labels(count: int) -> Tensor:
     """-1 and 1 in turn."""
     return torch.tensor([float(2 * (at % 2) - 1) for at in range(count)])
+
+
+def of(rows: Mapping[str, Row], **values: Any) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows.values() if all(row.values[name] == value for name, value in values.items())]
+
+
+def median_and_worst(errors: Iterable[float | None]) -> tuple[str, str]:
+    """Of those that are there, for a table."""
+    known = [error for error in errors if error is not None]
+    return (f"{statistics.median(known):.1e}", f"{max(known):.0e}") if known else ("-", "-")
+
+
+def grid(height: int, width: int) -> tuple[Figure, Any]:
+    """A figure of so many pictures, and its axes, which are not drawn."""
+    figure = Figure(figsize=(1.3 * width + 1.2, 1.55 * height), layout="constrained", dpi=150)
+    axes = figure.subplots(height, width, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return figure, axes
+
+
+def name_row(ax: Axes, words: str, height: float = 0.5) -> None:
+    """Name a row of pictures, at the left of its first."""
+    ax.text(-0.12, height, words, fontsize=8, rotation=90, va="center", ha="right", transform=ax.transAxes)
+
+
+def counted(statuses: Mapping[str, int]) -> str:
+    """How many ended in which way."""
+    return ", ".join(f"{count} {status}" for status, count in statuses.items())

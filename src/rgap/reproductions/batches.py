@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +38,7 @@ from rgap.attacks import DLG, Adam, Matching, Recursive
 from rgap.losses import Logistic, MarginLoss
 from rgap.nn.chain import Chain
 from rgap.picture import show
-from rgap.reproductions.base import Job, Options, Reproduction, labels
+from rgap.reproductions.base import Job, Options, Reproduction, counted, grid, labels
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture
@@ -164,20 +165,20 @@ class Batches(Reproduction):
     def table(self, rows: Mapping[str, Row]) -> Table:
         found, first = self.summary(rows), next(iter(rows.values())).values
         recursion, matching = found["recursion"], found["matching"]
-        table = Table(title=self.title, title_justify="left", box=None)
-        for column in ("", "the paper", "ours"):
-            table.add_column(column)
+        table = self.new_table(("", "the paper", "ours"))
+        least, middle, most = recursion["by_margins_ratio"]
+        mse, worst = matching["mse"]
         for what, paper, ours in (
-            ("R-GAP: status", "pictures only", _counted(recursion["statuses"])),
+            ("R-GAP: status", "pictures only", counted(recursion["statuses"])),
             ("  gradient residual, median", "", f"{recursion['residual']:.2f}"),
             ("  energy that no combination of the pictures gives, worst", "", f"{recursion['unexplained']:.0e}"),
             ("  coefficients in the first batch: measured", "", _listed(first["measured"])),
             ("    foretold from margins and slopes", "", _listed(first["by_slopes"])),
             ("    foretold from margins alone", "", _listed(first["by_margins"])),
             ("  measured - foretold with slopes, greatest", "", f"{recursion['by_slopes_error']:.0e}"),
-            ("  measured / foretold from margins alone", "", _range(recursion["by_margins_ratio"])),
+            ("  measured / foretold from margins alone", "", f"{least:.2f} to {most:.2f}, median {middle:.2f}"),
             ("  MSE to the nearest picture of the batch, median", "", f"{recursion['mse']:.1e}"),
-            (f"{matching['attack']}: MSE, median and worst", "pictures only", _pair(matching["mse"])),
+            (f"{matching['attack']}: MSE, median and worst", "pictures only", f"{mse:.0e} and {worst:.0e}"),
             ("  batches whose labels came out right", "", f"{matching['labels_right']} of {len(rows)}"),
             ("seconds a batch, R-GAP and DLG", "", f"{recursion['seconds']:.2f}, {matching['seconds']:.1f}"),
         ):
@@ -186,14 +187,13 @@ class Batches(Reproduction):
 
     def summary(self, rows: Mapping[str, Row]) -> dict[str, Any]:
         found = [row.values for row in rows.values()]
-        statuses = [each["status"] for each in found]
         ratio = [m / p for each in found for m, p in zip(each["measured"], each["by_margins"], strict=True)]
         errors = [abs(m - p) for each in found for m, p in zip(each["measured"], each["by_slopes"], strict=True)]
         mse = [error for each in found for error in each["matching"]["mse"]]
         return {
             "batch_size": self.size,
             "recursion": {
-                "statuses": {status: statuses.count(status) for status in sorted(set(statuses))},
+                "statuses": dict(sorted(Counter(each["status"] for each in found).items())),
                 "residual": statistics.median(each["residual"] for each in found),
                 "unexplained": max(each["unexplained"] for each in found),
                 "by_slopes_error": max(errors),
@@ -225,11 +225,8 @@ class Batches(Reproduction):
     def draw(self, rows: Mapping[str, Row]) -> Figure:
         shown = list(rows.values())[:DRAWN]
         width = 2 * self.size + 2
-        figure = Figure(figsize=(0.4 + 1.15 * width, 0.5 + 1.45 * len(shown)), layout="constrained", dpi=150)
-        axes = figure.subplots(len(shown), width, squeeze=False)
+        figure, axes = grid(len(shown), width)
         for line, row in zip(axes, shown, strict=True):
-            for ax in line:
-                ax.set_axis_off()
             values, own = row.values, row.tensors
             for at in range(self.size):
                 _place(line[at], own["truth"][at], RANGE, f"y = {values['labels'][at]:+.0f}")
@@ -249,6 +246,26 @@ class Batches(Reproduction):
                 va="bottom", fontsize=9, fontweight="bold",
             )  # fmt: skip
         return figure
+
+
+@dataclass(frozen=True)
+class Figure6(Batches):
+    """Batches of two."""
+
+    name: ClassVar[str] = "figure6"
+    title: ClassVar[str] = "Figure 6: batches of two on FCN3, R-GAP and DLG"
+    counted: ClassVar[str] = "batches of two"
+    size: ClassVar[int] = 2
+
+
+@dataclass(frozen=True)
+class Figure7(Batches):
+    """Batches of five."""
+
+    name: ClassVar[str] = "figure7"
+    title: ClassVar[str] = "Figure 7: batches of five on FCN3, R-GAP and DLG"
+    counted: ClassVar[str] = "batches of five"
+    size: ClassVar[int] = 5
 
 
 def _attacked(target: Target, inputs: Tensor, matching: Matching) -> Row:
@@ -313,16 +330,3 @@ def _listed(numbers: Sequence[float], across: int | None = None) -> str:
     across = len(numbers) if across is None else across
     lines = [numbers[at : at + across] for at in range(0, len(numbers), across)]
     return "\n".join(" ".join(f"{number:+.2f}" for number in line) for line in lines)
-
-
-def _counted(statuses: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {status}" for status, count in statuses.items())
-
-
-def _range(numbers: Sequence[float]) -> str:
-    least, median, most = numbers
-    return f"{least:.2f} to {most:.2f}, median {median:.2f}"
-
-
-def _pair(numbers: Sequence[float]) -> str:
-    return " and ".join(f"{number:.0e}" for number in numbers)

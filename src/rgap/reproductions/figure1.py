@@ -91,19 +91,10 @@ class Figure1(Reproduction):
         return [Job(curve.ours.name, lambda curve=curve: _measured(curve, count)) for curve in CURVES]  # type: ignore[misc]
 
     def table(self, rows: Mapping[str, Row]) -> Table:
-        table = Table(title=self.title, title_justify="left", box=None)
-        for column in (
-            "loss",
-            "the paper",
-            "turns at: by search",
-            "rgap",
-            "minimum: by search",
-            "rgap",
-            "roots",
-            "missing",
-            "greatest error",
-        ):
-            table.add_column(column, justify="left" if column in ("loss", "the paper") else "right")
+        numbers = (
+            "turns at: by search", "rgap", "minimum: by search", "rgap", "roots", "missing", "greatest error",
+        )  # fmt: skip
+        table = self.new_table(("loss", "the paper"), numbers)
         for name, found in self.summary(rows).items():
             table.add_row(
                 name,

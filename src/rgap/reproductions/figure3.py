@@ -12,6 +12,7 @@ from typing import ClassVar
 from matplotlib.figure import Figure
 
 from rgap.picture import show
+from rgap.reproductions.base import grid, name_row
 from rgap.reproductions.table1 import CELLS, VALUE_RANGE, Cell, Table1, tensors
 from rgap.store import Row
 
@@ -31,11 +32,7 @@ class Figure3(Table1):
 
     def draw(self, rows: Mapping[str, Row]) -> Figure:
         columns = min(MOST, len(tensors(rows, self.cells[0], "R-GAP", "truth")))
-        height = 4 * len(self.cells)
-        figure = Figure(figsize=(1.3 * columns + 1.2, 1.55 * height), layout="constrained", dpi=150)
-        axes = figure.subplots(height, columns, squeeze=False)
-        for ax in axes.flat:
-            ax.set_axis_off()
+        figure, axes = grid(4 * len(self.cells), columns)
         for block, cell in enumerate(self.cells):
             own = {name: self.column(rows, cell, name) for name in ("R-GAP", "DLG")}
             truth = tensors(rows, cell, "R-GAP", "truth")
@@ -53,9 +50,7 @@ class Figure3(Table1):
                     if attack is not None:
                         ax.set_title(f"MSE {own[attack]['mse'][at]:.0e}", fontsize=7)
                     if at == 0:
-                        ax.text(
-                            -0.12, 0.5, word, fontsize=8, rotation=90, va="center", ha="right", transform=ax.transAxes
-                        )
+                        name_row(ax, word)
         return figure
 
 

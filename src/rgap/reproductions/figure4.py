@@ -9,6 +9,7 @@ Source: J. Zhu and M. Blaschko, *R-GAP: Recursive Gradient Attack on Privacy*, I
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,11 +26,10 @@ from rgap import losses, models
 from rgap.attacks import IDLG, Recursive
 from rgap.attacks.base import gradient_residual
 from rgap.attacks.matching import Near
-from rgap.data import Images
 from rgap.nn.chain import Chain
 from rgap.nn.losses import MarginLoss
 from rgap.picture import show
-from rgap.reproductions.base import Job, Options, Reproduction
+from rgap.reproductions.base import Job, Options, Reproduction, of
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import Update, capture
@@ -95,17 +95,14 @@ class Network:
     """A network that scales, with the pictures it takes."""
 
     name: str
-    build: Callable[[int], nn.Module]
+    build: Callable[..., nn.Module]
     """From a seed."""
     shape: tuple[int, int, int]
 
-    def images(self, options: Options, count: int) -> Images:
-        return options.colour(count) if self.shape[0] == 3 else options.grey(count)
-
 
 NETWORKS = (
-    Network("CNN6", lambda seed: models.cnn6(seed=seed), (3, 32, 32)),
-    Network("FCN3", lambda seed: models.fcn3(hidden=(100, 30), seed=seed), (1, 28, 28)),
+    Network("CNN6", models.cnn6, (3, 32, 32)),
+    Network("FCN3", partial(models.fcn3, hidden=(100, 30)), (1, 28, 28)),
 )
 
 
@@ -155,8 +152,8 @@ class Figure4(Reproduction):
     def case(self, network: Network, options: Options, count: int, at: int) -> Case:
         """The picture's gradient in float64, labelled as the network sees it, and its twin."""
         loss = losses.Logistic()
-        x = network.images(options, count)[at].inputs.double()
-        model = network.build(options.seed).double()
+        x = options.pictures(network.shape, count)[at].inputs.double()
+        model = network.build(seed=options.seed).double()
         output = moderate(model, x, self.margin)
         y = torch.tensor([math.copysign(1.0, output)])
         target = Target(model, loss, network.shape, VALUE_RANGE)
@@ -177,10 +174,7 @@ class Figure4(Reproduction):
         }
         generator = torch.Generator().manual_seed(START_SEED + options.seed + at)
         tensors = {PICTURE: case.picture, TWIN: case.twin}
-        searches = []
-        for goal in (PICTURE, TWIN):
-            for deviation in self.deviations:
-                searches.append(self._near(case, goal, deviation, generator, tensors))
+        searches = [self._search_near(case, *one, generator, tensors) for one in self._near]
         start = torch.rand(case.picture.shape, generator=generator, dtype=torch.float64)
         searches.append({"from": RANDOM} | self._search(case, start, tensors, RANDOM))
         return Row(values | {"searches": searches}, {key: t.float() for key, t in tensors.items()})
@@ -204,7 +198,7 @@ class Figure4(Reproduction):
         found = case.target.gradient_function(torch.float64)(scale * case.picture, weights)
         return Update({n: found[n] - g for n, g in case.update.gradients.items()}).norm / case.update.norm
 
-    def _near(
+    def _search_near(
         self, case: Case, goal: str, deviation: float, generator: torch.Generator, tensors: dict[str, Tensor]
     ) -> dict[str, Any]:
         centre = case.picture if goal == PICTURE else case.twin
@@ -230,33 +224,26 @@ class Figure4(Reproduction):
         }
 
     def table(self, rows: Mapping[str, Row]) -> Table:
-        table = Table("", "paper", title=self.title, title_justify="left", box=None)
         summary = self.summary(rows)
-        for name in summary:
-            table.add_column(name, justify="right")
+        table = self.new_table(("", "paper"), tuple(summary))
         own = list(summary.values())
         table.add_row("twin / picture", "pictures only", *(f"{one['twin / picture']:.2f}" for one in own))
-        for name in (
-            "difference of the two gradients",
-            "R-GAP, distance to the picture",
-            "R-GAP, distance to the twin",
-        ):
+        gap = "R-GAP, distance to the"
+        for name in ("difference of the two gradients", f"{gap} picture", f"{gap} twin"):
             table.add_row(name, "-", *(f"{one[name]:.0e}" for one in own))
-        for name in (
-            "R-GAP finds both, the picture first",
-            *self._near_names(),
-            "no unit flipped",
-            "some unit flipped",
-        ):
+        near = [_near_name(*one) for one in self._near]
+        for name in ("R-GAP finds both, the picture first", *near, "no unit flipped", "some unit flipped"):
             table.add_row(name, "-", *(_counted(one[name]) for one in own))
         table.add_row("DLG from random, least residual", "-", *(f"{one['random, least residual']:.0e}" for one in own))
         return table
 
-    def _near_names(self) -> list[str]:
-        return [_near_name(goal, deviation) for goal in (PICTURE, TWIN) for deviation in self.deviations]
+    @property
+    def _near(self) -> list[tuple[str, float]]:
+        """Where the searches start that do not start at random: near what, and how near."""
+        return list(itertools.product((PICTURE, TWIN), self.deviations))
 
     def summary(self, rows: Mapping[str, Row]) -> dict[str, Any]:
-        return {network.name: self._summary(_of(rows, network.name)) for network in self.networks}
+        return {network.name: self._summary(of(rows, network=network.name)) for network in self.networks}
 
     def _summary(self, rows: Sequence[Row]) -> dict[str, Any]:
         """One network's figures; of distances and differences the largest."""
@@ -276,11 +263,8 @@ class Figure4(Reproduction):
             "R-GAP, distance to the picture": max(one["picture"] for one in recursive),
             "R-GAP, distance to the twin": max(math.inf if one["twin"] is None else one["twin"] for one in recursive),
             **{
-                _near_name(goal, deviation): _arrived(
-                    one for one in near if (one["from"], one["deviation"]) == (goal, deviation)
-                )
-                for goal in (PICTURE, TWIN)
-                for deviation in self.deviations
+                _near_name(*start): _arrived(one for one in near if (one["from"], one["deviation"]) == start)
+                for start in self._near
             },
             "no unit flipped": _arrived(one for one in near if not one["flipped"]),
             "some unit flipped": _arrived(one for one in near if one["flipped"]),
@@ -290,7 +274,7 @@ class Figure4(Reproduction):
         }
 
     def draw(self, rows: Mapping[str, Row]) -> Figure:
-        shown = [row for network in self.networks for row in _of(rows, network.name)[:SHOWN]]
+        shown = [row for network in self.networks for row in of(rows, network=network.name)[:SHOWN]]
         figure = Figure(figsize=(13.5, 0.6 + 1.45 * len(shown)), layout="constrained", dpi=150)
         left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(9.0, 4.5))[0]
         self._draw_pictures(left, shown)
@@ -306,15 +290,11 @@ class Figure4(Reproduction):
             searches = {
                 one["from"]: one for one in values["searches"] if one.get("deviation", self.shown) == self.shown
             }
+            apart = f"gradients differ by {values['difference']:.0e}"
             columns = (
                 ("picture", tensors[PICTURE], VALUE_RANGE, ""),
                 ("twin", tensors[TWIN], VALUE_RANGE, f"{values['factor']:.2f} times as bright"),
-                (
-                    "twin,\nin its own range",
-                    tensors[TWIN],
-                    twin_range,
-                    f"gradients differ by {values['difference']:.0e}",
-                ),
+                ("twin,\nin its own range", tensors[TWIN], twin_range, apart),
                 (f"{near} picture", tensors[f"found from {PICTURE}"], VALUE_RANGE, _apart(searches[PICTURE])),
                 (f"{near} twin, own range", tensors[f"found from {TWIN}"], twin_range, _apart(searches[TWIN])),
                 ("DLG from\nrandom values", tensors[f"found from {RANDOM}"], VALUE_RANGE, _apart(searches[RANDOM])),
@@ -370,10 +350,6 @@ class Figure4(Reproduction):
             "near that is depends on the number of units.",
             "CNN6 is also ill-conditioned: even without a flipped unit the search comes nearer only slowly.",
         )
-
-
-def _of(rows: Mapping[str, Row], network: str) -> list[Row]:
-    return [row for row in rows.values() if row.values["network"] == network]
 
 
 def _found_both(recursive: Mapping[str, Any]) -> bool:

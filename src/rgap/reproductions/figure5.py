@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rgap import losses, models
-from rgap.attacks import Recursive
+from rgap.attacks import Recursive, Status
 from rgap.models.paper import CHANNELS, six_convolutions
-from rgap.reproductions.base import Job, Options, Reproduction, labels
+from rgap.reproductions.base import Job, Options, Reproduction, labels, of
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import Update, capture
@@ -132,7 +132,7 @@ class Figure5(Reproduction):
 
     def _attack(self, network: Network, width: float, options: Options, count: int, at: int) -> Row:
         """One picture through weights of its own, at every level of the same noise."""
-        images = options.colour(count) if network.shape[0] == 3 else options.grey(count)
+        images = options.pictures(network.shape, count)
         x, y = images[at].inputs, labels(count)[at : at + 1]
         model = network.build(width, options.seed + at)
         target = Target(model, losses.Logistic(), network.shape, VALUE_RANGE)
@@ -167,11 +167,8 @@ class Figure5(Reproduction):
         return statistics.median(own)
 
     def _at(self, rows: Mapping[str, Row], network: Network, width: float, level: float) -> list[Mapping[str, Any]]:
-        return [
-            row.values["levels"][self.levels.index(level)]
-            for row in rows.values()
-            if (row.values["network"], row.values["width"]) == (network.name, width)
-        ]
+        at = self.levels.index(level)
+        return [row.values["levels"][at] for row in of(rows, network=network.name, width=width)]
 
     def recovered(self, rows: Mapping[str, Row], network: Network, width: float, level: float) -> float:
         """The share of pictures whose MSE is below VISIBLE."""
@@ -191,11 +188,9 @@ class Figure5(Reproduction):
         )
 
     def table(self, rows: Mapping[str, Row]) -> Table:
-        table = Table("network", "width", "the paper", title=self.title, title_justify="left", box=None)
-        for level in self.levels:
-            table.add_column(f"{level:.0e}" if level else "0", justify="right")
-        for name in ("MSE / noise²", "~ width^", "apart from brightness"):
-            table.add_column(name, justify="right")
+        levels = [f"{level:.0e}" if level else "0" for level in self.levels]
+        numbers = (*levels, "MSE / noise²", "~ width^", "apart from brightness")
+        table = self.new_table(("network", "width", "the paper"), numbers)
         for network in self.networks:
             for width, exponent in zip(network.widths, (None, *self.exponents(rows, network)), strict=True):
                 table.add_row(
@@ -255,7 +250,7 @@ class Figure5(Reproduction):
             for place, level in zip(places, self.levels, strict=True):
                 own = [one.get("mse", high) for one in self._at(rows, network, width, level)]
                 ax.scatter([place] * len(own), [min(max(v, low), high) for v in own], s=5, color=colour, alpha=0.35)
-        grey = statistics.median(row.values["grey"] for row in _of(rows, network))
+        grey = statistics.median(row.values["grey"] for row in of(rows, network=network.name))
         ax.axhline(grey, color="grey", ls=":", lw=1)
         ax.text(places[0], grey * 2, "an evenly grey picture", fontsize=7, color="grey")
         ax.set_xscale("log")
@@ -292,7 +287,7 @@ class Figure5(Reproduction):
 
     def theory(self, rows: Mapping[str, Row], network: Network) -> list[float] | None:
         """`averaged` at each width, the median over pictures; None if the first layer is not Linear."""
-        own = [row.values for row in _of(rows, network)]
+        own = [row.values for row in of(rows, network=network.name)]
         if any(values["averaged"] is None for values in own):
             return None
         return [
@@ -305,7 +300,7 @@ class Figure5(Reproduction):
             one["mse"] ** 0.5 / one["stated error"]
             for row in rows.values()
             for one in row.values["levels"]
-            if one["level"] >= self.small and one["status"] == "exact"
+            if one["level"] >= self.small and Status(one["status"]) is Status.EXACT
         ]
         understated = f" by a factor of up to {max(ratios):.0f}" if ratios else ""
         return (
@@ -323,10 +318,6 @@ class Figure5(Reproduction):
             "evenly grey picture.",
             f"The error that the attack states allows for rounding only: under noise it is too small{understated}.",
         )
-
-
-def _of(rows: Mapping[str, Row], network: Network) -> list[Row]:
-    return [row for row in rows.values() if row.values["network"] == network.name]
 
 
 REPRODUCTION = Figure5()

@@ -21,7 +21,7 @@ from rgap import losses, models
 from rgap.attacks import IDLG, LBFGS, InvertingGradients, Matching
 from rgap.metrics import score
 from rgap.picture import show
-from rgap.reproductions.base import Job, Options, Reproduction
+from rgap.reproductions.base import Job, Options, Reproduction, grid, name_row, of
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture
@@ -48,7 +48,7 @@ class Setting:
     """
 
     name: str
-    build: Callable[[int], nn.Module]
+    build: Callable[..., nn.Module]
     attack: Matching
     paper: str
     most: int = 1000
@@ -57,19 +57,19 @@ class Setting:
 SETTINGS = (
     Setting(
         "LeNet, InvertingGradients",
-        lambda seed: models.lenet(seed=seed),
+        models.lenet,
         InvertingGradients(iterations=4800, variation=1e-2 / DEVIATION),
         "18.00 +- 3.33",
     ),
     Setting(
         "LeNet, L-BFGS",
-        lambda seed: models.lenet(seed=seed),
+        models.lenet,
         IDLG(minimiser=LBFGS(history=20), iterations=2000),
         "-",
     ),
     Setting(
         "ConvNet64, InvertingGradients",
-        lambda seed: models.convnet(seed=seed),
+        models.convnet,
         InvertingGradients(iterations=4000, variation=1e-6 / DEVIATION),
         "about 28.0",
         most=1,
@@ -98,7 +98,7 @@ class Inverting(Reproduction):
         at = range(start, min(start + CHUNK, count, setting.most))
         pictures = options.colour(count).inputs[start : start + len(at)]
         labels = torch.tensor([float(each % CLASSES) for each in at])
-        target = Target(setting.build(options.seed), losses.CrossEntropy(CLASSES), SHAPE, VALUE_RANGE)
+        target = Target(setting.build(seed=options.seed), losses.CrossEntropy(CLASSES), SHAPE, VALUE_RANGE)
         updates = [capture(target, x[None], y[None]) for x, y in zip(pictures, labels, strict=True)]
         found = setting.attack.many(target, updates)
         inputs = torch.cat([each.inputs for each in found])
@@ -115,17 +115,13 @@ class Inverting(Reproduction):
         }
         return Row(values, {"inputs": inputs.float(), "truth": pictures})
 
-    def _of(self, rows: Mapping[str, Row], setting: Setting) -> list[Row]:
-        return [row for row in rows.values() if row.values["setting"] == setting.name]
-
     def column(self, rows: Mapping[str, Row], setting: Setting, name: str) -> list[Any]:
         """One figure of every picture."""
-        return [value for row in self._of(rows, setting) for value in row.values[name]]
+        return [value for row in of(rows, setting=setting.name) for value in row.values[name]]
 
     def table(self, rows: Mapping[str, Row]) -> Table:
-        table = Table("network, attack", "paper", title=self.title, title_justify="left", box=None)
-        for name in ("ours", "deviation", "mean SSIM", "pictures", "label right", "s a picture"):
-            table.add_column(name, justify="right")
+        numbers = ("ours", "deviation", "mean SSIM", "pictures", "label right", "s a picture")
+        table = self.new_table(("network, attack", "paper"), numbers)
         for setting in self.settings:
             psnr = self.column(rows, setting, "psnr")
             table.add_row(
@@ -150,22 +146,16 @@ class Inverting(Reproduction):
 
     def draw(self, rows: Mapping[str, Row]) -> Figure:
         columns = min(6, max(len(self.column(rows, setting, "psnr")) for setting in self.settings))
-        height = 2 * len(self.settings)
-        figure = Figure(figsize=(1.3 * columns + 1.2, 1.55 * height), layout="constrained", dpi=150)
-        axes = figure.subplots(height, columns, squeeze=False)
-        for ax in axes.flat:
-            ax.set_axis_off()
+        figure, axes = grid(2 * len(self.settings), columns)
         for block, setting in enumerate(self.settings):
-            own = self._of(rows, setting)
+            own = of(rows, setting=setting.name)
             truth, inputs = (torch.cat([row.tensors[name] for row in own]) for name in ("truth", "inputs"))
             for at, psnr in enumerate(self.column(rows, setting, "psnr")[:columns]):
                 above, below = axes[2 * block][at], axes[2 * block + 1][at]
                 show(above, truth[at], VALUE_RANGE)
                 show(below, inputs[at], VALUE_RANGE)
                 below.set_title(f"{psnr:.1f} dB", fontsize=7)
-            left = axes[2 * block + 1][0]
-            place = {"va": "center", "ha": "right", "transform": left.transAxes}
-            left.text(-0.12, 1.1, setting.name.replace(", ", "\n"), fontsize=8, rotation=90, **place)
+            name_row(axes[2 * block + 1][0], setting.name.replace(", ", "\n"), 1.1)
         return figure
 
     def remarks(self, rows: Mapping[str, Row]) -> Sequence[str]:

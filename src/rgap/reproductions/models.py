@@ -17,17 +17,18 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rgap import losses, models
-from rgap.attacks import IDLG, Adam, Attack, Bias, Closed, Recursive
+from rgap.attacks import IDLG, Adam, Attack, Bias, Closed, Recursive, Status
 from rgap.losses import Loss
 from rgap.metrics import score
 from rgap.models.common import leaky_relu
 from rgap.rank import rank_analysis
-from rgap.reproductions.base import Job, Options, Reproduction
+from rgap.reproductions.base import Job, Options, Reproduction, median_and_worst
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture
 
 SHAPE, VALUE_RANGE = (3, 32, 32), (0.0, 1.0)
+EXACT = Status.EXACT.value
 SETTLED = 64
 """Pictures that batch norm's statistics are taken from; none of them is attacked."""
 CLASSES = losses.CrossEntropy(10)
@@ -38,74 +39,27 @@ class Cell:
     """A model, its loss, and how many of the pictures the slow attacks take."""
 
     name: str
-    build: Callable[[int], nn.Module]
+    build: Callable[..., nn.Module]
     """From a seed."""
     loss: Loss
-    matched: int
+    matched: int = 1
     """Pictures for gradient matching."""
 
 
-def vgg11(seed: int) -> nn.Module:
-    return models.vgg11(seed=seed)
-
-
-def residual(seed: int) -> nn.Module:
-    return models.residual(seed=seed)
-
-
-def residual_norm(seed: int) -> nn.Module:
-    return models.residual(classes=10, norm=True, seed=seed)
-
-
-def mlp(seed: int) -> nn.Module:
-    return models.mlp(3072, (512, 128), 10, seed=seed)
-
-
-def cnn6(seed: int) -> nn.Module:
-    return models.cnn6(seed=seed)
-
-
-def cnn6_d(seed: int) -> nn.Module:
-    return models.cnn6_d(seed=seed)
-
-
-def lenet(seed: int) -> nn.Module:
-    return models.lenet(seed=seed)
-
-
-def convnet(seed: int) -> nn.Module:
-    return models.convnet(seed=seed)
-
-
-def resnet20(seed: int) -> nn.Module:
-    return models.resnet20(seed=seed)
-
-
-def resnet20_plain(seed: int) -> nn.Module:
-    return models.resnet20(norm=False, pool=False, shortcut="conv", activation=leaky_relu, seed=seed)
-
-
-def resnet18(seed: int) -> nn.Module:
-    return models.resnet18(classes=10, seed=seed)
-
-
-def vit_tiny(seed: int) -> nn.Module:
-    return models.vit_tiny(seed=seed)
-
-
+PLAIN = partial(models.resnet20, norm=False, pool=False, shortcut="conv", activation=leaky_relu)
 CELLS = (
-    Cell("CNN6, logistic", cnn6, losses.Logistic(), 20),
-    Cell("CNN6-d, logistic", cnn6_d, losses.Logistic(), 20),
-    Cell("MLP 512-128", mlp, CLASSES, 20),
-    Cell("LeNet, sigmoid", lenet, CLASSES, 20),
-    Cell("VGG-11, strided", vgg11, CLASSES, 1),
-    Cell("residual, logistic", residual, losses.Logistic(), 2),
-    Cell("residual, batch norm", residual_norm, CLASSES, 2),
-    Cell("ResNet-20, no norm, no pool", resnet20_plain, CLASSES, 1),
-    Cell("ResNet-20", resnet20, CLASSES, 1),
-    Cell("ResNet-18", resnet18, CLASSES, 1),
-    Cell("ConvNet-64", convnet, CLASSES, 1),
-    Cell("ViT-tiny", vit_tiny, CLASSES, 1),
+    Cell("CNN6, logistic", models.cnn6, losses.Logistic(), 20),
+    Cell("CNN6-d, logistic", models.cnn6_d, losses.Logistic(), 20),
+    Cell("MLP 512-128", partial(models.mlp, 3072, (512, 128), 10), CLASSES, 20),
+    Cell("LeNet, sigmoid", models.lenet, CLASSES, 20),
+    Cell("VGG-11, strided", models.vgg11, CLASSES, 1),
+    Cell("residual, logistic", models.residual, losses.Logistic(), 2),
+    Cell("residual, batch norm", partial(models.residual, classes=10, norm=True), CLASSES, 2),
+    Cell("ResNet-20, no norm, no pool", PLAIN, CLASSES, 1),
+    Cell("ResNet-20", models.resnet20, CLASSES, 1),
+    Cell("ResNet-18", partial(models.resnet18, classes=10), CLASSES, 1),
+    Cell("ConvNet-64", models.convnet, CLASSES, 1),
+    Cell("ViT-tiny", models.vit_tiny, CLASSES, 1),
 )
 
 
@@ -144,7 +98,7 @@ class Models(Reproduction):
     def _target(self, cell: Cell, options: Options) -> tuple[Target, Tensor]:
         """With the pictures, and batch norm as it is on others."""
         images = options.colour(self.count if options.count is None else options.count).inputs
-        model = cell.build(options.seed)
+        model = cell.build(seed=options.seed)
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
             generator = torch.Generator().manual_seed(options.seed)
             mixed = images[torch.randint(len(images), (SETTLED,), generator=generator)]
@@ -176,9 +130,7 @@ class Models(Reproduction):
         return [row.values for key, row in rows.items() if key.startswith(start)]
 
     def table(self, rows: Mapping[str, Row]) -> Table:
-        table = Table("model", "attack", title=self.title, title_justify="left", box=None)
-        for column in ("pictures", "median MSE", "worst", "s a picture"):
-            table.add_column(column, justify="right")
+        table = self.new_table(("model", "attack"), ("pictures", "median MSE", "worst", "s a picture"))
         table.add_column("status")
         table.add_column("reason", max_width=60)
         for cell in self.cells:
@@ -189,18 +141,16 @@ class Models(Reproduction):
                 own = self.outcomes(rows, cell, name)
                 if not own:
                     continue
-                mse = [each["mse"] for each in own if each["mse"] is not None]
                 statuses = statistics.multimode(each["status"] for each in own)
                 count = sum(each["status"] == statuses[0] for each in own)
                 table.add_row(
                     "",
                     name,
                     str(len(own)),
-                    f"{statistics.median(mse):.1e}" if mse else "-",
-                    f"{max(mse):.0e}" if mse else "-",
+                    *median_and_worst(each["mse"] for each in own),
                     f"{statistics.fmean(each['seconds'] for each in own):.2f}",
                     statuses[0] if count == len(own) else f"{statuses[0]} ({count} of {len(own)})",
-                    "" if statuses[0] == "exact" else own[0]["reason"],
+                    "" if statuses[0] == EXACT else own[0]["reason"],
                 )
             table.add_section()
         return table
@@ -214,8 +164,8 @@ class Models(Reproduction):
                         "pictures": len(own),
                         "median": statistics.median(mse) if mse else None,
                         "worst": max(mse) if mse else None,
-                        "exact": sum(each["status"] == "exact" for each in own),
-                        "exact and wrong": sum(each["status"] == "exact" and each["mse"] > WRONG for each in own),
+                        "exact": sum(each["status"] == EXACT for each in own),
+                        "exact and wrong": sum(each["status"] == EXACT and each["mse"] > WRONG for each in own),
                         "seconds": statistics.fmean(each["seconds"] for each in own),
                         "reason": own[0]["reason"],
                     }
@@ -248,12 +198,8 @@ class Models(Reproduction):
         return figure
 
     def remarks(self, rows: Mapping[str, Row]) -> Sequence[str]:
-        wrong = sum(
-            own["exact and wrong"]
-            for cell in self.summary(rows).values()
-            for name, own in cell.items()
-            if name != "rank"
-        )
+        found = self.summary(rows).values()
+        wrong = sum(own["exact and wrong"] for cell in found for name, own in cell.items() if name != "rank")
         return (
             "Weights are as torch draws them; batch norm has statistics of other pictures. Nothing is told to any "
             "attack.",

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from rgap import losses, models
 from rgap.attacks import IDLG, Adam, Attack, Closed, Recursive
 from rgap.attacks.hybrid import roughness
-from rgap.data import Images
 from rgap.metrics import score
-from rgap.reproductions.base import Job, Options, Reproduction, labels
+from rgap.reproductions.base import Job, Options, Reproduction, labels, of
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture
@@ -37,7 +36,7 @@ class Cell:
 
     network: str
     pictures: str
-    build: Callable[[int], nn.Module]
+    build: Callable[..., nn.Module]
     """From a seed."""
     shape: tuple[int, int, int]
     paper: Mapping[str, float]
@@ -47,24 +46,13 @@ class Cell:
     def name(self) -> str:
         return f"{self.network}, {self.pictures}"
 
-    def images(self, options: Options, count: int) -> Images:
-        return options.colour(count) if self.shape[0] == 3 else options.grey(count)
-
 
 COLOUR, GREY = (3, 32, 32), (1, 28, 28)
 CELLS = (
-    Cell(
-        "CNN6", "CIFAR-10", lambda seed: models.cnn6(seed=seed), COLOUR, {"R-GAP": 0.010, "DLG": 0.050, "H-GAP": 0.0069}
-    ),
-    Cell(
-        "CNN6-d",
-        "CIFAR-10",
-        lambda seed: models.cnn6_d(seed=seed),
-        COLOUR,
-        {"R-GAP": 1.39, "DLG": 0.053, "H-GAP": 0.053},
-    ),
-    Cell("CNN6", "MNIST", lambda seed: models.cnn6(1, 28, seed=seed), GREY, {}),
-    Cell("CNN6-d", "MNIST", lambda seed: models.cnn6_d(1, 28, seed=seed), GREY, {"H-GAP": 1.2e-3}),
+    Cell("CNN6", "CIFAR-10", models.cnn6, COLOUR, {"R-GAP": 0.010, "DLG": 0.050, "H-GAP": 0.0069}),
+    Cell("CNN6-d", "CIFAR-10", models.cnn6_d, COLOUR, {"R-GAP": 1.39, "DLG": 0.053, "H-GAP": 0.053}),
+    Cell("CNN6", "MNIST", partial(models.cnn6, 1, 28), GREY, {}),
+    Cell("CNN6-d", "MNIST", partial(models.cnn6_d, 1, 28), GREY, {"H-GAP": 1.2e-3}),
 )
 HYBRIDS = {"H-GAP": ("R-GAP", "DLG"), "H-GAP of Closed": ("Closed", "DLG")}
 """By name, the attacks that a hybrid chooses from."""
@@ -134,8 +122,8 @@ class Table1(Reproduction):
         ]
 
     def _attack(self, cell: Cell, name: str, options: Options, count: int, start: int) -> Row:
-        images, y = cell.images(options, count), labels(count)
-        target = Target(cell.build(options.seed), losses.Logistic(), cell.shape, VALUE_RANGE)
+        images, y = options.pictures(cell.shape, count), labels(count)
+        target = Target(cell.build(seed=options.seed), losses.Logistic(), cell.shape, VALUE_RANGE)
         at = range(start, min(start + CHUNK, count))
         updates = [capture(target, images[i].inputs, y[i : i + 1]) for i in at]
         found = self.attacks[name].many(target, updates)
@@ -166,15 +154,12 @@ class Table1(Reproduction):
 
     def column(self, rows: Mapping[str, Row], cell: Cell, attack: str) -> dict[str, list[Any]]:
         """One attack on every picture of a cell: each figure as a list."""
-        parts = [
-            row.values for row in rows.values() if (row.values["cell"], row.values["attack"]) == (cell.name, attack)
-        ]
+        parts = [row.values for row in of(rows, cell=cell.name, attack=attack)]
         return {key: [value for part in parts for value in part[key]] for key in ("mse", "seconds", *RULES.values())}
 
     def table(self, rows: Mapping[str, Row]) -> Table:
-        table = Table("network, pictures", "attack", "paper", title=self.title, title_justify="left", box=None)
-        for name in ("ours", "deviation", "median", "worst", "times better", "not the best", "s a picture"):
-            table.add_column(name, justify="right")
+        numbers = ("ours", "deviation", "median", "worst", "times better", "not the best", "s a picture")
+        table = self.new_table(("network, pictures", "attack", "paper"), numbers)
         for cell in self.cells:
             for name, outcome in self.outcomes(rows)[cell.name].items():
                 paper = cell.paper.get(name.removesuffix(", smoothing"))
@@ -264,8 +249,7 @@ def _choose(members: Sequence[Mapping[str, Sequence[float]]], figure: str) -> Ou
 
 def tensors(rows: Mapping[str, Row], cell: Cell, attack: str, name: str) -> Tensor:
     """What the jobs of one attack on one cell left, put together."""
-    own = [row for row in rows.values() if (row.values["cell"], row.values["attack"]) == (cell.name, attack)]
-    return torch.cat([row.tensors[name] for row in own])
+    return torch.cat([row.tensors[name] for row in of(rows, cell=cell.name, attack=attack)])
 
 
 REPRODUCTION = Table1()

@@ -6,6 +6,7 @@ Source: J. Zhu and M. Blaschko, *R-GAP: Recursive Gradient Attack on Privacy*, I
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from rgap import attacks, losses
 from rgap.metrics import mse
 from rgap.rank import rank_analysis
 from rgap.reproductions.architectures import INPUT_SHAPE, NETWORKS
-from rgap.reproductions.base import Job, Options, Reproduction, labels
+from rgap.reproductions.base import Job, Options, Reproduction, counted, labels
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture
@@ -67,22 +68,11 @@ class Table2(Reproduction):
         return "built-in photographs" if options.data is None else "CIFAR-10 test pictures"
 
     def table(self, rows: Mapping[str, Row]) -> Table:
-        table = Table(title=self.title, title_justify="left", box=None)
-        for column in (
-            "network",
-            "index: the paper",
-            "ours",
-            "free: each layer",
-            "jointly",
-            "at the answer",
-            "MSE: the paper",
-            "recursive",
-            "closed",
-            "worst",
-            "status",
-            "seconds",
-        ):
-            table.add_column(column)
+        columns = (
+            "network", "index: the paper", "ours", "free: each layer", "jointly", "at the answer", "MSE: the paper",
+            "recursive", "closed", "worst", "status", "seconds",
+        )  # fmt: skip
+        table = self.new_table(columns)
         for name, found in self.summary(rows).items():
             closed = found["closed"]
             table.add_row(
@@ -96,7 +86,7 @@ class Table2(Reproduction):
                 f"{found['recursive']['mse']:.1e}",
                 f"{closed['mse']:.1e}",
                 f"{closed['worst']:.1e}",
-                ", ".join(f"{number} {status}" for status, number in closed["statuses"].items()),
+                counted(closed["statuses"]),
                 f"{closed['seconds']:.1f}",
             )
         return table
@@ -198,11 +188,10 @@ def _attacked(target: Target, truth: Tensor, y: Tensor) -> Row:
 
 def _summed(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     errors = [each["mse"] for each in found]
-    statuses = [each["status"] for each in found]
     return {
         "mse": statistics.mean(errors),
         "worst": max(errors),
-        "statuses": {status: statuses.count(status) for status in sorted(set(statuses))},
+        "statuses": dict(sorted(Counter(each["status"] for each in found).items())),
         "seconds": statistics.median(each["seconds"] for each in found),
     }
 

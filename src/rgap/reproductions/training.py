@@ -7,7 +7,7 @@ sample that the network is sure of is saturated, and its gradient sinks towards 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from rgap import losses, models
 from rgap.attacks import Attack, Bias, Closed, Polish, Recursive
-from rgap.losses import Loss
 from rgap.metrics import score
-from rgap.reproductions.base import Job, Options, Reproduction
-from rgap.reproductions.models import SHAPE, VALUE_RANGE, cnn6
+from rgap.reproductions.base import Job, Options, Reproduction, median_and_worst, of
+from rgap.reproductions.models import EXACT, SHAPE, VALUE_RANGE, Cell
 from rgap.store import Row
 from rgap.target import Target
 from rgap.training import accuracy, train
@@ -31,23 +30,9 @@ from rgap.update import capture
 BATCH = 16
 
 
-def residual(seed: int) -> nn.Module:
-    return models.residual(classes=10, seed=seed)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A network and the loss that it is trained with."""
-
-    name: str
-    build: Callable[[int], nn.Module]
-    """From a seed."""
-    loss: Loss
-
-
 CELLS = (
-    Cell("CNN6, logistic", cnn6, losses.Logistic()),
-    Cell("residual, cross-entropy", residual, losses.CrossEntropy(10)),
+    Cell("CNN6, logistic", models.cnn6, losses.Logistic()),
+    Cell("residual, cross-entropy", partial(models.residual, classes=10), losses.CrossEntropy(10)),
 )
 
 
@@ -95,7 +80,7 @@ class Training(Reproduction):
 
     def _trained(self, cell: Cell, epochs: int, options: Options) -> tuple[nn.Module, float]:
         """The network after some epochs, and the share of its pictures that it labels right."""
-        model = cell.build(options.seed)
+        model = cell.build(seed=options.seed)
         images, labels = self._pictures(cell, options)
         train(model, cell.loss, images, labels, epochs, self.rate, BATCH, options.seed)
         return model.requires_grad_(True), accuracy(model, images, labels)
@@ -106,9 +91,8 @@ class Training(Reproduction):
         images, labels = self._pictures(cell, options)
         values: dict[str, Any] = {"cell": cell.name, "epochs": epochs, "accuracy": accuracy, "attacks": {}}
         updates = [capture(target, images[at : at + 1], labels[at : at + 1]) for at in range(count)]
-        values["loss"] = [
-            float(cell.loss(model(images[at : at + 1]), labels[at : at + 1]).detach()) for at in range(count)
-        ]
+        losses = (cell.loss(model(images[at : at + 1]), labels[at : at + 1]) for at in range(count))
+        values["loss"] = [float(loss.detach()) for loss in losses]
         values["gradient"] = [update.norm for update in updates]
         for name, attack in self.attacks.items():
             if attack.obstacle(target, 1) is not None:
@@ -124,9 +108,8 @@ class Training(Reproduction):
         return Row(values, {})
 
     def table(self, rows: Mapping[str, Row]) -> Table:
-        table = Table("network", title=self.title, title_justify="left", box=None)
-        for column in ("epochs", "right", "loss", "|gradient|", "attack", "exact", "median MSE", "worst"):
-            table.add_column(column, justify="right")
+        numbers = ("epochs", "right", "loss", "|gradient|", "attack", "exact", "median MSE", "worst")
+        table = self.new_table(("network",), numbers)
         table.add_column("where it is not exact", max_width=60)
         for row in rows.values():
             v = row.values
@@ -138,15 +121,13 @@ class Training(Reproduction):
                 f"{statistics.median(v['gradient']):.1e}",
             )
             for name, own in v["attacks"].items():
-                mse = [each for each in own["mse"] if each is not None]
-                exact = own["status"].count("exact")
-                other = next((r for r, s in zip(own["reason"], own["status"], strict=True) if s != "exact"), "")
+                exact = own["status"].count(EXACT)
+                other = next((r for r, s in zip(own["reason"], own["status"], strict=True) if s != EXACT), "")
                 table.add_row(
                     *first,
                     name,
                     f"{exact} of {len(own['status'])}",
-                    f"{statistics.median(mse):.1e}" if mse else "-",
-                    f"{max(mse):.0e}" if mse else "-",
+                    *median_and_worst(own["mse"]),
                     other,
                 )
                 first = ("", "", "", "", "")
@@ -160,7 +141,7 @@ class Training(Reproduction):
         figure = Figure(figsize=(4.2 * len(self.cells), 3.8), layout="constrained", dpi=150)
         axes = figure.subplots(1, len(self.cells), sharey=True, squeeze=False)[0]
         for ax, cell in zip(axes, self.cells, strict=True):
-            stages = [row.values for row in rows.values() if row.values["cell"] == cell.name]
+            stages = [row.values for row in of(rows, cell=cell.name)]
             for name in self.attacks:
                 points = [
                     (at, max(mse, 1e-18))

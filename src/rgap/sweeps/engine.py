@@ -17,22 +17,23 @@ import uuid
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from rgap.sweeps.job import Failure
 from rgap.sweeps.store import SweepError
 from rgap.sweeps.work import NotSupplied, Supplies, do, supply, withdraw
 
-Outcome = Mapping[str, Any] | str | None
-"""What a job found, the text of what went wrong, or None: it was lost with its worker, and is to be done again."""
+Outcome = Mapping[str, Any] | Failure | None
+"""What a job found, what went wrong, or None: it was lost with its worker, and is to be done again."""
 
 AHEAD = 3
 """Jobs for each worker that are on their way: one that is done and two that it can go on with."""
 ANY = ""
 """Whichever worker there is."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-KILLED = "KilledWorker: every worker that began this job died, by want of memory or by a signal"
+KILLED = Failure("KilledWorker: every worker that began this job died, by want of memory or by a signal")
 FETCH = 5.0
 """Seconds to wait for what a job found, which lies with the worker that did it."""
 RETURN = 600.0
@@ -40,7 +41,7 @@ RETURN = 600.0
 
 
 class Engine(ABC):
-    """Takes jobs and gives back what came of them, in any order; used in a ``with`` statement."""
+    """Takes jobs and gives back what came of them, in any order."""
 
     @abstractmethod
     def lanes(self) -> list[str]:
@@ -53,14 +54,6 @@ class Engine(ABC):
     @abstractmethod
     def get(self, timeout: float) -> list[tuple[str, Outcome]]:
         """Jobs that have ended; waits for the first of them, but not longer than ``timeout`` seconds."""
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @abstractmethod
     def close(self) -> None:
@@ -88,11 +81,20 @@ class Here(Engine):
         try:
             return [(key, do(spec))]
         except Exception:
-            return [(key, traceback.format_exc())]
+            return [(key, Failure(traceback.format_exc()))]
 
     def close(self) -> None:
         self._jobs.clear()
         withdraw(self._name)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A job that is on its way: with which worker, and Dask's handle on it."""
+
+    spec: Mapping[str, Any]
+    lane: str
+    future: Any
 
 
 class Cluster(Engine):
@@ -129,12 +131,10 @@ class Cluster(Engine):
         self._name = f"rgap-{uuid.uuid4().hex}"
         self._supplies, self._address, self._notice = supplies, address, notice
         self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._begun: dict[str, Any] = {}
-        self._specs: dict[str, Mapping[str, Any]] = {}
-        self._suspects: list[str] = []
-        """Jobs whose workers died. They are done at the end, one by one, to see which of them kills."""
+        self._begun: dict[str, _Begun] = {}
+        self._suspects: dict[str, Mapping[str, Any]] = {}
+        """Specifications of jobs whose workers died. They are done at the end, one by one, to see which kills."""
         self._on_trial: str | None = None
-        self._lane: dict[str, str] = {}
         self._threads: dict[str, int] = {}
         self._looked, self._waiting = -math.inf, False
         self._local: Any = None
@@ -202,7 +202,7 @@ class Cluster(Engine):
         self._look()
         if not self._threads:
             return [] if self._begun else [ANY]
-        busy = Counter(self._lane.values())
+        busy = Counter(job.lane for job in self._begun.values())
         room = {address: AHEAD * threads - busy[address] for address, threads in self._threads.items()}
         # In turn, so that no worker gets all that is left.
         return [address for at in range(max(room.values())) for address, free in room.items() if at < free]
@@ -220,41 +220,39 @@ class Cluster(Engine):
             self._notice("the scheduler has no workers: waiting for the first")
         self._waiting = not self._threads
         # If all workers die at once, Dask forgets jobs that were for one of them when others come.
-        for key, lane in list(self._lane.items()):
-            if lane != ANY and lane not in self._threads and self._begun[key].status == "pending":
-                self.put(key, self._specs[key], ANY)
+        for key, job in list(self._begun.items()):
+            if job.lane != ANY and job.lane not in self._threads and job.future.status == "pending":
+                self.put(key, job.spec, ANY)
 
     def put(self, key: str, spec: Mapping[str, Any], lane: str) -> None:
-        self._specs[key], self._lane[key] = spec, lane
         # A name of its own: a job that failed before would be answered from the scheduler's memory.
         name = f"rgap-{key}-{uuid.uuid4().hex[:8]}"
         where = {} if lane == ANY else {"workers": [lane], "allow_other_workers": True}
         future = self._client.submit(do, dict(spec), key=name, pure=False, **where)
-        self._begun[key] = future
+        self._begun[key] = _Begun(spec, lane, future)
         future.add_done_callback(lambda ended, key=key: self._ended.put((key, ended)))
 
     def get(self, timeout: float) -> list[tuple[str, Outcome]]:
         self._look()
         if not self._begun and self._suspects:
-            self._on_trial = self._suspects.pop()
-            self.put(self._on_trial, self._specs[self._on_trial], ANY)
+            self._on_trial, spec = self._suspects.popitem()
+            self.put(self._on_trial, spec, ANY)
         found: list[tuple[str, Outcome]] = []
         while True:
             try:
                 key, future = self._ended.get(block=not found, timeout=timeout)
             except queue.Empty:
                 break
-            if key not in self._begun or self._begun[key] is not future:
+            if key not in self._begun or self._begun[key].future is not future:
                 continue  # of a scheduler that is gone
             outcome = self._outcome(future)
             if outcome is None and future.status in ("cancelled", "error"):
                 return [*found, *self._again()]
-            del self._begun[key], self._lane[key]
+            job = self._begun.pop(key)
             if outcome == KILLED and key != self._on_trial:
-                self._suspects.append(key)  # it may only have waited behind the one that kills
+                self._suspects[key] = job.spec  # it may only have waited behind the one that kills
                 continue
             self._on_trial = None
-            del self._specs[key]
             found.append((key, outcome))
         return found
 
@@ -271,7 +269,8 @@ class Cluster(Engine):
                 return KILLED
             if isinstance(error, NotSupplied):  # a scheduler that was started anew knows nothing of the supplies
                 return None
-            return "".join(traceback.format_exception(type(error), error, future.traceback(timeout=FETCH)))
+            lines = traceback.format_exception(type(error), error, future.traceback(timeout=FETCH))
+            return Failure("".join(lines))
         except (*self._gone, self._dask.CancelledError):
             return None  # the worker died that had it
 
@@ -279,9 +278,7 @@ class Cluster(Engine):
         """Find the scheduler anew; all that it had been given is lost."""
         lost = [*self._begun, *self._suspects]
         self._begun.clear()
-        self._lane.clear()
         self._suspects.clear()
-        self._specs.clear()
         self._on_trial = None
         self._notice(f"the scheduler at {self._address} is gone: waiting for it")
         self._client.close(timeout=1)

@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rgap.files import write_atomically
-from rgap.sweeps.store import ROW, SweepError
+from rgap.sweeps.store import COLUMNS, ROW, SweepError
 
-_KINDS = {"seed": "int64", "width": "int64", "stage": "int64", "twins": "int64", "attempts": "int64"}
-_REAL = ("strength", "psnr", "ssim", "mse", "gradient_residual", "error", "gradient_error", "accuracy", "seconds")
-_KINDS |= dict.fromkeys(_REAL, "float64")
-_KINDS |= {"labels_right": "bool_"}
+KINDS = {"INTEGER": "int64", "REAL": "float64"}
 """Types of columns that are not text, by pyarrow's names: the same whatever values happen to be in them."""
 
 
@@ -52,7 +49,9 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
         raise SweepError(
             f"Parquet needs pyarrow ({error}): install it with pip install 'rgap[sweep]', or export to .csv"
         ) from error
-    schema = arrow.schema([(name, getattr(arrow, _KINDS.get(name, "string"))()) for name in ROW])
+    kinds = {name: KINDS.get(kind, "string") for name, kind in COLUMNS.items()}
+    kinds |= {"attempts": "int64", "labels_right": "bool_"}
+    schema = arrow.schema([(name, getattr(arrow, kinds.get(name, "string"))()) for name in ROW])
     buffer = io.BytesIO()
     parquet.write_table(arrow.Table.from_pylist(rows, schema=schema), buffer)
     return buffer.getvalue()

@@ -19,6 +19,14 @@ FIGURES = (
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A job that raised, or that killed its worker."""
+
+    text: str
+    """What went wrong."""
+
+
+@dataclass(frozen=True)
 class Job:
     """What a worker must be told; two jobs with the same content are the same job, whatever plan they come from.
 

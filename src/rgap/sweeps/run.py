@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rgap.sweeps.engine import Cluster, Engine, Here, Outcome
+from rgap.sweeps.job import Failure
 from rgap.sweeps.plan import Plan
 from rgap.sweeps.store import Counts, SweepStore
 
@@ -84,11 +86,9 @@ def sweep(
         run = _Run(kept, counts, progress)
         if kept.waits() or kept.elsewhere():
             supplies = plan.supplies()
-            with (
-                Here(supplies)
-                if scheduler is None and workers == 1
-                else Cluster(supplies, scheduler, workers, notice) as engine
-            ):
+            alone = scheduler is None and workers == 1
+            engine = Here(supplies) if alone else Cluster(supplies, scheduler, workers, notice)
+            with closing(engine):
                 run.all(engine)
         return run.summary()
 
@@ -97,7 +97,7 @@ class _Run:
     """One run as it goes on."""
 
     def __init__(self, store: SweepStore, counts: Counts, progress: Callable[[Progress], None] | None):
-        self.store, self.counts, self.progress = store, counts, progress
+        self.store, self.progress = store, progress
         self.total, self.before = sum(counts.values()), counts["done"]
         self.here = self.done = 0
         self.start = self.looked = time.perf_counter()
@@ -131,11 +131,9 @@ class _Run:
             self.store.give_back(lost)
         found = [(key, outcome) for key, outcome in ended if outcome is not None]
         taken = self.store.take(lanes, found)
-        failed = sum(isinstance(outcome, str) for _, outcome in found)
+        failed = sum(isinstance(outcome, Failure) for _, outcome in found)
         self.here += len(found)
         self.done += len(found) - failed
-        self.counts["done"] += len(found) - failed
-        self.counts["failed"] += failed
         if self._due():
             self._tell()
         return taken
@@ -146,10 +144,9 @@ class _Run:
     def _tell(self) -> None:
         """Say how far it is, what other runs have done included."""
         self.looked = time.perf_counter()
-        self.counts = self.store.counts()
         if self.progress is not None:
-            seconds = time.perf_counter() - self.start
-            self.progress(Progress(self.counts["done"], self.counts["failed"], self.total, self.here, seconds))
+            counts, seconds = self.store.counts(), time.perf_counter() - self.start
+            self.progress(Progress(counts["done"], counts["failed"], self.total, self.here, seconds))
 
     def summary(self) -> Summary:
         failed = self.store.counts()["failed"]

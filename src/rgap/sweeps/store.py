@@ -12,15 +12,15 @@ import sqlite3
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
 
-from rgap.sweeps.job import AXES, FIGURES, Job
+from rgap.sweeps.job import AXES, FIGURES, Failure, Job
 from rgap.sweeps.lanes import Lanes
 
 FORMAT = 1
@@ -33,7 +33,7 @@ SILENCE = 60.0
 PATIENCE = 60.0
 """Seconds to wait for another process that is writing."""
 
-_COLUMNS = {
+COLUMNS = {
     "model": "TEXT", "seed": "INTEGER", "width": "INTEGER", "stage": "INTEGER", "image": "TEXT", "attack": "TEXT",
     "defence": "TEXT", "strength": "REAL",
     "level": "TEXT", "status": "TEXT", "reason": "TEXT", "psnr": "REAL", "ssim": "REAL", "mse": "REAL",
@@ -50,7 +50,7 @@ CREATE TABLE jobs (
     attempts INTEGER NOT NULL DEFAULT 0,
     failure TEXT,
     finished TEXT,
-    {", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())}
+    {", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())}
 ) WITHOUT ROWID;
 CREATE INDEX by_state ON jobs (state, run);
 CREATE TABLE runs (id TEXT PRIMARY KEY, host TEXT, pid INTEGER, began REAL, beat REAL) WITHOUT ROWID;
@@ -64,7 +64,7 @@ class SweepError(ValueError):
     """A store that cannot be used; says why, and what to do."""
 
 
-class SweepStore:
+class SweepStore(AbstractContextManager["SweepStore"]):
     """The file. To be closed, or used in a ``with`` statement, in the thread that opened it.
 
     Args:
@@ -108,12 +108,7 @@ class SweepStore:
                 f"{self.path}: got a store of format {version}, expected {FORMAT}; use the version of rgap that made it"
             )
 
-    def __enter__(self) -> SweepStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -169,13 +164,13 @@ class SweepStore:
         return self.counts()
 
     def take(
-        self, lanes: Sequence[str], finished: Sequence[tuple[str, Mapping[str, Any] | str]] = ()
+        self, lanes: Sequence[str], finished: Sequence[tuple[str, Mapping[str, Any] | Failure]] = ()
     ) -> list[tuple[str, str, Any]]:
         """Keep what was finished, and take more of what waits, in one transaction.
 
         Args:
             lanes: who could do another job; one entry for each job.
-            finished: keys with what the jobs found, or with the text of what went wrong.
+            finished: keys with what the jobs found, or with what went wrong.
 
         Returns:
             Lanes, keys and specifications; fewer than there are lanes if not enough is waiting.
@@ -235,14 +230,14 @@ class SweepStore:
             ).fetchall()
         )
 
-    def _finish(self, key: str, outcome: Mapping[str, Any] | str) -> None:
+    def _finish(self, key: str, outcome: Mapping[str, Any] | Failure) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         # What another run has done meanwhile, having taken this one for dead, stays as it is.
-        if isinstance(outcome, str):
+        if isinstance(outcome, Failure):
             self._base.execute(
                 "UPDATE jobs SET state = 'failed', run = NULL, failure = ?, finished = ? "
                 "WHERE key = ? AND state != 'done'",
-                (outcome, now, key),
+                (outcome.text, now, key),
             )
             return
         settings = ", ".join(f"{name} = ?" for name in FIGURES)
@@ -301,11 +296,8 @@ class SweepStore:
     def failures(self, most: int = 5) -> list[tuple[str, int]]:
         """What went wrong, the last line of each, and how often; the most frequent first."""
         found = self._base.execute("SELECT failure FROM jobs WHERE state = 'failed'").fetchall()
-        lines = [(text or "").strip().splitlines()[-1:] or [""] for (text,) in found]
-        counted: dict[str, int] = {}
-        for (line,) in lines:
-            counted[line] = counted.get(line, 0) + 1
-        return sorted(counted.items(), key=lambda pair: -pair[1])[:most]
+        lines = ((text or "").strip().rpartition("\n")[2] for (text,) in found)
+        return Counter(lines).most_common(most)
 
     def _one(self, query: str, *values: Any) -> Any:
         return self._base.execute(query, values).fetchone()[0]

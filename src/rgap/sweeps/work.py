@@ -102,7 +102,8 @@ def _do(spec: Mapping[str, Any]) -> dict[str, Any]:
         update, cost = sent, defences.gradient_error(update, sent)
     (found,) = judge(attack(target, update), truth, [label], target.value_range or span(truth))
     named = {name: getattr(found, name) for name in FIGURES if hasattr(found, name)}
-    return {**named, "level": found.level.value, "gradient_error": cost, "accuracy": right}
+    shown = {"level": found.level.value, "status": found.status.value}
+    return {**named, **shown, "gradient_error": cost, "accuracy": right}
 
 
 @lru_cache(CACHED)

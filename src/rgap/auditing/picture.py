@@ -1,0 +1,50 @@
+"""An audit's pictures: originals above reconstructions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from rgap.auditing.audit import Audit
+from rgap.picture import is_picture, save, show
+
+ACROSS = 8
+"""Pairs of pictures in one row."""
+
+
+def side_by_side(audit: Audit, path: str | Path) -> None:
+    """Write a PNG with each original, where it is known, above its reconstruction.
+
+    Raises:
+        ValueError: the inputs are no pictures.
+    """
+    shape = audit.shape
+    if not is_picture(shape):
+        raise ValueError(f"inputs of shape {shape} are no pictures: expected (1 or 3, height, width)")
+    rows = math.ceil(len(audit.cases) / ACROSS)
+    columns = min(len(audit.cases), ACROSS)
+    figure = Figure(figsize=(1.45 * columns + 0.9, 3.5 * rows), layout="constrained", dpi=150)
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for at, case in enumerate(audit.cases):
+        row, column = divmod(at, ACROSS)
+        best = case.best
+        above, below = axes[2 * row][column], axes[2 * row + 1][column]
+        pairs = ((above, case.truth), (below, None if best is None else best.inputs))
+        value_range = audit.value_range
+        for ax, inputs in pairs:
+            if inputs is not None:
+                # Where no range is known, that of the original holds for both.
+                value_range = value_range or (float(inputs.min()), max(float(inputs.max()), float(inputs.min()) + 1e-9))
+                show(ax, inputs[0], value_range)
+        above.set_title(case.name[-20:], fontsize=7)
+        error = "" if best is None or math.isnan(best.mse) else f"\nMSE {best.mse:.0e}"
+        below.set_title(case.level.value if best is None else f"{best.status.value}{error}", fontsize=7)
+    for row in range(2 * rows):
+        left = axes[row][0]
+        word = "from its gradient" if row % 2 else "original"
+        left.text(-0.12, 0.5, word, fontsize=8, rotation=90, va="center", ha="right", transform=left.transAxes)
+    save(figure, path)

@@ -1,0 +1,189 @@
+"""One audit as it goes on: rank analysis, then every attack on every update, and what was found so far."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rgap.attacks import Attack, Reconstruction
+from rgap.auditing.observed import Observed, digest
+from rgap.auditing.results import AttackRun, Case, Level, Result, from_certificate, judge, span
+from rgap.protocol import Protocol
+from rgap.rank import RankAnalysis, rank_analysis
+from rgap.store import Row, Store
+from rgap.target import Target
+from rgap.update import Update
+
+RESULTS = 2
+"""Version of what is kept in the folder of an audit."""
+CHUNK = 8
+"""Updates of one call of an attack: what an interruption can cost."""
+LATE = "the time was up"
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far an audit has come."""
+
+    what: str
+    done: int
+    total: int
+
+
+@dataclass
+class Run:
+    """One audit as it goes on; the arguments are those of `rgap.audit`."""
+
+    target: Target
+    observed: Sequence[Observed]
+    attacks: Sequence[Attack]
+    protocol: Protocol
+    seed: int
+    budget: float | None
+    folder: Path | None
+    fresh: bool
+    about: Mapping[str, Any]
+    progress: Callable[[Step], None] | None
+    not_run: list[str] = field(default_factory=list)
+    complete: bool = True
+    """Whether nothing was put off."""
+    found: dict[str, list[Result]] = field(default_factory=dict)
+    """By key, what one attack made of one update's samples."""
+    rank: RankAnalysis | None = None
+
+    def __post_init__(self) -> None:
+        self.start = time.perf_counter()
+        self.updates = [each.update for each in self.observed]
+        self.group = max(each.samples for each in self.observed)
+        self.obstacles = [attack.obstacle(self.target, self.group) for attack in self.attacks]
+        self.able = [each for each, obstacle in zip(self.attacks, self.obstacles, strict=True) if obstacle is None]
+        self.store = None if self.folder is None else Store(self.folder, self.settings, self.fresh)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return {
+            "results": RESULTS,
+            "fingerprint": self.target.fingerprint,
+            "loss": self.target.loss.name,
+            "batch_size": self.target.batch_size,
+            "protocol": str(self.protocol),
+            "model": hashlib.sha256(repr(self.target.model).encode()).hexdigest(),
+            "value_range": self.target.value_range,
+            "samples": digest(self.observed),
+            "labels": [label for each in self.observed for label in each.labels or [None] * each.samples],
+            "seed": self.seed,
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.perf_counter() - self.start
+
+    @property
+    def late(self) -> bool:
+        return self.budget is not None and self.seconds > self.budget
+
+    def put_off(self, what: str, why: str = LATE) -> None:
+        """Note what is left to do."""
+        self.not_run.append(f"{what}: {why}")
+        self.complete = False
+
+    def tell(self, what: str, done: int = 0) -> None:
+        """Say how far it is."""
+        if self.progress is not None:
+            self.progress(Step(what, done, len(self.updates) * max(1, len(self.attacks))))
+
+    def attack(self) -> None:
+        """Rank analysis, then every attack on every update that none before it recovered exactly."""
+        self.tell("rank analysis")
+        if self.target.graph.uses:
+            self.rank = rank_analysis(self.target, batch_size=self.group)
+        else:
+            self.not_run.append("rank analysis: the model cannot be traced")
+        for number, attack in enumerate(self.able):
+            left = {at: update for at, update in enumerate(self.updates) if not self._exact(at, self.able[:number])}
+            self.tell(attack.name, number * len(self.updates))
+            begun = self.results(attack, left)
+            if len(begun) < len(left):
+                self.put_off(f"{attack.name} on {len(left) - len(begun)} updates")
+
+    def results(self, attack: Attack, updates: Mapping[int, Update], defence: str = "") -> dict[int, list[Result]]:
+        """One attack on updates by their number, from the store those that are there; fewer if the time is up."""
+        keys = {at: _key(attack, at, defence) for at in updates}
+        for key in keys.values():
+            if key not in self.found and self.store is not None and key in self.store.rows:
+                row = self.store.rows[key]
+                results = enumerate(row.values["results"])
+                self.found[key] = [Result.from_dict(each, row.tensors.get(str(n))) for n, each in results]
+        left = [at for at, key in keys.items() if key not in self.found]
+        for start in range(0, len(left), CHUNK):
+            if self.late:
+                break
+            chunk = left[start : start + CHUNK]
+            for at, each in zip(chunk, attack.many(self.target, [updates[at] for at in chunk]), strict=True):
+                own = self.found[keys[at]] = self._judged(self.observed[at], each)
+                if self.store is not None:
+                    tensors = {str(n): result.inputs for n, result in enumerate(own) if result.inputs is not None}
+                    self.store.add(keys[at], Row({"results": [result.to_dict() for result in own]}, tensors))
+        return {at: self.found[key] for at, key in keys.items() if key in self.found}
+
+    def _judged(self, observed: Observed, found: Reconstruction) -> list[Result]:
+        if observed.truth is None or observed.labels is None:
+            return from_certificate(found, observed.samples)
+        return judge(found, observed.truth, observed.labels, self.target.value_range or self._span)
+
+    @cached_property
+    def _span(self) -> tuple[float, float]:
+        """Of all samples that are known."""
+        return span(*(each.truth for each in self.observed if each.truth is not None))
+
+    def of_attack(self, attack: Attack) -> list[Result]:
+        """What one attack made of all samples of the updates that it was given."""
+        return [result for at in range(len(self.updates)) for result in self.found.get(_key(attack, at), ())]
+
+    def of_update(self, at: int, attacks: Sequence[Attack]) -> list[list[Result]]:
+        """What attacks made of one update's samples, by attack; none of those that were not given it."""
+        return [self.found[key] for attack in attacks if (key := _key(attack, at)) in self.found]
+
+    def _exact(self, at: int, attacks: Sequence[Attack]) -> bool:
+        return any(results and all_exact(results) for results in self.of_update(at, attacks))
+
+    def cases(self) -> Iterator[Case]:
+        """Every sample, with what was made of it so far."""
+        for at, observed in enumerate(self.observed):
+            own = self.of_update(at, self.able)
+            for n, name in enumerate(observed.names):
+                truth = None if observed.truth is None else observed.truth[n : n + 1]
+                label = None if observed.labels is None else observed.labels[n]
+                yield Case(name, truth, label, tuple(results[n] for results in own))
+
+    def attack_runs(self) -> Iterator[AttackRun]:
+        for attack, obstacle in zip(self.attacks, self.obstacles, strict=True):
+            yield AttackRun(attack.name, obstacle, tuple(self.of_attack(attack)))
+
+    @property
+    def leaks(self) -> bool:
+        """Whether any sample came back."""
+        return any(any_seen(results) for results in self.found.values())
+
+
+def _key(attack: Attack, at: int, defence: str = "") -> str:
+    """Of one attack on one update, which may be defended."""
+    # A function's repr holds its address, which is another one in the next process.
+    settings = re.sub(r"<function (\S+) at 0x[0-9a-f]+>", r"\1", repr(attack))
+    return f"{defence}|{at}|{settings}"
+
+
+def all_exact(results: Sequence[Result]) -> bool:
+    return all(result.level is Level.EXACT for result in results)
+
+
+def any_seen(results: Sequence[Result]) -> bool:
+    return any(result.level is not Level.NOTHING for result in results)

@@ -1,0 +1,130 @@
+"""What ``rgap audit`` and ``rgap federation`` have in common: options, the bar, the files, and --fail-if."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from rgap.cli.condition import Condition, condition
+from rgap.cli.console import bar
+from rgap.cli.options import ATTACK, F, attack_options, make_attack, options, output_options, taken
+
+if TYPE_CHECKING:
+    from rgap.attacks import Attack
+    from rgap.auditing import Audit
+
+FAILED = 3
+"""Exit code when the condition of --fail-if holds."""
+CONDITIONS = "psnr>20, ssim>0.5, exact>0 or recognisable>0.1 (shares of samples)"
+
+
+def audit_options(of: str, json_help: str) -> Callable[[F], F]:
+    """The options of an audit, as `AuditRun.of` takes them.
+
+    Args:
+        of: what is audited at a time, for --help.
+    """
+    return options(
+        attack_options(default=None),
+        click.option(
+            "--budget", type=click.FloatRange(min=0), help=f"Seconds for {of} after which no further attack is begun."
+        ),
+        click.option(
+            "--fail-if",
+            callback=condition,
+            metavar="CONDITION",
+            help=f"Exit with code 3 if it holds for {of}, such as {CONDITIONS}.",
+        ),
+        click.option("--fresh", is_flag=True, help="Forget what an earlier run left in the folder."),
+        output_options(json_help),
+    )
+
+
+@dataclass
+class AuditRun:
+    """Audits that a command makes, one or several."""
+
+    attacks: tuple[Attack, ...]
+    budget: float | None
+    fail_if: Condition | None
+    out: Path
+    fresh: bool
+    as_json: bool
+    failed: bool = False
+    """Whether the condition held for any of them."""
+
+    @classmethod
+    def of(cls, named: dict[str, Any]) -> AuditRun:
+        """What the options say, which are taken out of ``named``."""
+        attacks = _attacks(**taken(named, *ATTACK))
+        return cls(attacks, **taken(named, "budget", "fail_if", "out", "fresh", "as_json"))
+
+    def run(
+        self, name: str, audit: Callable[..., Audit], show: Callable[[Audit], None], results: str, **about: str
+    ) -> None:
+        """One audit: run it, write NAME.json, NAME.html and, of pictures, NAME.png, and show it.
+
+        Args:
+            audit: takes what is the same for all audits; see `rgap.audit`.
+            show: prints it for people.
+            results: the folder in OUT where results are kept as they come.
+            about: model and data in words.
+
+        Raises:
+            click.Abort: it was interrupted; what was found so far is written and shown.
+        """
+        from rgap.auditing import Interrupted
+        from rgap.auditing.picture import side_by_side
+        from rgap.picture import is_picture
+
+        self.out.mkdir(parents=True, exist_ok=True)
+        interrupted = False
+        with bar(Console(stderr=True), self.as_json) as step:
+            try:
+                result = audit(
+                    attacks=self.attacks,
+                    budget=self.budget,
+                    folder=self.out / results,
+                    fresh=self.fresh,
+                    about={**about, "command": "rgap " + shlex.join(sys.argv[1:])},
+                    progress=lambda now: step(now.what, now.done, now.total),
+                )
+            except Interrupted as error:
+                result, interrupted = error.audit, True
+        result.save(self.out / f"{name}.json")
+        result.render(self.out / f"{name}.html")
+        if is_picture(result.shape):
+            side_by_side(result, self.out / f"{name}.png")
+        if self.as_json:
+            click.echo(json.dumps(result.to_dict()))
+        else:
+            show(result)
+        if interrupted:
+            raise click.exceptions.Abort
+        self.failed = self.failed or (self.fail_if is not None and self.fail_if.holds(result.cases))
+
+    def end(self) -> None:
+        """Leave with exit code 3 if the condition held."""
+        if self.failed:
+            click.echo(f"rgap: {self.fail_if} holds", err=True)
+            raise click.exceptions.Exit(FAILED)
+
+
+def _attacks(attack: tuple[str, ...], iterations: int | None, restarts: int | None, polish: bool) -> tuple[Attack, ...]:
+    """Those that were named, else all that an audit runs."""
+    from rgap.attacks.named import resized
+    from rgap.auditing import ATTACKS
+
+    if attack:
+        return tuple(make_attack(name, iterations, restarts, polish) for name in attack)
+    if polish:
+        raise click.BadParameter("--polish needs an --attack to go on from")
+    return tuple(resized(each, iterations, restarts) for each in ATTACKS)

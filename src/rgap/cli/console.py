@@ -1,0 +1,86 @@
+"""What commands print: to a window or to a file, with a bar on the standard error while something long goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rgap.attacks.progress import Tick
+
+WIDE = 160
+"""Columns of text that goes to a file: there is no window that it must fit."""
+NONE = "-"
+"""In the place of a number that is not there."""
+
+
+def report() -> Console:
+    """The standard output. Names are printed as they are, whatever brackets stand in them."""
+    console = Console(highlight=False, markup=False)
+    if console.is_terminal:
+        return console
+    return Console(highlight=False, markup=False, width=WIDE, soft_wrap=True)
+
+
+def table(title: str, text: tuple[str, ...], numbers: tuple[str, ...] = ()) -> Table:
+    """A table without a frame. Where it is wider than the window text is wrapped; a number never is, nor cut."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    for name in text:
+        made.add_column(name, overflow="fold")
+    for name in numbers:
+        made.add_column(name, no_wrap=True, justify="right")
+    return made
+
+
+def number(value: float | None, form: str) -> str:
+    """A number that may not be there: None or NaN."""
+    return NONE if value is None or math.isnan(value) else format(value, form)
+
+
+def tick_line(tick: Tick) -> str:
+    """How far an attack has come, in one line."""
+    line = f"{tick.what} {tick.done}/{tick.total}"
+    return line if math.isnan(tick.loss) else f"{line}, loss {tick.loss:.1e}, {tick.rate:.0f}/s, {tick.left:.0f} s left"
+
+
+@contextmanager
+def status(quiet: bool = False) -> Iterator[None]:
+    """Show how far an attack has come, for as long as it runs."""
+    from rgap.attacks.progress import watching
+
+    console = Console(stderr=True, quiet=quiet)
+    with console.status("attacking") as shown, watching(lambda tick: shown.update(tick_line(tick))):
+        yield
+
+
+@contextmanager
+def bar(console: Console, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over steps, with how far the attack of the present one has come.
+
+    Yields:
+        To be called before each step, with its name, its number from 0, and the number of all.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from rgap.attacks.progress import watching
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=None)
+        present = ""
+
+        def step(what: str, done: int, total: int) -> None:
+            nonlocal present
+            present = what
+            if progress.tasks[0].total is None:  # what was done before took no time now
+                progress.reset(task, total=total, completed=done, description=what)
+            else:
+                progress.update(task, description=what, completed=done)
+
+        with watching(lambda tick: progress.update(task, description=f"{present}: {tick_line(tick)}")):
+            yield step
