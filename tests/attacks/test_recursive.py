@@ -15,8 +15,8 @@ from torch import nn
 from rgap import NotAChain, Target, Update, UpdateError, attacks, capture, data, losses, models, score
 from rgap.attacks import Recursive, Status, recursive
 from rgap.attacks.progress import Tick, watching
-from rgap.inversion import recursion
 from rgap.inversion.layer import Solver
+from rgap.inversion.sides import choose_side
 from rgap.inversion.state import Observation, State
 from rgap.nn import layers
 from rgap.nn.ops import Linear
@@ -332,7 +332,7 @@ def test_sides_of_kinks_are_told_from_the_gradient(outputs: int, seed: int) -> N
         return State(layer.unpack_output(z), layer.unpack_output(of), None, layer.unpack_output(error))
 
     given_ = Observation({"w": grad}, 1e-16, 1e-9)
-    found = recursion._sided(Linear(layer), front(here), front(there), grad, given_)
+    found = choose_side(Linear(layer), front(here), front(there), grad, given_)
     assert torch.equal(layer.pack_output(found.cotangent), k)
 
 

@@ -31,6 +31,7 @@ from rgap.attacks.base import (
 )
 from rgap.attacks.labels import of_one
 from rgap.checks import Preflight
+from rgap.inversion.history import Paths
 from rgap.inversion.layer import LayerSystem
 from rgap.inversion.recursion import recurse
 from rgap.inversion.report import LayerReport, layer_report
@@ -137,17 +138,15 @@ class Bias(Attack):
         if entry == 0:
             return y, error, (report,)
         before = _k(network, entry, told)
-        front = State(y, torch.zeros_like(y) if before is None else before, None, y.new_full((1,) * y.dim(), error))
-        # Where k goes on by a way that is not told, the layers in front have weight constraints only.
-        heard = {} if before is None else told
-        segments = [segment for segment in network.segments if segment.exit <= entry]
-        given = Observation({name: g[None] for name, g in heard.items()}, eps, rank_tolerance, self.seed)
-        [(_, end), *_] = recurse(
-            network, segments, given, front, y.new_zeros(1), torch.zeros(1, dtype=torch.long, device=y.device)
-        )
-        if end.stopped:
-            return end.stopped
-        return end.x, end.error, (*end.layers, report)
+        state = State(y, torch.zeros_like(y) if before is None else before, None, y.new_full((1,) * y.dim(), error))
+        # Where the cotangent goes on by a way that is not known, the layers in front have weight constraints only.
+        known = {} if before is None else {name: g[None] for name, g in told.items()}
+        front = network.part([segment for segment in network.segments if segment.exit <= entry])
+        paths = Paths.begin(state, torch.zeros(1, dtype=torch.long, device=y.device), y.new_zeros(1))
+        [found, *_] = recurse(front, Observation(known, eps, rank_tolerance, self.seed), paths)
+        if found.stop is not None:
+            return str(found.stop)
+        return found.value, found.std, (*found.layers, report)
 
 
 def divide(

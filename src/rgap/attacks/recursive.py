@@ -22,11 +22,12 @@ from rgap.attacks.base import (
 )
 from rgap.attacks.progress import Reporter
 from rgap.checks import Preflight
+from rgap.inversion.history import Candidate, Paths
 from rgap.inversion.layer import Solver
 from rgap.inversion.layer import bytes_needed as layer_bytes
 from rgap.inversion.output import OutputCandidates, output_candidates
 from rgap.inversion.recursion import recurse
-from rgap.inversion.state import Candidate, Observation, State
+from rgap.inversion.state import Observation, State
 from rgap.memory import free, readable
 from rgap.nn.activations import IDENTITY, Activation
 from rgap.nn.chain import Kind, NotAChain, Obstacle
@@ -190,31 +191,28 @@ class Recursive(Attack):
         z = torch.cat([heads.z for heads in followed]).reshape(-1, *network.shapes[-1])
         rank_tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
         gradients = {name: torch.stack([each.gradients[name] for each in begun]) for name in begun[0].gradients}
-        given = Observation(gradients, eps, rank_tolerance, self.seed, self.solver)
+        observed = Observation(gradients, eps, rank_tolerance, self.seed, self.solver)
         ends: list[list[Candidate]] = [[] for _ in updates]
         stopped: list[dict[str, None]] = [{} for _ in updates]
-        reached = recurse(
-            network,
-            network.segments,
-            given,
-            State(z, k, None, torch.zeros_like(z)),
-            torch.cat([heads.k_error for heads in followed]),
-            torch.tensor(of, device=z.device),
-            Reporter(self.name, len(network.segments)),
-        )
-        for s, end in reached:
+        errors = torch.cat([heads.k_error for heads in followed])
+        state = State(z, k, None, torch.zeros_like(z))
+        paths = Paths.begin(state, torch.tensor(of, device=z.device), errors)
+        reached = recurse(network, observed, paths, Reporter(self.name, len(network.segments)))
+        for end in reached:
+            s = end.root
             at, heads, start = of[s], followed[of[s]], starts[of[s]]
             label, margin = heads.labels[own[s] : own[s] + 1], float(heads.margins[own[s]])
-            end = replace(end, k=k[s : s + 1], label=label, margin=margin)
-            end = self.finish(target, begun[at].gradients, end, eps, rank_tolerance, given.probe(0, z.device))
-            if end.stopped:
-                stopped[at][end.stopped] = None
+            end = replace(end, cotangent=k[s : s + 1], label=label, margin=margin)
+            end = self.finish(target, observed.one(at), end)
+            if end.stop is not None:
+                stopped[at]["; ".join(filter(None, (str(end.stop), end.note)))] = None
                 continue
             if end.joint is None or end.joint.converged:
-                end = replace(end, x=kinks.settle(network, begun[at].gradients, end.x, end.k, settled(eps)))
+                x = kinks.settle(network, begun[at].gradients, end.value, end.cotangent, settled(eps))
+                end = replace(end, value=x)
             if network.scalable:  # the other candidates' inputs are the same one, scaled: their gradients agree
-                size, length = start.k.flatten(1).norm(dim=1), float(end.k.norm())
-                along = (start.k.flatten(1) @ end.k.flatten()) > 0
+                size, length = start.k.flatten(1).norm(dim=1), float(end.cotangent.norm())
+                along = (start.k.flatten(1) @ end.cotangent.flatten()) > 0
                 for twin in along.nonzero().flatten().tolist():
                     label, margin = start.labels[twin : twin + 1], float(start.margins[twin])
                     ends[at].append(end.scaled(length / float(size[twin]), label, margin))
@@ -224,24 +222,25 @@ class Recursive(Attack):
         for at, update in enumerate(updates):
             answers = []
             for end in ends[at]:
-                x = end.x.reshape(1, *target.input_shape)
+                x = end.value.reshape(1, *target.input_shape)
                 label = end.label.to(x.device)
                 residual = gradient_residual(target, update, x, label)
-                answers.append(Answer(x, label, end.margin, residual, end.error, end.layers, end.joint, end.note))
+                answers.append(Answer(x, label, end.margin, residual, end.std, end.layers, end.joint, end.note))
             found.append((answers, "; ".join(stopped[at])))
         return found
 
     def finish(
         self,
         target: Target,
-        gradients: dict[str, Tensor],
-        end: Candidate,
-        eps: float,
-        rank_tolerance: float,
-        probe: torch.Generator,
+        observed: Observation,
+        candidate: Candidate,
     ) -> Candidate:
-        """What is still done for a candidate after the recursion; `Closed` solves jointly what it left open."""
-        return end
+        """What is still done for a candidate after the recursion; `Closed` solves jointly what it left open.
+
+        Args:
+            observed: of the candidate's update alone.
+        """
+        return candidate
 
     def _judge(self, answers: list[Answer], target: Target, tolerance: float) -> tuple[Status, str]:
         """The status that the first answer deserves."""

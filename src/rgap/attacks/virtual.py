@@ -13,8 +13,10 @@ from rgap.attacks import joint, kinks
 from rgap.attacks.branched import MOST_BYTES, At, Branched
 from rgap.attacks.fading import Fading, Joint, Prior, determined, solve, told_by_a_draw
 from rgap.attacks.recursive import Recursive, settled
+from rgap.inversion.history import Candidate
 from rgap.inversion.report import JointReport
-from rgap.inversion.state import Candidate
+from rgap.inversion.state import Observation
+from rgap.nn.ops import Linear
 from rgap.target import Target
 
 RANK_ROUNDINGS = 8
@@ -44,20 +46,14 @@ class Closed(Recursive):
     fading: Fading = FADING
     largest: int = 16_000
 
-    def finish(
-        self,
-        target: Target,
-        gradients: dict[str, Tensor],
-        end: Candidate,
-        eps: float,
-        rank_tolerance: float,
-        probe: torch.Generator,
-    ) -> Candidate:
+    def finish(self, target: Target, observed: Observation, candidate: Candidate) -> Candidate:
         """Solve jointly from the input to the last value that is known for certain; nothing if the input is."""
-        if not end.stopped and end.layers[0].open_since is None:
+        end, eps, probe = candidate, observed.eps, observed.probe(0, target.device)
+        if end.stop is None and end.layers[0].open_since is None:
             return end
+        gradients = {name: g[0] for name, g in observed.gradients.items()}
         network = target.network
-        front = network.part([segment for segment in network.segments if segment.exit <= end.at])
+        front = network.part([segment for segment in network.segments if segment.exit <= end.certain_id])
         plain = not target.graph.obstacles
         widest = max(math.prod(shape) for shape in front.shapes) if plain else math.prod(target.input_shape)
         rows = 0 if plain else sum(layer.gradient_rows for layer in front.layers)
@@ -68,21 +64,22 @@ class Closed(Recursive):
                 f"solving {len(front.layers)} layers jointly takes dense matrices of {widest} unknowns, about "
                 f"{need:.0f} GiB with {rows} gradient rows, more than is solved (largest={self.largest})"
             )
-            return replace(end, note=note, stopped=f"{end.stopped}; {note}" if end.stopped else "")
+            return replace(end, note=note)
         if plain:
             depth = max(at for at, layer in enumerate(end.layers) if layer.open_since is not None)
-            step = end.steps[depth]
-            known = joint.Known(step.k, step.z, step.row_weight)
+            last, certain = network.layers[depth], end.certain
+            row_weight = None if certain.row_weight is None else last.pack_output(certain.row_weight)
+            known = joint.Known(last.pack_output(certain.cotangent), last.pack_output(certain.value), row_weight)
             chained = joint.Problem(target.chain, depth, known, gradients)
             problem: Joint = chained
             begin: Any = chained.at(_start(end, target, depth), [])
-            z_error = step.z_error
+            z_error = last.pack_output(certain.std.expand(certain.value.shape))
         else:
-            problem = branched = Branched(front, end.known, gradients)
-            z_error = end.known.std.expand(end.known.value.shape)
-            begin = _begun(branched, _noise(target, end.known.value, probe))
+            problem = branched = Branched(front, end.certain, gradients)
+            z_error = end.certain.std.expand(end.certain.value.shape)
+            begin = _begun(branched, _noise(target, end.certain.value, probe))
             if isinstance(begin, str):
-                return replace(end, stopped=f"{end.stopped}; {begin}")
+                return replace(end, note=begin)
         # A chain's layers keep channels in front, whatever the module does.
         first = network.layers[0]
 
@@ -96,7 +93,7 @@ class Closed(Recursive):
         found = solve(problem, begin, prior, self.fading, settled(eps), iterative)
         x, misfit = found.x, found.misfit
         if misfit > settled(eps):  # a last unit or two may still be on the wrong side
-            x = packed(kinks.settle(network, gradients, whole(x), end.k, settled(eps)))
+            x = packed(kinks.settle(network, gradients, whole(x), end.cotangent, settled(eps)))
             misfit = problem.misfit(problem.forward(x))
         sure = None
         if iterative and isinstance(problem, joint.Problem):
@@ -113,7 +110,7 @@ class Closed(Recursive):
             converged=misfit <= settled(eps),
             prior=said,
         )
-        return replace(end, x=whole(x), error=sure.error, joint=report, stopped="")
+        return replace(end, value=whole(x), std=sure.error, joint=report, stop=None)
 
 
 Virtual = Closed
@@ -130,11 +127,13 @@ def _prior(target: Target) -> tuple[Prior, str]:
 
 def _start(end: Candidate, target: Target, depth: int) -> list[Tensor]:
     """z of the layers in front, from the recursion's own inputs: least squares, right in most signs."""
-    chain = target.chain
+    chain, network = target.chain, target.network
+    reads = [node.reads[0] for node in network.nodes if isinstance(node.op, Linear)]
     found = []
     for at in range(depth):
         layer, after = chain[at], chain[at + 1]
-        x = layer.pack_output(after.unpack_input(end.steps[at + 1].x))
+        estimate = network.layers[at + 1].pack_input(end.values[reads[at + 1]])
+        x = layer.pack_output(after.unpack_input(estimate))
         found.append(layer.activation.invert(x, torch.zeros(1, dtype=x.dtype, device=x.device)).z)
     return found
 

@@ -8,86 +8,108 @@ enters the sum, x = out - z. Where that leads nowhere the block's input is sough
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rgap.inversion import together
+from rgap.inversion.history import Paths
 from rgap.inversion.layer import LayerRows, LayerSolution, LayerSystem, Rhs
 from rgap.inversion.report import LayerReport, layer_report
 from rgap.inversion.rounding import rounding
-from rgap.inversion.state import History, Observation, State
+from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.nn.activations import NonMonotone
-from rgap.nn.network import Network
-from rgap.nn.ops import Affine, Concat, Elementwise, Linear, Norm, Other, Sum
+from rgap.nn.network import Network, Node
+from rgap.nn.ops import Affine, Concat, Elementwise, Linear, Norm, Op, Other, Sum
 
 DENSE = 6_000
-"""Unknowns of one group above which a value that is told directly is not solved for."""
+"""Unknowns of one group above which a value that is told directly is not solution for."""
 
 
-def back(network: Network, given: Observation, state: State, trail: History, probe: torch.Generator) -> State | str:
-    """What is known of the block's input from what is known of its output, for one candidate; or why nothing is.
+def solve_block(network: Network, value_id: int, observed: Observation, paths: Paths) -> Paths | Stop:
+    """The block's input from its output, for each candidate by itself; those that get nowhere fall out.
 
     Args:
         network: the block alone.
-        given: of one update.
-        trail: is told what happened at the block's layers.
+        value_id: of its output.
     """
-    opened = trail.x_open or trail.k_open
-    name = network.nodes[-1].op.name
-    if opened is not None:
-        return f"stops at {name}: {opened} leaves its input open, and no branches are followed from there"
-    other = next((node.op for node in network.nodes if isinstance(node.op, (Norm, Other))), None)
-    if other is not None:
-        return f"stops at {other.name}: {other.loses}"
-    inside = Inside(network, given, state, probe)
-    inside.spread()
-    if 0 not in inside.values or 0 not in inside.ks:
-        found = together.solve(network, given, state, inside.start())
+    found = []
+    for s, history in enumerate(paths.history):
+        one = observed.one(int(paths.update[s]))
+        probe = observed.probe(value_id, paths.state.value.device)
+        found.append(_solve_one(network, one, paths.state.one(s), history.open_since, probe))
+    passed = [s for s, each in enumerate(found) if not isinstance(each, Stop)]
+    if not passed:
+        return next(each for each in found if isinstance(each, Stop))
+    kept = paths.select(torch.tensor(passed, device=paths.root.device))
+    through = [each for each in found if not isinstance(each, Stop)]
+    history = (before.passed_block(reports) for before, (_, reports) in zip(kept.history, through, strict=True))
+    return replace(kept, state=State.concatenate([state for state, _ in through]), history=tuple(history))
+
+
+def _solve_one(
+    network: Network, observed: Observation, state: State, open_since: str | None, probe: torch.Generator
+) -> tuple[State, tuple[LayerReport, ...]] | Stop:
+    """For one candidate: what is known of the block's input, and its layers' reports from the input to the output.
+
+    Args:
+        open_since: a layer that leaves the block's output open.
+    """
+    end = network.nodes[-1].op
+    if open_since is not None:
+        what = f"{open_since} leaves its input open, and no branches are followed from there"
+        return Stop(end, Cause.OPEN, what)
+    lossy = next((node.op for node in network.nodes if isinstance(node.op, (Norm, Other))), None)
+    if lossy is not None:
+        return Stop(lossy, Cause.LOSSY, lossy.loses)
+    block = BlockValues(network, observed, state, probe)
+    block.propagate()
+    if 0 not in block.values or 0 not in block.ks:
+        found = together.solve(network, observed, state, block.start())
         if isinstance(found, str):
-            return f"stops at {name}: {found}"
+            return Stop(end, Cause.NOT_FOUND, found)
     else:
         # One value after another used some of the rows and not others; all of them know better.
-        rows = together.Constraints(network, given, state, True)
-        found = together.refine(rows, inside.values[0].y)
+        rows = together.Constraints(network, observed, state, True)
+        found = together.refine(rows, block.values[0].value)
     if isinstance(found, together.Found):
-        inside.take(found)
-    trail.beside([inside.reports[place] for place in sorted(inside.reports)])
-    value = inside.values[0]
-    return State(value.y, inside.ks[0], None, value.error)
+        block.take(found)
+    value = block.values[0]
+    reports = tuple(block.reports[node] for node in sorted(block.reports))
+    return State(value.value, block.ks[0], None, value.std), reports
 
 
 @dataclass(frozen=True)
-class Known:
+class Estimate:
     """A value inside the block, (1, *shape), as `State` has it."""
 
-    y: Tensor
-    weight: Tensor | None
-    error: Tensor
+    value: Tensor
+    row_weight: Tensor | None
+    std: Tensor
 
     @property
     def full(self) -> bool:
-        return self.weight is None or bool((self.weight > 0).all())
+        return self.row_weight is None or bool((self.row_weight > 0).all())
 
     @property
-    def size(self) -> Tensor:
-        """The root mean square of the error, (1,)."""
-        return self.error.expand(self.y.shape).square().mean().sqrt().reshape(1)
+    def rms_std(self) -> Tensor:
+        """The root mean square of the standard deviation, (1,)."""
+        return self.std.expand(self.value.shape).square().mean().sqrt().reshape(1)
 
 
-class Inside:
+class BlockValues:
     """What is known of the values of a block, and the rules by which more becomes known."""
 
-    def __init__(self, network: Network, given: Observation, state: State, probe: torch.Generator):
-        self.network, self.given, self.probe = network, given, probe
+    def __init__(self, network: Network, observed: Observation, state: State, probe: torch.Generator):
+        self.network, self.observed, self.probe = network, observed, probe
         end = len(network.nodes)
-        self.values: dict[int, Known] = {end: Known(state.value, state.row_weight, state.std)}
+        self.values: dict[int, Estimate] = {end: Estimate(state.value, state.row_weight, state.std)}
         self.ks: dict[int, Tensor] = {end: state.cotangent}
         self.slopes: dict[int, Tensor] = {}
         self.reports: dict[int, LayerReport] = {}
 
-    def spread(self) -> None:
+    def propagate(self) -> None:
         """Apply the rules until nothing more becomes known."""
         count = -1
         while count != (count := len(self.values) + len(self.ks) + len(self.slopes)):
@@ -96,8 +118,8 @@ class Inside:
                     self._k(value)
                 if value not in self.values:
                     self._value(value)
-            for place in range(len(self.network.nodes)):
-                self._forward(place)
+            for node_id in range(len(self.network.nodes)):
+                self._forward(node_id)
 
     def _k(self, value: int) -> None:
         """Eq. 6, once k of everything that reads the value is known."""
@@ -105,132 +127,151 @@ class Inside:
         if k is not None:
             self.ks[value] = k
 
-    def _forward(self, place: int) -> None:
+    def _forward(self, node_id: int) -> None:
         """What is computed from known values is known."""
-        node = self.network.nodes[place]
+        node = self.network.nodes[node_id]
         reads = [self.values.get(at) for at in node.reads]
         known = [each for each in reads if each is not None and each.full]
         if len(known) < len(reads):
             return
-        out = self.values.get(place + 1)
+        out = self.values.get(node_id + 1)
         if out is None or not out.full:
-            xs = tuple(each.y for each in known)
-            noise = tuple(self._draw(each.y) * each.error for each in known)
+            xs = tuple(each.value for each in known)
+            noise = tuple(self._draw(each.value) * each.std for each in known)
             y = node.op.forward(*xs)
             error = node.op.jvp(noise, xs).square().mean().sqrt()
-            self.values[place + 1] = Known(y, None, error.reshape(1, *[1] * (y.dim() - 1)))
+            self.values[node_id + 1] = Estimate(y, None, error.reshape(1, *[1] * (y.dim() - 1)))
         if isinstance(node.op, Elementwise):
-            self.slopes.setdefault(place, node.op.activation.slope(known[0].y))
+            self.slopes.setdefault(node_id, node.op.activation.slope(known[0].value))
 
     def _value(self, value: int) -> None:
-        """A value from what reads it: layers by their constraints, all else by being undone."""
-        direct = next(self._direct(value), None)
+        """A value from what reads it: layers by their constraints, all else by being inverted."""
+        inverted = next(self._inverted(value), None)
         rows = list(self._rows(value))
         if rows:
-            self._solve(value, rows, direct)
-        elif direct is not None:
-            self.values[value] = direct
+            self._solve(value, rows, inverted)
+        elif inverted is not None:
+            self.values[value] = inverted
 
-    def _direct(self, value: int) -> Iterator[Known]:
-        for place in self.network.readers[value]:
-            node, out = self.network.nodes[place], self.values.get(place + 1)
-            op = node.op
-            if out is None or isinstance(op, (Linear, Other)):
+    def _inverted(self, value: int) -> Iterator[Estimate]:
+        """From each operation without weights that reads the value, what its output tells of it."""
+        for node_id in self.network.readers[value]:
+            node, out = self.network.nodes[node_id], self.values.get(node_id + 1)
+            if out is None:
                 continue
-            if isinstance(op, Elementwise):
-                if not isinstance(op.activation, NonMonotone):
-                    inverse = op.activation.invert(out.y, out.size)
-                    self.slopes[place] = inverse.slope
-                    rows = (slice(None), *[None] * (out.y.dim() - 1))
-                    error = out.size[rows] / inverse.slope.abs().clamp(min=1e-12)
-                    yield Known(inverse.z, _product(inverse.weight, out.weight), error)
-            elif isinstance(op, Sum):
-                others = [self.values.get(at) for at in node.reads if at != value]
-                known = [each for each in others if each is not None and each.full]
-                if len(known) == len(others):
-                    times = node.reads.count(value)
-                    y = out.y - sum((each.y for each in known), torch.zeros_like(out.y))
-                    error = sum((each.error.square() for each in known), out.error.square()).sqrt()
-                    yield Known(y / times, out.weight, error / times)
-            elif isinstance(op, Concat):
-                at = node.reads.index(value)
-                sizes = [self.network.shapes[each][op.dim] for each in node.reads]
-                y, error = (torch.split(each.expand(out.y.shape), sizes, op.dim + 1)[at] for each in (out.y, out.error))
-                weight = None if out.weight is None else torch.split(out.weight, sizes, op.dim + 1)[at]
-                yield Known(y, weight, error)
-            else:
-                undone = op.invert(out.y)
-                if undone is not None:
-                    weight = out.weight if out.weight is None or isinstance(op, Affine) else op.invert(out.weight)
-                    size = op.scale.abs().mean() if isinstance(op, Affine) else undone.new_ones(())
-                    yield Known(undone, weight, out.size.reshape(1, *[1] * (undone.dim() - 1)) / size)
+            match node.op:
+                case Linear() | Other():
+                    found = None
+                case Elementwise():
+                    found = self._before_activation(node_id, node.op, out)
+                case Sum():
+                    found = self._summand(value, node, out)
+                case Concat():
+                    found = self._part(value, node, node.op, out)
+                case _:
+                    found = _undone(node.op, out)
+            if found is not None:
+                yield found
+
+    def _before_activation(self, node_id: int, op: Elementwise, out: Estimate) -> Estimate | None:
+        if isinstance(op.activation, NonMonotone):
+            return None
+        inverse = op.activation.invert(out.value, out.rms_std)
+        self.slopes[node_id] = inverse.slope
+        std = out.rms_std.reshape(1, *[1] * (out.value.dim() - 1)) / inverse.slope.abs().clamp(min=1e-12)
+        return Estimate(inverse.z, _product(inverse.weight, out.row_weight), std)
+
+    def _summand(self, value: int, node: Node, out: Estimate) -> Estimate | None:
+        """The sum less what else is in it, if all of that is known."""
+        others = [self.values.get(at) for at in node.reads if at != value]
+        known = [each for each in others if each is not None and each.full]
+        if len(known) < len(others):
+            return None
+        times = node.reads.count(value)
+        left = out.value - sum((each.value for each in known), torch.zeros_like(out.value))
+        std = sum((each.std.square() for each in known), out.std.square()).sqrt()
+        return Estimate(left / times, out.row_weight, std / times)
+
+    def _part(self, value: int, node: Node, op: Concat, out: Estimate) -> Estimate:
+        at = node.reads.index(value)
+        sizes = [self.network.shapes[each][op.dim] for each in node.reads]
+
+        def own(whole: Tensor) -> Tensor:
+            return torch.split(whole, sizes, op.dim + 1)[at]
+
+        row_weight = None if out.row_weight is None else own(out.row_weight)
+        return Estimate(own(out.value), row_weight, own(out.std.expand(out.value.shape)))
 
     def _rows(self, value: int) -> Iterator[tuple[int, LayerRows, Rhs, Tensor]]:
-        """Of each layer that reads the value and of which something is known: place, rows, right side, error of z."""
-        for place in self.network.readers[value]:
-            op, k, out = self.network.nodes[place].op, self.ks.get(place + 1), self.values.get(place + 1)
+        """Of each layer that reads the value and of which something is known: node_id, rows, right side, error of z."""
+        for node_id in self.network.readers[value]:
+            op, k, out = self.network.nodes[node_id].op, self.ks.get(node_id + 1), self.values.get(node_id + 1)
             if not isinstance(op, Linear) or (out is None and (k is None or not op.has_gradient)):
                 continue
             layer = op.layer
             zeros = layer.weight.new_zeros(1, layer.outputs, layer.positions)
             if k is not None and op.has_gradient:
-                k, grad = layer.pack_output(k), layer.pack_weight(self.given.gradients[layer.weight_name])
+                k, grad = layer.pack_output(k), layer.pack_weight(self.observed.gradients[layer.weight_name])
             else:
                 k, grad = zeros, torch.zeros_like(layer.weight)[None]
             z, weight, error = zeros, zeros, zeros
             if out is not None:
-                z = layer.pack_output(out.y) - layer.offset
-                weight = torch.ones_like(z) if out.weight is None else layer.pack_output(out.weight)
-                error = layer.pack_output(out.error.expand(out.y.shape))
-            yield place, LayerRows(layer, k, weight), (z, grad), error
+                z = layer.pack_output(out.value) - layer.offset
+                weight = torch.ones_like(z) if out.row_weight is None else layer.pack_output(out.row_weight)
+                error = layer.pack_output(out.std.expand(out.value.shape))
+            yield node_id, LayerRows(layer, k, weight), (z, grad), error
 
-    def _solve(self, value: int, rows: list[tuple[int, LayerRows, Rhs, Tensor]], direct: Known | None) -> None:
-        """The value from all of its layers' constraints, and its own value where that is told, if they determine it."""
+    def _solve(self, value: int, rows: list[tuple[int, LayerRows, Rhs, Tensor]], inverted: Estimate | None) -> None:
+        """The value from all of its layers' constraints, and itself where it is known, if they determine it."""
         first = rows[0][1].layer
         alike = all(
             (each.layer.groups, each.layer.channels, each.layer.pixels) == (first.groups, first.channels, first.pixels)
             for _, each, _, _ in rows
         )
-        told = direct is not None and direct.full
         if not alike or first.unknowns // first.groups > DENSE:
-            if told and direct is not None:
-                self.values[value] = direct
+            if inverted is not None and inverted.full:
+                self.values[value] = inverted
             return
-        sure = y = None
-        if direct is not None:
-            y = first.pack_input(direct.y)
-            sure = torch.ones_like(y) if direct.weight is None else first.pack_input(direct.weight)
-        beside = [each for _, each, _, _ in rows[1:]]
-        sides = [side for _, _, side, _ in rows]
+        observed_weight = observed_input = None
+        if inverted is not None:
+            observed_input = first.pack_input(inverted.value)
+            observed_weight = (
+                torch.ones_like(observed_input)
+                if inverted.row_weight is None
+                else first.pack_input(inverted.row_weight)
+            )
+        others = [each for _, each, _, _ in rows[1:]]
+        rhs = [each for _, _, each, _ in rows]
         head = rows[0][1]
-        system = LayerSystem(first, head.k, head.row_weight, self.given.rank_tolerance, beside, sure)
+        system = LayerSystem(first, head.k, head.row_weight, self.observed.rank_tolerance, others, observed_weight)
         if system.rank[0] < first.unknowns:
             return
-        solved = system.solve(*sides[0], sides[1:], y)
-        error = self._error(system, rows, solved, direct, y)
-        x = first.unpack_input(solved.x).reshape(1, *self.network.shapes[value])
-        self.values[value] = Known(x, None, error.reshape(1, *[1] * (x.dim() - 1)))
-        for place, each, _, _ in rows:
-            heard = bool(each.k.any())
-            self.reports[place] = layer_report(
-                each.layer, each.k, each.row_weight, solved, 0, float(error), None, heard
+        solution = system.solve(*rhs[0], rhs[1:], observed_input)
+        error = self._error(system, rows, solution, inverted, observed_input)
+        x = first.unpack_input(solution.x).reshape(1, *self.network.shapes[value])
+        self.values[value] = Estimate(x, None, error.reshape(1, *[1] * (x.dim() - 1)))
+        for node_id, each, _, _ in rows:
+            has_gradient = bool(each.k.any())
+            self.reports[node_id] = layer_report(
+                each.layer, each.k, each.row_weight, solution, 0, float(error), None, has_gradient
             )
 
     def _error(
         self,
         system: LayerSystem,
         rows: list[tuple[int, LayerRows, Rhs, Tensor]],
-        solved: LayerSolution,
-        direct: Known | None,
-        y: Tensor | None,
+        solution: LayerSolution,
+        inverted: Estimate | None,
+        observed_input: Tensor | None,
     ) -> Tensor:
         """One draw of the noise of everything on the right, pushed through the solver."""
         noises = []
-        for _, _, (z, grad), error in rows:
-            noises.append(
-                (self._draw(z) * error.maximum(solved.weight_misfit), self._draw(grad) * rounding(grad, self.given.eps))
-            )
-        own = None if direct is None or y is None else self._draw(y) * direct.size.maximum(solved.weight_misfit)
+        for _, _, (z, grad), z_std in rows:
+            z_noise = self._draw(z) * z_std.maximum(solution.weight_misfit)
+            noises.append((z_noise, self._draw(grad) * rounding(grad, self.observed.eps)))
+        own = None
+        if inverted is not None and observed_input is not None:
+            own = self._draw(observed_input) * inverted.rms_std.maximum(solution.weight_misfit)
         return system.apply_inverse(*noises[0], noises[1:], own).square().mean().sqrt()
 
     def _draw(self, like: Tensor) -> Tensor:
@@ -240,16 +281,28 @@ class Inside:
         """Where to begin looking for the block's input: what enters the sum, if its shape is the input's."""
         shape = self.network.shapes[0]
         known = [self.values[at] for at in sorted(self.values) if self.network.shapes[at] == shape]
-        return known[0].y if known else self.network.layers[0].weight.new_zeros(1, *shape)
+        return known[0].value if known else self.network.layers[0].weight.new_zeros(1, *shape)
 
     def take(self, found: together.Found) -> None:
         """The block's input as it was found from all constraints together."""
         x = found.x
-        self.values[0] = Known(x, None, found.error.reshape(1, *[1] * (x.dim() - 1)))
+        self.values[0] = Estimate(x, None, found.error.reshape(1, *[1] * (x.dim() - 1)))
         values = self.network.forward(x)
         k = self.network.vjp(values, self.network.slopes(values), {len(values) - 1: self.ks[len(values) - 1]})[0]
         self.ks[0] = torch.zeros_like(x) if k is None else k
         self.reports = found.reports | self.reports
+
+
+def _undone(op: Op, out: Estimate) -> Estimate | None:
+    """Through an operation that has one input for each output."""
+    x = op.invert(out.value)
+    if x is None:
+        return None
+    weight = out.row_weight
+    if weight is not None and not isinstance(op, Affine):
+        weight = op.invert(weight)
+    size = op.scale.abs().mean() if isinstance(op, Affine) else x.new_ones(())
+    return Estimate(x, weight, out.rms_std.reshape(1, *[1] * (x.dim() - 1)) / size)
 
 
 def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:

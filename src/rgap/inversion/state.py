@@ -1,18 +1,17 @@
-"""What the recursion is given, what it knows at each value, and what it keeps of each candidate on its way."""
+"""What the recursion is given, what it knows at each value, and where it stops."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgap.inversion.layer import LayerSolution, LayerSystem, Solver
-from rgap.inversion.report import JointReport, LayerReport, layer_report
-from rgap.nn.activations import Activation, Identity
-from rgap.nn.layers import Layer
+from rgap.inversion.layer import Solver
+from rgap.nn.ops import Op
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,89 +89,27 @@ class State:
         )
 
 
-@dataclass(frozen=True)
-class LayerSolve:
-    """What one candidate had at a layer."""
+class Cause(Enum):
+    """Why the recursion stops."""
 
-    k: Float[Tensor, "1 o p"]
-    z: Float[Tensor, "1 o p"]
-    z_error: Float[Tensor, "1 o p"]
-    x: Float[Tensor, "1 c n"]
-    """The layer's input, as solved."""
-    row_weight: Float[Tensor, "1 o p"] | None
+    LOSSY = "an operation does not keep what it reads"
+    OPEN = "a layer behind leaves its input open"
+    NOT_FOUND = "no input satisfies the constraints"
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One candidate at the end of the recursion."""
+@dataclass(frozen=True, eq=False)
+class Stop:
+    """Where the recursion got no further, and why."""
 
-    x: Tensor
-    """(1, *shape): the network's input, or the value where the recursion stopped."""
-    k: Tensor
-    """(1, *shape): the gradient of the loss with respect to the network's output."""
-    label: Tensor
-    margin: float
-    error: float
-    layers: tuple[LayerReport, ...]
-    steps: tuple[LayerSolve, ...]
-    at: int
-    """The place in the network of the last value, from the output, up to which nothing was left open."""
-    known: State
-    """That value."""
-    stopped: str = ""
-    """Why it did not get to the input; empty if it did."""
-    joint: JointReport | None = None
-    note: str = ""
+    op: Op
+    cause: Cause
+    what: str
+    """In a few words."""
 
-    def scaled(self, factor: float, label: Tensor, margin: float) -> Candidate:
-        """The same direction for another candidate, in a network that scales."""
-        return replace(self, x=factor * self.x, label=label, margin=margin, error=abs(factor) * self.error)
+    @property
+    def node(self) -> str:
+        """The operation's name in the model."""
+        return self.op.name
 
-
-@dataclass
-class History:
-    """What is said of one candidate along its way, from the output to the input."""
-
-    layers: list[LayerReport] = field(default_factory=list)
-    steps: list[LayerSolve] = field(default_factory=list)
-    """Both from the input to the output."""
-    x_open: str | None = None
-    """The rank-deficient layer, if any, whose free dimensions reach the present input, and so the z before it."""
-    k_open: str | None = None
-    """Likewise for k."""
-    at: int = 0
-    known: State | None = None
-    """The last value up to which nothing was left open, and its place; set when something is."""
-
-    def add(
-        self,
-        step: LayerSolve,
-        layer: Layer,
-        system: LayerSystem,
-        solved: LayerSolution,
-        s: int,
-        error: float,
-        k_known: bool,
-        heard: bool = True,
-    ) -> None:
-        """Note what happened at a layer, and whether its input is determined."""
-        self.k_open = None if k_known else self.k_open
-        z_open = None if system.determined_by_gradient[s] else self.x_open
-        own = layer.name if solved.rank[s] < layer.unknowns else None
-        self.x_open = self.k_open or z_open or own
-        self.layers.insert(0, layer_report(layer, step.k, step.row_weight, solved, s, error, self.x_open, heard))
-        self.steps.insert(0, step)
-
-    def beside(self, reports: Sequence[LayerReport]) -> None:
-        """Note what happened in a block."""
-        self.layers[:0] = reports
-
-    def open_at(self, at: int, known: State) -> None:
-        """Remember the value before the first that was left open."""
-        if self.known is None and (self.x_open or self.k_open) is not None:
-            self.at, self.known = at, known
-
-    def passed(self, activation: Activation) -> History:
-        """A copy behind an activation: the slopes that enter the next k are known as far as the input is."""
-        k_open = self.k_open if isinstance(activation, Identity) else self.k_open or self.x_open
-        return History(list(self.layers), list(self.steps), self.x_open, k_open, self.at, self.known)
+    def __str__(self) -> str:
+        return f"stops at {self.node}: {self.what}"

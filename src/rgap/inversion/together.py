@@ -50,19 +50,19 @@ class Found:
 class Constraints:
     """The rows of a block on its input: weight rows of the output, and the gradient rows of its layers."""
 
-    def __init__(self, network: Network, given: Observation, state: State, with_gradients: bool):
+    def __init__(self, network: Network, observed: Observation, state: State, with_gradients: bool):
         self.network, self.state = network, state
         # All rows are stated in units of their noise, which are those of the output here.
-        self.noise = max(float(state.rms_std[0]), given.eps * float(state.value.square().mean().sqrt()))
+        self.noise = max(float(state.rms_std[0]), observed.eps * float(state.value.square().mean().sqrt()))
         self.weight = torch.ones_like(state.value) if state.row_weight is None else state.row_weight
         self.inner = [
             (place, node.op.layer, node.reads[0])
             for place, node in enumerate(network.nodes)
             if isinstance(node.op, Linear) and node.op.has_gradient and with_gradients
         ]
-        gradients = given.gradients
+        gradients = observed.gradients
         self.grads = {place: layer.pack_weight(gradients[layer.weight_name]) for place, layer, _ in self.inner}
-        noises = {at: float(rounding(grad, given.eps).square().mean().sqrt()) for at, grad in self.grads.items()}
+        noises = {at: float(rounding(grad, observed.eps).square().mean().sqrt()) for at, grad in self.grads.items()}
         self._units = {at: self.noise / noise if noise > 0 else 0.0 for at, noise in noises.items()}
 
     def at(self, x: Tensor) -> None:
@@ -115,16 +115,16 @@ class Constraints:
         return torch.zeros_like(self.values[0]) if found is None else found
 
 
-def solve(network: Network, given: Observation, state: State, start: Tensor) -> Found | str:
+def solve(network: Network, observed: Observation, state: State, start: Tensor) -> Found | str:
     """The input at which output and gradients agree, or why none was found.
 
     Args:
         start: (1, *shape), where to begin.
     """
-    whole = Constraints(network, given, state, True)
+    whole = Constraints(network, observed, state, True)
     whole.at(start)
-    misfit, x, agrees = whole.misfit(), start, max(AGREES, 100 * given.eps)
-    for rows in (Constraints(network, given, state, False), whole):
+    misfit, x, agrees = whole.misfit(), start, max(AGREES, 100 * observed.eps)
+    for rows in (Constraints(network, observed, state, False), whole):
         if misfit > agrees:
             x = _descend(rows, x)
             whole.at(x)
@@ -217,5 +217,5 @@ def _reports(rows: Constraints, condition: float, error: float) -> dict[int, Lay
 
 
 def _relative(miss: Tensor, given: Tensor) -> float:
-    size = float(given.norm())
+    size = float(observed.norm())
     return float(miss.norm()) / size if size else float(miss.norm())
