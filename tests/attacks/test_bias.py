@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from rgap import Target, Update, capture, losses, models
 from rgap.attacks import Reconstruction, Status
-from rgap.attacks.bias import Bias, divide
+from rgap.attacks.bias import Bias
+from rgap.inversion.bias import divide
 
 DRAWN = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FOUR = losses.CrossEntropy(4)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rgap import Target, Update, capture, data, losses, models, score
-from rgap.attacks import DLG, Answer, Attack, Closed, Hybrid, Reconstruction, Recursive, Rule, Status
+from rgap.attacks import DLG, Answer, Attack, Closed, Hybrid, Outcome, Reconstruction, Recursive, Rule, Status
 from rgap.attacks.hybrid import choose, roughness
 from rgap.checks import Preflight
 from rgap.nn.chain import NotAChain
@@ -36,18 +36,18 @@ class Says(Attack):
     def name(self) -> str:
         return self.called
 
-    def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
+    def run(self, target: Target, update: Update) -> Outcome:
         answers: tuple[Answer, ...] = ()
         if self.inputs is not None:
             labels = torch.ones(len(self.inputs), dtype=torch.float64)
             answers = (Answer(self.inputs, labels, math.nan, self.residual, math.nan),)
-        assumed = (f"{self.called} assumes",)
-        status = Status.NOT_CONVERGED
-        return Reconstruction(self.called, status, f"{self.called} said", answers, assumed, checks, 1e-8)
+        return Outcome(Status.NOT_CONVERGED, f"{self.called} said", answers, (f"{self.called} assumes",))
 
 
 def said(inputs: Tensor | None, residual: float = 0.1, called: str = "Says") -> Reconstruction:
-    return Says(inputs, residual, called).run(None, None, Preflight((), ()))  # type: ignore[arg-type]
+    outcome = Says(inputs, residual, called).run(None, None)  # type: ignore[arg-type]
+    checks = Preflight((), ())
+    return Reconstruction(called, outcome.status, outcome.reason, outcome.answers, outcome.assumptions, checks, 1e-8)
 
 
 def picture(roughly: float, *, batch: int = 1, seed: int = 0) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rgap import Protocol, Target, Update, capture, data, losses, models, score
-from rgap.attacks import Recursive, Status, recursive
+from rgap.attacks import Recursive, Status
+from rgap.attacks.closed import agreement
 from rgap.attacks.kinks import settle, step_over
 from rgap.protocol import Sends
 from rgap.update import Header
@@ -78,7 +79,7 @@ def test_an_input_that_agrees_is_left_alone() -> None:
 def test_sides_are_looked_for_wherever_an_answer_would_be_refused(eps: float) -> None:
     """However coarse the gradient."""
     update = Update({"weight": torch.ones(1, dtype=torch.float64)}, Header(precision=eps))
-    assert recursive.settled(eps) < update.tolerance
+    assert agreement(eps) < update.tolerance
 
 
 def test_the_coarse_gradient_of_a_weight_difference_settles_its_sides() -> None:

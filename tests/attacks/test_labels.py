@@ -13,7 +13,8 @@ from networks import ACTIVATIONS, LOSSES, Client, clients
 from torch import Tensor, nn
 
 from rgap import Target, Update, capture, data, losses, models
-from rgap.attacks.labels import Candidates, Counts, candidates, counts, of_one, one_hot, whole_numbers
+from rgap.attacks.label_counts import Counts, counts, whole_numbers
+from rgap.attacks.labels import Candidates, candidates, of_one, one_hot
 
 DRAWN = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NONNEGATIVE = {"relu", "sigmoid", "softplus"}

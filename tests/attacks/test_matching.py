@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from rgap import Target, Update, capture, losses, score
 from rgap.attacks import DLG, IDLG, LBFGS, Adam, InvertingGradients, Matching, Reconstruction, Status
 from rgap.attacks.base import gradient_residual
+from rgap.attacks.distance import cosine, squared, total_variation
 from rgap.attacks.labels import candidates
-from rgap.attacks.matching import Near, Normal, Start, Uniform, cosine, squared, total_variation
 from rgap.attacks.minimise import Minima, Minimiser, Objective, Project, Stop, Watch
+from rgap.attacks.start import Near, Normal, Start, Uniform
 
 PICTURE, VECTOR = (1, 6, 6), (6,)
 STILL = Adam(rate=1e-14)

@@ -13,7 +13,7 @@ from networks import ACTIVATIONS, Client, clients
 from torch import nn
 
 from rgap import NotAChain, Target, Update, UpdateError, attacks, capture, data, losses, models, score
-from rgap.attacks import Recursive, Status, recursive
+from rgap.attacks import Recursive, Status, capacity
 from rgap.attacks.progress import Tick, watching
 from rgap.inversion.layer import Solver
 from rgap.inversion.sides import choose_side
@@ -339,7 +339,7 @@ def test_sides_of_kinks_are_told_from_the_gradient(outputs: int, seed: int) -> N
 def test_what_would_not_fit_into_memory_is_refused_before_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target(models.cnn6(3, 16), losses.Logistic(), (3, 16, 16), (0.0, 1.0))
     update = capture(target, data.photographs(1, 16).inputs, torch.tensor([1.0]))
-    monkeypatch.setattr(recursive, "free", lambda device: 2**20)
+    monkeypatch.setattr(capacity, "free", lambda device: 2**20)
     with pytest.raises(MemoryError, match=r"would take about \d+ MiB, 1 MiB are free: expected a smaller input"):
         Recursive()(target, update)
     reason = Recursive().obstacle(target, 1)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rgap import Audit, Target, Update, data, losses
-from rgap.attacks import Answer, Attack, Bias, InvertingGradients, Reconstruction, Status
+from rgap.attacks import Answer, Attack, Bias, InvertingGradients, Outcome, Reconstruction, Status
 from rgap.auditing import Result
 from rgap.checks import Preflight
 from rgap.report import render
@@ -42,6 +42,9 @@ def pictures(count: int) -> data.Images:
     return data.Images(x, tuple(f"p{at}" for at in range(count)), ("",) * count)
 
 
+GAVE_UP = Outcome(Status.NOT_CONVERGED, "gave up")
+
+
 @dataclass(frozen=True)
 class Watched(Attack):
     """Another attack that notes which updates it is given; as a Linear layer with a bias gives it away by default.
@@ -64,14 +67,14 @@ class Watched(Attack):
     def name(self) -> str:
         return self.label
 
-    def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
+    def run(self, target: Target, update: Update) -> Outcome:
         at = len(self.seen)
         if at == self.interrupted_at:
             raise KeyboardInterrupt
         self.seen.append(update)
         if at in self.fails_on:
-            return nothing(self.name, checks)
-        return replace(self.inner.run(target, update, checks), attack=self.name)
+            return GAVE_UP
+        return self.inner.run(target, update)
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ class Silent(Attack):
 
     status: Status = Status.NOT_CONVERGED
 
-    def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
-        return nothing(self.name, checks, self.status)
+    def run(self, target: Target, update: Update) -> Outcome:
+        return Outcome(self.status, GAVE_UP.reason)
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,11 @@ class Robust(InvertingGradients):
 
     samples: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
 
-    def run_many(self, target: Target, updates: Sequence[Update], checks: Sequence[Preflight]) -> list[Reconstruction]:
-        return [
+    def run_many(self, target: Target, updates: Sequence[Update]) -> list[Outcome]:
+        made = [
             found(self.name, x, torch.ones(len(x)), residual=1.0) for x, _ in zip(self.samples, updates, strict=False)
         ]
+        return [Outcome(each.status, each.reason, each.answers, each.assumptions) for each in made]
 
 
 def nothing(name: str, checks: Preflight, status: Status = Status.NOT_CONVERGED) -> Reconstruction:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from small_audits import (
+    GAVE_UP,
     SHAPE,
     Picky,
     Silent,
     Watched,
     documented,
-    nothing,
     open_target,
     pictures,
     seeded,
@@ -25,9 +25,8 @@ from small_audits import (
 from torch import Tensor, nn
 
 from rgap import Audit, Target, Update, audit, losses, models
-from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients, Reconstruction, Recursive, Status
+from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients, Outcome, Recursive, Status
 from rgap.auditing import Interrupted, Level, Step
-from rgap.checks import Preflight
 from rgap.protocol import Protocol, Sends
 from rgap.store import StoreError
 
@@ -90,9 +89,9 @@ def test_the_attacks_see_no_sample() -> None:
         return [tensor for each in inside for tensor in tensors(each, done)]
 
     class Looks(Silent):
-        def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
-            seen.extend(tensors([target, update, checks], set()))
-            return nothing(self.name, checks)
+        def run(self, target: Target, update: Update) -> Outcome:
+            seen.extend(tensors([target, update], set()))
+            return GAVE_UP
 
     audit(open_target(), samples, attacks=[Looks()])
     assert len(seen) >= 8
@@ -262,9 +261,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_an_attack_that_began_in_time_ends(clock: Clock) -> None:
     class Slow(Silent):
-        def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
+        def run(self, target: Target, update: Update) -> Outcome:
             clock.now += 1
-            return nothing(self.name, checks)
+            return GAVE_UP
 
     found = audit(open_target(), pictures(2), attacks=[Slow(), Bias()], budget=1.5, about=ABOUT)
     assert [[r.attack for r in case.results] for case in found.cases] == [["Slow"], ["Slow"]]
@@ -275,9 +274,9 @@ def test_an_attack_that_began_in_time_ends(clock: Clock) -> None:
 
 def test_an_audit_that_took_long_but_left_nothing_out_is_complete(clock: Clock) -> None:
     class Slow(Silent):
-        def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
+        def run(self, target: Target, update: Update) -> Outcome:
             clock.now += 1
-            return nothing(self.name, checks)
+            return GAVE_UP
 
     found = audit(open_target(2), pictures(3), attacks=[Slow()], budget=0.5, about=ABOUT)
     assert found.not_run == ("1 samples that do not fill another update",)

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.table import Table
 
 from rgap.attacks import DLG
-from rgap.attacks.matching import cosine
+from rgap.attacks.distance import cosine
 from rgap.reproductions import NAMES, Job, Options, Reproduction, ReproductionError, by_name, reproduce
 from rgap.reproductions.base import labels
 from rgap.store import Row, Store, StoreError

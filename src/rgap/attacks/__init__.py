@@ -1,13 +1,14 @@
 """Attacks: each takes a target and an update, and gives a `Reconstruction`."""
 
-from rgap.attacks.base import Answer, Attack, Reconstruction, Status
+from rgap.attacks.base import Attack, BatchAttack, gradient_residual
 from rgap.attacks.bias import Bias
+from rgap.attacks.closed import Closed, Recursive, Virtual
 from rgap.attacks.hybrid import Hybrid, Rule
+from rgap.attacks.labels import candidates
 from rgap.attacks.matching import DLG, IDLG, InvertingGradients, Matching
 from rgap.attacks.minimise import LBFGS, Adam
 from rgap.attacks.polish import Polish
-from rgap.attacks.recursive import Recursive
-from rgap.attacks.virtual import Closed, Virtual
+from rgap.attacks.result import Answer, Outcome, Reconstruction, Status
 from rgap.inversion.report import JointReport, LayerReport
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Adam",
     "Answer",
     "Attack",
+    "BatchAttack",
     "Bias",
     "Closed",
     "Hybrid",
@@ -24,10 +26,13 @@ __all__ = [
     "JointReport",
     "LayerReport",
     "Matching",
+    "Outcome",
     "Polish",
     "Reconstruction",
     "Recursive",
     "Rule",
     "Status",
     "Virtual",
+    "candidates",
+    "gradient_residual",
 ]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from rgap.attacks.base import Attack, Reconstruction, Status
+from rgap.attacks.base import Attack, BatchAttack
+from rgap.attacks.closed import Recursive
 from rgap.attacks.matching import DLG
-from rgap.attacks.recursive import Recursive
-from rgap.checks import Preflight
+from rgap.attacks.result import Outcome, Reconstruction, Status
 from rgap.nn.chain import NotAChain
 from rgap.target import Target
 from rgap.update import Update
@@ -36,7 +36,7 @@ def roughness(inputs: Float[Tensor, "b c h w"]) -> float:
 
 
 def choose(found: Sequence[Reconstruction], rule: Rule) -> tuple[int, list[float]]:
-    """The place of the answer that a rule keeps, and the figure that it went by for each; infinite where none is.
+    """The index of the answer that a rule keeps, and the figure that it went by for each; infinite where none is.
 
     Raises:
         ValueError: nothing to choose from, or the smoothing rule on inputs that are no pictures.
@@ -64,7 +64,7 @@ MEMBERS = (Recursive(), DLG())
 
 
 @dataclass(frozen=True)
-class Hybrid(Attack):
+class Hybrid(BatchAttack):
     """Run every member, and keep the answer that the rule prefers.
 
     A member that does not apply to the model is left out and named.
@@ -81,10 +81,7 @@ class Hybrid(Attack):
         if not self.members:
             raise ValueError("got no members, expected one attack or more")
 
-    def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
-        return self.run_many(target, [update], [checks])[0]
-
-    def run_many(self, target: Target, updates: Sequence[Update], checks: Sequence[Preflight]) -> list[Reconstruction]:
+    def run_many(self, target: Target, updates: Sequence[Update]) -> list[Outcome]:
         by_member: list[tuple[Reconstruction, ...]] = []
         left_out: list[str] = []
         for member in self.members:
@@ -93,19 +90,13 @@ class Hybrid(Attack):
             except NotAChain as error:
                 left_out.append(f"{member.name} was left out: {'; '.join(str(o) for o in error.obstacles)}")
         if not by_member:
-            tolerance = updates[0].tolerance
-            nothing = Reconstruction(
-                self.name, Status.NOT_CONVERGED, "; ".join(left_out), (), (), checks[0], tolerance, target.value_range
-            )
-            return [replace(nothing, preflight=check) for check in checks]
+            return [Outcome(Status.NOT_CONVERGED, "; ".join(left_out)) for _ in updates]
         return [self._keep(found, left_out) for found in zip(*by_member, strict=True)]
 
-    def _keep(self, found: Sequence[Reconstruction], left_out: Sequence[str]) -> Reconstruction:
+    def _keep(self, found: Sequence[Reconstruction], left_out: Sequence[str]) -> Outcome:
         at, figures = choose(found, self.rule)
         kept = found[at]
         compared = ", ".join(f"{each.attack} {figure:.1e}" for each, figure in zip(found, figures, strict=True))
-        said = (*kept.assumptions, f"the {self.rule.value} rule chooses {kept.attack} ({compared})", *left_out)
-        seconds = sum(each.seconds for each in found)
-        return replace(
-            kept, attack=self.name, reason=f"{kept.attack}: {kept.reason}", assumptions=said, seconds=seconds
-        )
+        chosen = f"the {self.rule.value} rule chooses {kept.attack} ({compared})"
+        assumptions = (*kept.assumptions, chosen, *left_out)
+        return Outcome(kept.status, f"{kept.attack}: {kept.reason}", kept.answers, assumptions)

@@ -3,109 +3,28 @@
 - DLG: L. Zhu, Z. Liu and S. Han, *Deep Leakage from Gradients*, NeurIPS 2019.
 - iDLG: B. Zhao, K. R. Mopuri and H. Bilen, *iDLG: Improved Deep Leakage from Gradients*, arXiv:2001.02610, 2020.
 - Inverting Gradients: J. Geiping, H. Bauermeister, H. Droege and M. Moeller, NeurIPS 2020, arXiv:2003.14053.
-
-All restarts, all candidate labels and all updates of one model are systems that are minimised together.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from rgap.attacks.base import Answer, Attack, Reconstruction, Status, gradient_residual
-from rgap.attacks.labels import candidates, one_hot
-from rgap.attacks.minimise import LBFGS, Adam, Minima, Minimiser, Stop
-from rgap.attacks.progress import Reporter
-from rgap.checks import Preflight
+from rgap.attacks.base import BatchAttack, gradient_residual
+from rgap.attacks.distance import Distance, cosine, squared
+from rgap.attacks.minimise import LBFGS, Adam, Minimiser
+from rgap.attacks.result import Answer, Outcome, Status
+from rgap.attacks.search import Found, Search
+from rgap.attacks.start import Normal, Start, Uniform
 from rgap.target import Target
 from rgap.update import Update
-
-Gradients = Mapping[str, Tensor]
-Distance = Callable[[Gradients, Gradients], Tensor]
-
-
-def squared(found: Gradients, given: Gradients) -> Tensor:
-    """|found - given|^2 / |given|^2: DLG's distance, relative so that it means the same on every network."""
-    apart = {name: found[name] - g for name, g in given.items()}
-    return _inner(apart, apart) / _inner(given, given)
-
-
-def _inner(a: Gradients, b: Gradients) -> Tensor:
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
-
-
-def _sent(found: Gradients, given: Gradients) -> Gradients:
-    """Of a guess's gradient the parameters that the update holds."""
-    return {name: found[name] for name in given}
-
-
-def cosine(found: Gradients, given: Gradients) -> Tensor:
-    """1 - cos of the angle between the two: blind to the gradient's size (Geiping et al. 2020, Eq. 4)."""
-    return 1 - _inner(found, given) / (_inner(found, found) * _inner(given, given)).sqrt()
-
-
-def total_variation(x: Float[Tensor, "b c h w"]) -> Tensor:
-    """The mean difference of neighbours, down and across."""
-    return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., 1:] - x[..., :-1]).abs().mean()
-
-
-class Start(ABC):
-    """Where the search begins."""
-
-    @abstractmethod
-    def draw(self, shape: tuple[int, ...], target: Target, generator: torch.Generator) -> Tensor:
-        """A first guess of this shape (b, *input_shape), on the CPU."""
-
-
-@dataclass(frozen=True)
-class Normal(Start):
-    """Independent normal values; by default around the middle of the value range, a quarter of it wide."""
-
-    mean: float | None = None
-    deviation: float | None = None
-
-    def draw(self, shape: tuple[int, ...], target: Target, generator: torch.Generator) -> Tensor:
-        low, high = target.value_range or (-2.0, 2.0)
-        mean = (low + high) / 2 if self.mean is None else self.mean
-        deviation = (high - low) / 4 if self.deviation is None else self.deviation
-        return mean + deviation * torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Uniform(Start):
-    """Independent values from the value range, or from 0 to 1 if it is not known."""
-
-    def draw(self, shape: tuple[int, ...], target: Target, generator: torch.Generator) -> Tensor:
-        low, high = target.value_range or (0.0, 1.0)
-        return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
-
-
-@dataclass(frozen=True, eq=False)
-class Near(Start):
-    """A given input, with a little noise.
-
-    Args:
-        inputs: (b, *input_shape).
-        deviation: of the noise.
-    """
-
-    inputs: Tensor
-    deviation: float = 0.0
-
-    def draw(self, shape: tuple[int, ...], target: Target, generator: torch.Generator) -> Tensor:
-        if tuple(self.inputs.shape) != shape:
-            raise ValueError(f"got a start of shape {tuple(self.inputs.shape)}, expected {shape}")
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return self.inputs.detach().cpu().double() + self.deviation * noise
-
 
 UNIFORM, NORMAL = Uniform(), Normal()
 QUASI_NEWTON = LBFGS()
@@ -113,8 +32,10 @@ SIGNED_ADAM = Adam(rate=0.025, signed=True, decay=(3 / 8, 5 / 8, 7 / 8))
 
 
 @dataclass(frozen=True)
-class Matching(Attack):
+class Matching(BatchAttack):
     """Minimise the distance between the update and the gradient at a guess, over the guess.
+
+    All restarts, all candidate labels and all updates of one model are systems that are minimised at once.
 
     Args:
         distance: between two gradients; `squared` or `cosine`, or any function of two mappings of tensors.
@@ -177,170 +98,42 @@ class Matching(Attack):
             return f"torch.func does not take this model: {str(error).strip().splitlines()[0]}"
         return None
 
-    def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
-        return self.run_many(target, [update], [checks])[0]
-
-    def run_many(self, target: Target, updates: Sequence[Update], checks: Sequence[Preflight]) -> list[Reconstruction]:
-        """All updates whose batches have the same size, and that hold the same parameters, are attacked together."""
+    def run_many(self, target: Target, updates: Sequence[Update]) -> list[Outcome]:
+        """All updates whose batches have the same size, and that hold the same parameters, are attacked at once."""
         kinds = [(update.samples(target), tuple(update.gradients)) for update in updates]
-        found: dict[int, Reconstruction] = {}
+        outcomes = [Outcome(Status.GRADIENT_ZERO, "all gradients are zero")] * len(updates)
         for kind in dict.fromkeys(kinds):
-            same = [at for at, each in enumerate(kinds) if each == kind]
-            alive = [at for at in same if updates[at].norm > 0]
-            for at in set(same) - set(alive):
-                found[at] = self._nothing(target, updates[at], checks[at])
+            alive = [at for at, each in enumerate(kinds) if each == kind and updates[at].norm > 0]
             if alive:
-                results = self._minimise(target, [updates[at] for at in alive], kind[0])
-                for at, result in zip(alive, results, strict=True):
-                    found[at] = self._judge(target, updates[at], checks[at], result)
-        return [found[at] for at in range(len(updates))]
+                search = Search(self, target, [updates[at] for at in alive], kind[0])
+                for at, found in zip(alive, search.run(), strict=True):
+                    outcomes[at] = _outcome(target, updates[at], found)
+        return outcomes
 
-    def _minimise(self, target: Target, updates: Sequence[Update], batch: int) -> list[_Results]:
-        """Set up one system for each update, candidate label and restart, and minimise all of them."""
-        device, shape = target.device, (batch, *target.input_shape)
-        # Of labels that cannot be listed there is one number each.
-        values, labels = math.prod(shape), len(target.loss.labels) or 1
-        owners: list[int] = []  # the update that a system belongs to
-        points: list[Tensor] = []
-        weights: list[Tensor] = []
-        assumptions = []
-        for owner, update in enumerate(updates):
-            inferred = None if self.optimise_label else candidates(target, update)
-            assumptions.append(inferred.assumption if inferred else "a distribution over labels is optimised")
-            for choice in [None] if inferred is None else inferred.labels:
-                for restart in range(self.restarts):
-                    generator = torch.Generator().manual_seed(self.seed + restart)
-                    x = self.start.draw(shape, target, generator).reshape(-1)
-                    if choice is None:
-                        x = torch.cat([x, torch.randn(batch * labels, generator=generator, dtype=x.dtype)])
-                        weights.append(torch.zeros(batch, labels))
-                    else:
-                        weights.append(one_hot(target.loss, choice))
-                    owners.append(owner)
-                    points.append(x)
-        given = {
-            name: torch.stack([update.gradients[name].to(device, self.dtype) for update in updates])
-            for name in updates[0].gradients
-        }
-        gradient = target.gradient_function(self.dtype)
-        known = torch.stack(weights).to(device, self.dtype)
-        owned = torch.tensor(owners, device=device)
-        picture = len(target.input_shape) == 3 and min(target.input_shape[1:]) > 1
 
-        def loss(point: Tensor, known: Tensor, given: Gradients) -> Tensor:
-            x = point[:values].reshape(shape)
-            chosen = point[values:].reshape(batch, labels).softmax(1) if self.optimise_label else known
-            apart = self.distance(_sent(gradient(x, chosen), given), given)
-            return apart + self.variation * total_variation(x) if self.variation and picture else apart
-
-        # One update is shared by all systems, several are handed out to theirs.
-        single = len(updates) == 1
-        batched = torch.func.vmap(
-            torch.func.grad_and_value(loss),
-            in_dims=(0, 0, None if single else 0),
-            chunk_size=self.at_once,
-            randomness="different",
-        )
-
-        def objective(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-            own = {name: g[0] if single else g[owned[which]] for name, g in given.items()}
-            slope, value = batched(x, known[which], own)
-            return value, slope
-
-        def into_range(points: Tensor) -> None:
-            points[:, :values].clamp_(*(target.value_range or (-math.inf, math.inf)))
-
-        # A start that has arrived must reproduce the gradient, however finely that was sent.
-        goal = min(self.tolerance, *(update.tolerance for update in updates))
-
-        def minimise(which: Tensor, x: Tensor, iterations: int) -> Minima:
-            """The systems `which`, from x."""
-            stop = Stop(iterations, goal**2, self.patience)
-            watch = Reporter(self.name, iterations)
-            project = into_range if self.boxed and target.value_range is not None else None
-            return self.minimiser(lambda x, at: objective(x, which[at]), x, stop, watch, project)
-
-        systems, x = torch.arange(len(owners), device=device), torch.stack(points).to(device, self.dtype)
-        if self.scout and len(owners) > len(updates):
-            scouts = minimise(systems, x, self.scout)
-            systems = torch.stack([_least(scouts.value, owned == owner) for owner in range(len(updates))])
-            x = scouts.x[systems]
-        minima = minimise(systems, x, self.iterations)
-        prior = (
-            ("neighbouring values of the input are similar (total variation)",) if self.variation and picture else ()
-        )
-        found = []
-        for owner, said in enumerate(assumptions):
-            own = (owned[systems] == owner).nonzero().flatten().tolist()
-            count = f"the best of {owners.count(owner)} starts by its loss" if owners.count(owner) > 1 else "one start"
-            found.append(self._collect(target, minima, own, known[systems], shape, (said, *prior, count)))
-        return found
-
-    def _collect(
-        self,
-        target: Target,
-        minima: Minima,
-        systems: list[int],
-        known: Tensor,
-        shape: tuple[int, ...],
-        assumptions: tuple[str, ...],
-    ) -> _Results:
-        """Inputs and labels of one update's systems, the least loss first."""
-        values, classes = math.prod(shape), torch.tensor(target.loss.labels, dtype=torch.float64)
-        order = sorted(systems, key=lambda s: float(minima.value[s]))
-        inputs, labels = [], []
-        for s in order:
-            inputs.append(minima.x[s, :values].reshape(shape).double())
-            scores = minima.x[s, values:].reshape(shape[0], -1) if self.optimise_label else known[s]
-            told = classes[scores.argmax(1).cpu()] if len(classes) else scores[:, 0].double()
-            labels.append(told.to(inputs[-1].device))
-        return _Results(
-            inputs,
-            labels,
-            [float(minima.value[s]) for s in order],
-            [int(minima.iterations[s]) for s in order],
-            [minima.ended[s] for s in order],
-            assumptions,
-        )
-
-    def _judge(self, target: Target, update: Update, checks: Preflight, results: _Results) -> Reconstruction:
-        """Certificates of the best start, and of every other one that reproduces the gradient at another input."""
-        tolerance = update.tolerance
-        low, high = target.value_range or (0.0, 1.0)
-        answers: list[Answer] = []
-        for at, (x, y) in enumerate(zip(results.inputs, results.labels, strict=True)):
-            if math.isinf(results.losses[at]):
-                continue
-            residual = gradient_residual(target, update, x, y)
-            new = all(_apart(x, a.inputs) > 0.01 * (high - low) for a in answers)
-            if not answers or (residual <= tolerance and new):
-                answers.append(Answer(x, y, math.nan, residual, math.nan))
-        answers = [a for a in answers if a.gradient_residual <= tolerance] or answers
-        steps = f"after {results.iterations[0]} iterations: {results.ended[0]}"
-        if not answers:
-            status, reason = Status.NOT_CONVERGED, f"the loss was never finite, {steps}"
-        else:
-            residual = answers[0].gradient_residual
-            reason = f"gradient residual {residual:.1e}, loss {results.losses[0]:.1e} {steps}"
-            reproduced = residual <= tolerance
-            status = Status.REPRODUCED if reproduced else Status.NOT_CONVERGED
-            if reproduced and len(answers) > 1:
-                status, reason = Status.AMBIGUOUS, f"{len(answers)} inputs reproduce the gradient; {reason}"
-        return Reconstruction(
-            self.name, status, reason, tuple(answers), results.assumptions, checks, tolerance, target.value_range
-        )
-
-    def _nothing(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
-        return Reconstruction(
-            self.name,
-            Status.GRADIENT_ZERO,
-            "all gradients are zero",
-            (),
-            (),
-            checks,
-            update.tolerance,
-            target.value_range,
-        )
+def _outcome(target: Target, update: Update, found: Found) -> Outcome:
+    """Certificates of the best start, and of every other one that reproduces the gradient at another input."""
+    tolerance = update.tolerance
+    low, high = target.value_range or (0.0, 1.0)
+    answers: list[Answer] = []
+    for x, y, loss in zip(found.inputs, found.labels, found.losses, strict=True):
+        if math.isinf(loss):
+            continue
+        residual = gradient_residual(target, update, x, y)
+        new = all(_apart(x, a.inputs) > 0.01 * (high - low) for a in answers)
+        if not answers or (residual <= tolerance and new):
+            answers.append(Answer(x, y, math.nan, residual, math.nan))
+    answers = [a for a in answers if a.gradient_residual <= tolerance] or answers
+    steps = f"after {found.iterations[0]} iterations: {found.ended[0]}"
+    if not answers:
+        reason = f"the loss was never finite, {steps}"
+        return Outcome(Status.NOT_CONVERGED, reason, assumptions=found.assumptions)
+    residual = answers[0].gradient_residual
+    reason = f"gradient residual {residual:.1e}, loss {found.losses[0]:.1e} {steps}"
+    status = Status.REPRODUCED if residual <= tolerance else Status.NOT_CONVERGED
+    if status is Status.REPRODUCED and len(answers) > 1:
+        status, reason = Status.AMBIGUOUS, f"{len(answers)} inputs reproduce the gradient; {reason}"
+    return Outcome(status, reason, tuple(answers), found.assumptions)
 
 
 def _apart(a: Float[Tensor, "b ..."], b: Float[Tensor, "b ..."]) -> float:
@@ -348,23 +141,6 @@ def _apart(a: Float[Tensor, "b ..."], b: Float[Tensor, "b ..."]) -> float:
     each = (a[:, None] - b[None]).flatten(2).square().mean(2).cpu().nan_to_num(nan=1e300, posinf=1e300)
     rows, columns = linear_sum_assignment(each.numpy())
     return float(each[rows, columns].mean().sqrt())
-
-
-def _least(value: Float[Tensor, " s"], among: Bool[Tensor, " s"]) -> Int[Tensor, ""]:
-    """The number of the system with the least value; never one outside `among`."""
-    return torch.where(among, value.nan_to_num(nan=math.inf, posinf=torch.finfo(value.dtype).max), math.inf).argmin()
-
-
-@dataclass(frozen=True)
-class _Results:
-    """What the minimiser left of one update, the least loss first."""
-
-    inputs: list[Tensor]
-    labels: list[Tensor]
-    losses: list[float]
-    iterations: list[int]
-    ended: list[str]
-    assumptions: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 from rgap.attacks.base import Attack
 from rgap.attacks.bias import Bias
+from rgap.attacks.closed import Closed, Recursive
 from rgap.attacks.hybrid import Hybrid
 from rgap.attacks.matching import DLG, IDLG, InvertingGradients, Matching
 from rgap.attacks.polish import Polish
-from rgap.attacks.recursive import Recursive
-from rgap.attacks.virtual import Closed
 
 BY_NAME: dict[str, Callable[[], Attack]] = {
     "closed": Closed,

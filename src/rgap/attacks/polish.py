@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
-from rgap.attacks.base import Answer, Attack, Reconstruction, Status, gradient_residual
+from rgap.attacks.base import Attack, gradient_residual
+from rgap.attacks.closed import Recursive
 from rgap.attacks.labels import one_hot
 from rgap.attacks.progress import Reporter
-from rgap.attacks.recursive import Recursive
-from rgap.checks import Preflight
+from rgap.attacks.result import Answer, Outcome, Reconstruction, Status
 from rgap.inversion.rounding import rounding
 from rgap.target import Target
 from rgap.update import Update
@@ -41,32 +41,24 @@ class Polish(Attack):
     steps: int = 12
     inner: int = 200
 
-    def run(self, target: Target, update: Update, checks: Preflight) -> Reconstruction:
+    def run(self, target: Target, update: Update) -> Outcome:
         begin = self.start(target, update) if isinstance(self.start, Attack) else self.start
         if not begin.answers:
-            return replace(begin, attack=self.name, reason=f"{begin.attack}: {begin.reason}")
+            return Outcome(begin.status, f"{begin.attack}: {begin.reason}", (), begin.assumptions)
         answer = begin.answers[0]
         inputs = self._improve(target, update, answer)
         residual = gradient_residual(target, update, inputs, answer.labels)
-        said = (*begin.assumptions, f"the label is the one that {begin.attack} gives")
+        assumptions = (*begin.assumptions, f"the label is the one that {begin.attack} gives")
         if not residual < answer.gradient_residual:
             reason = f"no step improves on {begin.attack}: {begin.reason}"
-            return replace(begin, attack=self.name, reason=reason, assumptions=said)
+            return Outcome(begin.status, reason, begin.answers, assumptions)
         better = replace(answer, inputs=inputs, gradient_residual=residual)
-        reproduced = residual <= update.tolerance
         # Whether an input is the only one is what the start may know; that it reproduces the gradient is seen here.
         status = begin.status
         if status in (Status.NOT_CONVERGED, Status.REPRODUCED):
-            status = Status.REPRODUCED if reproduced else Status.NOT_CONVERGED
+            status = Status.REPRODUCED if residual <= update.tolerance else Status.NOT_CONVERGED
         reason = f"gradient residual {answer.gradient_residual:.1e} of {begin.attack} lowered to {residual:.1e}"
-        return replace(
-            begin,
-            attack=self.name,
-            status=status,
-            reason=reason,
-            answers=(better, *begin.answers[1:]),
-            assumptions=said,
-        )
+        return Outcome(status, reason, (better, *begin.answers[1:]), assumptions)
 
     def _improve(self, target: Target, update: Update, answer: Answer) -> Tensor:
         """(b, *input_shape) with the least residual that was met."""
@@ -94,8 +86,7 @@ class Polish(Attack):
 
     def _move(self, residual: Callable[[Tensor], Tensor], x: Tensor, damping: float) -> tuple[Tensor, float]:
         """One damped step, and its length; damping is relative to the size of J."""
-        pulled = torch.func.vjp(residual, x)
-        here, back = pulled[0], pulled[1]
+        here, back = torch.func.vjp(residual, x)[:2]
 
         def forward(v: NDArray[np.float64]) -> NDArray[np.float64]:
             direction = torch.from_numpy(np.ascontiguousarray(v.reshape(-1))).to(x)
@@ -103,8 +94,8 @@ class Polish(Attack):
             return slope.cpu().numpy()
 
         def reverse(u: NDArray[np.float64]) -> NDArray[np.float64]:
-            turned: Tensor = back(torch.from_numpy(np.ascontiguousarray(u.reshape(-1))).to(x))[0]
-            return turned.cpu().numpy()
+            pulled: Tensor = back(torch.from_numpy(np.ascontiguousarray(u.reshape(-1))).to(x))[0]
+            return pulled.cpu().numpy()
 
         operator = LinearOperator((len(here), len(x)), matvec=forward, rmatvec=reverse, dtype=np.float64)
         # |J' r| / |r| tells the size of J where it matters.

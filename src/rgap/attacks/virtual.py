@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from rgap.attacks import joint, kinks
 from rgap.attacks.branched import MOST_BYTES, At, Branched
 from rgap.attacks.fading import Fading, Joint, Prior, determined, solve, told_by_a_draw
-from rgap.attacks.recursive import Recursive, settled
 from rgap.inversion.history import Candidate
 from rgap.inversion.report import JointReport
 from rgap.inversion.state import Observation
@@ -26,95 +25,73 @@ RANK_ROUNDINGS = 8
 DENSE, COUNTED = 2_000, 8_192
 """Unknowns above which a chain's joint constraints are solved by products alone, and up to which free dimensions are
 counted by a factor."""
-FADING = Fading()
 
 
-@dataclass(frozen=True)
-class Closed(Recursive):
-    """The recursion as far as it is exact, then all constraints of the layers in front of it together.
-
-    On a network whose layers all have full rank it is `Recursive`. Where a layer leaves dimensions of its input free,
-    everything after it is known exactly, and the layers from the input up to it are solved for the network's input;
-    see `rgap.attacks.joint`. What no constraint tells, a prior does: it is listed in the assumptions, and how many
-    dimensions it decided is in the answer's `joint` report.
-
-    Args:
-        fading: how the prior's weight falls.
-        largest: unknowns of a layer above which no dense matrices are formed; 16,000 take 2 GiB each.
-    """
-
-    fading: Fading = FADING
-    largest: int = 16_000
-
-    def finish(self, target: Target, observed: Observation, candidate: Candidate) -> Candidate:
-        """Solve jointly from the input to the last value that is known for certain; nothing if the input is."""
-        end, eps, probe = candidate, observed.eps, observed.probe(0, target.device)
-        if end.stop is None and end.layers[0].open_since is None:
-            return end
-        gradients = {name: g[0] for name, g in observed.gradients.items()}
-        network = target.network
-        front = network.part([segment for segment in network.segments if segment.exit <= end.certain_id])
-        plain = not target.graph.obstacles
-        widest = max(math.prod(shape) for shape in front.shapes) if plain else math.prod(target.input_shape)
-        rows = 0 if plain else sum(layer.gradient_rows for layer in front.layers)
-        iterative = plain and (self.solver == "iterative" or (self.solver == "auto" and widest > DENSE))
-        if not iterative and (widest > self.largest or 8 * widest * rows > MOST_BYTES):
-            need = (3 * 8 * widest**2 + 8 * widest * rows) / 2**30
-            note = (
-                f"solving {len(front.layers)} layers jointly takes dense matrices of {widest} unknowns, about "
-                f"{need:.0f} GiB with {rows} gradient rows, more than is solved (largest={self.largest})"
-            )
-            return replace(end, note=note)
-        if plain:
-            depth = max(at for at, layer in enumerate(end.layers) if layer.open_since is not None)
-            last, certain = network.layers[depth], end.certain
-            row_weight = None if certain.row_weight is None else last.pack_output(certain.row_weight)
-            known = joint.Known(last.pack_output(certain.cotangent), last.pack_output(certain.value), row_weight)
-            chained = joint.Problem(target.chain, depth, known, gradients)
-            problem: Joint = chained
-            begin: Any = chained.at(_start(end, target, depth), [])
-            z_error = last.pack_output(certain.std.expand(certain.value.shape))
-        else:
-            problem = branched = Branched(front, end.certain, gradients)
-            z_error = end.certain.std.expand(end.certain.value.shape)
-            begin = _begun(branched, _noise(target, end.certain.value, probe))
-            if isinstance(begin, str):
-                return replace(end, note=begin)
-        # A chain's layers keep channels in front, whatever the module does.
-        first = network.layers[0]
-
-        def whole(x: Tensor) -> Tensor:
-            return (first.unpack_input(x) if plain else x).reshape(1, *target.input_shape)
-
-        def packed(x: Tensor) -> Tensor:
-            return first.pack_input(x) if plain else x
-
-        prior, said = _prior(target)
-        found = solve(problem, begin, prior, self.fading, settled(eps), iterative)
-        x, misfit = found.x, found.misfit
-        if misfit > settled(eps):  # a last unit or two may still be on the wrong side
-            x = packed(kinks.settle(network, gradients, whole(x), end.cotangent, settled(eps)))
-            misfit = problem.misfit(problem.forward(x))
-        sure = None
-        if iterative and isinstance(problem, joint.Problem):
-            sure = told_by_a_draw(problem, x, z_error, eps, probe)
-        if sure is None or sure.rank < problem.unknowns <= COUNTED:
-            sure = determined(problem, x, z_error, eps, probe, RANK_ROUNDINGS * eps)
-        report = JointReport(
-            layers=tuple(layer.name for layer in problem.layers),
-            unknowns=problem.unknowns,
-            rows=problem.rows,
-            rank=sure.rank,
-            condition=sure.condition,
-            steps=found.steps,
-            converged=misfit <= settled(eps),
-            prior=said,
+def solve_jointly(
+    target: Target, observed: Observation, end: Candidate, fading: Fading, largest: int, tolerance: float
+) -> Candidate:
+    """All constraints from the input to the last value that is known for certain, solved together."""
+    eps, probe, solver = observed.eps, observed.probe(0, target.device), observed.solver
+    gradients = {name: g[0] for name, g in observed.gradients.items()}
+    network = target.network
+    front = network.part([segment for segment in network.segments if segment.exit <= end.certain_id])
+    plain = not target.graph.obstacles
+    widest = max(math.prod(shape) for shape in front.shapes) if plain else math.prod(target.input_shape)
+    rows = 0 if plain else sum(layer.gradient_rows for layer in front.layers)
+    iterative = plain and (solver == "iterative" or (solver == "auto" and widest > DENSE))
+    if not iterative and (widest > largest or 8 * widest * rows > MOST_BYTES):
+        need = (3 * 8 * widest**2 + 8 * widest * rows) / 2**30
+        note = (
+            f"solving {len(front.layers)} layers jointly takes dense matrices of {widest} unknowns, about "
+            f"{need:.0f} GiB with {rows} gradient rows, more than is solved (largest={largest})"
         )
-        return replace(end, value=whole(x), std=sure.error, joint=report, stop=None)
+        return replace(end, note=note)
+    if plain:
+        depth = max(at for at, layer in enumerate(end.layers) if layer.open_since is not None)
+        last, certain = network.layers[depth], end.certain
+        row_weight = None if certain.row_weight is None else last.pack_output(certain.row_weight)
+        known = joint.Known(last.pack_output(certain.cotangent), last.pack_output(certain.value), row_weight)
+        chained = joint.Problem(target.chain, depth, known, gradients)
+        problem: Joint = chained
+        begin: Any = chained.at(_start(end, target, depth), [])
+        z_error = last.pack_output(certain.std.expand(certain.value.shape))
+    else:
+        problem = branched = Branched(front, end.certain, gradients)
+        z_error = end.certain.std.expand(end.certain.value.shape)
+        begin = _begun(branched, _noise(target, end.certain.value, probe))
+        if isinstance(begin, str):
+            return replace(end, note=begin)
+    # A chain's layers keep channels in front, whatever the module does.
+    first = network.layers[0]
 
+    def whole(x: Tensor) -> Tensor:
+        return (first.unpack_input(x) if plain else x).reshape(1, *target.input_shape)
 
-Virtual = Closed
-"""The same, by the name of what it adds to the recursion: virtual constraints (Section 4)."""
+    def packed(x: Tensor) -> Tensor:
+        return first.pack_input(x) if plain else x
+
+    prior, assumed = _prior(target)
+    found = solve(problem, begin, prior, fading, tolerance, iterative)
+    x, misfit = found.x, found.misfit
+    if misfit > tolerance:  # a last unit or two may still be on the wrong side
+        x = packed(kinks.settle(network, gradients, whole(x), end.cotangent, tolerance))
+        misfit = problem.misfit(problem.forward(x))
+    sure = None
+    if iterative and isinstance(problem, joint.Problem):
+        sure = told_by_a_draw(problem, x, z_error, eps, probe)
+    if sure is None or sure.rank < problem.unknowns <= COUNTED:
+        sure = determined(problem, x, z_error, eps, probe, RANK_ROUNDINGS * eps)
+    report = JointReport(
+        layers=tuple(layer.name for layer in problem.layers),
+        unknowns=problem.unknowns,
+        rows=problem.rows,
+        rank=sure.rank,
+        condition=sure.condition,
+        steps=found.steps,
+        converged=misfit <= tolerance,
+        prior=assumed,
+    )
+    return replace(end, value=whole(x), std=sure.error, joint=report, stop=None)
 
 
 def _prior(target: Target) -> tuple[Prior, str]:

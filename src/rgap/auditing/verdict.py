@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rgap.attacks import Status
-from rgap.attacks.recursive import obstacle
+from rgap.attacks.last_layer import obstacle
 from rgap.auditing.dose_response import DoseResponse, Response
 from rgap.auditing.results import EXACT_PSNR, FOUND_FREE, RECOGNISABLE_PSNR, RECOGNISABLE_SSIM, Case, Level
 from rgap.rank import RankAnalysis

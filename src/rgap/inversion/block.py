@@ -44,8 +44,8 @@ def solve_block(network: Network, value_id: int, observed: Observation, paths: P
         return next(each for each in found if isinstance(each, Stop))
     kept = paths.select(torch.tensor(passed, device=paths.root.device))
     through = [each for each in found if not isinstance(each, Stop)]
-    history = (before.passed_block(reports) for before, (_, reports) in zip(kept.history, through, strict=True))
-    return replace(kept, state=State.concatenate([state for state, _ in through]), history=tuple(history))
+    histories = [each.passed_block(reports) for each, (_, reports) in zip(kept.history, through, strict=True)]
+    return replace(kept, state=State.concatenate([state for state, _ in through]), history=tuple(histories))
 
 
 def _solve_one(

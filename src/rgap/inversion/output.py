@@ -15,6 +15,7 @@ Every root and every label that nothing rules out becomes one candidate; the gra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,9 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgap.inversion.root import Scalar, leading
-from rgap.nn.activations import Activation
+from rgap.nn.activations import IDENTITY, Activation
 from rgap.nn.layers import Layer
 from rgap.nn.losses import BinaryCrossEntropy, CrossEntropy, Loss, MarginLoss, MeanSquaredError
+from rgap.nn.network import Network
+from rgap.nn.ops import Elementwise, Gather, Linear
 
 SLACK = 20.0
 """Times the estimated rounding by which k may miss the loss's equation."""
@@ -57,6 +60,18 @@ class OutputCandidates:
             k=self.k[index],
             z=self.z[index],
             k_error=self.k_error[index],
+        )
+
+    @staticmethod
+    def concatenate(several: Sequence[OutputCandidates]) -> OutputCandidates:
+        """Those of several updates, without what was assumed of each."""
+        return OutputCandidates(
+            torch.cat([each.labels for each in several]),
+            torch.cat([each.margins for each in several]),
+            torch.cat([each.k for each in several]),
+            torch.cat([each.z for each in several]),
+            torch.cat([each.k_error for each in several]),
+            (),
         )
 
     @property
@@ -338,3 +353,23 @@ def _margin_labels(before: Activation, loss: MarginLoss, grad: Tensor) -> tuple[
             label = -1.0 if total > 0 else 1.0
             return (label,), f"the label is read off the sign of the last gradient ({before} is >= 0)"
     return loss.labels, "both labels are tried, and the gradient residual decides"
+
+
+def last_layer(network: Network) -> Layer | None:
+    """The layer whose raw output the loss takes."""
+    for node in reversed(network.nodes):
+        if isinstance(node.op, Linear):
+            layer = node.op.layer
+            return layer if node.op.has_gradient and layer.positions == 1 and layer.groups == 1 else None
+        if not isinstance(node.op, Gather):
+            return None
+    return None
+
+
+def activation_before_last(network: Network) -> Activation:
+    """The activation in front of the last layer, the identity if there is another operation."""
+    value = next(n.reads[0] for n in network.nodes if isinstance(n.op, Linear) and n.op.layer is network.layers[-1])
+    while value and isinstance(network.nodes[value - 1].op, Gather):
+        value = network.nodes[value - 1].reads[0]
+    op = network.nodes[value - 1].op if value else None
+    return op.activation if isinstance(op, Elementwise) else IDENTITY

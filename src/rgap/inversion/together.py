@@ -217,5 +217,5 @@ def _reports(rows: Constraints, condition: float, error: float) -> dict[int, Lay
 
 
 def _relative(miss: Tensor, given: Tensor) -> float:
-    size = float(observed.norm())
+    size = float(given.norm())
     return float(miss.norm()) / size if size else float(miss.norm())

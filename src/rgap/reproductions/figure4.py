@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rgap import losses, models
 from rgap.attacks import IDLG, Recursive
 from rgap.attacks.base import gradient_residual
-from rgap.attacks.matching import Near
+from rgap.attacks.start import Near
 from rgap.nn.chain import Chain
 from rgap.nn.losses import MarginLoss
 from rgap.picture import show

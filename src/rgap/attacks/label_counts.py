@@ -1,0 +1,98 @@
+"""How often each label occurs in a batch.
+
+With cross-entropy, mean(g) = mean(p) - shares of the labels (p = softmax(o)). The mean of p is taken at the mean
+features that the gradient itself gives, as in K. Ma et al., *Instance-wise Batch Label Restoration via Gradients in
+Federated Learning*, ICLR 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.attacks.label_layer import LastLayer, last_layer, noise_features, sent
+from rgap.nn.losses import MarginLoss
+from rgap.target import Target
+from rgap.update import Update
+
+PROBES = 32
+"""Inputs of noise that the model is asked about: half to estimate with, half to measure how well that goes."""
+SIMULATED = 100
+"""Batches of noise on which an estimate of counts is measured."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How often each label occurs in a batch, estimated."""
+
+    counts: dict[float, int]
+    """Of every label of the loss, the number of samples."""
+    accuracy: float
+    """The share of labels that come out right on simulated batches of the same size: random labels, and noise as
+    inputs, on this model. It is measured on noise, not on the client's data: a model that was trained on such data
+    treats it differently, and the estimate may then be worse."""
+
+    @property
+    def labels(self) -> Float[Tensor, " b"]:
+        """All labels, ascending."""
+        return torch.tensor([y for y, count in sorted(self.counts.items()) for _ in range(count)], dtype=torch.float64)
+
+
+def counts(target: Target, update: Update) -> Counts:
+    """How often each label occurs, from the last layer's gradient, rounded to whole numbers by largest remainder.
+
+    With cross-entropy the last layer needs no bias: mean(g) is then read off the rows of its weight's gradient, with
+    the size that features have on noise. With a margin loss the bias gradient is compared with those that noise of
+    either label gives.
+
+    Raises:
+        ValueError: the last layer's gradient tells no label; says why.
+    """
+    last = last_layer(target)
+    grad, bias = sent(update, last.weight_name), sent(update, last.bias_name)
+    if grad is None:
+        raise ValueError("the last layer's gradient is zero, or not sent")
+    if not isinstance(target.loss, MarginLoss) and not last.plain:
+        raise ValueError(f"how often each label occurs is not estimated for the {target.loss.name} loss as it is set")
+    if isinstance(target.loss, MarginLoss) and bias is None:
+        raise ValueError(f"the last layer has no bias gradient, which shows the labels of a {target.loss.name} loss")
+    features = noise_features(target, last, PROBES)
+    if features is None:
+        raise ValueError("the gradient of the last layer is not what its place in the model says")
+    known, simulated = features[: PROBES // 2], features[PROBES // 2 :]
+    b = update.samples(target)
+    shares = last.shares(known, grad.to(known.device), bias, b)
+    numbers = dict(zip(target.loss.labels, whole_numbers(shares, b), strict=True))
+    return Counts(numbers, _accuracy(last, known, simulated, b, bias is not None))
+
+
+def whole_numbers(shares: Float[Tensor, " labels"], b: int) -> list[int]:
+    """Whole numbers that add up to b, by largest remainder; no share is less than nothing."""
+    exact = shares.clamp(min=0)
+    exact = exact * (b / exact.sum())
+    numbers = exact.floor()
+    more = (exact - numbers).argsort(descending=True)[: b - int(numbers.sum())]
+    numbers[more] += 1
+    return [int(n) for n in numbers.tolist()]
+
+
+def _accuracy(last: LastLayer, known: Tensor, simulated: Float[Tensor, "s features"], b: int, bias: bool) -> float:
+    """The share of right labels on batches of noise with random labels.
+
+    Args:
+        bias: whether the bias gradient is used.
+    """
+    generator = torch.Generator().manual_seed(1)
+    values = torch.tensor(last.loss.labels, dtype=torch.float64)
+    right = 0
+    for _ in range(SIMULATED):
+        x = simulated[torch.randint(len(simulated), (b,), generator=generator).to(simulated.device)]
+        which = torch.randint(len(values), (b,), generator=generator)
+        g = last.output_gradient(x, values[which])
+        found = last.shares(known, g.mT @ x / b, g.mean(0) if bias else None, b)
+        truth = which.bincount(minlength=len(values)).tolist()
+        right += sum(min(n, t) for n, t in zip(whole_numbers(found, b), truth, strict=True))
+    return right / (b * SIMULATED)

@@ -1,0 +1,140 @@
+"""The last layer of a model, as labels are read off its gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.attacks.base import residual_tolerance
+from rgap.nn.losses import CrossEntropy, Loss, MarginLoss
+from rgap.target import Target
+from rgap.update import Update
+
+
+class Unreadable(ValueError):
+    """No labels can be read off the last layer."""
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The last layer: the loss takes its outputs as they are."""
+
+    loss: Loss
+    weight: Float[Tensor, "outputs features"]
+    bias: Float[Tensor, " outputs"]
+    """Zero if there is none."""
+    weight_name: str
+    bias_name: str
+    """Empty if there is none."""
+    bias_trained: bool
+    nonnegative: str | None
+    """The activation that keeps its input from being negative, if one is known to."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether g is softmax(o) - one_hot(y), in a batch as well as alone."""
+        loss = self.loss
+        return isinstance(loss, CrossEntropy) and not loss.label_smoothing and loss.weight is None
+
+    def output_gradient(self, x: Float[Tensor, "s features"], y: Float[Tensor, " s"]) -> Float[Tensor, "s outputs"]:
+        """g of each sample, from its features and label."""
+        return self.loss.output_gradient(x @ self.weight.mT + self.bias, y.to(x.device))
+
+    def shares(
+        self,
+        known: Float[Tensor, "s features"],
+        grad_weight: Float[Tensor, "outputs features"],
+        grad_bias: Float[Tensor, " outputs"] | None,
+        b: int,
+    ) -> Float[Tensor, " labels"]:
+        """The share of each label in a batch of b, not yet between 0 and 1, from features of noise and the gradient."""
+        if isinstance(self.loss, MarginLoss):
+            assert grad_bias is not None
+            low, high = (
+                float(self.output_gradient(known, torch.full((len(known),), y, dtype=torch.float64)).mean())
+                for y in self.loss.labels
+            )
+            up = (float(grad_bias) - low) / (high - low)
+            return torch.tensor([1 - up, up], dtype=torch.float64).clamp(0, 1)
+        mean = known.mean(0)
+        if grad_bias is None:
+            # Sums of a row, features that are negative on noise counted so: they do not cancel.
+            grad_bias = grad_weight @ mean.sign() / mean.abs().sum()
+        g = grad_bias.to(grad_weight.device)
+        # grad W = g x' if all samples had the same features. Where labels occur in nearly equal numbers g is next to
+        # nothing and tells as little of them: features of noise take part, with the |g|^2 of labels at random.
+        ridge = 1 / b
+        x = (g @ grad_weight + ridge * mean) / (g @ g + ridge)
+        return (self.weight @ x + self.bias).softmax(0) - g
+
+
+def last_layer(target: Target) -> LastLayer:
+    """The layer whose outputs the loss takes.
+
+    Raises:
+        Unreadable: it is not one that labels can be read off; says why.
+    """
+    uses, loss = target.graph.uses, target.loss
+    if not uses:
+        raise Unreadable("no layer of the model is known")
+    use = uses[-1]
+    weight = target.parameters.get(use.weight_name or "")
+    if use.weight_name is None or weight is None or weight.dim() != 2 or len(weight) != use.outputs:
+        raise Unreadable(f"{use.name}, the last layer, is no Linear layer whose gradient is shared")
+    if use.outputs != loss.outputs:
+        raise Unreadable(f"{use.name}, the last layer, has {use.outputs} outputs, the loss takes {loss.outputs}")
+    bias = torch.zeros(len(weight)) if use.bias_name is None else target._tensors[use.bias_name]
+    # Behind an obstacle, such as batch norm, the activation before may say nothing of the sign.
+    chain = not target.graph.obstacles
+    before = uses[use.before].activation if chain and use.before is not None else None
+    last = LastLayer(
+        loss,
+        weight.double(),
+        bias.double().to(weight.device),
+        use.weight_name,
+        use.bias_name or "",
+        use.bias_name in target.parameters,
+        str(before) if before is not None and before.nonnegative else None,
+    )
+    if not chain and noise_features(target, last, 1) is None:
+        raise Unreadable(f"it is not certain that the loss takes the outputs of {use.name} as they are")
+    return last
+
+
+def noise_features(target: Target, last: LastLayer, count: int) -> Float[Tensor, "s features"] | None:
+    """What the last layer reads where the model reads noise; None if its gradient is not g x' there.
+
+    The gradients that two labels give differ by (g - g') x'. With cross-entropy g - g' is -1 in one row and 1 in the
+    other; with a margin loss it is read off the bias.
+    """
+    if isinstance(target.loss, MarginLoss) and not last.bias_trained:
+        return None
+    low, high = target.value_range or (0.0, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    noise = low + (high - low) * torch.rand((count, *target.input_shape), generator=generator, dtype=torch.float64)
+    labels = [torch.tensor([y], dtype=torch.float64) for y in target.loss.examples[:2]]
+    found = []
+    with torch.random.fork_rng():  # a model with dropout in training mode draws from the global state
+        for x in noise:
+            first, second = (target.gradient(x[None], y) for y in labels)
+            kind = first[last.weight_name].dtype
+            apart = (first[last.weight_name] - second[last.weight_name]).double()
+            if isinstance(target.loss, MarginLoss):
+                reads = apart / (first[last.bias_name] - second[last.bias_name]).double()
+            else:
+                reads = apart[1:2]
+            for label, gradient in zip(labels, (first, second), strict=True):
+                g, grad = last.output_gradient(reads, label), gradient[last.weight_name].double()
+                if not float((g.mT @ reads - grad).norm()) <= residual_tolerance(kind) * float(grad.norm()):
+                    return None
+            found.append(reads)
+    return torch.cat(found)
+
+
+def sent(update: Update, name: str) -> Tensor | None:
+    """The gradient of that name; None if it was not sent, or withheld by sending zeros."""
+    grad = update.gradients.get(name)
+    return grad.double() if grad is not None and grad.any() else None

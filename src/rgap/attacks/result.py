@@ -1,0 +1,130 @@
+"""What an attack found, and how far it can be trusted."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from enum import Enum
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.checks import Preflight
+from rgap.inversion.report import JointReport, LayerReport
+
+
+class Status(Enum):
+    """How an attack ended."""
+
+    EXACT = "exact"
+    """One input inside the value range reproduces the gradient, and the constraints determine it."""
+    REPRODUCED = "reproduced"
+    """An input was found that reproduces the gradient; whether it is the only one is not known."""
+    AMBIGUOUS = "ambiguous"
+    """Several inputs reproduce the gradient, and the value range does not choose between them."""
+    RANK_DEFICIENT = "rank-deficient"
+    """A layer's constraints leave dimensions of its input free."""
+    ILL_CONDITIONED = "ill-conditioned"
+    """The gradient is reproduced, but its rounding could move the input visibly."""
+    GRADIENT_ZERO = "gradient zero"
+    """The gradient holds nothing: a saturated loss, or a layer whose units are all dead."""
+    NOT_CONVERGED = "not converged"
+    """No input was found that reproduces the gradient."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """One input that the update may have been computed from."""
+
+    inputs: Float[Tensor, "b ..."]
+    """(batch, *input_shape)."""
+    labels: Float[Tensor, " b"]
+    margin: float
+    """mu, the label times the network's output; NaN if there is no such number, or the attack does not tell."""
+    gradient_residual: float
+    """|gradient at this answer - gradient of the update| / |gradient of the update|, over all parameters."""
+    error: float
+    """Estimated root-mean-square error of the inputs that comes from the rounding of the gradient; NaN if the attack
+    does not estimate it."""
+    layers: tuple[LayerReport, ...] = ()
+    """From the input to the output."""
+    joint: JointReport | None = None
+    """If layers were solved jointly."""
+    note: str = ""
+    """Why something was left to_gradient; empty if nothing was."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What an attack itself has to say of one update; `Attack` makes a `Reconstruction` of it."""
+
+    status: Status
+    reason: str
+    """The status in a sentence, with the numbers behind it."""
+    answers: tuple[Answer, ...] = ()
+    """Best first: all that reproduce the gradient, else the nearest one, else empty."""
+    assumptions: tuple[str, ...] = ()
+    """Everything the attack took for granted or inferred."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What an attack found, and how far it can be trusted."""
+
+    attack: str
+    status: Status
+    reason: str
+    """The status in a sentence, with the numbers behind it."""
+    answers: tuple[Answer, ...]
+    """Best first: all that reproduce the gradient, else the nearest one, else empty."""
+    assumptions: tuple[str, ...]
+    """Everything the attack took for granted or inferred."""
+    preflight: Preflight
+    tolerance: float
+    """The gradient residual up to which an answer counts as reproducing the gradient."""
+    value_range: tuple[float, float] | None = None
+    """The target's."""
+    seconds: float = 0.0
+
+    @property
+    def inputs(self) -> Float[Tensor, "b ..."]:
+        """The best answer's inputs, (batch, *input_shape).
+
+        Raises:
+            LookupError: the attack has no answer; says why.
+        """
+        return self._best.inputs
+
+    @property
+    def labels(self) -> Float[Tensor, " b"]:
+        return self._best.labels
+
+    @property
+    def layers(self) -> tuple[LayerReport, ...]:
+        return self._best.layers
+
+    @property
+    def gradient_residual(self) -> float:
+        return self._best.gradient_residual
+
+    @property
+    def twins(self) -> tuple[Answer, ...]:
+        """The other inputs that reproduce the gradient."""
+        return self.answers[1:]
+
+    @property
+    def _best(self) -> Answer:
+        if not self.answers:
+            raise LookupError(f"{self.attack} has no answer: {self.status.value}, {self.reason}")
+        return self.answers[0]
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what `str` says, as a list."""
+        first, *rest = (html.escape(line.strip()) for line in str(self).splitlines())
+        return f"<p><b>{first}</b></p><ul>{''.join(f'<li>{line}</li>' for line in rest)}</ul>"
+
+    def __str__(self) -> str:
+        lines = [f"{self.attack}: {self.status.value}, {self.reason}"]
+        lines += [f"  assumed: {assumption}" for assumption in self.assumptions]
+        lines += [f"  warning: {finding}" for finding in self.preflight.findings]
+        return "\n".join(lines)

@@ -1,0 +1,170 @@
+"""The search of an optimisation attack: one system for each update, candidate label and restart, all at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rgap.attacks.distance import Gradients, total_variation
+from rgap.attacks.labels import candidates, one_hot
+from rgap.attacks.minimise import Minima, Stop
+from rgap.attacks.progress import Reporter
+from rgap.target import Target
+from rgap.update import Update
+
+if TYPE_CHECKING:
+    from rgap.attacks.matching import Matching
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the minimiser left of one update, the least loss first."""
+
+    inputs: list[Tensor]
+    labels: list[Tensor]
+    losses: list[float]
+    iterations: list[int]
+    ended: list[str]
+    assumptions: tuple[str, ...]
+
+
+class Search:
+    """Systems whose unknowns are an input and, unless it is inferred, a distribution over labels."""
+
+    def __init__(self, attack: Matching, target: Target, updates: Sequence[Update], batch: int):
+        """
+        Args:
+            updates: that hold the same parameters, each of a batch of this size.
+        """
+        self.attack, self.target, self.updates = attack, target, updates
+        self.shape = (batch, *target.input_shape)
+        self.values = math.prod(self.shape)
+        # Of labels that cannot be listed there is one number each.
+        self.labels = len(target.loss.labels) or 1
+        picture = len(target.input_shape) == 3 and min(target.input_shape[1:]) > 1
+        self.variation = attack.variation if picture else 0.0
+        self.assumptions: list[str] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """Where each system starts, the label weights that it keeps to, and the update that it belongs to."""
+        attack, target, (batch, *_) = self.attack, self.target, self.shape
+        owners: list[int] = []
+        points: list[Tensor] = []
+        weights: list[Tensor] = []
+        for owner, update in enumerate(self.updates):
+            inferred = None if attack.optimise_label else candidates(target, update)
+            self.assumptions.append(inferred.assumption if inferred else "a distribution over labels is optimised")
+            for choice in [None] if inferred is None else inferred.labels:
+                for restart in range(attack.restarts):
+                    generator = torch.Generator().manual_seed(attack.seed + restart)
+                    x = attack.start.draw(self.shape, target, generator).reshape(-1)
+                    if choice is None:
+                        x = torch.cat([x, torch.randn(batch * self.labels, generator=generator, dtype=x.dtype)])
+                        weights.append(torch.zeros(batch, self.labels))
+                    else:
+                        weights.append(one_hot(target.loss, choice))
+                    owners.append(owner)
+                    points.append(x)
+        self.points = torch.stack(points).to(target.device, attack.dtype)
+        self.weights = torch.stack(weights).to(target.device, attack.dtype)
+        self.owned = torch.tensor(owners, device=target.device)
+
+    def run(self) -> list[Found]:
+        """What was found for each update."""
+        objective, scout = self._objective(), self.attack.scout
+        systems, x = torch.arange(len(self.owned), device=self.owned.device), self.points
+        if scout and len(systems) > len(self.updates):
+            scouts = self._minimise(objective, systems, x, scout)
+            best = [_least(scouts.value, self.owned == owner) for owner in range(len(self.updates))]
+            systems = torch.stack(best)
+            x = scouts.x[systems]
+        minima = self._minimise(objective, systems, x, self.attack.iterations)
+        return [self._collect(minima, systems, owner) for owner in range(len(self.updates))]
+
+    def _objective(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Values and gradients of the systems whose numbers are given."""
+        attack, values, shape = self.attack, self.values, self.shape
+        gradient = self.target.gradient_function(attack.dtype)
+        given = {
+            name: torch.stack([update.gradients[name].to(self.target.device, attack.dtype) for update in self.updates])
+            for name in self.updates[0].gradients
+        }
+
+        def loss(point: Tensor, known: Tensor, given: Gradients) -> Tensor:
+            x = point[:values].reshape(shape)
+            chosen = point[values:].reshape(shape[0], -1).softmax(1) if attack.optimise_label else known
+            found = gradient(x, chosen)
+            apart = attack.distance({name: found[name] for name in given}, given)
+            return apart + self.variation * total_variation(x) if self.variation else apart
+
+        # One update is shared by all systems, several are handed out to theirs.
+        single = len(self.updates) == 1
+        batched = torch.func.vmap(
+            torch.func.grad_and_value(loss),
+            in_dims=(0, 0, None if single else 0),
+            chunk_size=attack.at_once,
+            randomness="different",
+        )
+
+        def objective(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+            own = {name: g[0] if single else g[self.owned[which]] for name, g in given.items()}
+            slope, value = batched(x, self.weights[which], own)
+            return value, slope
+
+        return objective
+
+    def _minimise(
+        self,
+        objective: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        systems: Int[Tensor, " s"],
+        x: Float[Tensor, "s d"],
+        iterations: int,
+    ) -> Minima:
+        """Some of the systems, from x."""
+        attack, value_range = self.attack, self.target.value_range
+
+        def into_range(points: Tensor) -> None:
+            points[:, : self.values].clamp_(*(value_range or (-math.inf, math.inf)))
+
+        # A start that has arrived must reproduce the gradient, however finely that was sent.
+        goal = min(attack.tolerance, *(update.tolerance for update in self.updates))
+        stop = Stop(iterations, goal**2, attack.patience)
+        watch = Reporter(attack.name, iterations)
+        project = into_range if attack.boxed and value_range is not None else None
+        return attack.minimiser(lambda x, at: objective(x, systems[at]), x, stop, watch, project)
+
+    def _collect(self, minima: Minima, systems: Int[Tensor, " s"], owner: int) -> Found:
+        """Inputs and labels of one update's systems, the least loss first."""
+        classes = torch.tensor(self.target.loss.labels, dtype=torch.float64)
+        own = (self.owned[systems] == owner).nonzero().flatten().tolist()
+        order = sorted(own, key=lambda s: float(minima.value[s]))
+        inputs, labels = [], []
+        for s in order:
+            inputs.append(minima.x[s, : self.values].reshape(self.shape).double())
+            optimised = minima.x[s, self.values :].reshape(self.shape[0], -1)
+            scores = optimised if self.attack.optimise_label else self.weights[systems[s]]
+            label = classes[scores.argmax(1).cpu()] if len(classes) else scores[:, 0].double()
+            labels.append(label.to(inputs[-1].device))
+        count = int((self.owned == owner).sum())
+        smooth = ("neighbouring values of the input are similar (total variation)",) if self.variation else ()
+        starts = f"the best of {count} starts by its loss" if count > 1 else "one start"
+        return Found(
+            inputs,
+            labels,
+            [float(minima.value[s]) for s in order],
+            [int(minima.iterations[s]) for s in order],
+            [minima.ended[s] for s in order],
+            (self.assumptions[owner], *smooth, starts),
+        )
+
+
+def _least(value: Float[Tensor, " s"], among: Bool[Tensor, " s"]) -> Int[Tensor, ""]:
+    """The number of the system with the least value; never one outside `among`."""
+    return torch.where(among, value.nan_to_num(nan=math.inf, posinf=torch.finfo(value.dtype).max), math.inf).argmin()
