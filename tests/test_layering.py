@@ -50,3 +50,8 @@ def test_imports_point_one_way() -> None:
 def test_attacks_know_neither_metrics_nor_data() -> None:
     for path in (ROOT / "attacks").rglob("*.py"):
         assert not imports(path) & {"metrics", "data"}, path
+
+
+def test_inversion_knows_neither_targets_nor_updates() -> None:
+    for path in (ROOT / "inversion").rglob("*.py"):
+        assert imports(path) <= {"inversion", "nn", "linalg"}, path

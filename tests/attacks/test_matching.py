@@ -19,7 +19,7 @@ from rgap.attacks import DLG, IDLG, LBFGS, Adam, InvertingGradients, Matching, R
 from rgap.attacks.base import gradient_residual
 from rgap.attacks.distance import cosine, squared, total_variation
 from rgap.attacks.labels import candidates
-from rgap.attacks.minimise import Minima, Minimiser, Objective, Project, Stop, Watch
+from rgap.attacks.minimise import Minima, Minimiser, Objective, Project, Termination, Watch
 from rgap.attacks.start import Near, Normal, Start, Uniform
 
 PICTURE, VECTOR = (1, 6, 6), (6,)
@@ -246,10 +246,12 @@ def test_the_best_start_by_its_loss_is_the_answer() -> None:
 class Told(Minimiser):
     """Another minimiser; tells what it was asked to do."""
 
-    calls: list[tuple[Tensor, Stop, Minima]]
+    calls: list[tuple[Tensor, Termination, Minima]]
     inner: Minimiser = LBFGS()  # noqa: RUF009
 
-    def __call__(self, f: Objective, x: Tensor, stop: Stop, watch: Watch, project: Project | None = None) -> Minima:
+    def __call__(
+        self, f: Objective, x: Tensor, stop: Termination, watch: Watch, project: Project | None = None
+    ) -> Minima:
         found = self.inner(f, x, stop, watch, project)
         self.calls.append((x, stop, found))
         return found
@@ -258,7 +260,7 @@ class Told(Minimiser):
 def test_scouting_keeps_one_start_for_each_update() -> None:
     target, _, update = pictures()
     other = capture(target, inputs_of(1, PICTURE, seed=9), torch.tensor([2.0]))
-    told: list[tuple[Tensor, Stop, Minima]] = []
+    told: list[tuple[Tensor, Termination, Minima]] = []
     attack = IDLG(minimiser=Told(told), restarts=4, scout=6, iterations=9)
     found = attack.many(target, [update, other])
     (all_starts, scouting, scouts), (kept, rest, minima) = told
@@ -277,7 +279,7 @@ def test_scouting_keeps_one_start_for_each_update() -> None:
 
 def test_one_start_is_not_scouted() -> None:
     target, _, update = pictures()
-    told: list[tuple[Tensor, Stop, Minima]] = []
+    told: list[tuple[Tensor, Termination, Minima]] = []
     IDLG(minimiser=Told(told), scout=6, iterations=9)(target, update)
     assert [(len(x), stop.iterations) for x, stop, _ in told] == [(1, 9)]
 
@@ -444,7 +446,7 @@ def test_boxed_guesses_stay_in_the_value_range() -> None:
 
 def test_boxes_are_for_the_input_and_not_for_the_labels() -> None:
     target, _, update = pictures()
-    told: list[tuple[Tensor, Stop, Minima]] = []
+    told: list[tuple[Tensor, Termination, Minima]] = []
     attack = DLG(minimiser=Told(told, Adam()), boxed=True, iterations=3, start=Normal(0.5, 3.0))
     attack(target, update)
     (_, _, minima), values = told[0], math.prod(PICTURE)
@@ -515,7 +517,7 @@ def test_attacks_have_the_names_of_their_papers() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_search_is_in_the_type_asked_for(dtype: torch.dtype) -> None:
     target, x, update = pictures(picture_net(nn.Sigmoid))
-    told: list[tuple[Tensor, Stop, Minima]] = []
+    told: list[tuple[Tensor, Termination, Minima]] = []
     found: Reconstruction = IDLG(dtype=dtype, minimiser=Told(told))(target, update)
     assert told[0][0].dtype is dtype
     assert found.inputs.dtype is torch.float64

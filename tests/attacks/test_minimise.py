@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rgap.attacks.minimise import LBFGS, Adam, Minimiser, Objective, Stop
+from rgap.attacks.lbfgs import LBFGS
+from rgap.attacks.minimise import Adam, Minimiser, Objective, Termination
 
 FAST_ADAM = Adam(rate=0.1, decay=(0.5, 0.7, 0.9))
 every_minimiser = pytest.mark.parametrize("minimiser", [LBFGS(), FAST_ADAM], ids=["L-BFGS", "Adam"])
@@ -87,7 +88,7 @@ def quadratics(conditions: tuple[float, ...], size: int, seed: int, lowest: floa
 @given(seeds, st.integers(1, 8))
 def test_lbfgs_finds_the_minima_of_quadratics(seed: int, size: int) -> None:
     q = quadratics((1.0, 3.0, 100.0, 1e4), size, seed)
-    found = LBFGS()(q.objective, 5 * normal(4, size, seed=seed + 2), Stop(400, 1e-22), silent)
+    found = LBFGS()(q.objective, 5 * normal(4, size, seed=seed + 2), Termination(400, 1e-22), silent)
     torch.testing.assert_close(found.x, q.where, rtol=0, atol=1e-9)
     assert float(found.value.max()) <= 1e-22
     assert found.ended == ("reached the value asked for",) * 4
@@ -97,7 +98,7 @@ def test_lbfgs_finds_the_minima_of_quadratics(seed: int, size: int) -> None:
 @given(seeds, st.integers(1, 6))
 def test_adam_finds_the_minima_of_quadratics(seed: int, size: int) -> None:
     q = quadratics((1.0, 3.0, 10.0), size, seed)
-    found = FAST_ADAM(q.objective, normal(3, size, seed=seed + 2), Stop(400), silent)
+    found = FAST_ADAM(q.objective, normal(3, size, seed=seed + 2), Termination(400), silent)
     torch.testing.assert_close(found.x, q.where, rtol=0, atol=1e-2)
 
 
@@ -108,7 +109,7 @@ def rosenbrock(x: Tensor, which: Tensor) -> Tensor:
 
 def test_lbfgs_follows_rosenbrocks_valley() -> None:
     starts = torch.tensor([[-1.2, 1.0, 1.0], [2.0, -2.0, 2.0], [0.0, 0.0, 0.0], [-3.0, 5.0, 7.0]], dtype=torch.float64)
-    found = LBFGS()(by_autograd(rosenbrock), starts, Stop(300, 1e-20), silent)
+    found = LBFGS()(by_autograd(rosenbrock), starts, Termination(300, 1e-20), silent)
     torch.testing.assert_close(found.x, torch.ones_like(starts), rtol=0, atol=1e-8)
 
 
@@ -116,7 +117,7 @@ def test_lbfgs_comes_near_the_minimum_of_functions_with_kinks() -> None:
     sizes = torch.tensor([[1.0, 1.0, 1.0], [1.0, 5.0, 30.0], [2.0, 0.1, 1.0]], dtype=torch.float64)
     where = normal(3, 3, seed=0)
     f = by_autograd(lambda x, which: (sizes[which] * (x - where[which]).abs()).sum(1))
-    found = LBFGS()(f, where + 10 * normal(3, 3, seed=1), Stop(300, 1e-7), silent)
+    found = LBFGS()(f, where + 10 * normal(3, 3, seed=1), Termination(300, 1e-7), silent)
     assert float(found.value.max()) <= 1e-3, found
     torch.testing.assert_close(found.x, where, rtol=0, atol=1e-2)
 
@@ -125,7 +126,7 @@ def test_the_signs_of_the_gradient_are_enough_for_adam() -> None:
     sizes = torch.tensor([[1e-6, 1.0, 1e6]], dtype=torch.float64)
     f = by_autograd(lambda x, which: (sizes * x.square()).sum(1))
     adam = Adam(rate=0.1, signed=True, decay=(0.5, 0.7, 0.9))
-    found = adam(f, torch.tensor([[3.0, -2.0, 1.0]], dtype=torch.float64), Stop(300), silent)
+    found = adam(f, torch.tensor([[3.0, -2.0, 1.0]], dtype=torch.float64), Termination(300), silent)
     assert float(found.x.abs().max()) < 0.05
 
 
@@ -134,7 +135,7 @@ def test_the_signs_of_the_gradient_are_enough_for_adam() -> None:
 def test_types_are_kept_and_the_start_is_left_alone(minimiser: Minimiser, dtype: torch.dtype) -> None:
     start = normal(3, 4, seed=0).to(dtype)
     kept = start.clone()
-    found = minimiser(by_autograd(lambda x, which: x.square().sum(1)), start, Stop(20), silent)
+    found = minimiser(by_autograd(lambda x, which: x.square().sum(1)), start, Termination(20), silent)
     assert torch.equal(start, kept)
     assert found.x.dtype is found.value.dtype is dtype
     assert bool((found.value < start.square().sum(1)).all())
@@ -149,7 +150,7 @@ def test_types_are_kept_and_the_start_is_left_alone(minimiser: Minimiser, dtype:
 def test_each_system_ends_as_if_it_were_alone(minimiser: Minimiser, seed: int, count: int, iterations: int) -> None:
     q = quadratics(tuple(10.0**at for at in range(count)), 4, seed, lowest=0.25)
     start = 3 * normal(count, 4, seed=seed + 2)
-    stop = Stop(iterations, value=0.3, patience=20)
+    stop = Termination(iterations, value=0.3, patience=20)
     together = minimiser(q.objective, start, stop, silent)
     for s in range(count):
         alone = minimiser(lambda x, which, s=s: q.objective(x, which + s), start[s : s + 1], stop, silent)
@@ -163,7 +164,7 @@ def test_a_system_that_has_ended_is_not_evaluated_again(minimiser: Minimiser) ->
     """Started at the value asked for, far from it, and where there is none."""
     spy = Spy(by_autograd(lambda x, which: torch.where(x[:, 0] > 50, math.nan, x.square().sum(1))))
     start = torch.tensor([[0.0, 0.0], [4.0, 4.0], [60.0, 0.0]], dtype=torch.float64)
-    found = minimiser(spy, start, Stop(30, 1e-9), silent)
+    found = minimiser(spy, start, Termination(30, 1e-9), silent)
     times = spy.times()
     assert (times[0], times[2]) == (1, 1)
     assert times[1] > 1
@@ -176,7 +177,7 @@ def test_a_system_that_has_ended_is_not_evaluated_again(minimiser: Minimiser) ->
 def test_adam_evaluates_each_system_once_for_each_iteration() -> None:
     q = quadratics((1.0, 10.0, 100.0), 3, seed=0)
     spy = Spy(q.objective)
-    found = Adam(rate=0.3)(spy, 3 * normal(3, 3, seed=1), Stop(80, 1e-2), silent)
+    found = Adam(rate=0.3)(spy, 3 * normal(3, 3, seed=1), Termination(80, 1e-2), silent)
     assert [spy.times()[s] for s in range(3)] == [int(n) + 1 for n in found.iterations]
     assert len(set(found.iterations.tolist())) > 1, "systems should end apart for this test to tell anything"
 
@@ -186,7 +187,7 @@ def test_lbfgs_ends_where_no_step_lowers_the_function() -> None:
     q = quadratics((1.0, 10.0), 3, seed=0, lowest=1.0)
     spy = Spy(q.objective)
     start = torch.stack([q.where[0], q.where[1] + 1])
-    found = LBFGS()(spy, start, Stop(500), silent)
+    found = LBFGS()(spy, start, Termination(500), silent)
     torch.testing.assert_close(found.x, q.where, rtol=0, atol=1e-6)
     assert found.ended == ("no step lowers the loss any more",) * 2
     assert int(found.iterations.max()) < 100
@@ -213,7 +214,7 @@ def test_patience_counts_from_the_last_fall_by_a_tenth() -> None:
         [1.0, 0.95, 0.89, 0.85, 0.82, 0.5, 0.5, 0.5, 0.5],
         [1.0, 2.0, 3.0, 0.8, 0.9, 1.0, 0.73, 1.0, 1.0],
     ]
-    found = Adam()(scripted(values), torch.zeros(3, 1, dtype=torch.float64), Stop(8, patience=3), silent)
+    found = Adam()(scripted(values), torch.zeros(3, 1, dtype=torch.float64), Termination(8, patience=3), silent)
     assert found.iterations.tolist() == [3, 5 + 3, 3 + 3]
     assert found.value.tolist() == [0.901, 0.5, 0.73]
     assert set(found.ended) == {"did not fall by a tenth in 3 iterations"}
@@ -237,14 +238,14 @@ def test_the_end_is_that_of_a_plain_loop(values: list[float], wanted: float, pat
         if patience is not None and last - marked_at >= patience:
             ended = f"did not fall by a tenth in {patience} iterations"
             break
-    stop = Stop(len(values) - 1, wanted, patience)
+    stop = Termination(len(values) - 1, wanted, patience)
     found = Adam()(scripted([values]), torch.zeros(1, 2, dtype=torch.float64), stop, silent)
     assert (float(found.value[0]), int(found.iterations[0]), found.ended[0]) == (best, last, ended)
 
 
 def test_lbfgs_has_patience_too() -> None:
     q = quadratics((1e4,), 6, seed=3, lowest=100.0)
-    found = LBFGS()(q.objective, q.where + 1e-2 * normal(1, 6, seed=4), Stop(300, patience=2), silent)
+    found = LBFGS()(q.objective, q.where + 1e-2 * normal(1, 6, seed=4), Termination(300, patience=2), silent)
     assert found.ended == ("did not fall by a tenth in 2 iterations",)
     assert found.iterations.tolist() == [2]
 
@@ -255,7 +256,7 @@ def test_no_more_iterations_than_allowed(minimiser: Minimiser, iterations: int) 
     q = quadratics((1e4,), 6, seed=0, lowest=1.0)
     seen: list[int] = []
     start = normal(1, 6, seed=1)
-    found = minimiser(q.objective, start, Stop(iterations), lambda at, loss: seen.append(at))
+    found = minimiser(q.objective, start, Termination(iterations), lambda at, loss: seen.append(at))
     assert found.iterations.tolist() == [iterations]
     assert found.ended == ("no more were allowed",)
     assert seen in (list(range(iterations + 1)), list(range(1, iterations + 1)))
@@ -268,7 +269,7 @@ def test_no_more_iterations_than_allowed(minimiser: Minimiser, iterations: int) 
 def test_watchers_hear_the_least_value_so_far(minimiser: Minimiser) -> None:
     q = quadratics((1.0, 50.0), 3, seed=0)
     spy, heard = Spy(q.objective), []
-    found = minimiser(spy, normal(2, 3, seed=1), Stop(15), lambda at, loss: heard.append((at, loss)))
+    found = minimiser(spy, normal(2, 3, seed=1), Termination(15), lambda at, loss: heard.append((at, loss)))
     assert [at for at, _ in heard] == sorted({at for at, _ in heard})
     told = [loss for _, loss in heard]
     assert told == sorted(told, reverse=True)
@@ -290,7 +291,7 @@ def walled(beyond: float, wall_at: float = 1.0) -> Objective:
 @wall
 def test_adam_that_leaves_the_finite_keeps_the_best_point_before(beyond: float) -> None:
     start = torch.tensor([[0.0], [-3.0], [2.0]], dtype=torch.float64)
-    found = Adam(rate=0.15)(walled(beyond), start, Stop(100, -1.0), silent)
+    found = Adam(rate=0.15)(walled(beyond), start, Termination(100, -1.0), silent)
     assert set(found.ended) == {"diverged"}
     assert found.iterations.tolist()[2] == 0 < found.iterations.tolist()[0] < found.iterations.tolist()[1]
     for s in range(2):
@@ -303,7 +304,7 @@ def test_adam_that_leaves_the_finite_keeps_the_best_point_before(beyond: float) 
 @pytest.mark.parametrize("beyond", [math.nan, math.inf], ids=str)
 def test_lbfgs_keeps_to_where_the_function_is_finite(beyond: float) -> None:
     start = torch.tensor([[0.0], [2.0]], dtype=torch.float64)
-    found = LBFGS()(walled(beyond), start, Stop(100), silent)
+    found = LBFGS()(walled(beyond), start, Termination(100), silent)
     assert 0.9 < float(found.x[0]) <= 1, "halving a step goes on to the wall"
     assert float(found.value[0]) == pytest.approx((float(found.x[0]) - 3) ** 2)
     assert found.ended[1] == "diverged"
@@ -312,7 +313,7 @@ def test_lbfgs_keeps_to_where_the_function_is_finite(beyond: float) -> None:
 
 
 def test_lbfgs_that_falls_without_end_keeps_the_best_finite_point() -> None:
-    found = LBFGS()(walled(-math.inf), torch.zeros(1, 1, dtype=torch.float64), Stop(100, -1.0), silent)
+    found = LBFGS()(walled(-math.inf), torch.zeros(1, 1, dtype=torch.float64), Termination(100, -1.0), silent)
     assert found.ended == ("diverged",)
     assert math.isfinite(float(found.value[0]))
     assert float(found.value[0]) == pytest.approx((float(found.x[0, 0]) - 3) ** 2)
@@ -325,7 +326,7 @@ def test_a_slope_that_is_not_finite_ends_in_a_reason(minimiser: Minimiser) -> No
         return x.square().sum(1), slope
 
     start = torch.tensor([[1.0, 1.0], [3.0, 3.0]], dtype=torch.float64)
-    found = minimiser(objective, start, Stop(60), silent)
+    found = minimiser(objective, start, Termination(60), silent)
     assert torch.equal(found.x[0], start[0])
     assert found.value.tolist()[0] == 2.0
     assert float(found.value[1]) < 10
@@ -343,7 +344,7 @@ def test_adam_is_that_of_torch_on_one_system_at_a_time(
 ) -> None:
     q = quadratics((1.0, 10.0, 100.0), 4, seed)
     start = normal(3, 4, seed=seed + 2)
-    found = Adam(0.07, signed, decay)(q.objective, start, Stop(iterations), silent)
+    found = Adam(0.07, signed, decay)(q.objective, start, Termination(iterations), silent)
     for s in range(3):
         point = start[s].clone().requires_grad_()
         optimiser = torch.optim.Adam([point], lr=0.07)
@@ -369,7 +370,7 @@ def test_adam_keeps_to_what_is_allowed() -> None:
     def project(points: Tensor) -> None:
         points.clamp_(-0.2, 0.3)
 
-    found = FAST_ADAM(spy, 5 * normal(2, 3, seed=1), Stop(300), silent, project)
+    found = FAST_ADAM(spy, 5 * normal(2, 3, seed=1), Termination(300), silent, project)
     assert all(bool((x >= -0.2).all() and (x <= 0.3).all()) for x, _ in spy.asked)
     # Condition 1: the nearest point of the box is the lowest.
     torch.testing.assert_close(found.x, q.where.clamp(-0.2, 0.3), rtol=0, atol=1e-3)
@@ -382,7 +383,7 @@ def test_adam_keeps_to_what_is_allowed() -> None:
 def test_lbfgs_refuses_what_it_cannot_keep_to() -> None:
     q = quadratics((1.0,), 3, seed=0)
     with pytest.raises(ValueError, match="L-BFGS") as refused:
-        LBFGS()(q.objective, normal(1, 3, seed=1), Stop(10), silent, lambda points: None)
+        LBFGS()(q.objective, normal(1, 3, seed=1), Termination(10), silent, lambda points: None)
     assert str(refused.value) == "L-BFGS cannot keep a guess in the value range: use Adam, or boxed=False"
 
 
@@ -428,7 +429,7 @@ lengths: list[int] = []
 def test_the_history_is_as_long_as_asked_for(history: int) -> None:
     lengths.clear()
     q = quadratics((1e4,), 8, seed=0)
-    Remembers(history=history)(q.objective, normal(1, 8, seed=1), Stop(12), silent)
+    Remembers(history=history)(q.objective, normal(1, 8, seed=1), Termination(12), silent)
     assert lengths == [min(at, history) for at in range(12)]
 
 

@@ -5,8 +5,9 @@ from rgap.attacks.bias import Bias
 from rgap.attacks.closed import Closed, Recursive, Virtual
 from rgap.attacks.hybrid import Hybrid, Rule
 from rgap.attacks.labels import candidates
+from rgap.attacks.lbfgs import LBFGS
 from rgap.attacks.matching import DLG, IDLG, InvertingGradients, Matching
-from rgap.attacks.minimise import LBFGS, Adam
+from rgap.attacks.minimise import Adam
 from rgap.attacks.polish import Polish
 from rgap.attacks.result import Answer, Outcome, Reconstruction, Status
 from rgap.inversion.report import JointReport, LayerReport

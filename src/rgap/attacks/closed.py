@@ -134,7 +134,7 @@ class Recursive(BatchAttack):
 
 @dataclass(frozen=True)
 class Closed(Recursive):
-    """The recursion as far as it is exact, then all constraints of the layers in front of it together.
+    """The recursion as far as it is exact, then all constraints of the layers in front of it jointly.
 
     On a network whose layers all have full rank it is `Recursive`. Where a layer leaves dimensions of its input free,
     everything after it is known exactly, and the layers from the input up to it are solved for the network's input.

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rgap.attacks.base import BatchAttack, gradient_residual
 from rgap.attacks.distance import Distance, cosine, squared
-from rgap.attacks.minimise import LBFGS, Adam, Minimiser
+from rgap.attacks.lbfgs import LBFGS
+from rgap.attacks.minimise import Adam, Minimiser
 from rgap.attacks.result import Answer, Outcome, Status
 from rgap.attacks.search import Found, Search
 from rgap.attacks.start import Normal, Start, Uniform
@@ -52,7 +53,7 @@ class Matching(BatchAttack):
         tolerance: the relative gradient residual at which a start has arrived.
         patience: end a start whose loss fell by less than a tenth in so many iterations.
         dtype: to compute in; float32 is faster, and loses the last digits of small losses.
-        at_once: how many systems are evaluated together; it bounds the memory.
+        at_once: how many systems are evaluated at a time; it bounds the memory.
         seed: of the starts.
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rgap.attacks.distance import Gradients, total_variation
 from rgap.attacks.labels import candidates, one_hot
-from rgap.attacks.minimise import Minima, Stop
+from rgap.attacks.minimise import Minima, Termination
 from rgap.attacks.progress import Reporter
 from rgap.target import Target
 from rgap.update import Update
@@ -135,7 +135,7 @@ class Search:
 
         # A start that has arrived must reproduce the gradient, however finely that was sent.
         goal = min(attack.tolerance, *(update.tolerance for update in self.updates))
-        stop = Stop(iterations, goal**2, attack.patience)
+        stop = Termination(iterations, goal**2, attack.patience)
         watch = Reporter(attack.name, iterations)
         project = into_range if attack.boxed and value_range is not None else None
         return attack.minimiser(lambda x, at: objective(x, systems[at]), x, stop, watch, project)

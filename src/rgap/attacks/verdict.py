@@ -39,11 +39,11 @@ def judge_joint(
     best = answers[0]
     residual, joint = f"gradient residual {best.gradient_residual:.1e}", best.joint
     if joint is not None and joint.free:
-        left = f"{' and '.join(joint.layers)} together leave {joint.free} of {joint.unknowns} dimensions free"
+        left = f"{' and '.join(joint.layers)} jointly leave {joint.free} of {joint.unknowns} dimensions free"
         converged = "" if joint.converged else f", and {joint.steps} steps did not settle the rest"
         return Status.RANK_DEFICIENT, f"{left}{converged}; {residual}"
     if joint is not None and not joint.converged:
-        determined = f"{' and '.join(joint.layers)} together determine the input"
+        determined = f"{' and '.join(joint.layers)} jointly determine the input"
         return Status.NOT_CONVERGED, f"{determined}, but {joint.steps} steps did not find it; {residual}"
     status, reason = judge(best, tolerance, value_range, visible)
     if status is not Status.EXACT or len(answers) == 1:

@@ -124,7 +124,7 @@ def divide(
     # k divides the weight and not the row: a tiny k then overflows nowhere.
     least = noise.min()
     weight = (least / noise).square()
-    x = (weight / k) @ grad / weight.sum()
+    x = (weight / k) @ grad / weight.sum()  # Eq. 3, row by row
     return x, float(least / weight.sum().sqrt())
 
 

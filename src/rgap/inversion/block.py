@@ -1,8 +1,8 @@
 """Back through a block with branches: out = x + F(x), several paths that are concatenated, and the like.
 
 What every value inside is goes from one to the next like a rumour: an inner activation h is known as soon as the
-gradient rows K h = grad W of the layers that read it determine it alone; then z = W h + b is, and so is what else
-enters the sum, x = out - z. Where that leads nowhere the block's input is sought from all its constraints together.
+gradient rows K h = grad W of the layers that read it determine it; then z = W h + b is, and so is what else
+enters the sum, x = out - z. Where that leads nowhere the block's input is sought from all its constraints at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rgap.nn.network import Network, Node
 from rgap.nn.ops import Affine, Concat, Elementwise, Linear, Norm, Op, Other, Sum
 
 DENSE = 6_000
-"""Unknowns of one group above which a value that is told directly is not solution for."""
+"""Unknowns of one group above which a value is not solved for."""
 
 
 def solve_block(network: Network, value_id: int, observed: Observation, paths: Paths) -> Paths | Stop:

@@ -2,8 +2,8 @@
 
 A margin loss has one output, and a margin mu = label * output:
 
-    <W, grad W> = mu * dl/dmu        (Eq. 11, without bias)
-    k           = label * dl/dmu     (Eq. 14)
+    <W, grad W> = mu * dl/dmu        (Eqs. 9-11, without bias)
+    k           = label * dl/dmu     (Eqs. 12-14)
 
 Of several outputs grad W = k x'. With a bias k is its gradient, x' follows, and so does z = W x + b. Without, a
 singular pair of grad W gives k = s u and x = v / s with one unknown number s, a root of the loss's own equation
@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgap.inversion.root import Scalar, leading
+from rgap.inversion.root import ScaleEquation, leading_pair
 from rgap.nn.activations import IDENTITY, Activation
 from rgap.nn.layers import Layer
 from rgap.nn.losses import BinaryCrossEntropy, CrossEntropy, Loss, MarginLoss, MeanSquaredError
@@ -222,7 +222,7 @@ def _misses(
 
 def _by_roots(loss: Loss, weight: Tensor, offset: Tensor, grad: Tensor, precision: float) -> OutputCandidates:
     """Every scale of k at which the loss gives it back, by label."""
-    u, size, v, left = leading(grad)
+    u, size, v, left = leading_pair(grad)
     if left > BLUNT:
         return _none(
             loss,
@@ -238,16 +238,16 @@ def _by_roots(loss: Loss, weight: Tensor, offset: Tensor, grad: Tensor, precisio
             f"the last layer's gradient is of rank one, but for {left:.1e} of it, which is taken for noise"
         )
         precision = left
-    scalar = Scalar(loss, u, size * (weight @ v), offset)
+    equation = ScaleEquation(loss, u, size * (weight @ v), offset)
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # label, k, z, error of k
     for label in _possible(loss, u, precision):
-        root = scalar.roots(label)
+        root = equation.roots(label)
         if not len(root):
             continue
-        k, z = u / root[:, None], scalar.outputs(root)
+        k, z = u / root[:, None], equation.outputs(root)
         x = v * (size * root)[:, None]
         moved = _moved(weight, offset, x, precision)
-        error = scalar.error(root, label, moved, precision)
+        error = equation.error(root, label, moved, precision)
         own = label.expand(len(root))
         if isinstance(loss, BinaryCrossEntropy):
             own = _binary(loss, z, k)
@@ -308,7 +308,7 @@ def _of_margin(
     last: Layer, before: Activation, loss: MarginLoss, gradients: dict[str, Tensor], precision: float
 ) -> OutputCandidates:
     weight, grad = last.weight, gradients[last.weight_name].double().reshape(last.weight.shape)
-    product = float((weight * grad).sum())
+    product = float((weight * grad).sum())  # mu * dl/dmu (Eq. 11)
     noise = precision * float(weight.norm() * grad.norm())
     found: list[tuple[float, float, Tensor, Tensor, float]] = []
 
@@ -328,7 +328,7 @@ def _of_margin(
     labels, assumption = _margin_labels(before, loss, grad)
     roots = loss.roots(product) or loss.roots(product + noise)
     for mu in roots:
-        # Near the turning point the two roots meet, and rounding of the product moves them most.
+        # Near the extremum the two roots meet, and rounding of the product moves them most.
         # Where the product less the noise has no root, the two have met within the noise: each may be the other.
         low, high = loss.roots(product - noise), loss.roots(product + noise)
         shifted = [_nearest(low, mu), _nearest(high, mu)] if low else list(high)
@@ -337,7 +337,7 @@ def _of_margin(
             continue
         error = precision + float((slopes[1:] / slopes[0] - 1).abs().max())
         for y in labels:
-            candidate(y, mu, y * float(slopes[0]), y * mu, error)
+            candidate(y, mu, y * float(slopes[0]), y * mu, error)  # k = y dl/dmu (Eq. 14)
     return _collected(found, last, assumption)
 
 

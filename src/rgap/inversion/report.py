@@ -44,7 +44,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class JointReport:
-    """How several layers' constraints were solved together for the input."""
+    """How several layers' constraints were solved jointly for the input."""
 
     layers: tuple[str, ...]
     """From the input to the last layer that was solved jointly."""

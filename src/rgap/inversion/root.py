@@ -15,7 +15,7 @@ LARGEST = 1e100
 """The largest 1 / |k| at which roots are looked for."""
 
 
-def leading(grad: Float[Tensor, "o n"]) -> tuple[Float[Tensor, " o"], float, Float[Tensor, " n"], float]:
+def leading_pair(grad: Float[Tensor, "o n"]) -> tuple[Float[Tensor, " o"], float, Float[Tensor, " n"], float]:
     """The leading singular pair u, v with its value, and what it leaves of the gradient, relatively.
 
     By power iteration: of a matrix that is nearly of rank one it is there at once.
@@ -34,7 +34,7 @@ def leading(grad: Float[Tensor, "o n"]) -> tuple[Float[Tensor, " o"], float, Flo
 
 
 @dataclass(frozen=True)
-class Scalar:
+class ScaleEquation:
     """t * <u, k(a t + b)> - 1 as a function of t = 1 / s, for k = s u."""
 
     loss: Loss
@@ -80,7 +80,7 @@ class Scalar:
         return torch.cat(steps).sort().values.exp().to(self.u)
 
     def roots(self, label: Float[Tensor, ""]) -> Float[Tensor, " r"]:
-        """All roots of both signs, and where the function comes near zero and turns: rounding may hide a root there."""
+        """All roots of both signs, and where the function has an extremum near zero: rounding may hide a root there."""
         found = [self._of_sign(sign * self.grid(), label) for sign in (1, -1)]
         return torch.cat(found)
 
@@ -91,15 +91,15 @@ class Scalar:
         # The least |value| on one side of zero: two roots may lie between the grid's points, or have met there.
         inner = value[1:-1]
         side = inner.sign()
-        turning = (inner.abs() <= value[:-2].abs()) & (inner.abs() <= value[2:].abs()) & (inner.abs() < 0.1)
-        turning &= (value[:-2] * inner > 0) & (value[2:] * inner > 0)
-        at = turning.nonzero().flatten()
+        extrema = (inner.abs() <= value[:-2].abs()) & (inner.abs() <= value[2:].abs()) & (inner.abs() < 0.1)
+        extrema &= (value[:-2] * inner > 0) & (value[2:] * inner > 0)
+        at = extrema.nonzero().flatten()
         left, right, side = t[at], t[at + 2], side[at]
-        turn = self._least(left, right, side, label)
-        through = side * self(turn, label) < 0
-        low = torch.cat([low, left[through], turn[through]])
-        high = torch.cat([high, turn[through], right[through]])
-        return torch.cat([self._bisected(low, high, label), turn[~through]])
+        extremum = self._least(left, right, side, label)
+        through = side * self(extremum, label) < 0
+        low = torch.cat([low, left[through], extremum[through]])
+        high = torch.cat([high, extremum[through], right[through]])
+        return torch.cat([self._bisected(low, high, label), extremum[~through]])
 
     def _least(self, low: Tensor, high: Tensor, side: Tensor, label: Tensor) -> Tensor:
         """Golden-section search."""
@@ -121,7 +121,7 @@ class Scalar:
     def error(
         self, t: Float[Tensor, " r"], label: Float[Tensor, ""], moved: Float[Tensor, " r"], precision: float
     ) -> Float[Tensor, " r"]:
-        """How far rounding may have moved a root, relatively: by the noise over the slope, at a turn by its root."""
+        """How far rounding may have moved a root, relatively: by noise over slope, at an extremum by its root."""
         along = self.direction(label)
         own = label.expand(len(t))
         z = self.outputs(t)
@@ -144,5 +144,5 @@ class Scalar:
         inside = slope.square() - 2 * bend * noise
         tiny = torch.finfo(t.dtype).tiny
         plain = 2 * noise / (slope + inside.clamp(min=0).sqrt() + tiny)
-        turned = (slope + (slope.square() + 2 * bend * noise).sqrt()) / (bend + tiny)
-        return precision + torch.where(inside >= 0, plain, turned)
+        at_extremum = (slope + (slope.square() + 2 * bend * noise).sqrt()) / (bend + tiny)
+        return precision + torch.where(inside >= 0, plain, at_extremum)

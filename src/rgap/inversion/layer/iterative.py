@@ -21,7 +21,7 @@ CYCLES, INNER = 6, 1e-5
 bytes, and bytes are what most of their time goes to."""
 NULL_SPACE, CLOSE = 1e-4, 1e-6
 """Where a random input is recovered from its rows to this relative error the rows have no null space; solved to this
-residual, so that rounding and steps left undone are no part of what is not recovered."""
+residual, so that rounding and steps left out are no part of what is not recovered."""
 
 
 class Iterative:
