@@ -7,24 +7,25 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rgap.attacks import kinks, virtual
 from rgap.attacks.base import MIXTURE, BatchAttack, gradient_residual
 from rgap.attacks.capacity import updates_at_once
-from rgap.attacks.fading import Fading
 from rgap.attacks.last_layer import Begun, begin, obstacle, saturated
 from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, Outcome, Status
 from rgap.attacks.verdict import judge_joint, range_misfit
 from rgap.inversion.history import Candidate, Paths
+from rgap.inversion.joint import JointSolve
 from rgap.inversion.layer import Solver
 from rgap.inversion.output import OutputCandidates
+from rgap.inversion.pattern import refine_sides
 from rgap.inversion.recursion import recurse
 from rgap.inversion.state import Observation, State
+from rgap.inversion.system import ConstraintSystem
 from rgap.nn.chain import Kind, NotAChain, Obstacle
 from rgap.target import Target
 from rgap.update import Update, tolerated
 
-FADING = Fading()
+JOINT = JointSolve()
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,11 @@ class Recursive(BatchAttack):
             end = replace(end, cotangent=k[s], label=batch.labels[s], margin=float(batch.margins[end.root]))
             end = self.finish(target, observed.one(at), end)
             if end.stop is None and (end.joint is None or end.joint.converged):
-                x = kinks.settle(network, starts[at].gradients, end.value, end.cotangent, agreement(eps))
-                end = replace(end, value=x)
+                # The output's own value takes no part: of a margin it may be known badly.
+                nothing = torch.zeros_like(z[s])
+                output = State(z[s], end.cotangent, nothing, nothing)
+                system = ConstraintSystem(network, output, starts[at].gradients, eps)
+                end = replace(end, value=refine_sides(system, end.value, agreement(eps)))
             ends[at] += _scaled(starts[at].output, end) if network.scalable and end.stop is None else [end]
         return ends
 
@@ -142,18 +146,16 @@ class Closed(Recursive):
     in the answer's `joint` report.
 
     Args:
-        fading: how the prior's weight falls.
-        largest: unknowns of a layer above which no dense matrices are formed; 16,000 take 2 GiB each.
+        joint: how those layers are solved jointly.
     """
 
-    fading: Fading = FADING
-    largest: int = 16_000
+    joint: JointSolve = JOINT
 
     def finish(self, target: Target, observed: Observation, candidate: Candidate) -> Candidate:
         """Solve jointly from the input to the last value that is known for certain; nothing if the input is."""
         if candidate.stop is None and candidate.layers[0].open_since is None:
             return candidate
-        return virtual.solve_jointly(target, observed, candidate, self.fading, self.largest, agreement(observed.eps))
+        return self.joint(target.network, observed, candidate, target.value_range, agreement(observed.eps))
 
 
 Virtual = Closed

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rgap.inversion import together
+from rgap.inversion.block_solve import BlockInput, solve_jointly
 from rgap.inversion.history import Paths
 from rgap.inversion.layer import LayerRows, LayerSolution, LayerSystem, Rhs
 from rgap.inversion.report import LayerReport, layer_report
@@ -65,16 +65,13 @@ def _solve_one(
         return Stop(lossy, Cause.LOSSY, lossy.loses)
     block = BlockValues(network, observed, state, probe)
     block.propagate()
-    if 0 not in block.values or 0 not in block.ks:
-        found = together.solve(network, observed, state, block.start())
-        if isinstance(found, str):
-            return Stop(end, Cause.NOT_FOUND, found)
-    else:
-        # One value after another used some of the rows and not others; all of them know better.
-        rows = together.Constraints(network, observed, state, True)
-        found = together.refine(rows, block.values[0].value)
-    if isinstance(found, together.Found):
+    determined = 0 in block.values and 0 in block.ks
+    # Where one value after another led to the input it used some of the rows and not others; all of them know better.
+    found = solve_jointly(network, observed, state, block.values[0].value if determined else block.start())
+    if isinstance(found, BlockInput):
         block.take(found)
+    elif not determined:
+        return found
     value = block.values[0]
     reports = tuple(block.reports[node] for node in sorted(block.reports))
     return State(value.value, block.ks[0], None, value.std), reports
@@ -283,10 +280,10 @@ class BlockValues:
         known = [self.values[at] for at in sorted(self.values) if self.network.shapes[at] == shape]
         return known[0].value if known else self.network.layers[0].weight.new_zeros(1, *shape)
 
-    def take(self, found: together.Found) -> None:
+    def take(self, found: BlockInput) -> None:
         """The block's input as it was found from all constraints together."""
         x = found.x
-        self.values[0] = Estimate(x, None, found.error.reshape(1, *[1] * (x.dim() - 1)))
+        self.values[0] = Estimate(x, None, x.new_full((1,) * x.dim(), found.std))
         values = self.network.forward(x)
         k = self.network.vjp(values, self.network.slopes(values), {len(values) - 1: self.ks[len(values) - 1]})[0]
         self.ks[0] = torch.zeros_like(x) if k is None else k

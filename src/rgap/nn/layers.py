@@ -273,6 +273,14 @@ class Layer:
         gram = gram.reshape(s, g, channels, n, channels, n)[:, :, :, :-1, :, :-1]
         return gram.reshape(s, g, channels * self.pixels, channels * self.pixels)
 
+    def side_by_side(self, samples: int) -> Layer:
+        """The layer on several samples at once, as one on so many times as many pixels: the gradient sums over
+        samples as it does over positions."""
+        shift = torch.arange(samples, device=self.table.device)[:, None, None] * self.pixels
+        table = torch.where(self.table < self.pixels, self.table + shift, samples * self.pixels)
+        table = table.movedim(0, 1).flatten(1)
+        return replace(self, table=table, pixels=samples * self.pixels, grid=None)
+
     @cached_property
     def single(self) -> Layer:
         """The same layer in float32, for products that need no more."""

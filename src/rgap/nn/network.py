@@ -75,6 +75,15 @@ class Network:
         return tuple(found)
 
     @cached_property
+    def last_read(self) -> tuple[tuple[int, ...], ...]:
+        """Of every node the ids of the values that none behind it reads."""
+        last = {value_id: node_id for node_id, node in enumerate(self.nodes) for value_id in node.reads}
+        found: list[list[int]] = [[] for _ in self.nodes]
+        for value_id, node_id in last.items():
+            found[node_id].append(value_id)
+        return tuple(map(tuple, found))
+
+    @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of all values of one sample."""
         return (self.input_shape, *(node.shape for node in self.nodes))

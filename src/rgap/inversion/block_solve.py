@@ -1,0 +1,87 @@
+"""A block's input from all its constraints together.
+
+With the output out = x + F(x) of a residual block there are as many weight constraints as unknowns, and the gradient
+rows of the layers inside come on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.inversion.gauss_newton import Continuation, determine, gauss_newton
+from rgap.inversion.report import LayerReport
+from rgap.inversion.state import Cause, Observation, State, Stop
+from rgap.inversion.system import ConstraintSystem, Linearisation
+from rgap.linalg.least_squares import Determined, Iterative
+from rgap.nn.network import Network
+
+SOLVER = Iterative(rtol=1e-9, max_steps=400)
+SCHEDULE = Continuation(patience=4, doubt=(4,))
+AGREES = 1e-6
+"""Relative distance of outputs and gradients above which what was found is not the input."""
+OPEN = 1e8
+"""A condition above which directions of the input count as open."""
+
+
+@dataclass(frozen=True)
+class BlockInput:
+    """A block's input."""
+
+    x: Tensor
+    """(1, *shape)"""
+    std: float
+    reports: dict[int, LayerReport]
+    """By the node of the layer in the block."""
+
+
+def solve_jointly(network: Network, observed: Observation, output: State, start: Tensor) -> BlockInput | Stop:
+    """The input at which output and gradients agree, each as well as its noise allows; or why none was found.
+
+    Args:
+        observed: of one update.
+        start: (1, *shape), where to begin.
+    """
+    gradients = {name: grad[0] for name, grad in observed.gradients.items()}
+    system = ConstraintSystem(network, output, gradients, observed.eps)
+    agrees = max(AGREES, 100 * observed.eps)
+    found = gauss_newton(system, SOLVER, None, agrees, system.linearise(start), SCHEDULE)
+    if found.distance > agrees:
+        what = f"its input was not found from all its constraints together, misfit {found.distance:.1e}"
+        return Stop(network.nodes[-1].op, Cause.NOT_FOUND, what)
+    generator = torch.Generator(device=found.x.device).manual_seed(0)
+    sure = determine(system, found.x, SOLVER, generator)
+    if sure.rank < system.unknowns or sure.condition > OPEN:
+        free = f"{system.unknowns - sure.rank} of {system.unknowns} directions"
+        what = f"its constraints leave about {free} of its input open, condition {sure.condition:.1e}"
+        return Stop(network.nodes[-1].op, Cause.OPEN, what)
+    return BlockInput(found.x, sure.std, _reports(system, system.linearise(found.x), sure))
+
+
+def _reports(system: ConstraintSystem, at: Linearisation, sure: Determined) -> dict[int, LayerReport]:
+    """One for each layer; what is said of the constraints is that of all of them together."""
+    missed = system.residual(at)
+    weight = _relative(missed.weight[0] * system.row_weight, system.output.value * system.row_weight)
+    return {
+        node: LayerReport(
+            name=layer.name,
+            unknowns=layer.unknowns,
+            weight_rows=layer.weight_rows,
+            gradient_rows=layer.gradient_rows,
+            rank=layer.unknowns,
+            condition=sure.condition,
+            weight_residual=weight,
+            gradient_residual=_relative(missed.gradient[which], system.gradients[which]),
+            error=sure.std,
+            dead_units=int((system.k(at, node)[0] == 0).all(-1).sum()),
+            method="block",
+        )
+        for which, (node, layer) in enumerate(zip(system.nodes, system.layers, strict=True))
+    }
+
+
+def _relative(miss: Tensor, given: Tensor) -> float:
+    size = float(given.norm())
+    return float(miss.norm()) / size if size else float(miss.norm())

@@ -1,0 +1,177 @@
+"""The linearised constraints as one linear operator: J x, and its adjoint, without a matrix.
+
+A product goes through the network once. At a layer one unfolding of the input gives both kinds of rows, and one
+folding takes both back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.inversion.pattern import Pattern, effects
+from rgap.inversion.system import ConstraintSystem, Linearisation, Rows
+from rgap.linalg.least_squares import probes
+from rgap.linalg.operator import LinearOperator
+from rgap.nn.ops import Linear
+
+PROBES = 4
+"""Drawn inputs from which the sizes of the rows are told."""
+LIMIT = 100.0
+"""Of how much more a layer's gradient rows may weigh than all rows behind them, in squares: beyond it rounding hides
+the others."""
+
+
+class Jacobian(LinearOperator):
+    """Weighted rows: those of the output, each as far as it is known, and those of each layer's gradient, scaled, and
+    without what units in doubt may have done to it."""
+
+    def __init__(self, system: ConstraintSystem, at: Linearisation, uncertain: Pattern | None):
+        """
+        Args:
+            uncertain: units whose side of their kink is in doubt; None keeps all gradient rows out that a slope
+                behind them may move.
+        """
+        self.system, self.at = system, at
+        self.in_shape, self.like = system.in_shape, at.x
+        self.values = sum(value.numel() for value in at.values)
+        self._in_use = [uncertain is not None or not system.curved_after(node) for node in system.nodes]
+        self._bases = effects(system, at, uncertain)
+        self._k = {
+            node: system.k(at, node).reshape(system.samples, layer.groups, -1, layer.positions)
+            for node, layer, used in zip(system.nodes, system.layers, self._in_use, strict=True)
+            if used
+        }
+        self._scale, self.mean_diagonal = self._weights()
+
+    def _weights(self) -> tuple[list[float], float]:
+        """Of each layer's gradient rows, squared, and the mean of the diagonal of J'J.
+
+        All rows are stated in units of their noise, which are those of the output here. Where that would leave
+        nothing of one kind, the gradient rows of a layer weigh at least as much as all rows behind them together, and
+        at most `LIMIT` times as much.
+        """
+        drawn, system = probes(self, PROBES), self.system
+        rows = self._rows(drawn)
+        size = float((rows.weight * system.row_weight).square().sum())
+        scale = [0.0] * len(rows.gradient)
+        for at in reversed(range(len(scale))):
+            own = float(self._project(at, rows.gradient[at]).square().sum()) if self._in_use[at] else 0.0
+            if own > 0:
+                even = (size or own) / own
+                scale[at] = min(max(system.noise_ratios[at], even), LIMIT * even)
+            size += scale[at] * own
+        return scale, size / drawn.numel()
+
+    def mv(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d rows"]:
+        return self.weighted(self._rows(x))
+
+    def rmv(self, rows: Float[Tensor, "d rows"]) -> Float[Tensor, "d *in_shape"]:
+        sizes = [self.system.output.value.numel(), *(grad[0].numel() for grad in self.system.gradients)]
+        first, *rest = torch.split(rows, sizes, 1)
+        shapes = [(len(rows), *grad.shape[1:]) for grad in self.system.gradients]
+        gradient = tuple(part.reshape(shape) for part, shape in zip(rest, shapes, strict=True))
+        return self._adjoint(Rows(first.reshape(len(rows), *self.system.output.value.shape), gradient))
+
+    def normal(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d *in_shape"]:
+        return self._adjoint(self._apply_weights(self._rows(x)))
+
+    def weighted(self, rows: Rows) -> Float[Tensor, "d rows"]:
+        """Right-hand sides as `rmv` takes them."""
+        rows = self._apply_weights(rows)
+        return torch.cat([rows.weight.flatten(1), *(each.flatten(1) for each in rows.gradient)], 1)
+
+    def _apply_weights(self, rows: Rows) -> Rows:
+        gradient = tuple(
+            self._scale[at] ** 0.5 * self._project(at, each) if self._scale[at] else torch.zeros_like(each)
+            for at, each in enumerate(rows.gradient)
+        )
+        return Rows(rows.weight * self.system.row_weight, gradient)
+
+    def _rows(self, x: Float[Tensor, "d *in_shape"]) -> Rows:
+        """How all rows move with the inputs, not weighted."""
+        system, network, d = self.system, self.system.network, len(x)
+        moves: dict[int, Tensor] = {0: x.flatten(0, 1)}
+        found: dict[int, Tensor] = {}
+        for at, node in enumerate(network.nodes):
+            read = tuple(moves[each] for each in node.reads)
+            if at in self._k and isinstance(node.op, Linear):
+                layer = node.op.layer
+                patches = layer.patches(layer.pack_input(read[0]))
+                found[at] = self._shared(self._k[at], patches, d)
+                z = (layer.weight @ patches).reshape(len(patches), layer.outputs, layer.positions)
+                moves[at + 1] = layer.unpack_output(z)
+            elif at in self.at.slopes:
+                moves[at + 1] = (read[0].reshape(d, *self.at.slopes[at].shape) * self.at.slopes[at]).flatten(0, 1)
+            else:
+                moves[at + 1] = node.op.jvp(read, self._values(node.reads, node.op.linear, d))
+            for each in network.last_read[at]:
+                del moves[each]
+        gradient = tuple(
+            found[at] if at in found else x.new_zeros(d, *grad.shape[1:])
+            for at, grad in zip(system.nodes, system.gradients, strict=True)
+        )
+        return Rows(moves[len(network.nodes)].reshape(d, *system.output.value.shape), gradient)
+
+    def _shared(self, k: Float[Tensor, "b g j p"], patches: Float[Tensor, "db g i p"], d: int) -> Tensor:
+        """K x of each direction, added up over the samples."""
+        if len(k) == 1:
+            return k @ patches.mT
+        return torch.einsum("bgjp,dbgip->dgji", k, patches.reshape(d, len(k), *patches.shape[1:]))
+
+    def _adjoint(self, rows: Rows) -> Float[Tensor, "d *in_shape"]:
+        """Back from weighted rows."""
+        system, network, d = self.system, self.system.network, len(rows.weight)
+        end = len(network.nodes)
+        back: dict[int, Tensor] = {end: (rows.weight * system.row_weight).flatten(0, 1)}
+        grads: Mapping[int, Tensor] = {
+            node: scale**0.5 * self._project(at, rows.gradient[at])
+            for at, (node, scale) in enumerate(zip(system.nodes, self._scale, strict=True))
+            if scale
+        }
+        for at in reversed(range(end)):
+            node, cotangent = network.nodes[at], back.pop(at + 1, None)
+            if cotangent is None and at not in grads:
+                continue
+            if at in grads and isinstance(node.op, Linear):
+                pulled: tuple[Tensor, ...] = (self._pulled(at, node.op, cotangent, grads[at], d),)
+            elif cotangent is None:
+                continue
+            elif at in self.at.slopes:
+                pulled = ((cotangent.reshape(d, *self.at.slopes[at].shape) * self.at.slopes[at]).flatten(0, 1),)
+            else:
+                pulled = node.op.vjp(cotangent, self._values(node.reads, node.op.linear, d))
+            for each, more in zip(node.reads, pulled, strict=True):
+                back[each] = back[each] + more if each in back else more
+        if 0 not in back:
+            return rows.weight.new_zeros(d, *self.in_shape)
+        return back[0].reshape(d, *self.in_shape)
+
+    def _pulled(self, at: int, op: Linear, cotangent: Tensor | None, grad: Float[Tensor, "d g j i"], d: int) -> Tensor:
+        """W'z + K'grad of one layer, folded once."""
+        layer, k = op.layer, self._k[at]
+        patches = grad.mT[:, None] @ k
+        patches = patches.flatten(0, 1)
+        if cotangent is not None:
+            z = layer.pack_output(cotangent).reshape(len(patches), layer.groups, -1, layer.positions)
+            patches = patches + layer.weight.mT @ z
+        x = layer.unpack_input(layer.scatter(patches))
+        return x.reshape(len(patches), *self.at.values[self.system.network.nodes[at].reads[0]].shape[1:])
+
+    def _values(self, reads: tuple[int, ...], linear: bool, d: int) -> tuple[Tensor, ...]:
+        """The values that an operation reads, for each direction and sample; a linear one asks for shapes alone."""
+        values = (self.at.values[each] for each in reads)
+        if linear or (d == 1 and self.system.samples == 1):
+            return tuple(values)
+        return tuple(value.expand(d, *value.shape).flatten(0, 1) for value in values)
+
+    def _project(self, at: int, grad: Float[Tensor, "d g j i"]) -> Tensor:
+        """A layer's gradient rows without what units in doubt may have done to them."""
+        basis = self._bases[at]
+        if not len(basis):
+            return grad
+        flat = grad.flatten(1)
+        return (flat - (flat @ basis.mT) @ basis).reshape(grad.shape)

@@ -1,0 +1,129 @@
+"""Where the recursion breaks off: the layers in front of the last certain value, solved together for the input.
+
+These are the paper's virtual constraints (Section 4). What no constraint tells, a prior does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from rgap.inversion.gauss_newton import CONTINUATION, Continuation, determine, gauss_newton
+from rgap.inversion.history import Candidate
+from rgap.inversion.jacobian import Jacobian
+from rgap.inversion.pattern import refine_sides
+from rgap.inversion.prior import Prior
+from rgap.inversion.report import JointReport
+from rgap.inversion.state import Observation
+from rgap.inversion.system import ConstraintSystem, Linearisation
+from rgap.linalg.least_squares import Direct, Iterative, Solver, probes
+from rgap.nn.network import Network
+from rgap.nn.ops import Elementwise
+
+RANK_ROUNDINGS = 8
+"""Singular values of the joint constraints below so many roundings of the gradient count as zero."""
+
+
+@dataclass(frozen=True)
+class JointSolve:
+    """How the layers in front are solved for the network's input.
+
+    Args:
+        continuation: how the prior's weight falls.
+        largest: unknowns above which no dense matrix is formed; 16,000 take 2 GiB each.
+        dense: unknowns above which ``auto`` solves by products alone.
+        counted: unknowns up to which free dimensions are counted by a factor where products found some.
+    """
+
+    continuation: Continuation = CONTINUATION
+    largest: int = 16_000
+    dense: int = 1_500
+    counted: int = 8_192
+
+    def __call__(
+        self,
+        network: Network,
+        observed: Observation,
+        candidate: Candidate,
+        value_range: tuple[float, float] | None,
+        tolerance: float,
+    ) -> Candidate:
+        """The candidate with the network's input, from the last value that is known for certain; or with a note why
+        there is none.
+
+        Args:
+            observed: of one update.
+            tolerance: distance of the gradients at which they agree.
+        """
+        if candidate.certain_id == 0:
+            return candidate
+        front = network.part([segment for segment in network.segments if segment.exit <= candidate.certain_id])
+        gradients = {name: g[0] for name, g in observed.gradients.items()}
+        system = ConstraintSystem(front, candidate.certain, gradients, observed.eps)
+        iterative = observed.solver == "iterative" or (observed.solver == "auto" and system.unknowns > self.dense)
+        if not iterative and system.unknowns > self.largest:
+            return replace(candidate, note=self._too_large(system))
+        low, high = value_range or (0.0, 0.0)
+        prior, probe = Prior(network.input_shape, (low + high) / 2), observed.probe(0, network.device)
+        start = _start(system, candidate, prior, value_range or (-1.0, 1.0), probe)
+        refused = _refused(system, start)
+        if refused is not None:
+            return replace(candidate, note=f"what is in front is not solved jointly: {refused}")
+        direct = Direct(RANK_ROUNDINGS * observed.eps)
+        solver: Solver = Iterative() if iterative else direct
+        found = gauss_newton(system, solver, prior, tolerance, start, self.continuation)
+        x, distance = found.x, found.distance
+        if distance > tolerance:  # a last unit or two may still be on the wrong side
+            x = refine_sides(system, x, tolerance)
+            distance = system.distance(system.linearise(x))
+        sure = determine(system, x, solver, probe)
+        if iterative and sure.rank < system.unknowns <= self.counted:
+            sure = determine(system, x, direct, probe)
+        report = JointReport(
+            layers=tuple(layer.name for layer in front.layers) or tuple(node.op.name for node in front.nodes),
+            unknowns=system.unknowns,
+            rows=system.weight_rows + system.gradient_rows,
+            rank=sure.rank,
+            condition=sure.condition,
+            steps=found.steps,
+            converged=distance <= tolerance,
+            prior=str(prior),
+        )
+        return replace(candidate, value=x, std=sure.std, joint=report, stop=None)
+
+    def _too_large(self, system: ConstraintSystem) -> str:
+        count = system.unknowns
+        return (
+            f"solving {len(system.network.layers)} layers jointly by a factor takes dense matrices of {count} "
+            f"unknowns, about {3 * 8 * count**2 / 2**30:.0f} GiB, more than is solved (largest={self.largest}): "
+            "expected solver 'auto' or 'iterative'"
+        )
+
+
+def _start(
+    system: ConstraintSystem,
+    candidate: Candidate,
+    prior: Prior,
+    value_range: tuple[float, float],
+    probe: torch.Generator,
+) -> Linearisation:
+    """The middle of the prior, with the slopes that the recursion's own answers have where it went on: least squares,
+    right in most signs."""
+    like, (low, high) = system.output.value, value_range
+    draw = torch.randn(system.in_shape, generator=probe, dtype=like.dtype, device=like.device)
+    # Where nothing is known: near the middle of the range, and no two values alike, as a maximum asks for.
+    drawn = (low + high) / 2 + 0.1 * (high - low) * draw
+    guess = dict(enumerate(system.network.forward(drawn))) | dict(candidate.values)
+    curved = any(not isinstance(node.op, Elementwise) and not node.op.linear for node in system.network.nodes)
+    return system.linearise(drawn if curved else torch.full_like(drawn, prior.centre), guess)
+
+
+def _refused(system: ConstraintSystem, at: Linearisation) -> str | None:
+    """Why torch cannot push a move of the input through the operations; None if it can."""
+    try:
+        jacobian = Jacobian(system, at, {})
+        jacobian.normal(probes(jacobian, 1))
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error).strip().splitlines()[0]
+    return None

@@ -1,0 +1,193 @@
+"""On which side of its kink each unit is: known, in doubt, or to be changed.
+
+The cotangents in front of a unit jump when it changes its side, and with them the gradient rows. But what one wrong
+side does to them is a multiple of one known vector. So the rows are used as soon as most sides are right, with what
+the units in doubt may have done projected out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rgap.nn.activations import LeakyReLU, ReLU
+from rgap.nn.ops import Linear
+
+if TYPE_CHECKING:
+    from rgap.inversion.system import ConstraintSystem, Linearisation
+
+Pattern = Mapping[int, Bool[Tensor, "b ..."]]
+"""Of each elementwise operation, by its node, which units are in doubt; all are known where it is not named."""
+
+READS = 1e-2
+"""A unit that reads less than this fraction of what any unit of its layer reads has no side worth knowing."""
+RANK = 1e-9
+"""Effects of units in doubt below this fraction of the largest tell nothing."""
+
+
+def effects(system: ConstraintSystem, at: Linearisation, uncertain: Pattern | None) -> list[Float[Tensor, "r w"]]:
+    """For each layer an orthonormal basis of what the slopes of units in doubt put into its gradient.
+
+    A slope that is wrong adds a multiple of one vector to the gradient rows: what the unit reads, at the unit's own
+    weights, and likewise in the layers before it. The rest of the rows does not feel it.
+    """
+    found: list[list[Tensor]] = [[] for _ in system.nodes]
+    for node, mask in ({} if uncertain is None else uncertain).items():
+        sample, *place = mask.nonzero(as_tuple=True)
+        if not len(sample):
+            continue
+        value = system.network.nodes[node].reads[0]
+        own = at.x.new_zeros(len(sample), *mask.shape[1:])
+        own[(torch.arange(len(sample), device=own.device), *place)] = 1.0
+        # Each unit belongs to one sample, and moves that sample's part of the sum alone.
+        one = system.samples == 1
+        values = at.values if one else [each[sample] for each in at.values]
+        slopes = at.slopes if one else {each: slope[sample] for each, slope in at.slopes.items()}
+        cotangents = system.network.vjp(values, slopes, {value: own})
+        for each, (layer_node, layer) in enumerate(zip(system.nodes, system.layers, strict=True)):
+            k = cotangents[layer_node + 1]
+            if k is not None:
+                x = layer.pack_input(values[system.network.nodes[layer_node].reads[0]]).expand(len(own), -1, -1)
+                found[each].append(layer.grad_weight(x, layer.pack_output(k)).flatten(1))
+    return [
+        _span(torch.cat(moved)) if moved else grad.new_zeros(0, grad.numel())
+        for moved, grad in zip(found, system.gradients, strict=True)
+    ]
+
+
+def _span(moved: Float[Tensor, "m w"]) -> Float[Tensor, "r w"]:
+    _, sigma, basis = torch.linalg.svd(moved, full_matrices=False)
+    found: Tensor = basis[sigma > RANK * sigma.amax().clamp(min=torch.finfo(sigma.dtype).tiny)]
+    return found
+
+
+def least_certain(system: ConstraintSystem, at: Linearisation, count: int) -> Pattern:
+    """The units, over all activations and samples, that are nearest to their kink, measured by the spread of their
+    layer. Those that read next to nothing, as on an empty background, stay out: they are all near their kinks, and
+    have hardly any effect on whichever side they are."""
+    distances, shapes = [], {}
+    for node, activation in system.network.activations:
+        z = at.values[system.network.nodes[node].reads[0]]
+        if activation.kinked:
+            size = _reads(system, at, node)
+            apart = z.abs() / z.square().mean().sqrt()
+            distances.append(torch.where(size > READS * size.max(), apart, torch.inf).flatten())
+            shapes[node] = z.shape
+    if not distances:
+        return {}
+    every = torch.cat(distances)
+    count = min(count, int(every.isfinite().sum()))
+    chosen = torch.zeros_like(every, dtype=torch.bool)
+    chosen[every.topk(count, largest=False).indices] = True
+    parts = torch.split(chosen, [len(each) for each in distances])
+    return {node: part.reshape(shape) for (node, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def changed_sides(system: ConstraintSystem, before: Linearisation, after: Linearisation) -> int:
+    """How many slopes are other than they were by more than half of the steepest, of units that read something."""
+    total = 0
+    for node, new in after.slopes.items():
+        size = _reads(system, after, node)
+        old = before.slopes[node]
+        total += int((((old - new).abs() > 0.5 * new.abs().max()) & (size > READS * size.max())).sum())
+    return total
+
+
+def _reads(system: ConstraintSystem, at: Linearisation, node: int) -> Tensor:
+    """The norm of what each unit reads; 1 where it is not a layer's."""
+    value = system.network.nodes[node].reads[0]
+    before = system.network.nodes[value - 1] if value else None
+    if before is None or not isinstance(before.op, Linear):
+        return torch.ones_like(at.values[value])
+    layer = before.op.layer
+    size = layer.read(layer.pack_input(at.values[before.reads[0]]))
+    return layer.unpack_output(size).reshape(at.values[value].shape)
+
+
+TRIED, FLIPPED = 32, 8
+"""How many units, those nearest to their kink, are tried on their other side, and how many are changed at the most."""
+NEAR = 0.2
+"""A relative distance to the gradient above this has other causes than a few units."""
+VISIBLE = 1e-3
+"""A move above this fraction of the inputs is no correction of their error."""
+
+
+def refine_sides(system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance: float) -> Float[Tensor, "b ..."]:
+    """x, moved by next to nothing to the sides of its kinks on which the gradient agrees; x itself if none do.
+
+    The gradient jumps when a unit changes its side. An answer that is right to seven digits can therefore miss the
+    update by a few per cent, because of one unit out of ten thousand. Which unit it is shows in the gradient itself:
+    on the right sides it agrees.
+
+    Args:
+        tolerance: relative distance to the gradient below which it agrees.
+    """
+    at = system.linearise(x)
+    start = best = system.distance(at)
+    if not tolerance < start < NEAR:
+        return x
+    near = _nearest_units(system, at)
+    slopes = at.slopes
+    changed: list[tuple[int, int]] = []
+    while near and best > tolerance and len(changed) < FLIPPED:
+        tried = [_flipped(system, slopes, unit) for unit in near]
+        distances = [system.distance(system.with_slopes(at, each)) for each in tried]
+        least = min(range(len(near)), key=distances.__getitem__)
+        if distances[least] > 0.7 * best:
+            break
+        best, slopes = distances[least], tried[least]
+        changed.append(near.pop(least))
+    if not changed:
+        return x
+    moved = step_over(system, at, changed)
+    if float((moved - x).norm()) > VISIBLE * float(x.norm()):
+        return x  # an answer that must move so far has other causes than its own error
+    return moved if system.distance(system.linearise(moved)) < start else x
+
+
+def step_over(system: ConstraintSystem, at: Linearisation, units: list[tuple[int, int]]) -> Float[Tensor, "b ..."]:
+    """x with the smallest move that brings the given units to the other side of their kinks.
+
+    Args:
+        units: each one's elementwise operation, by its node, and which of its values.
+    """
+    rows, heights = [], []
+    for node, index in units:
+        value = system.network.nodes[node].reads[0]
+        k = torch.zeros_like(at.values[value])
+        k.view(-1)[index] = 1.0
+        row = system.network.vjp(at.values, at.slopes, {value: k})[0]
+        rows.append(torch.zeros_like(at.x).flatten() if row is None else row.flatten())
+        heights.append(at.values[value].reshape(-1)[index])
+    jacobian, value_of = torch.stack(rows), torch.stack(heights)
+    # The move of minimum norm. The rows are few, and scaled to be compared with each other.
+    scale = jacobian.norm(dim=1, keepdim=True).clamp(min=torch.finfo(at.x.dtype).tiny)
+    move = torch.linalg.pinv(jacobian / scale) @ (-2 * value_of[:, None] / scale)
+    moved: Tensor = at.x + move.reshape(at.x.shape)
+    return moved
+
+
+def _nearest_units(system: ConstraintSystem, at: Linearisation) -> list[tuple[int, int]]:
+    """Units of kinked activations, the nearest to their kink first, measured by the spread of their layer."""
+    near: list[tuple[float, int, int]] = []
+    for node, activation in system.network.activations:
+        if isinstance(activation, (LeakyReLU, ReLU)):
+            z = at.values[system.network.nodes[node].reads[0]]
+            distance = (z / z.square().mean().sqrt()).abs().reshape(-1)
+            found, index = distance.topk(min(TRIED, len(distance)), largest=False)
+            near += [(v, node, i) for v, i in zip(found.tolist(), index.tolist(), strict=True)]
+    return [(node, index) for _, node, index in sorted(near)[:TRIED]]
+
+
+def _flipped(system: ConstraintSystem, slopes: Mapping[int, Tensor], unit: tuple[int, int]) -> dict[int, Tensor]:
+    node, index = unit
+    changed = slopes[node].clone()
+    activation = dict(system.network.activations)[node]
+    # Of ReLU's slopes, 0 and 1, an output of zero tells neither: `other_side` leaves them alone.
+    other = 1 - slopes[node] if isinstance(activation, ReLU) else activation.other_side(slopes[node])
+    changed.view(-1)[index] = other.reshape(-1)[index]
+    return {at: changed if at == node else slope for at, slope in slopes.items()}

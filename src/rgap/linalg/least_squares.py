@@ -1,0 +1,188 @@
+"""Least squares with a linear operator: by a factor of its normal equations, or by its products alone.
+
+The solver and the operator are chosen apart. Each solver takes one step of a regularised problem, and tells of the
+plain one how well it is determined.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.linalg import cg, psd
+from rgap.linalg.operator import LinearOperator
+
+FLOOR = 1e-13
+"""Added to the diagonal, relative to it, so that the matrix is definite; less than any weight of a prior."""
+
+
+class Quadratic(ABC):
+    """A quadratic form x'P x, by P's products and as a matrix."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """P x."""
+
+    @abstractmethod
+    def matrix(self, like: Tensor, samples: int = 1) -> Float[Tensor, "u u"]:
+        """P, of the type of like, once for each of several samples."""
+
+
+@dataclass(frozen=True)
+class Regulariser:
+    """weight * mean diagonal of J'J * (x - centre)' P (x - centre)."""
+
+    form: Quadratic
+    centre: float
+    weight: float
+    last: bool
+    """Whether it is to decide nothing that the constraints tell."""
+
+
+@dataclass(frozen=True)
+class Determined:
+    """How well rows determine their unknowns."""
+
+    rank: int
+    condition: float
+    std: float
+    """How far one draw of the rows' noise moves the unknowns, root mean square."""
+
+
+class Solver(ABC):
+    """One step of a least-squares problem, and how well it is determined."""
+
+    @abstractmethod
+    def step(
+        self, operator: LinearOperator, residual: Float[Tensor, "1 rows"], x: Tensor, by: Regulariser | None
+    ) -> Tensor:
+        """The x + move that minimises |J move - residual|^2, regularised; of the shape of x."""
+
+    @abstractmethod
+    def propagate(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> float:
+        """How far one draw of the rows' noise moves the unknowns, root mean square."""
+
+    @abstractmethod
+    def determine(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> Determined:
+        """Rank and condition of J, and what its pseudoinverse makes of one draw of noise."""
+
+
+@dataclass(frozen=True)
+class Direct(Solver):
+    """A dense factor of J'J."""
+
+    rank_tolerance: float = 0.0
+    """Singular values below this fraction of the largest count as zero."""
+    refinements: int = 3
+    """Solves for what the floor and rounding changed."""
+    without: int = 30
+    """Solves for what the constraints still miss, at the last step: each takes away a part of the regulariser's pull,
+    but only in directions that the constraints determine (iterated Tikhonov)."""
+
+    def step(
+        self, operator: LinearOperator, residual: Float[Tensor, "1 rows"], x: Tensor, by: Regulariser | None
+    ) -> Tensor:
+        gram, flat = operator.gram(), x.flatten()
+        right = gram @ flat + operator.rmv(residual).flatten()
+        if not bool(gram.isfinite().all() and right.isfinite().all()):
+            return torch.full_like(x, torch.nan)
+        if by is None:
+            return psd.factor(gram, self.rank_tolerance).solve(right[:, None]).reshape(x.shape)
+        prior = by.weight * operator.mean_diagonal * by.form.matrix(x, len(x))
+        return self._regularised(gram, right, prior, torch.full_like(flat, by.centre), by.last).reshape(x.shape)
+
+    def _regularised(
+        self, gram: Tensor, right: Tensor, prior: Tensor, centre: Float[Tensor, " u"], last: bool
+    ) -> Float[Tensor, " u"]:
+        lower = _definite(gram + prior)
+        x = centre  # where what neither constraints nor regulariser determine stays
+        for _ in range(self.refinements):
+            x = x + psd.cholesky_solve((right - gram @ x - prior @ (x - centre))[:, None], lower)[:, 0]
+        for _ in range(self.without if last else 0):
+            x = x + psd.cholesky_solve((right - gram @ x)[:, None], lower)[:, 0]
+        return x
+
+    def propagate(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> float:
+        return self.determine(operator, noise).std
+
+    def determine(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> Determined:
+        factored = psd.factor(operator.gram(), self.rank_tolerance)
+        moved = factored.solve(operator.rmv(noise).reshape(-1, 1))
+        return Determined(factored.rank, factored.condition, float(moved.square().mean().sqrt()))
+
+
+def _definite(matrix: Float[Tensor, "u u"]) -> Float[Tensor, "u u"]:
+    """A Cholesky factor, with as little on the diagonal as that takes."""
+    floor = FLOOR * float(matrix.diagonal().mean())
+    matrix.diagonal().add_(floor)
+    lower: Tensor
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    while int(info) != 0:  # rounding made it indefinite: at the latest a floor of its own size mends that
+        floor = max(10 * floor, torch.finfo(matrix.dtype).tiny)
+        matrix.diagonal().add_(floor)
+        lower, info = torch.linalg.cholesky_ex(matrix)
+    return lower
+
+
+@dataclass(frozen=True)
+class Iterative(Solver):
+    """Conjugate gradients on J'J, from where the step begins. What nothing tells stays as it is there."""
+
+    rtol: float = 1e-3
+    """Relative residual at which a step ends: what it leaves the next step takes up."""
+    max_steps: int = 600
+    max_steps_last: int = 1500
+    probe_rtol: float = 1e-6
+    probe_steps: int = 6000
+    probes: int = 3
+    returns: float = 5e-3
+    """A drawn direction that comes back from its rows to this part of itself has no part that they do not see: of a
+    single free dimension among 3,000 one would keep less in one draw of five."""
+
+    def step(
+        self, operator: LinearOperator, residual: Float[Tensor, "1 rows"], x: Tensor, by: Regulariser | None
+    ) -> Tensor:
+        right = operator.rmv(residual)
+        if by is None or by.last:
+            steps = self.max_steps if by is None else self.max_steps_last
+            return x + cg.solve(operator.normal, right, self.rtol, steps).x[0]
+        pull, form = by.weight * operator.mean_diagonal, by.form
+        right = right - pull * form(x - by.centre)
+        return x + cg.solve(lambda v: operator.normal(v) + pull * form(v), right, self.rtol, self.max_steps).x[0]
+
+    def propagate(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> float:
+        # Of noise the size alone matters.
+        moved = cg.solve(operator.normal, operator.rmv(noise), max(self.rtol, 1e-3), self.max_steps).x
+        return float(moved.square().mean().sqrt())
+
+    def determine(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> Determined:
+        drawn = probes(operator, self.probes)
+        right = torch.cat([operator.normal(drawn), operator.rmv(noise)])
+        size = right.flatten(1).norm(dim=1) * right.new_tensor([self.probe_rtol] * self.probes + [self.rtol])
+        found = cg.solve(operator.normal, right, 1.0, self.probe_steps, size)
+        free = null_space_probe(drawn, found.x[: self.probes], self.returns)
+        condition = float(found.condition[: self.probes].max()) ** 0.5
+        return Determined(operator.unknowns - free, condition, float(found.x[-1].square().mean().sqrt()))
+
+
+def probes(operator: LinearOperator, count: int) -> Float[Tensor, "d *in_shape"]:
+    """Drawn directions, always the same."""
+    generator = torch.Generator(device=operator.like.device).manual_seed(0)
+    shape = (count, *operator.in_shape)
+    return torch.randn(shape, generator=generator, dtype=operator.like.dtype, device=operator.like.device)
+
+
+def null_space_probe(drawn: Float[Tensor, "d ..."], found: Float[Tensor, "d ..."], returns: float) -> int:
+    """About how many dimensions the rows do not see, from drawn directions and the least-norm solutions of their rows.
+
+    A direction comes back but for its part in the null space, whose square is the number of free dimensions on
+    average (Hutchinson's estimate of a trace).
+    """
+    left = (found - drawn).flatten(1).square().sum(1)
+    if bool((left <= returns**2 * drawn.flatten(1).square().sum(1)).all()):
+        return 0
+    return max(1, round(float(left.mean())))

@@ -1,0 +1,60 @@
+"""A linear map between spaces of tensors, given by its products alone."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CHUNK_VALUES = 2**24
+"""Values that unit vectors pushed at once may take inside an operator."""
+
+
+class LinearOperator(ABC):
+    """J, applied to d directions at once. Authors write the two products; the matrices are derived from them."""
+
+    in_shape: tuple[int, ...]
+    """Of one direction."""
+    values: int
+    """That one direction takes inside the operator, about."""
+    like: Tensor
+    """Of the type and device of all that goes through."""
+    mean_diagonal: float
+    """Of J'J, about."""
+
+    @property
+    def unknowns(self) -> int:
+        return math.prod(self.in_shape)
+
+    @abstractmethod
+    def mv(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d rows"]:
+        """J x."""
+
+    @abstractmethod
+    def rmv(self, rows: Float[Tensor, "d rows"]) -> Float[Tensor, "d *in_shape"]:
+        """J' r, the adjoint."""
+
+    def normal(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d *in_shape"]:
+        """J'J x."""
+        return self.rmv(self.mv(x))
+
+    def gram(self) -> Float[Tensor, "u u"]:
+        """J'J as a matrix."""
+        return torch.cat([self.normal(units).flatten(1) for units in self._units()])
+
+    def to_dense(self) -> Float[Tensor, "rows u"]:
+        """J as a matrix."""
+        return torch.cat([self.mv(units) for units in self._units()]).mT
+
+    def _units(self) -> Iterator[Tensor]:
+        """The unit vectors, in chunks that memory holds."""
+        count, chunk = self.unknowns, max(1, min(512, CHUNK_VALUES // max(1, self.values)))
+        for start in range(0, count, chunk):
+            size = min(chunk, count - start)
+            units = self.like.new_zeros(size, count)
+            units[torch.arange(size), start + torch.arange(size)] = 1.0
+            yield units.reshape(size, *self.in_shape)

@@ -1,0 +1,219 @@
+"""The joint solve: its normal equations, what it recovers, and what it says of what it cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rgap import Target, capture, data, losses, models, score
+from rgap.attacks import Closed, Recursive, Status, Virtual
+from rgap.inversion.joint import JointSolve
+from rgap.linalg.operator import LinearOperator
+from tests.nn.modules import Skip, norm
+
+LOSS = losses.Logistic()
+
+
+def narrow(activation: nn.Module, bias: bool = False, seed: int = 0, size: int = 12) -> Target:
+    """A network whose second convolution leaves its input open, while the image behind it is determined."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(1, 6, 4, 2, 2, bias=bias), activation,
+            nn.Conv2d(6, 4, 3, 2, 1, bias=bias), activation,
+            nn.Conv2d(4, 24, 3, 1, 1, bias=bias), activation,
+            nn.Flatten(), nn.LazyLinear(1, bias=bias),
+        )  # fmt: skip
+        model(torch.zeros(1, 1, size, size))
+    return Target(model.double(), LOSS, (1, size, size), (0.0, 1.0))
+
+
+def test_a_joint_solve_goes_on_until_only_rounding_is_left() -> None:
+    """The first photograph has a unit that changes its side at the last step: the gradient agrees to 2e-5 there, which
+    is near enough to stop and a hundred times the rounding. The estimated error must be the true one, about."""
+    target = Target(models.cnn6_d(), LOSS, (3, 32, 32), (0.0, 1.0))
+    pictures = data.photographs(2)
+    for x, label in zip(pictures.inputs, (-1.0, 1.0), strict=True):
+        found = Virtual()(target, capture(target, x[None], torch.tensor([label])))
+        (answer, *_) = found.answers
+        assert found.status is Status.EXACT
+        assert answer.joint is not None
+        error = float((answer.inputs.double() - x.double()).square().mean().sqrt())
+        assert error / 3 < answer.error < 10 * error
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.2), nn.ELU(), nn.Softplus(), nn.Tanh(), nn.Sigmoid()], ids=str)
+def test_what_the_recursion_leaves_open_is_recovered(activation: nn.Module, bias: bool) -> None:
+    target = narrow(activation, bias)
+    x = data.photographs(1, 12, channels=1).inputs.double()
+    update = capture(target, x, torch.tensor([1.0]))
+    alone = Recursive()(target, update)
+    assert alone.status is Status.RANK_DEFICIENT
+    found = Virtual()(target, update)
+    assert found.status is Status.EXACT, found
+    assert score(found, x).mse[0] < 1e-12 < score(alone, x).mse[0]
+    joint = found.answers[0].joint
+    assert joint is not None
+    assert joint.free == 0
+    assert joint.layers == ("0", "2")
+    assert any("neighbouring values" in assumption for assumption in found.assumptions)
+
+
+def test_a_full_rank_network_is_left_to_the_recursion() -> None:
+    target = Target(
+        nn.Sequential(nn.Flatten(), nn.Linear(9, 12), nn.Tanh(), nn.Linear(12, 1)).double(), LOSS, (1, 3, 3)
+    )
+    x = torch.rand(1, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    update = capture(target, x, torch.tensor([1.0]))
+    assert torch.equal(Virtual()(target, update).inputs, Recursive()(target, update).inputs)
+
+
+def test_free_dimensions_are_counted_and_never_called_exact() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 2, 3, 2, bias=False), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(50, 1))
+    target = Target(model.double(), LOSS, (1, 12, 12), (0.0, 1.0))
+    x = data.photographs(1, 12, channels=1).inputs.double()
+    found = Virtual()(target, capture(target, x, torch.tensor([1.0])))
+    assert found.status is Status.RANK_DEFICIENT
+    # [W; K] by brute force, one column for each pixel.
+    network, units = target.network, torch.eye(144, dtype=torch.float64).reshape(144, 1, 144)
+    layer = network.layers[0]
+    values = network.forward(x)
+    cotangents = network.vjp(values, network.slopes(values), {len(values) - 1: torch.ones_like(values[-1])})
+    assert cotangents[1] is not None
+    k = layer.pack_output(cotangents[1])
+    rows = torch.cat([layer.output(units).flatten(1), layer.grad_weight(units, k.expand(144, -1, -1)).flatten(1)], 1)
+    joint = found.answers[0].joint
+    assert joint is not None
+    assert joint.free == 144 - int(torch.linalg.matrix_rank(rows)) > 0
+    # The prior fills what is free: the answer satisfies every constraint, and looks like the sample.
+    assert found.gradient_residual < 1e-6
+    assert score(found, x).mse[0] < 0.05
+
+
+def test_a_solve_too_large_for_memory_is_left_with_its_size() -> None:
+    target = narrow(nn.LeakyReLU(0.2))
+    x = data.photographs(1, 12, channels=1).inputs.double()
+    update = capture(target, x, torch.tensor([1.0]))
+    found = Virtual(solver="direct", joint=JointSolve(largest=100))(target, update)
+    assert found.status is Status.RANK_DEFICIENT
+    assert "dense matrices of 144 unknowns" in found.reason
+    assert "more than is solved (largest=100)" in found.reason
+    assert torch.equal(found.inputs, Recursive()(target, update).inputs)
+
+
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.2), nn.Tanh()])
+def test_both_solvers_lead_to_the_picture(activation: nn.Module) -> None:
+    target = narrow(activation)
+    truth = data.photographs(1, 12, channels=1).inputs.double()
+    update = capture(target, truth, torch.tensor([1.0]))
+    for solver in ("direct", "iterative"):
+        found = Closed(solver=solver)(target, update)  # type: ignore[arg-type]
+        assert found.status is Status.EXACT, found
+        assert score(found, truth).mse[0] < 1e-14
+        joint = found.answers[0].joint
+        assert joint is not None
+        assert joint.rank == 144
+
+
+def test_what_all_rows_leave_free_is_counted_by_a_factor() -> None:
+    """Drawn directions that do not come back only say that something is free."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 2, 4, 2, 2, bias=False), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(98, 1, bias=False)
+        )
+    target = Target(model.double(), LOSS, (1, 12, 12), (0.0, 1.0))
+    truth = data.photographs(1, 12, channels=1).inputs.double()
+    update = capture(target, truth, torch.tensor([1.0]))
+    exact = Closed(solver="direct")(target, update)
+    counted = Closed(solver="iterative")(target, update)
+    drawn = Closed(solver="iterative", joint=JointSolve(counted=0))(target, update)
+    joints = [found.answers[0].joint for found in (exact, counted, drawn)]
+    ranks = [joint.rank for joint in joints if joint is not None]
+    assert ranks[0] == ranks[1] < 144
+    assert ranks[2] < 144
+    assert {found.status for found in (exact, counted, drawn)} == {Status.RANK_DEFICIENT}
+
+
+def forbid_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gram(self: LinearOperator) -> torch.Tensor:
+        raise AssertionError("a dense matrix was formed")
+
+    monkeypatch.setattr(LinearOperator, "gram", gram)
+
+
+def test_a_large_chain_is_solved_jointly_without_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_matrices(monkeypatch)
+    target = Target(models.cnn6_d(1, 32), LOSS, (1, 32, 32), (0.0, 1.0))
+    truth = data.photographs(1, 32, channels=1).inputs
+    found = Closed(solver="iterative")(target, capture(target, truth, torch.tensor([1.0])))
+    assert found.status is Status.EXACT, found
+    assert score(found, truth).mse[0] < 1e-8
+
+
+def test_a_chain_with_batch_norm_is_solved_jointly_without_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid_matrices(monkeypatch)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 6, 4, 2, 2, bias=False), norm(6), nn.LeakyReLU(0.2),
+            nn.Conv2d(6, 4, 3, 2, 1, bias=False), norm(4), nn.LeakyReLU(0.2),
+            nn.Conv2d(4, 24, 3, 1, 1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(384, 1),
+        ).double().eval()  # fmt: skip
+    target = Target(model, LOSS, (1, 12, 12), (0.0, 1.0))
+    truth = data.photographs(1, 12, channels=1).inputs.double()
+    update = capture(target, truth, torch.tensor([1.0]))
+    assert Recursive()(target, update).status is Status.RANK_DEFICIENT
+    found = Closed(solver="iterative")(target, update)
+    assert found.status is Status.EXACT, found
+    assert score(found, truth).mse[0] < 1e-12
+
+
+def test_a_rank_deficient_residual_block_is_solved_with_a_prior_and_without_a_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its own constraints leave its input open; with those of the layer in front and the prior a picture comes out."""
+    forbid_matrices(monkeypatch)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = Skip(nn.Sequential(nn.Conv2d(4, 2, 3, 2, 1), nn.ELU()), nn.Conv2d(4, 2, 1, 2), nn.LeakyReLU(0.2))
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3, 1, 1), nn.LeakyReLU(0.2), block, nn.Flatten(), nn.Linear(2 * 36, 4)
+        ).double()
+    target = Target(model, losses.CrossEntropy(4), (1, 12, 12), (0.0, 1.0))
+    across = torch.linspace(0, 3, 12, dtype=torch.float64)
+    truth = (0.5 + 0.4 * torch.sin(across)[:, None] * torch.cos(across))[None, None]
+    update = capture(target, truth, torch.tensor([2.0]))
+    assert Recursive()(target, update).answers == ()
+    found = Closed(solver="iterative", joint=JointSolve(counted=0))(target, update)
+    [answer] = found.answers
+    assert answer.joint is not None
+    assert "neighbouring values" in answer.joint.prior
+    assert found.gradient_residual < 1e-6
+    assert score(found, truth).mse[0] < 0.02
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [nn.AvgPool2d(2), nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ELU(), nn.AvgPool2d(2)), nn.AvgPool2d(3, 2, 1)],
+)
+def test_a_smooth_picture_behind_a_pool_is_recovered(pool: nn.Module) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        stem = nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.ELU(), pool)
+        model = nn.Sequential(stem, nn.Flatten(), nn.Linear(8 * 16, 4)).double()
+    across = torch.linspace(0, 3, 8, dtype=torch.float64)
+    x = (0.5 + 0.4 * torch.sin(across)[:, None] * torch.cos(across))[None, None]
+    target = Target(model, losses.CrossEntropy(4), (1, 8, 8), (0.0, 1.0))
+    update = capture(target, x, torch.tensor([2.0]))
+    assert Recursive()(target, update).answers == ()
+    found = Closed()(target, update)
+    assert found.status is Status.EXACT, found
+    assert float((found.inputs - x).abs().max()) <= 1e-6
+    [answer] = found.answers
+    assert answer.joint is not None
+    assert answer.joint.free == 0

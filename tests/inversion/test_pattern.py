@@ -1,0 +1,97 @@
+"""Units at their kinks: found on their wrong side, and brought to the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rgap import Protocol, Target, Update, capture, data, losses, models, score
+from rgap.attacks import Recursive, Status
+from rgap.attacks.closed import agreement
+from rgap.inversion.pattern import refine_sides, step_over
+from rgap.inversion.state import State
+from rgap.inversion.system import ConstraintSystem
+from rgap.protocol import Sends
+from rgap.update import Header
+
+
+def small() -> tuple[Target, torch.Tensor]:
+    target = Target(models.cnn6(1, 10).double(), losses.Logistic(), (1, 10, 10))
+    return target, data.photographs(1, 10, channels=1).inputs.double()
+
+
+NODE, UNIT = 5, 7
+"""The activation behind conv3, and one of its units."""
+
+
+def system_of(target: Target, x: torch.Tensor, labels: torch.Tensor) -> ConstraintSystem:
+    """All constraints, from the gradients of one batch; what the network puts out takes no part."""
+    z = target.network.forward(x)[-1]
+    k = target.loss.output_gradient(z, labels) / len(x)
+    gradients = {name: g.double() for name, g in target.gradient(x, labels).items()}
+    return ConstraintSystem(target.network, State(z, k, torch.zeros_like(z), torch.zeros_like(z)), gradients, 2e-16)
+
+
+def height(target: Target, x: torch.Tensor) -> float:
+    """How far the unit of the first sample is from its kink."""
+    network = target.network
+    return float(network.forward(x)[network.nodes[NODE].reads[0]].reshape(-1)[UNIT])
+
+
+def over(system: ConstraintSystem, x: torch.Tensor) -> torch.Tensor:
+    return step_over(system, system.linearise(x), [(NODE, UNIT)])
+
+
+def put_at_kink(system: ConstraintSystem, target: Target, x: torch.Tensor, distance: float) -> torch.Tensor:
+    """The inputs nearest to x at which the unit's pre-activation is the given distance from zero."""
+    moved = x
+    for _ in range(4):  # the pattern of the other units may change on the way
+        value = height(target, moved)
+        moved = moved + (over(system, moved) - moved) * (value - distance) / (2 * value)
+    return moved
+
+
+LABEL = torch.tensor([1.0], dtype=torch.float64)
+
+
+def test_step_over_brings_units_to_the_other_side() -> None:
+    target, x = small()
+    system = system_of(target, x, LABEL)
+    moved = put_at_kink(system, target, x, 1e-9)
+    assert abs(height(target, moved)) < 1e-6
+    assert height(target, over(system, moved)) * height(target, moved) < 0
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_unit_on_the_wrong_side_is_found_and_mended(samples: int) -> None:
+    target, first = small()
+    x = torch.cat([first, first.flip(3)])[:samples]
+    labels = torch.tensor([1.0, -1.0], dtype=torch.float64)[:samples]
+    right = put_at_kink(system_of(target, x, labels), target, x, 1e-9)
+    system = system_of(target, right, labels)
+    wrong = over(system, right)
+    assert float((wrong - right).abs().max()) < 1e-5
+    assert system.distance(system.linearise(wrong)) > 1e-5, "the test needs a unit whose side shows in the gradient"
+    mended = refine_sides(system, wrong, 1e-6)
+    assert float((mended - right).abs().max()) < 1e-5
+    assert system.distance(system.linearise(mended)) < 1e-6
+
+
+def test_an_input_that_agrees_is_left_alone() -> None:
+    target, x = small()
+    assert torch.equal(refine_sides(system_of(target, x, LABEL), x, 1e-8), x)
+
+
+@pytest.mark.parametrize("eps", [2.0**-52, 2.0**-23, 1e-5, 1e-4, 1e-3, 1e-2, 0.1])
+def test_sides_are_looked_for_wherever_an_answer_would_be_refused(eps: float) -> None:
+    """However coarse the gradient."""
+    update = Update({"weight": torch.ones(1, dtype=torch.float64)}, Header(precision=eps))
+    assert agreement(eps) < update.tolerance
+
+
+def test_the_coarse_gradient_of_a_weight_difference_settles_its_sides() -> None:
+    target = Target(models.cnn6(), losses.Logistic(), (3, 32, 32), (0.0, 1.0))
+    x, protocol = data.photographs(1).inputs, Protocol(Sends.DIFFERENCE, learning_rate=0.05)
+    found = Recursive()(target, capture(target, x, torch.tensor([-1.0]), protocol))
+    assert found.status is Status.EXACT
+    assert score(found, x).psnr[0] > 50
