@@ -6,8 +6,6 @@ folding takes both back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -74,22 +72,27 @@ class Jacobian(LinearOperator):
         first, *rest = torch.split(rows, sizes, 1)
         shapes = [(len(rows), *grad.shape[1:]) for grad in self.system.gradients]
         gradient = tuple(part.reshape(shape) for part, shape in zip(rest, shapes, strict=True))
-        return self._adjoint(Rows(first.reshape(len(rows), *self.system.output.value.shape), gradient))
+        weight = first.reshape(len(rows), *self.system.output.value.shape)
+        return self._back(self._weigh(Rows(weight, gradient), 0.5))
 
     def normal(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d *in_shape"]:
-        return self._adjoint(self._apply_weights(self._rows(x)))
+        return self._back(self._weigh(self._rows(x), 1.0))
 
     def weighted(self, rows: Rows) -> Float[Tensor, "d rows"]:
         """Right-hand sides as `rmv` takes them."""
-        rows = self._apply_weights(rows)
+        rows = self._weigh(rows, 0.5)
         return torch.cat([rows.weight.flatten(1), *(each.flatten(1) for each in rows.gradient)], 1)
 
-    def _apply_weights(self, rows: Rows) -> Rows:
+    def _weigh(self, rows: Rows, power: float) -> Rows:
+        """Each row times its weight to a power, squares being what the weights are; a projection is its own square."""
         gradient = tuple(
-            self._scale[at] ** 0.5 * self._project(at, each) if self._scale[at] else torch.zeros_like(each)
+            self._project(at, each) * self._scale[at] ** power if self._scale[at] else torch.zeros_like(each)
             for at, each in enumerate(rows.gradient)
         )
-        return Rows(rows.weight * self.system.row_weight, gradient)
+        weight = rows.weight
+        if self.system.output.row_weight is not None:
+            weight = weight * self.system.row_weight ** (2 * power)
+        return Rows(weight, gradient)
 
     def _rows(self, x: Float[Tensor, "d *in_shape"]) -> Rows:
         """How all rows move with the inputs, not weighted."""
@@ -122,16 +125,13 @@ class Jacobian(LinearOperator):
             return k @ patches.mT
         return torch.einsum("bgjp,dbgip->dgji", k, patches.reshape(d, len(k), *patches.shape[1:]))
 
-    def _adjoint(self, rows: Rows) -> Float[Tensor, "d *in_shape"]:
-        """Back from weighted rows."""
-        system, network, d = self.system, self.system.network, len(rows.weight)
+    def _back(self, rows: Rows) -> Float[Tensor, "d *in_shape"]:
+        """The adjoint of `_rows`."""
+        network, d = self.system.network, len(rows.weight)
         end = len(network.nodes)
-        back: dict[int, Tensor] = {end: (rows.weight * system.row_weight).flatten(0, 1)}
-        grads: Mapping[int, Tensor] = {
-            node: scale**0.5 * self._project(at, rows.gradient[at])
-            for at, (node, scale) in enumerate(zip(system.nodes, self._scale, strict=True))
-            if scale
-        }
+        back: dict[int, Tensor] = {end: rows.weight.flatten(0, 1)}
+        weighed = zip(self.system.nodes, rows.gradient, self._scale, strict=True)
+        grads = {node: grad for node, grad, scale in weighed if scale}
         for at in reversed(range(end)):
             node, cotangent = network.nodes[at], back.pop(at + 1, None)
             if cotangent is None and at not in grads:
@@ -153,8 +153,7 @@ class Jacobian(LinearOperator):
     def _pulled(self, at: int, op: Linear, cotangent: Tensor | None, grad: Float[Tensor, "d g j i"], d: int) -> Tensor:
         """W'z + K'grad of one layer, folded once."""
         layer, k = op.layer, self._k[at]
-        patches = grad.mT[:, None] @ k
-        patches = patches.flatten(0, 1)
+        patches = grad.mT @ k if len(k) == 1 else (grad.mT[:, None] @ k).flatten(0, 1)
         if cotangent is not None:
             z = layer.pack_output(cotangent).reshape(len(patches), layer.groups, -1, layer.positions)
             patches = patches + layer.weight.mT @ z

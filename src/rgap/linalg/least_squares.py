@@ -164,7 +164,12 @@ class Iterative(Solver):
         right = torch.cat([operator.normal(drawn), operator.rmv(noise)])
         size = right.flatten(1).norm(dim=1) * right.new_tensor([self.probe_rtol] * self.probes + [self.rtol])
         found = cg.solve(operator.normal, right, 1.0, self.probe_steps, size)
-        free = null_space_probe(drawn, found.x[: self.probes], self.returns)
+        back = found.x[: self.probes]
+        free = null_space_probe(drawn, back, self.returns)
+        if free:  # what is hardly seen is told from what is not by solving for what is left
+            left = right[: self.probes] - operator.normal(back)
+            more = cg.solve(operator.normal, left, 1.0, self.probe_steps, 1e-3 * size[: self.probes])
+            free = null_space_probe(drawn, back + more.x, self.returns)
         condition = float(found.condition[: self.probes].max()) ** 0.5
         return Determined(operator.unknowns - free, condition, float(found.x[-1].square().mean().sqrt()))
 
