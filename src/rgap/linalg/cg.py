@@ -12,25 +12,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Solution:
+class Result:
     """What conjugate gradients found."""
 
     x: Float[Tensor, "s ..."]
     converged: Bool[Tensor, " s"]
-    lengths: list[Tensor]
-    """Of each step, for each system."""
-    turns: list[Tensor]
-    """How much of each step is in the next one."""
+    alpha: list[Tensor]
+    """The length of each step, for each system."""
+    beta: list[Tensor]
+    """How much of each direction is in the next one."""
 
     @property
     def steps(self) -> int:
-        return len(self.lengths)
+        return len(self.alpha)
 
     @property
     def condition(self) -> Float[Tensor, " s"]:
         """The ratio of the largest to the smallest eigenvalue of the preconditioned matrix that the steps saw (Ritz
         values): a lower bound, which approaches its condition on what the right side reaches."""
-        return _condition(self.lengths, self.turns, self.x)
+        return _condition(self.alpha, self.beta, self.x)
 
 
 def solve(
@@ -40,15 +40,15 @@ def solve(
     steps: int,
     size: Float[Tensor, " s"] | None = None,
     precondition: Callable[[Tensor], Tensor] | None = None,
-) -> Solution:
-    """The x of M x = right for s independent systems, of least norm where it is not unique.
+) -> Result:
+    """The x of A x = right for s independent systems, of least norm where it is not unique.
 
     Args:
-        apply: M x, system by system.
+        apply: A x, system by system.
         tolerance: of the residual, relative to size.
         steps: at the most.
         size: the norms to compare with, those of right if None.
-        precondition: something like the inverse of M, symmetric and positive definite; None for the identity.
+        precondition: something like the inverse of A, symmetric and positive definite; None for the identity.
     """
     shape = (len(right), *[1] * (right.dim() - 1))
     tiny = torch.finfo(right.dtype).tiny
@@ -57,59 +57,59 @@ def solve(
         found: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
         return found
 
-    x, rest = torch.zeros_like(right), right
-    near = rest if precondition is None else precondition(rest)
-    step, square = near, dot(rest, rest)
-    product = square if precondition is None else dot(rest, near)
+    x, r = torch.zeros_like(right), right
+    z = r if precondition is None else precondition(r)
+    p, square = z, dot(r, r)
+    product = square if precondition is None else dot(r, z)
     target = tolerance**2 * (square if size is None else size.square())
-    lengths: list[Tensor] = []
-    turns: list[Tensor] = []
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
     for _ in range(steps):
         going = square > target
         if not bool(going.any()):
             break
-        moved = apply(step)
-        curved = dot(step, moved)
+        ap = apply(p)
+        curvature = dot(p, ap)
         # One that is done stands still while the others go on; so does one in which nothing is left to see.
-        on = going & (curved > 0)
-        length = torch.where(on, product / curved.clamp(min=tiny), 0.0)
-        by = length.reshape(shape)
-        x = torch.addcmul(x, by, step)
-        rest = torch.addcmul(rest, by, moved, value=-1)
-        square = torch.where(on, dot(rest, rest), square)
-        before, near = product, rest if precondition is None else precondition(rest)
-        product = square if precondition is None else torch.where(on, dot(rest, near), product)
-        turn = torch.where(on, product / before.clamp(min=tiny), 0.0)
-        step = torch.addcmul(near, turn.reshape(shape), step)
-        lengths.append(length)
-        turns.append(turn)
+        on = going & (curvature > 0)
+        alpha = torch.where(on, product / curvature.clamp(min=tiny), 0.0)
+        by = alpha.reshape(shape)
+        x = torch.addcmul(x, by, p)
+        r = torch.addcmul(r, by, ap, value=-1)
+        square = torch.where(on, dot(r, r), square)
+        before, z = product, r if precondition is None else precondition(r)
+        product = square if precondition is None else torch.where(on, dot(r, z), product)
+        beta = torch.where(on, product / before.clamp(min=tiny), 0.0)
+        p = torch.addcmul(z, beta.reshape(shape), p)
+        alphas.append(alpha)
+        betas.append(beta)
         if not bool(on.any()):
             break
-    return Solution(x, square <= target, lengths, turns)
+    return Result(x, square <= target, alphas, betas)
 
 
-def _condition(lengths: list[Tensor], turns: list[Tensor], like: Tensor) -> Float[Tensor, " s"]:
-    """From the tridiagonal matrix that the steps made of M (Lanczos)."""
+def _condition(alphas: list[Tensor], betas: list[Tensor], like: Tensor) -> Float[Tensor, " s"]:
+    """From the tridiagonal matrix that the steps made of A (Lanczos)."""
     found = like.new_ones(len(like))
-    if not lengths:
+    if not alphas:
         return found
-    lengths_, turns_ = torch.stack(lengths).double().cpu(), torch.stack(turns).double().cpu()
+    every_alpha, every_beta = torch.stack(alphas).double().cpu(), torch.stack(betas).double().cpu()
     for s in range(len(like)):
-        # Until the first step that was none: rounding can make one, and the steps after it begin anew. A step that
-        # turned the wrong way is the last that counts.
-        used = min(_leading(lengths_[:, s] > 0), _leading(turns_[:, s] > 0) + 1)
-        length, turn = lengths_[:used, s], turns_[:used, s]
+        # Until the first step that was none: rounding can make one, and the steps after it begin anew. A negative beta
+        # is the last that counts.
+        used = min(_leading(every_alpha[:, s] > 0), _leading(every_beta[:, s] > 0) + 1)
+        alpha, beta = every_alpha[:used, s], every_beta[:used, s]
         if used < 2:
             continue
-        diagonal = 1 / length
-        diagonal[1:] += turn[:-1] / length[:-1]
-        beside = turn[:-1].sqrt() / length[:-1]
+        diagonal = 1 / alpha
+        diagonal[1:] += beta[:-1] / alpha[:-1]
+        off_diagonal = beta[:-1].sqrt() / alpha[:-1]
         least, most = (
-            float(eigvalsh_tridiagonal(diagonal.numpy(), beside.numpy(), select="i", select_range=(at, at))[0])
+            float(eigvalsh_tridiagonal(diagonal.numpy(), off_diagonal.numpy(), select="i", select_range=(at, at))[0])
             for at in (0, used - 1)
         )
         ratio = most / max(least, torch.finfo(torch.float64).tiny)
-        found[s] = min(ratio, torch.finfo(found.dtype).max)
+        found[s] = min(ratio, torch.finfo(like.dtype).max)
     return found
 
 

@@ -1,0 +1,73 @@
+"""Operators by their products, and the solvers on them, against dense matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rgap.linalg.least_squares import Direct, Iterative, null_space_probe, probes
+from rgap.linalg.operator import LinearOperator
+
+
+class Dense(LinearOperator):
+    """A matrix whose directions are (3, 4)."""
+
+    def __init__(self, matrix: Tensor):
+        self.matrix, self.in_shape, self.like = matrix, (3, 4), matrix
+        self.values = 12
+        self.mean_diagonal = float((matrix.T @ matrix).diagonal().mean())
+
+    def mv(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.matrix.T
+
+    def rmv(self, rows: Tensor) -> Tensor:
+        return (rows @ self.matrix).reshape(-1, *self.in_shape)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_matrices_are_derived_from_products(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rgap.linalg.operator.CHUNK_VALUES", 12 * chunk)
+    matrix = drawn(20, 12)
+    operator = Dense(matrix)
+    assert torch.allclose(operator.to_dense(), matrix)
+    assert torch.allclose(operator.gram(), matrix.T @ matrix)
+    assert torch.equal(probes(operator, 2), probes(operator, 2))
+
+
+@pytest.mark.parametrize("solver", [Direct(1e-9), Iterative(rtol=1e-12)])
+def test_a_step_without_a_regulariser_is_least_squares(solver: Direct | Iterative) -> None:
+    matrix, right, x = drawn(20, 12), drawn(1, 20, seed=1), drawn(1, 3, 4, seed=2)
+    residual = right - Dense(matrix).mv(x)
+    found = solver.step(Dense(matrix), residual, x, None)
+    expected = torch.linalg.lstsq(matrix, right[0, :, None]).solution[:, 0]
+    torch.testing.assert_close(found.flatten(), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("solver", [Direct(1e-9), Iterative(rtol=1e-9)])
+@pytest.mark.parametrize("rank", [12, 9])
+def test_rank_condition_and_error_are_those_of_the_singular_values(solver: Direct | Iterative, rank: int) -> None:
+    matrix = drawn(20, rank) @ drawn(rank, 12, seed=1)
+    noise = drawn(1, 20, seed=2)
+    found = solver.determine(Dense(matrix), noise)
+    sigma = torch.linalg.svdvals(matrix)[:rank]
+    moved = torch.linalg.pinv(matrix, rtol=1e-9) @ noise[0]
+    if isinstance(solver, Direct):
+        assert found.rank == rank
+    else:  # an estimate, but whether anything is free is certain
+        assert (found.rank == 12) == (rank == 12)
+    assert found.condition == pytest.approx(float(sigma[0] / sigma[-1]), rel=0.3)
+    assert found.std == pytest.approx(float(moved.square().mean().sqrt()), rel=1e-3)
+    assert solver.propagate(Dense(matrix), noise) == pytest.approx(found.std, rel=0.05)
+
+
+def test_free_dimensions_are_those_that_do_not_come_back() -> None:
+    basis = torch.linalg.qr(drawn(200, 200))[0][:, :12]  # of the null space
+    moves = drawn(400, 200, seed=1)
+    seen = moves - moves @ basis @ basis.T
+    assert null_space_probe(moves, moves, 1e-3) == 0
+    assert null_space_probe(moves, seen, 1e-3) == pytest.approx(12, abs=1)
