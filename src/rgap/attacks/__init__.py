@@ -10,6 +10,8 @@ from rgap.attacks.matching import DLG, IDLG, InvertingGradients, Matching
 from rgap.attacks.minimise import Adam
 from rgap.attacks.polish import Polish
 from rgap.attacks.result import Answer, Outcome, Reconstruction, Status
+from rgap.inversion.gauss_newton import Continuation
+from rgap.inversion.joint import JointSolve
 from rgap.inversion.report import JointReport, LayerReport
 
 __all__ = [
@@ -22,9 +24,11 @@ __all__ = [
     "BatchAttack",
     "Bias",
     "Closed",
+    "Continuation",
     "Hybrid",
     "InvertingGradients",
     "JointReport",
+    "JointSolve",
     "LayerReport",
     "Matching",
     "Outcome",
