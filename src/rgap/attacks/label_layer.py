@@ -108,9 +108,10 @@ def noise_features(target: Target, last: LastLayer, count: int) -> Float[Tensor,
     """What the last layer reads where the model reads noise; None if its gradient is not g x' there.
 
     The gradients that two labels give differ by (g - g') x'. With cross-entropy g - g' is -1 in one row and 1 in the
-    other; with a margin loss it is read off the bias.
+    other; with one output it is read off the bias.
     """
-    if isinstance(target.loss, MarginLoss) and not last.bias_trained:
+    single = len(last.weight) == 1
+    if single and not last.bias_trained:
         return None
     low, high = target.value_range or (0.0, 1.0)
     generator = torch.Generator().manual_seed(0)
@@ -122,10 +123,7 @@ def noise_features(target: Target, last: LastLayer, count: int) -> Float[Tensor,
             first, second = (target.gradient(x[None], y) for y in labels)
             kind = first[last.weight_name].dtype
             apart = (first[last.weight_name] - second[last.weight_name]).double()
-            if isinstance(target.loss, MarginLoss):
-                reads = apart / (first[last.bias_name] - second[last.bias_name]).double()
-            else:
-                reads = apart[1:2]
+            reads = apart / (first[last.bias_name] - second[last.bias_name]).double() if single else apart[1:2]
             for label, gradient in zip(labels, (first, second), strict=True):
                 g, grad = last.output_gradient(reads, label), gradient[last.weight_name].double()
                 if not float((g.mT @ reads - grad).norm()) <= residual_tolerance(kind) * float(grad.norm()):

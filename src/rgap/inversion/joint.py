@@ -61,6 +61,8 @@ class JointSolve:
         front = network.part([segment for segment in network.segments if segment.exit <= candidate.certain_id])
         gradients = {name: g[0] for name, g in observed.gradients.items()}
         system = ConstraintSystem(front, candidate.certain, gradients, observed.eps)
+        if not system.nodes:
+            return candidate  # no gradient adds to what stopped the recursion, such as a crop of the input
         iterative = observed.solver == "iterative" or (observed.solver == "auto" and system.unknowns > self.dense)
         if not iterative and system.unknowns > self.largest:
             return replace(candidate, note=self._too_large(system))
