@@ -4,23 +4,23 @@
 INSTALL = .venv/bin/python -m pip install -c constraints.txt
 
 .venv/base: pyproject.toml constraints.txt
-	@echo "Installing into .venv what an audit needs: about 250 MB to download, 1 minute; where torch is its CUDA build, 3 GB."
+	@echo "Installing what an audit needs into .venv: 300 MB to download, 1.2 GB on disk, 1 to 2 minutes (ten times that with a CUDA torch)."
 	python3 -m venv .venv
 	$(INSTALL) -e .
 	touch $@
 
 .venv/test: .venv/base
-	@echo "Installing what tests, documentation and benchmarks need: about 250 MB to download, 2 minutes."
+	@echo "Installing what tests, documentation and benchmarks need: about 250 MB to download, 700 MB on disk, 2 minutes."
 	$(INSTALL) -e '.[test]'
 	touch $@
 
 .venv/flower: .venv/base
-	@echo "Installing Flower: about 60 MB to download, half a minute."
+	@echo "Installing Flower: about 60 MB to download, 180 MB on disk, half a minute."
 	$(INSTALL) -e '.[flower]'
 	touch $@
 
 audit: .venv/base
-	@echo "Auditing a small network on eight photographs: half a minute."
+	@echo "Auditing a small network on eight photographs: about half a minute."
 	.venv/bin/rgap audit
 
 # Three clients and a server in one process: what does the server see of each?
