@@ -546,7 +546,7 @@ def test_clipping_alone_gives_the_photograph_dimmed(photograph: tuple[Target, to
     assert float(shape.norm() / truth.norm()) < 0.9
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(client=clients(), data=st.data())
 def test_exact_is_never_said_of_a_wrong_picture_under_any_defence(client: Client, data: st.DataObject) -> None:
     # One layer is left out: there every vector is the gradient of some input, with a bias too under a hinge loss.

@@ -25,7 +25,7 @@ from rgap.update import Protocol, Sends
 
 EACH = 25
 """Damaged files in one block."""
-BLOCKS = 8
+BLOCKS = 3
 """Blocks for each file that is damaged."""
 LIMIT = 5.0
 """Seconds that one file may take."""

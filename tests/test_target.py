@@ -200,7 +200,7 @@ def by_autograd(client: Client, x: torch.Tensor, y: torch.Tensor) -> list[torch.
     return list(torch.autograd.grad(value, list(model.parameters())))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(clients(), st.integers(0, 3))
 def test_gradients_are_those_of_each_sample_alone(client: Client, count: int) -> None:
     inputs = torch.rand(count + 1, *client.target.input_shape, dtype=torch.float64)
@@ -323,7 +323,7 @@ def drawn_batch(client: Client, count: int, seed: int) -> tuple[torch.Tensor, to
     return inputs, torch.where(torch.rand(count, generator=generator) < 0.5, 1.0, -1.0).double()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(clients(), st.integers(1, 4), st.integers(0, 2**31))
 def test_the_gradient_of_a_batch_is_that_of_the_mean_loss(client: Client, count: int, seed: int) -> None:
     inputs, labels = drawn_batch(client, count, seed)

@@ -411,7 +411,7 @@ def by_autograd(model: nn.Module, loss: losses.Loss, x: torch.Tensor, y: torch.T
     return total
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(clients())
 def test_capture_is_the_gradient_of_the_plain_model(client: Client) -> None:
     update = capture(client.target, client.x, client.y)

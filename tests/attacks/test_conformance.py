@@ -47,8 +47,8 @@ class Row:
 
 
 ROWS = [
-    Row(Recursive(), chain_only=True, exact=True, examples=40),
-    Row(Closed(), chain_only=True, exact=True, examples=40),
+    Row(Recursive(), chain_only=True, exact=True, examples=12),
+    Row(Closed(), chain_only=True, exact=True, examples=12),
     Row(DLG(iterations=4), chain_only=False, exact=False),
     Row(IDLG(iterations=4), chain_only=False, exact=False),
     Row(InvertingGradients(iterations=4), chain_only=False, exact=False),

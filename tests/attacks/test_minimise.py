@@ -84,7 +84,7 @@ def quadratics(conditions: tuple[float, ...], size: int, seed: int, lowest: floa
 # Minima.
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seeds, st.integers(1, 8))
 def test_lbfgs_finds_the_minima_of_quadratics(seed: int, size: int) -> None:
     q = quadratics((1.0, 3.0, 100.0, 1e4), size, seed)
@@ -94,7 +94,7 @@ def test_lbfgs_finds_the_minima_of_quadratics(seed: int, size: int) -> None:
     assert found.ended == ("reached the value asked for",) * 4
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(seeds, st.integers(1, 6))
 def test_adam_finds_the_minima_of_quadratics(seed: int, size: int) -> None:
     q = quadratics((1.0, 3.0, 10.0), size, seed)
@@ -145,7 +145,7 @@ def test_types_are_kept_and_the_start_is_left_alone(minimiser: Minimiser, dtype:
 
 
 @every_minimiser
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seeds, st.integers(2, 5), st.integers(0, 60))
 def test_each_system_ends_as_if_it_were_alone(minimiser: Minimiser, seed: int, count: int, iterations: int) -> None:
     q = quadratics(tuple(10.0**at for at in range(count)), 4, seed, lowest=0.25)

@@ -21,7 +21,7 @@ from rgap.inversion.state import Observation, State
 from rgap.nn import layers
 from rgap.nn.ops import Linear
 
-THOROUGH = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+THOROUGH = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def attack(target: Target, x: torch.Tensor, label: float) -> attacks.Reconstruction:

@@ -64,7 +64,7 @@ def clients(draw: st.DrawFn, wide: bool = False) -> Client:
     return Client(Target(model, loss, (channels, size, size), (0.0, 1.0)), x, y)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(clients(), st.sampled_from([Recursive(), Closed()]))
 def test_a_random_network_with_a_skip_is_recovered_or_it_is_said_why(client: Client, attack: Recursive) -> None:
     found = attack(client.target, capture(client.target, client.x, client.y))
@@ -80,7 +80,7 @@ def test_a_random_network_with_a_skip_is_recovered_or_it_is_said_why(client: Cli
         assert {layer.name for layer in answer.layers} <= names
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(clients(wide=True))
 def test_a_wide_network_with_a_skip_is_recovered(client: Client) -> None:
     found = Recursive()(client.target, capture(client.target, client.x, client.y))

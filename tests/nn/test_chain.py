@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rgap.nn.chain import Chain, Kind, NotAChain, Obstacle
 from rgap.nn.trace import trace
 
-MANY = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def chain_of(*modules: nn.Module, shape: tuple[int, ...]) -> tuple[Chain, nn.Module]:

@@ -166,7 +166,7 @@ def same(found: Mapping[str, Row], keys: Sequence[str]) -> None:
 
 
 @given(cut=st.floats(0, 1))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 def test_a_torn_file_keeps_its_whole_rows(tmp_path_factory: pytest.TempPathFactory, cut: float) -> None:
     folder = tmp_path_factory.mktemp("torn")
     lines = filled(folder)
@@ -183,7 +183,7 @@ def test_a_torn_file_keeps_its_whole_rows(tmp_path_factory: pytest.TempPathFacto
 
 
 @given(junk=st.binary(max_size=40) | st.text(max_size=40).map(str.encode), at=st.integers(0, 3))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=10)
 def test_a_line_that_is_no_row_is_dropped_and_the_others_stay(
     tmp_path_factory: pytest.TempPathFactory, junk: bytes, at: int
 ) -> None:

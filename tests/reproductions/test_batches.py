@@ -45,7 +45,7 @@ sizes = st.tuples(st.integers(2, 5), st.lists(st.integers(1, 9), max_size=3), st
 
 
 @given(sizes)
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 def test_without_activations_the_margins_alone_tell_the_coefficients(drawn: tuple[int, list[int], int]) -> None:
     b, hidden, seed = drawn
     model, inputs, y = models.fcn3(PIXELS, hidden, nn.Identity, seed=seed).double(), batch(b, seed), labels(b)
@@ -63,7 +63,7 @@ def test_without_activations_the_margins_alone_tell_the_coefficients(drawn: tupl
 
 
 @given(sizes)
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 def test_with_activations_the_slopes_of_the_pictures_tell_the_coefficients(drawn: tuple[int, list[int], int]) -> None:
     b, hidden, seed = drawn
     model, inputs, y = models.fcn3(PIXELS, hidden, seed=seed).double(), batch(b, seed), labels(b)

@@ -56,14 +56,13 @@ TEN = losses.CrossEntropy(10)
 
 
 def flat_net(seed: int) -> nn.Module:
-    return models.fcn3(3072, (12,), bias=True, seed=seed)
+    return models.fcn3(3072, (2,), bias=True, seed=seed)
 
 
 def pooled_net(seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layers = (nn.Conv2d(3, 2, 3, 4), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 10))
-        return nn.Sequential(*layers)
+        return nn.Sequential(nn.AvgPool2d(8), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 10))
 
 
 def small_lenet(seed: int) -> nn.Module:

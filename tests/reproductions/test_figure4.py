@@ -48,7 +48,7 @@ def residual(model: nn.Module, loss: losses.MarginLoss, x: torch.Tensor, label: 
 
 
 @given(scaling(), st.sampled_from(sorted(TURNS, key=lambda loss: loss.name)), st.floats(0.05, 0.8), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_the_twin_has_the_same_gradient(
     drawn: tuple[nn.Module, torch.Tensor], loss: losses.MarginLoss, part: float, above: bool
 ) -> None:
