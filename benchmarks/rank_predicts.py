@@ -73,7 +73,7 @@ def examine(seed: int, anything: bool = False) -> dict[str, Any] | None:
     joint = found["Closed"].answers[0].joint if found["Closed"].answers else None
     return {
         "seed": seed,
-        "layers": [str(layer) for layer in target.chain],
+        "layers": [str(layer) for layer in target.network.layers],
         "own index": max(layer.own_index for layer in analysis.layers),
         "index": analysis.index,
         "layers free": max(layer.free or 0 for layer in analysis.layers),

@@ -91,11 +91,11 @@ def test_products_are_margin_times_slope(client: Client) -> None:
     mu = torch.tensor(margin(target, client.x, float(client.y)), dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(loss.value(mu), mu)
     result = preflight(target, update)
-    assert [name for name, _ in result.products] == [layer.name for layer in target.chain]
+    assert [name for name, _ in result.products] == [layer.name for layer in target.network.layers]
     homogeneous = (nn.LeakyReLU, nn.ReLU, nn.Identity, nn.Linear, nn.Conv2d, nn.Flatten)
     everywhere = all(isinstance(module, homogeneous) for module in target.model)
     for at, (_, product) in enumerate(result.products):
-        if everywhere or at + 1 == len(target.chain):
+        if everywhere or at + 1 == len(target.network.layers):
             assert product == pytest.approx(float(mu.detach() * slope), rel=1e-9, abs=1e-12)
 
 

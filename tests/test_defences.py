@@ -550,7 +550,7 @@ def test_clipping_alone_gives_the_photograph_dimmed(photograph: tuple[Target, to
 @given(client=clients(), data=st.data())
 def test_exact_is_never_said_of_a_wrong_picture_under_any_defence(client: Client, data: st.DataObject) -> None:
     # One layer is left out: there every vector is the gradient of some input, with a bias too under a hinge loss.
-    assume(len(client.target.chain.layers) > 1)
+    assume(len(client.target.network.layers) > 1)
     kind = data.draw(st.sampled_from(ALL))
     defence = kind().with_strength(data.draw(st.sampled_from(kind.levels)))
     found = attacks.Recursive()(client.target, defence(capture(client.target, client.x, client.y), seeded()))

@@ -13,9 +13,10 @@ from torch import nn
 import rgap
 from rgap import Target, losses, models
 from rgap.nn import layers
-from rgap.nn.chain import NotAChain
+from rgap.nn.obstacles import NotAChain
+from rgap.nn.ops import Linear
 from rgap.rank import LayerRank, Measured, RankAnalysis, estimated, measured, plot, rank_analysis
-from rgap.rank import analysis as analysing
+from rgap.rank.sequence import layer_sequence
 from rgap.reproductions import architectures
 
 CIFAR = (3, 32, 32)
@@ -149,10 +150,24 @@ def rank_of(sigma: torch.Tensor) -> int:
 
 def dense(aim: Target, batch: torch.Tensor, last: torch.Tensor) -> tuple[list[int], list[int]]:
     """Free dimensions of every layer's input, alone and with all later layers, from torch's own derivatives."""
-    chain = aim.chain
-    inputs, outputs = chain.forward(chain[0].pack_input(batch))
-    slopes = [layer.activation.slope(z) for layer, z in zip(chain, outputs, strict=True)]
-    k = chain.backward(last, slopes)
+    network = aim.network
+    at = [number for number, node in enumerate(network.nodes) if isinstance(node.op, Linear)]
+    values = network.forward(batch)
+    cotangents = network.vjp(values, network.slopes(values), {at[-1] + 1: network.layers[-1].unpack_output(last)})
+    chain, k, inputs, behind = network.layers, [], [], []
+    for layer, number, after in zip(chain, at, [*at[1:], None], strict=True):
+        k.append(layer.pack_output(cotangents[number + 1]))
+        inputs.append(layer.pack_input(values[number]))
+        between = range(number + 1, number + 1 if after is None else after)
+
+        def run(z, between=between):
+            for each in between:
+                z = network.nodes[each].op.forward(z)
+            return z
+
+        z = values[number + 1]
+        slope = torch.autograd.functional.vjp(run, z, torch.ones_like(run(z)))[1]
+        behind.append((run, z, layer.pack_output(slope)))
     alone, together = [], []
     later = None
     for depth in reversed(range(len(chain))):
@@ -160,15 +175,17 @@ def dense(aim: Target, batch: torch.Tensor, last: torch.Tensor) -> tuple[list[in
         shape = inputs[depth].shape
         gradient = columns(lambda x, d=depth: chain[d].grad_weight(x, k[d]).sum(0), shape)
         weight = columns(layer.output, shape)
-        known = slopes[depth].flatten() > 0
+        run, z, slope = behind[depth]
+        known = slope.flatten() != 0
         alone.insert(0, free_of(torch.cat([gradient, weight[known]])))
         if later is None:
             later = torch.cat([gradient, weight])
         else:
             after = chain[depth + 1]
 
-            def step(x, layer=layer, slope=slopes[depth], after=after):
-                return after.pack_input(layer.unpack_output(layer.output(x) * slope))
+            def step(x, layer=layer, run=run, z=z, after=after):
+                moved = layer.unpack_output(layer.output(x))
+                return after.pack_input(torch.func.jvp(run, (z,), (moved,))[1])
 
             passed = columns(step, shape)
             handed = later @ passed
@@ -186,7 +203,7 @@ def dense(aim: Target, batch: torch.Tensor, last: torch.Tensor) -> tuple[list[in
 @settings(max_examples=12, deadline=None)
 @given(client=clients(), seed=st.integers(0, 2**16), batch=st.sampled_from([1, 1, 2, 3]))
 def test_measured_ranks_are_those_of_dense_matrices(client, seed, batch):
-    assume(batch * max(layer.unknowns for layer in client.target.chain) <= 400)
+    assume(batch * max(layer.unknowns for layer in client.target.network.layers) <= 400)
     generator = torch.Generator().manual_seed(seed)
     sample = torch.rand(batch, *client.target.input_shape, generator=generator, dtype=torch.float64)
     analysis = rank_analysis(client.target, sample, seed=seed)
@@ -195,6 +212,65 @@ def test_measured_ranks_are_those_of_dense_matrices(client, seed, batch):
     assert [layer.free for layer in analysis.layers] == alone
     assert [layer.joint_free for layer in analysis.layers] == together
     assert {layer.measured for layer in analysis.layers} == {Measured.EXACT}
+
+
+BETWEEN = {
+    "batch norm": lambda: [nn.Conv2d(2, 4, 3), normed(4), nn.ReLU(), nn.Conv2d(4, 5, 2, 2)],
+    "batch norm behind": lambda: [nn.Conv2d(2, 6, 3), nn.ELU(), normed(6), nn.Conv2d(6, 2, 3), normed(2)],
+    "reordered": lambda: [normed(2), nn.PixelUnshuffle(2), nn.Conv2d(8, 3, 2), nn.PixelShuffle(1), nn.Tanh()],
+    "two activations": lambda: [nn.Conv2d(2, 4, 3), nn.LeakyReLU(0.3), nn.ReLU()],
+    "gelu": lambda: [nn.Conv2d(2, 3, 3), nn.GELU()],
+}
+"""What stands between layers and loses nothing but what an activation does."""
+
+
+def normed(channels):
+    norm = nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+        norm.weight.uniform_(-1.5, 1.5)
+        norm.bias.normal_()
+    return norm
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 2**16), batch=st.integers(1, 2))
+def test_ranks_are_measured_past_batch_norm_and_reordering(between, batch, seed):
+    """Against dense matrices, as those of plain chains are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        front = nn.Sequential(*BETWEEN[between](), nn.Flatten()).double().eval()
+        width = front(torch.zeros(1, 2, 6, 6).double()).shape[1]
+        aim = Target(nn.Sequential(front, nn.Linear(width, 1)).double().eval(), losses.Logistic(), (2, 6, 6))
+        sample = torch.rand(batch, 2, 6, 6, dtype=torch.float64)
+    assert aim.obstacles
+    analysis = rank_analysis(aim, sample, seed=5)
+    last = torch.randn(batch, 1, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    alone, together = dense(aim, sample, last)
+    assert [layer.free for layer in analysis.layers] == alone
+    assert [layer.joint_free for layer in analysis.layers] == together
+    assert {layer.measured for layer in analysis.layers} == {Measured.EXACT}
+    assert analysis.obstacles == ()
+    assert "chain" not in str(analysis)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Tanh(), nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 1)),
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 1)),
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(48, 1)),
+        nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(108, 1)),
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.Upsample(scale_factor=2), nn.Flatten(), nn.Linear(192, 1)),
+    ],
+    ids=["in front", "pool", "group norm", "reflected", "upsampled"],
+)
+def test_what_loses_values_or_adds_some_is_counted_alone(model):
+    analysis = rank_analysis(Target(model.eval(), losses.Logistic(), (2, 6, 6)))
+    assert {layer.measured for layer in analysis.layers} == {Measured.NO}
+    assert analysis.obstacles
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -213,8 +289,11 @@ def test_the_bound_from_patches_is_met_where_patches_do_not_overlap(stride, outp
 @pytest.mark.parametrize(("depth", "build"), [(1, models.cnn6_d), (0, architectures.deficient_first)])
 def test_estimates_are_as_near_as_they_say(depth, build, monkeypatch):
     aim = Target(build(), losses.Logistic(), CIFAR)
-    k, slopes = analysing._signals(aim, 1, None, torch.Generator().manual_seed(0))
-    rows = measured.rows(aim.chain[depth], k[depth], slopes[depth])
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.rand(1, *CIFAR, generator=generator, dtype=torch.float64)
+    sequence = layer_sequence(aim)
+    k, slopes = sequence.signals(sample, generator)
+    rows = measured.rows(sequence[depth], k[depth], slopes[depth])
     expected = {1: 280, 0: 414}[depth]
     for seed in range(3):
         found = estimated.estimate(rows, torch.Generator().manual_seed(seed))
@@ -249,7 +328,7 @@ def test_relu_drops_the_weight_rows_of_inactive_units():
     assert counted.known_weight_rows is None
     sample = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     analysis = rank_analysis(aim, sample)
-    z = aim.chain.forward(sample.reshape(1, 3, 64))[1][0]
+    z = aim.network.forward(sample)[1]
     assert analysis.layers[0].known_weight_rows == int((z > 0).sum())
     assert analysis.at_sample
     assert analysis.layers[-1].expected_weight_rows == 1
@@ -274,7 +353,7 @@ def test_a_batch_multiplies_all_but_the_gradient_rows():
 
 
 def test_residue_classes_of_a_strided_convolution():
-    layer = target(conv(1, 1, 3, stride=2), shape=(1, 9, 9)).chain[0]
+    layer = target(conv(1, 1, 3, stride=2), shape=(1, 9, 9)).network.layers[0]
     found = [(sorted(t.tolist()), len(n)) for t, n in measured.residue_classes(layer)]
     assert found == [([0, 2, 6, 8], 25), ([1, 7], 20), ([3, 5], 20), ([4], 16)]
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rgap.auditing import Audit, audit, audit_updates
     from rgap.checks import preflight
     from rgap.metrics import score
-    from rgap.nn.chain import NotAChain
+    from rgap.nn.obstacles import NotAChain
     from rgap.protocol import Protocol
     from rgap.rank import RankAnalysis, rank_analysis
     from rgap.target import Target
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # needs none of it.
 _HOME = {
     "Audit": "rgap.auditing",
-    "NotAChain": "rgap.nn.chain",
+    "NotAChain": "rgap.nn.obstacles",
     "Protocol": "rgap.protocol",
     "RankAnalysis": "rgap.rank",
     "Reconstruction": "rgap.attacks",

@@ -10,13 +10,15 @@ in every layer i. An update that was taken at other weights, or changed in one l
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from rgap.nn.chain import Chain
+from rgap.nn.layers import Layer
 from rgap.nn.losses import MarginLoss
+from rgap.nn.network import Network
 from rgap.target import Target
 from rgap.update import Update
 
@@ -45,28 +47,36 @@ def preflight(target: Target, update: Update) -> Preflight:
     findings = [*_header(target, update), *_values(update)]
     products: tuple[tuple[str, float], ...] = ()
     whole = all(name in update.gradients for name in target.parameters)
-    if whole and not target.obstacles and update.norm > 0:
-        chain = target.chain
-        products, noise = _products(chain, update)
+    network = _chain(target) if whole and update.norm > 0 else None
+    if network is not None:
+        products, noise = _products(network.layers, update)
         if isinstance(target.loss, MarginLoss):
             findings += _last_layer(target, update, products[-1][1], noise[-1])
-        if chain.homogeneous:
+        if network.homogeneous:
             findings += _equal_products(products, noise)
     return Preflight(tuple(findings), products)
 
 
+def _chain(target: Target) -> Network | None:
+    """The network if it is a plain chain whose operations are all known."""
+    try:
+        return None if target.obstacles else target.network
+    except NotImplementedError:
+        return None
+
+
 def _header(target: Target, update: Update) -> list[str]:
-    said, findings = update.header, []
-    if said.training and any(isinstance(module, _MODAL) for module in target.model.modules()):
+    header, findings = update.header, []
+    if header.training and any(isinstance(module, _MODAL) for module in target.model.modules()):
         findings.append(
             "the client was in training mode: dropout or batch statistics may have changed its gradient; "
             "the attack assumes evaluation mode"
         )
-    if said.loss not in (None, target.loss.name):
-        findings.append(f"the client used the {said.loss} loss, the target has {target.loss.name}")
-    if said.batch_size != target.batch_size:
+    if header.loss not in (None, target.loss.name):
+        findings.append(f"the client used the {header.loss} loss, the target has {target.loss.name}")
+    if header.batch_size != target.batch_size:
         findings.append(
-            f"the client averaged over {said.batch_size} sample(s), the target expects {target.batch_size}; a sum in "
+            f"the client averaged over {header.batch_size} sample(s), the target expects {target.batch_size}; a sum in "
             "place of a mean also shows as a factor"
         )
     return findings
@@ -87,18 +97,18 @@ def _values(update: Update) -> list[str]:
     return findings
 
 
-def _products(chain: Chain, update: Update) -> tuple[tuple[tuple[str, float], ...], list[float]]:
+def _products(layers: Sequence[Layer], update: Update) -> tuple[tuple[tuple[str, float], ...], list[float]]:
     """The product of Eq. 10 by layer, and how far rounding may move each."""
     products: list[tuple[str, float]] = []
     noise: list[float] = []
     biases, biases_noise = 0.0, 0.0
-    for layer in reversed(chain.layers):
+    for layer in reversed(layers):
         if layer.bias is not None and layer.bias_name is not None:
-            value, moved = _product(layer.bias, update.gradients[layer.bias_name])
-            biases, biases_noise = biases + value, biases_noise + moved
-        value, moved = _product(layer.weight, update.gradients[layer.weight_name])
+            value, rounding = _product(layer.bias, update.gradients[layer.bias_name])
+            biases, biases_noise = biases + value, biases_noise + rounding
+        value, rounding = _product(layer.weight, update.gradients[layer.weight_name])
         products.insert(0, (layer.name, value + biases))
-        noise.insert(0, moved + biases_noise)
+        noise.insert(0, rounding + biases_noise)
     return tuple(products), noise
 
 
@@ -140,7 +150,7 @@ def _equal_products(products: tuple[tuple[str, float], ...], noise: list[float])
 
 def _last_layer(target: Target, update: Update, product: float, noise: float) -> list[str]:
     """Whether the last layer's product, and its bias if it has one, are possible for the loss."""
-    last, loss = target.chain[-1], target.margin_loss
+    last, loss = target.network.layers[-1], target.margin_loss
     if last.bias_name is None:
         lowest = loss.lowest_product
         if product < lowest - max(100 * noise, 1e-3 * abs(lowest)):

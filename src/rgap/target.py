@@ -11,10 +11,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from rgap.nn.chain import Chain, NotAChain, Obstacle
 from rgap.nn.graph import Graph
 from rgap.nn.losses import Loss, MarginLoss
 from rgap.nn.network import Network
+from rgap.nn.obstacles import Obstacle
 from rgap.nn.trace import follow
 
 
@@ -99,17 +99,6 @@ class Target:
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             return str(error).strip().splitlines()[0] or type(error).__name__
         return ""
-
-    @cached_property
-    def chain(self) -> Chain:
-        """The layers as the recursion sees them, made when first asked for.
-
-        Raises:
-            NotAChain: with every obstacle in the model.
-        """
-        if self.obstacles:
-            raise NotAChain(self.obstacles)
-        return self.graph.chain(self.parameters)
 
     @cached_property
     def network(self) -> Network:

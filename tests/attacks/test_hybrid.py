@@ -15,7 +15,7 @@ from rgap import Target, Update, capture, data, losses, models, score
 from rgap.attacks import DLG, Answer, Attack, Closed, Hybrid, Outcome, Reconstruction, Recursive, Rule, Status
 from rgap.attacks.hybrid import choose, roughness
 from rgap.checks import Preflight
-from rgap.nn.chain import NotAChain
+from rgap.nn.obstacles import NotAChain
 
 
 def small(count: int = 1) -> tuple[Target, Tensor, Update]:

@@ -29,9 +29,9 @@ def true_head(target: Target, x: Tensor, y: Tensor) -> tuple[float, float, float
 
 def of(target: Target, gradients: dict[str, Tensor], precision: float = PRECISION) -> OutputCandidates:
     """The candidates for a chain's last layer."""
-    chain = target.chain
-    before = chain[-2].activation if len(chain) > 1 else IDENTITY
-    return output_candidates(chain[-1], before, target.loss, gradients, precision)
+    uses = target.graph.uses
+    before = uses[-2].activation if len(uses) > 1 else IDENTITY
+    return output_candidates(target.network.layers[-1], before, target.loss, gradients, precision)
 
 
 def found(target: Target, x: Tensor, y: Tensor, precision: float = PRECISION) -> OutputCandidates:
@@ -85,7 +85,7 @@ def test_the_truth_is_a_candidate(client: Client) -> None:
 @given(clients())
 def test_every_candidate_is_possible(client: Client) -> None:
     """Each gives back the product, with a label and a slope of the loss; none is given twice."""
-    update, last = capture(client.target, client.x, client.y), client.target.chain[-1]
+    update, last = capture(client.target, client.x, client.y), client.target.network.layers[-1]
     candidates = of(client.target, dict(update.gradients))
     weight_product = float((last.weight.flatten() * update.gradients[last.weight_name].flatten()).sum())
     bias = 0.0 if last.bias is None else float(last.bias)
@@ -113,7 +113,7 @@ def test_the_label_is_read_where_the_bias_or_the_features_sign_shows_it(client: 
     shown = type(before).__name__.lower() in NONNEGATIVE
     features = target.model[:-1](client.x).detach()
     labels = set(candidates.labels.tolist())
-    if target.chain[-1].bias is not None:
+    if target.network.layers[-1].bias is not None:
         assert labels == {float(client.y)}
         assert len(candidates.labels) == 1
         assert candidates.assumptions == ("the label and k are read off the last layer's bias gradient",)

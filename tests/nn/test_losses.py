@@ -248,7 +248,8 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
 
 
 def test_every_loss_is_covered() -> None:
-    assert {type(row.ours) for row in LOSSES} | {type(loss) for loss in SEVERAL} == set(losses._NAMES)
+    every = {*losses._MARGIN.values(), *losses._SEVERAL.values()}
+    assert {type(row.ours) for row in LOSSES} | {type(loss) for loss in SEVERAL} == every
 
 
 # Cross-entropy.
@@ -471,3 +472,126 @@ def test_a_certain_and_right_model_leaves_a_small_gradient_and_not_nothing(far: 
     assert CrossEntropy(2).output_gradient(outputs, label)[0].tolist() == pytest.approx([small, -small], rel=1e-12)
     found = BinaryCrossEntropy(1).output_gradient(outputs[:, 1:], label)
     assert float(found) == pytest.approx(-small, rel=1e-12)
+
+
+# A loss of one's own says its value, and the rest is found.
+
+
+@dataclass(frozen=True)
+class OfValue(MarginLoss):
+    """One of the package's, of which only the value is known."""
+
+    of: MarginLoss
+
+    def value(self, mu: Tensor) -> Tensor:
+        return self.of.value(mu)
+
+
+@dataclass(frozen=True)
+class OfSamples(Loss):
+    """One of the package's, of which only labels, outputs and the value are known."""
+
+    of: Loss
+
+    @property
+    def labels(self) -> tuple[float, ...]:
+        return self.of.labels
+
+    @property
+    def outputs(self) -> int:
+        return self.of.outputs
+
+    def per_sample(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return self.of.per_sample(outputs, labels)
+
+
+@every_loss
+@settings(max_examples=40, deadline=None)
+@given(product=st.one_of(st.floats(-1.2, 40.0, allow_subnormal=False), st.floats(-0.6, -1e-6)))
+def test_roots_of_a_value_alone_are_those_in_closed_form(row: Row, product: float) -> None:
+    lowest = row.ours.lowest_product
+    if abs(product / lowest - 1) < 1e-6 or abs(product) < 1e-8:  # where two roots meet, and at the corner of a hinge
+        return
+    assert OfValue(row.ours).roots(product) == pytest.approx(row.ours.roots(product), rel=1e-6, abs=1e-9)
+
+
+@every_loss
+def test_a_value_alone_has_the_lowest_product_and_slopes_and_margins(row: Row) -> None:
+    own = OfValue(row.ours)
+    assert own.lowest_product == pytest.approx(row.ours.lowest_product, rel=1e-8)
+    torch.testing.assert_close(own.slope(GRID), SLOPES[row.name], rtol=1e-12, atol=1e-8)  # torch's softplus
+    for slope_ in (-3.0, -1.0, -0.6, -0.01, 0.0, 0.5):
+        wanted = row.ours.margin(slope_)
+        assert own.margin(slope_) == (None if wanted is None else pytest.approx(wanted, rel=1e-9, abs=1e-12))
+
+
+@pytest.mark.parametrize("loss", SEVERAL, ids=str)
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31))
+def test_what_a_loss_says_beyond_its_value_is_what_its_value_says(loss: Loss, seed: int) -> None:
+    own, generator = OfSamples(loss), torch.Generator().manual_seed(seed)
+    outputs = 2 * torch.randn(3, loss.outputs, generator=generator, dtype=torch.float64)
+    labels = drawn_labels(loss, 3, seed)
+    torch.testing.assert_close(own(outputs, labels), loss(outputs, labels))
+    k = loss.output_gradient(outputs, labels)
+    torch.testing.assert_close(own.output_gradient(outputs, labels), k, rtol=1e-9, atol=1e-14)
+    weights = torch.randn(3, len(loss.labels) or 1, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(own.expected(outputs, weights), loss.expected(outputs, weights), rtol=1e-9, atol=1e-12)
+    assert bool((k.norm(dim=1) <= loss.gradient_bound).all())
+    # Labels from outputs and k.
+    for each in (own, loss):
+        told = each.label_from(outputs, k)
+        assert (told is None) == bool(loss.labels) or each is loss
+        if told is not None:
+            torch.testing.assert_close(told, labels, rtol=1e-7, atol=1e-7)
+    for label, direction in zip(labels, torch.nn.functional.normalize(k, dim=1), strict=True):
+        for sign in (1, -1):
+            assert float(label) in own.possible_labels(sign * direction, 1e-7) or not loss.labels
+            assert float(label) in loss.possible_labels(sign * direction, 1e-7) or not loss.labels
+        # The projection does not lose k.
+        along = loss.projection(direction, label)
+        assert float(along @ direction) > 0
+
+
+@pytest.mark.parametrize("loss", WEIGHTED, ids=str)
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([1e-7, 1e-3]), st.sampled_from([1.0, 30.0]))
+def test_rounding_explains_what_moved_outputs_do_to_k(loss: Loss, seed: int, precision: float, size: float) -> None:
+    """Outputs that rounding has moved give a k within the slack of what it is said to explain."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = size * torch.randn(3, loss.outputs, generator=generator, dtype=torch.float64)
+    labels, shift = drawn_labels(loss, 3, seed), precision * outputs.abs().amax(1)
+    k = loss.output_gradient(outputs, labels)
+    noise = 2 * torch.rand(outputs.shape, generator=generator, dtype=torch.float64) - 1
+    moved = (loss.output_gradient(outputs + shift[:, None] * noise, labels) - k).abs()
+    for own in (loss, OfSamples(loss)):
+        explained = own.gradient_rounding(outputs, labels, shift, precision)
+        assert explained.shape == k.shape
+        assert bool((moved <= 20 * (explained + precision * k.norm(dim=1, keepdim=True)) + 1e-300).all())
+
+
+def test_a_name_is_made_of_the_class() -> None:
+    class SmoothL1Loss(OfSamples):
+        pass
+
+    class MSELike(OfSamples):
+        name = "mine"
+
+    assert (OfSamples(CrossEntropy(2)).name, SmoothL1Loss.name, MSELike.name) == (
+        "of-samples",
+        "smooth-l1-loss",
+        "mine",
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "label", "message"),
+    [
+        (OfSamples(CrossEntropy(3)), 3.0, "got label 3, expected one of 0, 1, 2 for the of-samples loss"),
+        (OfSamples(MeanSquaredError()), math.nan, "got label nan, expected a number for the of-samples loss"),
+    ],
+)
+def test_a_loss_of_ones_own_refuses_other_labels(loss: Loss, label: float, message: str) -> None:
+    with pytest.raises(ValueError, match="got label") as refused:
+        loss.check_labels(torch.tensor([label]))
+    assert str(refused.value) == message

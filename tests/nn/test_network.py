@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import Client, clients
 from torch import Tensor, nn
 
 from rgap import Target, losses
@@ -181,3 +184,49 @@ def test_writes_through_views_are_noticed() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), Call(through), nn.Flatten(), nn.Linear(144, 2)).double()
     with pytest.raises(NotImplementedError, match="the traced operations do not compute what the model does"):
         _ = Target(model, losses.CrossEntropy(2), SHAPE).network
+
+
+# Flags, by their definitions.
+
+
+@settings(max_examples=25, deadline=None)
+@given(client=clients(), seed=st.integers(0, 2**16))
+def test_flags_hold_what_they_promise(client: Client, seed: int) -> None:
+    network, model = client.target.network, client.target.model
+    x = torch.rand(1, *network.input_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if network.homogeneous:
+        output = model(x).sum()
+        gradients = torch.autograd.grad(output, list(model.parameters()))
+        products: dict[str, float] = {}
+        for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+            products[name] = float((parameter * gradient).sum().detach())
+        # Eq. 10: what a layer's weight and bias give together is what the next layer's weight gives.
+        weights = [products[layer.weight_name] for layer in network.layers] + [float(output.detach())]
+        for layer, product, after in zip(network.layers, weights, weights[1:], strict=False):
+            assert product + products.get(layer.bias_name or "", 0.0) == pytest.approx(after, rel=1e-9, abs=1e-11)
+    if network.scalable:
+        torch.testing.assert_close(model(3 * x), 3 * model(x), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "homogeneous"),
+    [(nn.Identity(), True), (nn.LeakyReLU(0.2), True), (nn.ReLU(), True), (nn.Tanh(), False), (nn.ELU(), False)],
+)
+def test_flags(activation: nn.Module, homogeneous: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 8, bias), nn.LeakyReLU(0.3), nn.Linear(8, 8, bias), activation, nn.Linear(8, 1, bias)
+    ).double()
+    network = Target(model, losses.Logistic(), (5,)).network
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert network.homogeneous == homogeneous
+    assert network.scalable == torch.allclose(model(2 * x), 2 * model(x), rtol=1e-9)
+    assert network.scalable == (homogeneous and not bias)
+
+
+def test_one_bias_is_enough_to_spoil_scaling() -> None:
+    model = nn.Sequential(nn.Linear(5, 3, False), nn.ReLU(), nn.Linear(3, 1))
+    network = Target(model, losses.Logistic(), (5,)).network
+    assert network.homogeneous
+    assert not network.scalable

@@ -38,7 +38,7 @@ def plain_margins(model: nn.Module, inputs: Tensor, y: Tensor) -> list[float]:
 
 def foretold(model: nn.Module, inputs: Tensor, y: Tensor, found: Answer) -> Tensor:
     target = Target(model, losses.Logistic(), tuple(inputs.shape[1:]))
-    return by_slopes(target.chain, losses.Logistic(), inputs, y.double(), float(found.labels[0]), found.margin)
+    return by_slopes(target.network, losses.Logistic(), inputs, y.double(), float(found.labels[0]), found.margin)
 
 
 sizes = st.tuples(st.integers(2, 5), st.lists(st.integers(1, 9), max_size=3), st.integers(0, 2**31))

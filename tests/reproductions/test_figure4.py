@@ -110,11 +110,11 @@ def test_flipped_units_are_counted_in_every_hidden_layer() -> None:
         second.weight.copy_(torch.eye(2))
         last.weight.fill_(1.0)
     model = nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2), last).double()
-    chain = Target(model, losses.Logistic(), (2,)).chain
+    network = Target(model, losses.Logistic(), (2,)).network
     a, b = torch.tensor([[1.0, -3.0]]).double(), torch.tensor([[2.0, 1.0]]).double()
     # The second unit of both hidden layers; the output, which changes its sign too, has no kink.
-    assert flipped(chain, a, b) == 2
-    assert flipped(chain, a, 2 * a) == 0
+    assert flipped(network, a, b) == 2
+    assert flipped(network, a, 2 * a) == 0
 
 
 SMALL = Figure4(

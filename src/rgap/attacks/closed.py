@@ -21,7 +21,7 @@ from rgap.inversion.pattern import refine_sides
 from rgap.inversion.recursion import recurse
 from rgap.inversion.state import Observation, State
 from rgap.inversion.system import ConstraintSystem
-from rgap.nn.chain import Kind, NotAChain, Obstacle
+from rgap.nn.obstacles import Kind, NotAChain, Obstacle
 from rgap.target import Target
 from rgap.update import Update, tolerated
 

@@ -15,7 +15,7 @@ from rgap.attacks.base import Attack, BatchAttack
 from rgap.attacks.closed import Recursive
 from rgap.attacks.matching import DLG
 from rgap.attacks.result import Outcome, Reconstruction, Status
-from rgap.nn.chain import NotAChain
+from rgap.nn.obstacles import NotAChain
 from rgap.target import Target
 from rgap.update import Update
 

@@ -20,6 +20,7 @@ from rgap.auditing.results import AttackRun, Level
 from rgap.auditing.verdict import Verdict
 from rgap.files import plain
 from rgap.picture import is_picture
+from rgap.target import Target
 
 if TYPE_CHECKING:
     from rgap.auditing.audit import Audit
@@ -52,7 +53,7 @@ def document(audit: Audit) -> dict[str, Any]:
                 "batch_size": target.batch_size,
                 "fingerprint": target.fingerprint,
                 "parameters": sum(p.numel() for p in target.parameters.values()),
-                "layers": [] if target.obstacles else [str(layer) for layer in target.chain],
+                "layers": [] if target.obstacles else _layers(target),
                 "obstacles": [str(obstacle) for obstacle in target.obstacles],
             },
             "protocol": {
@@ -102,6 +103,15 @@ def png(picture: Tensor, value_range: tuple[float, float] | None) -> str | None:
 
 RANKED = ("name", "unknowns", "gradient_rows", "weight_rows", "virtual_rows", "index", "rank", "free")
 """Of a layer's rank, what stands in audit.json."""
+
+
+def _layers(target: Target) -> list[str]:
+    """Of a plain chain, each with the activation behind it; none where an operation is not known."""
+    try:
+        pairs = zip(target.network.layers, target.graph.uses, strict=True)
+    except NotImplementedError:
+        return []
+    return [f"{layer}, {use.activation}" for layer, use in pairs]
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:

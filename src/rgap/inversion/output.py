@@ -25,7 +25,7 @@ from torch import Tensor
 from rgap.inversion.root import ScaleEquation, leading_pair
 from rgap.nn.activations import IDENTITY, Activation
 from rgap.nn.layers import Layer
-from rgap.nn.losses import BinaryCrossEntropy, CrossEntropy, Loss, MarginLoss, MeanSquaredError
+from rgap.nn.losses import Loss, MarginLoss
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Gather, Linear
 
@@ -127,7 +127,7 @@ def of_layer(
             loss,
             weight,
             "without a bias the last layer's gradient leaves the scale of input and label open: an input twice as "
-            "bright with another label gives the same gradient under the mse loss",
+            f"bright with another label gives the same gradient under the {loss.name} loss",
         )
     return _by_roots(loss, weight, offset, grad, precision)
 
@@ -146,7 +146,8 @@ def _with_bias(
     k = grad_bias / scale
     x = (grad / scale).mT @ k / (k @ k)
     z = (weight @ x + offset)[None]
-    labels = _fitting(loss, z, grad_bias[None])
+    own = loss.label_from(z, grad_bias[None])
+    labels = torch.tensor(loss.labels).to(z) if own is None else own
     moved = _moved(weight, offset, x[None], precision)
     off = _misses(loss, z, labels, grad_bias[None], moved, precision)
     assumption = "k is read off the last layer's bias gradient, and the label is the one with which the loss gives it"
@@ -161,22 +162,15 @@ def _with_bias(
         )
         assumption += "label with the nearest direction is taken"
     labels = labels[fits]
+    if not loss.labels:  # where the loss is straight, k is the same for many
+        apart = 0.1 * (labels.abs() + grad_bias.norm())
+        others = torch.cat([labels - apart, labels + apart])
+        if bool((_misses(loss, z, others, grad_bias[None], moved, precision) <= 1).any()):
+            assumption += ", one of several that do"
     count = len(labels)
     k_, z_ = grad_bias.expand(count, -1)[..., None], z.expand(count, -1)[..., None]
     nan = z.new_full((count,), float("nan"))
     return OutputCandidates(labels, nan, k_, z_, z.new_full((count,), precision), (assumption,))
-
-
-def _fitting(loss: Loss, z: Float[Tensor, "1 o"], k: Float[Tensor, "1 o"]) -> Float[Tensor, " t"]:
-    """The labels to try with outputs and their gradient."""
-    if isinstance(loss, BinaryCrossEntropy):
-        return _binary(loss, z, k)
-    return torch.tensor(loss.labels).to(z) if loss.labels else (z - k / 2)[:, 0]
-
-
-def _binary(loss: BinaryCrossEntropy, z: Float[Tensor, "s o"], k: Float[Tensor, "s o"]) -> Float[Tensor, " s"]:
-    """The labels of binary cross-entropy, whose k is (sigmoid(z) - y) / outputs."""
-    return loss.label((z.sigmoid() - loss.outputs * k).round().clamp(0, 1))
 
 
 def _moved(weight: Tensor, offset: Tensor, x: Float[Tensor, "s n"], precision: float) -> Float[Tensor, " s"]:
@@ -194,26 +188,11 @@ def _misses(
     moved: Float[Tensor, " *s"],
     precision: float,
 ) -> Float[Tensor, " t"]:
-    """By how much k misses what the loss gives at z with each label, in units of what rounding may explain.
-
-    k_c is the difference of a share of the label's and one of the output's. Where both are there it has the rounding
-    of the larger one, otherwise that of its own.
-    """
+    """By how much k misses what the loss gives at z with each label, in units of what rounding may explain."""
     z, k, moved = (t.expand(len(labels), *t.shape[1:]) for t in (z, k, moved))
     given = loss.output_gradient(z, labels)
-    if isinstance(loss, CrossEntropy):
-        of_label = loss.targets(z)[labels.long()]
-        of_output = of_label.sum(1, keepdim=True) * z.softmax(1)
-    elif isinstance(loss, BinaryCrossEntropy):
-        of_label = loss.digits(labels).to(z) / loss.outputs
-        of_output = z.sigmoid() / loss.outputs
-    else:
-        assert isinstance(loss, MeanSquaredError)
-        of_label, of_output = loss.targets(z, labels).abs(), z.abs()
     size = k.norm(dim=1, keepdim=True)
-    allowed = precision * (size + of_label + of_output) + 2 * moved[:, None] * of_output.clamp(max=1)
-    if isinstance(loss, MeanSquaredError):
-        allowed = allowed + moved[:, None]
+    allowed = precision * size + loss.gradient_rounding(z, labels, moved, precision)
     # What agrees as well as a recomputed gradient must is not dropped: the certificate decides.
     allowed = SLACK * allowed + precision**0.5 * size + torch.finfo(z.dtype).tiny
     off: Tensor = ((given - k).abs() / allowed).amax(1)
@@ -240,7 +219,7 @@ def _by_roots(loss: Loss, weight: Tensor, offset: Tensor, grad: Tensor, precisio
         precision = left
     equation = ScaleEquation(loss, u, size * (weight @ v), offset)
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # label, k, z, error of k
-    for label in _possible(loss, u, precision):
+    for label in loss.possible_labels(u, precision):
         root = equation.roots(label)
         if not len(root):
             continue
@@ -248,9 +227,8 @@ def _by_roots(loss: Loss, weight: Tensor, offset: Tensor, grad: Tensor, precisio
         x = v * (size * root)[:, None]
         moved = _moved(weight, offset, x, precision)
         error = equation.error(root, label, moved, precision)
-        own = label.expand(len(root))
-        if isinstance(loss, BinaryCrossEntropy):
-            own = _binary(loss, z, k)
+        own = loss.label_from(z, k)
+        own = label.expand(len(root)) if own is None else own
         z_moved = moved + error * (z - offset).abs().amax(1)
         fits = _misses(loss, z, own, k, z_moved, precision) <= 1
         found.append((own[fits], k[fits], z[fits], error[fits]))
@@ -265,20 +243,6 @@ def _by_roots(loss: Loss, weight: Tensor, offset: Tensor, grad: Tensor, precisio
     return OutputCandidates(
         labels, torch.full_like(error, float("nan")), k[..., None], z[..., None], error, tuple(assumptions)
     )
-
-
-def _possible(loss: Loss, u: Float[Tensor, " o"], precision: float) -> Float[Tensor, " t"]:
-    """The labels that the direction of k leaves, whatever its sign."""
-    if isinstance(loss, BinaryCrossEntropy):  # k_j < 0 where the label is 1
-        return loss.label(torch.stack([u < 0, u > 0]))
-    every = torch.tensor(loss.labels).to(u)
-    if not isinstance(loss, CrossEntropy) or loss.label_smoothing:
-        return every
-    # Without smoothing all other entries have one sign.
-    sure = u.abs() > SLACK * precision
-    up, down = sure & (u > 0), sure & (u < 0)
-    one_sign = [int((up & (every != y)).sum()) == 0 or int((down & (every != y)).sum()) == 0 for y in every.tolist()]
-    return every[torch.tensor(one_sign, device=u.device)]
 
 
 def _collected(

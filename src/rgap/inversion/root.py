@@ -9,10 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.nn.losses import CrossEntropy, Loss, MeanSquaredError
+from rgap.linalg.roots import find_roots
+from rgap.nn.losses import Loss
 
 LARGEST = 1e100
 """The largest 1 / |k| at which roots are looked for."""
+NEAR = 0.1
+"""How near to zero the function turns where rounding may hide a root."""
 
 
 def leading_pair(grad: Float[Tensor, "o n"]) -> tuple[Float[Tensor, " o"], float, Float[Tensor, " n"], float]:
@@ -45,30 +48,17 @@ class ScaleEquation:
     def outputs(self, t: Float[Tensor, " r"]) -> Float[Tensor, "r o"]:
         return t[:, None] * self.a + self.b
 
-    def direction(self, label: Float[Tensor, ""]) -> Float[Tensor, " o"]:
-        """What k is projected on: of k_y = p_y - 1 a model that is certain and right leaves rounding alone."""
-        along = self.u.clone()
-        if isinstance(self.loss, CrossEntropy) and not self.loss.label_smoothing:
-            along[int(label)] = 0
-        return along
-
     def __call__(self, t: Float[Tensor, " r"], label: Float[Tensor, ""]) -> Float[Tensor, " r"]:
         k = self.loss.output_gradient(self.outputs(t), label.expand(len(t)))
-        along = self.direction(label)
+        along = self.loss.projection(self.u, label)
         return t * (k @ along) / (along @ self.u).clamp(min=torch.finfo(t.dtype).tiny) - 1
 
     def grid(self) -> Float[Tensor, " r"]:
         """Where roots are looked for, one sign of t: fine wherever z moves with t, coarse where k hardly does."""
-        bound = 2.0
-        if isinstance(self.loss, CrossEntropy):
-            bound = 2 * float(self.loss.targets(self.u).sum(1).max())
-        elif isinstance(self.loss, MeanSquaredError):
-            bound = 1e6
         far = self.a.abs().max().clamp(min=1 / LARGEST)
-        apart = far
-        if isinstance(self.loss, CrossEntropy):  # of which a softmax depends on differences alone
-            apart = (self.a - self.a.mean()).abs().max().clamp(min=1e-9 * far)
-        least = -math.log(bound)
+        # Some losses depend on the differences of outputs alone.
+        apart = torch.minimum(far, (self.a - self.a.mean()).abs().max().clamp(min=1e-9 * far))
+        least = -math.log(self.loss.gradient_bound)
         most = math.log(LARGEST)
         first, last = (1e-3 / far).log().item(), (2e3 / apart).log().item()
         first, last = max(least, min(first, most)), max(least, min(last, most))
@@ -81,62 +71,17 @@ class ScaleEquation:
 
     def roots(self, label: Float[Tensor, ""]) -> Float[Tensor, " r"]:
         """All roots of both signs, and where the function has an extremum near zero: rounding may hide a root there."""
-        found = [self._of_sign(sign * self.grid(), label) for sign in (1, -1)]
-        return torch.cat(found)
-
-    def _of_sign(self, t: Float[Tensor, " r"], label: Float[Tensor, ""]) -> Float[Tensor, " roots"]:
-        value = self(t, label).nan_to_num(nan=-1.0)
-        crossed = (value[:-1] * value[1:] <= 0).nonzero().flatten()
-        low, high = t[crossed], t[crossed + 1]
-        # The least |value| on one side of zero: two roots may lie between the grid's points, or have met there.
-        inner = value[1:-1]
-        side = inner.sign()
-        extrema = (inner.abs() <= value[:-2].abs()) & (inner.abs() <= value[2:].abs()) & (inner.abs() < 0.1)
-        extrema &= (value[:-2] * inner > 0) & (value[2:] * inner > 0)
-        at = extrema.nonzero().flatten()
-        left, right, side = t[at], t[at + 2], side[at]
-        extremum = self._least(left, right, side, label)
-        through = side * self(extremum, label) < 0
-        low = torch.cat([low, left[through], extremum[through]])
-        high = torch.cat([high, extremum[through], right[through]])
-        return torch.cat([self._bisected(low, high, label), extremum[~through]])
-
-    def _least(self, low: Tensor, high: Tensor, side: Tensor, label: Tensor) -> Tensor:
-        """Golden-section search."""
-        ratio = (5**0.5 - 1) / 2
-        for _ in range(60):
-            first, second = high - ratio * (high - low), low + ratio * (high - low)
-            before = side * self(first, label) < side * self(second, label)
-            low, high = torch.where(before, low, first), torch.where(before, second, high)
-        return (low + high) / 2
-
-    def _bisected(self, low: Tensor, high: Tensor, label: Tensor) -> Tensor:
-        sign = self(low, label).sign()
-        for _ in range(60):
-            middle = (low + high) / 2
-            same = self(middle, label).sign() == sign
-            low, high = torch.where(same, middle, low), torch.where(same, high, middle)
-        return (low + high) / 2
+        grid = self.grid()
+        return torch.cat([each for sign in (1, -1) for each in find_roots(lambda t: self(t, label), sign * grid, NEAR)])
 
     def error(
         self, t: Float[Tensor, " r"], label: Float[Tensor, ""], moved: Float[Tensor, " r"], precision: float
     ) -> Float[Tensor, " r"]:
         """How far rounding may have moved a root, relatively: by noise over slope, at an extremum by its root."""
-        along = self.direction(label)
-        own = label.expand(len(t))
-        z = self.outputs(t)
-        k = self.loss.output_gradient(z, own)
+        along = self.loss.projection(self.u, label)
         weights = t.abs()[:, None] * along.abs() / (along @ self.u).clamp(min=torch.finfo(t.dtype).tiny)
-        if isinstance(self.loss, CrossEntropy):
-            target = self.loss.targets(z)[own.long()]
-            share = target.sum(1, keepdim=True) * z.softmax(1)
-            parts = share + target * bool(self.loss.label_smoothing)
-        else:
-            share = k.abs()
-            parts = share + 2 / self.loss.outputs  # k is a difference of the output's share and the label's
-            if isinstance(self.loss, MeanSquaredError):
-                share = torch.full_like(k, 1 / self.loss.outputs)
-        noise = (weights * (2 * moved[:, None] * share + precision * (parts + 1 / t.abs()[:, None]))).sum(1)
+        explained = self.loss.gradient_rounding(self.outputs(t), label.expand(len(t)), moved, precision)
+        noise = (weights * (explained + precision / t.abs()[:, None])).sum(1)
         step = 1e-4
         before, here, after = (self(t * (1 + move), label) for move in (-step, 0.0, step))
         slope, bend = ((after - before) / (2 * step)).abs(), ((after - 2 * here + before) / step**2).abs()

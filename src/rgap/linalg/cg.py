@@ -40,6 +40,7 @@ def solve(
     steps: int,
     size: Float[Tensor, " s"] | None = None,
     precondition: Callable[[Tensor], Tensor] | None = None,
+    until: Callable[[Tensor], bool] | None = None,
 ) -> Result:
     """The x of A x = right for s independent systems, of least norm where it is not unique.
 
@@ -49,6 +50,7 @@ def solve(
         steps: at the most.
         size: the norms to compare with, those of right if None.
         precondition: something like the inverse of A, symmetric and positive definite; None for the identity.
+        until: is shown x after each step, and ends the iteration by saying so.
     """
     shape = (len(right), *[1] * (right.dim() - 1))
     tiny = torch.finfo(right.dtype).tiny
@@ -83,7 +85,7 @@ def solve(
         p = torch.addcmul(z, beta.reshape(shape), p)
         alphas.append(alpha)
         betas.append(beta)
-        if not bool(on.any()):
+        if not bool(on.any()) or (until is not None and until(x)):
             break
     return Result(x, square <= target, alphas, betas)
 

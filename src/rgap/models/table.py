@@ -36,8 +36,8 @@ def mlp(
     """
     widths = (in_features, *hidden, classes)
     if min(widths) < 1:
-        said = f"in_features={in_features}, classes={classes}, hidden={tuple(hidden)}"
-        raise ValueError(f"got {said}: expected widths of 1 or more")
+        widths_given = f"in_features={in_features}, classes={classes}, hidden={tuple(hidden)}"
+        raise ValueError(f"got {widths_given}: expected widths of 1 or more")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     with seeded(seed):
         for number, (fan_in, fan_out) in enumerate(pairwise(widths), 1):

@@ -111,8 +111,8 @@ class _Build:
         kept = [value for value in sorted(needed) if value > 0]
         number = {0: 0} | {value: at for at, value in enumerate(kept, 1)}
         nodes = (self.nodes[value - 1] for value in kept)
-        moved = (replace(node, reads=tuple(number[at] for at in node.reads)) for node in nodes)
-        return Network(tuple(moved), shape)
+        renumbered = (replace(node, reads=tuple(number[at] for at in node.reads)) for node in nodes)
+        return Network(tuple(renumbered), shape)
 
     def visit(self, node: Traced) -> None:
         data = [argument for argument in node.all_input_nodes if argument in self.value_ids or argument in self.parts]
@@ -168,9 +168,9 @@ class _Build:
         if node in self.program.with_gradient and node in self.program.activations:
             return [Elementwise(where, self.program.activations[node])]
         if node in self.program.with_gradient and name in _GATHERS and len(data) == 1:
-            moved = self.moved(node, where, data[0])
-            if moved:
-                return moved
+            gathered = self.gathered(node, where, data[0])
+            if gathered:
+                return gathered
         if node in self.program.with_gradient and in_front:
             trained = self.layer(node, data) if node in self.program.uses else None
             if trained is not None:
@@ -212,8 +212,8 @@ class _Build:
 
         def run(*xs: Tensor) -> Tensor:
             whole = [x.reshape(shape) for x, shape in zip(xs, shapes, strict=True)]
-            given = (x.clone() for x in whole) if mutates else whole
-            found: Tensor = self.call(node, dict(zip(data, given, strict=True)))
+            values = (x.clone() for x in whole) if mutates else whole
+            found: Tensor = self.call(node, dict(zip(data, values, strict=True)))
             return found.reshape(1, *own)
 
         return run
@@ -223,15 +223,15 @@ class _Build:
         if use.make is None or use.weight_name is None or len(data) != 1:
             return None
         layer = replace(use.layer(self.tensors), activation=IDENTITY)
-        told = use.weight_name in self.trained and use.weight_name not in self.program.shared
-        has_gradient = told and node in self.program.with_gradient
+        sent = use.weight_name in self.trained and use.weight_name not in self.program.shared
+        has_gradient = sent and node in self.program.with_gradient
         bias = use.bias_name
         if bias is not None and (not has_gradient or bias not in self.trained or bias in self.program.shared):
             layer = replace(layer, bias_name=None)
         value_id = self.value_ids[data[0]]
         before = self.nodes[value_id - 1].op if value_id else None
-        alone = len(data[0].users) == 1 and not any(value_id in other.reads for other in self.nodes)
-        if isinstance(before, Gather) and alone:
+        sole = len(data[0].users) == 1 and not any(value_id in other.reads for other in self.nodes)
+        if isinstance(before, Gather) and sole:
             fused = _fused(layer, before)
             if fused is not None:
                 self.value_ids[data[0]] = self.nodes[value_id - 1].reads[0]
@@ -254,8 +254,8 @@ class _Build:
         scale = scale if weight is None else scale * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         shape = (1, -1, *[1] * (arguments["input"].meta["val"].dim() - 2))
-        told = shift.numel() == math.prod(arguments["input"].meta["val"].shape)
-        name = self.trained_name(arguments.get("bias")) if told else None
+        full = shift.numel() == math.prod(arguments["input"].meta["val"].shape)
+        name = self.trained_name(arguments.get("bias")) if full else None
         return Affine(where, scale.reshape(shape), shift.reshape(shape), name)
 
     def norm(self, where: str, name: str, arguments: dict[str, Any], shape: torch.Size) -> Norm:
@@ -308,8 +308,8 @@ class _Build:
             return Affine(where, one, -value) if first is data[0] else Affine(where, -one, value)
         return Affine(where, value if name == "mul" else 1 / value, zero)
 
-    def moved(self, node: Traced, where: str, data: Traced) -> list[Op]:
-        """What the operation does to numbered values: it moves them, and may add constants; nothing if it does else."""
+    def gathered(self, node: Traced, where: str, data: Traced) -> list[Op]:
+        """What the operation does to numbered values: a gather, and maybe constants added; nothing if it does else."""
         shape, out_shape = data.meta["val"].shape, node.meta["val"].shape
         run, count = self.function(node, [data]), math.prod(shape)
         numbers = torch.arange(1, count + 1, dtype=torch.float64, device=self.device).reshape(shape)
@@ -319,15 +319,15 @@ class _Build:
         out = run(numbers) - constant
         index = out.round().long().reshape(-1) - 1
         index = torch.where(index < 0, count, index)
-        move = Gather(where, index, _own(shape), _own(out_shape))
+        gather = Gather(where, index, _own(shape), _own(out_shape))
         # Any other values tell whether that is all it does.
         draw = torch.Generator(device=self.device).manual_seed(0)
         probe = torch.randn(shape, generator=draw, dtype=torch.float64, device=self.device)
-        if not torch.allclose(move.forward(probe[None]) + constant, run(probe), rtol=0, atol=1e-12):
+        if not torch.allclose(gather.forward(probe[None]) + constant, run(probe), rtol=0, atol=1e-12):
             return []
         if not bool(constant.any()):
-            return [move]
-        return [move, Affine(where, torch.ones_like(constant), constant)]
+            return [gather]
+        return [gather, Affine(where, torch.ones_like(constant), constant)]
 
 
 def _own(shape: Sequence[int]) -> tuple[int, ...]:
@@ -336,7 +336,7 @@ def _own(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _fused(layer: Layer, before: Gather) -> Layer | None:
-    """A convolution that reads its input through a move of pixels, the same in all channels; None if it is another."""
+    """A convolution that reads its input through a gather of pixels, the same in all channels; else None."""
     if layer.channels_last or len(before.input_shape) != len(layer.input_shape) or len(layer.input_shape) < 2:
         return None
     if before.output_shape != layer.input_shape or before.input_shape[0] != layer.channels:

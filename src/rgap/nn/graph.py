@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from rgap.nn.activations import IDENTITY, Activation
-from rgap.nn.chain import Chain, NotAChain, Obstacle
 from rgap.nn.layers import Layer
+from rgap.nn.obstacles import Obstacle
 
 if TYPE_CHECKING:
     from rgap.nn.build import Program
@@ -61,13 +61,3 @@ class Graph:
     """What keeps the model from being a plain chain of layers."""
     program: Program | None = field(default=None, repr=False, compare=False)
     """The operations themselves; None if the model cannot be traced."""
-
-    def chain(self, tensors: Mapping[str, Tensor]) -> Chain:
-        """The layers with their weights, parameters by name.
-
-        Raises:
-            NotAChain: with every obstacle.
-        """
-        if self.obstacles:
-            raise NotAChain(self.obstacles)
-        return Chain(tuple(use.layer(tensors) for use in self.uses))

@@ -1,74 +1,36 @@
-"""Losses: those of several outputs, and those of R-GAP, Figure 1, functions of the margin mu = y * output.
+"""Every loss that rgap knows, and how one is found by its name; losses of several outputs are written here.
 
-The closed-form attack reads mu off the gradient. Summed over the last layer's weights, <W, grad W> = mu * dl/dmu
-(Eqs. 9-11), a scalar equation whose roots are known in closed form for each margin loss here; where it has two, both
-are returned. Of a loss of several outputs it needs k, the gradient with respect to them, as a function of them.
+Of these the closed-form attack needs k, the gradient with respect to the outputs, as a function of them.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.special import lambertw
 from torch import Tensor
 
-RELATIVE_SLACK = 1e-6
-"""How far below its minimum, relative to the size of the minimum, a product is still taken for the minimum itself."""
+from rgap.nn.loss import Loss
+from rgap.nn.margin_losses import Exponential, Hinge, Logistic, MarginLoss, SquaredHinge
 
+__all__ = [
+    "BinaryCrossEntropy",
+    "CrossEntropy",
+    "Exponential",
+    "Hinge",
+    "Logistic",
+    "Loss",
+    "MarginLoss",
+    "MeanSquaredError",
+    "SquaredHinge",
+    "by_name",
+]
 
-class Loss(ABC):
-    """A loss of a model's outputs and labels, averaged over the batch."""
-
-    @property
-    @abstractmethod
-    def labels(self) -> tuple[float, ...]:
-        """Every label there is; () where any real number is one."""
-
-    @property
-    @abstractmethod
-    def outputs(self) -> int:
-        """The number of values the model must give for one sample."""
-
-    @abstractmethod
-    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of a batch: outputs (b, outputs), labels (b,)."""
-
-    @abstractmethod
-    def output_gradient(
-        self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]
-    ) -> Float[Tensor, "s outputs"]:
-        """k: the gradient of one sample's loss with respect to its outputs, for s samples on their own."""
-
-    @abstractmethod
-    def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        """The mean over a batch whose labels are not certain: weights (b, labels), each row a distribution.
-
-        Where labels cannot be listed the weights are the labels themselves, (b, 1).
-        """
-
-    @property
-    def examples(self) -> tuple[float, ...]:
-        """Labels to try a model with."""
-        return self.labels or (0.0, 1.0)
-
-    @property
-    def name(self) -> str:
-        """The name that update files and the command line use."""
-        return _NAMES[type(self)]
-
-    def check_labels(self, labels: Tensor) -> None:
-        """Raise ValueError for a label the loss does not know."""
-        wrong = [float(y) for y in labels.reshape(-1).tolist() if y not in self.labels]
-        if wrong:
-            raise ValueError(f"got label {wrong[0]:g}, expected {self._expected(wrong)}")
-
-    @abstractmethod
-    def _expected(self, wrong: list[float]) -> str:
-        """What a label must be, for a message."""
+SURE = 20.0
+"""A value that is as many times its rounding is not zero."""
+MOST_BINARY = 16
+"""Outputs of the binary cross-entropy: their labels together are 65,536."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +67,9 @@ class CrossEntropy(Loss):
     def outputs(self) -> int:
         return self.classes
 
+    def per_sample(self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
+        return -(self.targets(outputs)[labels.long()] * outputs.log_softmax(1)).sum(1)
+
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(
             outputs, labels.reshape(-1).long(), self._weights(outputs), label_smoothing=self.label_smoothing
@@ -138,6 +103,38 @@ class CrossEntropy(Loss):
         others = p * (1 - own)
         return part * (others - own * others.sum(1, keepdim=True)) + (smooth.sum(1, keepdim=True) * p - smooth)
 
+    @property
+    def gradient_bound(self) -> float:
+        return 2 * float(self.targets(torch.zeros(1)).sum(1).max())
+
+    def gradient_rounding(
+        self,
+        outputs: Float[Tensor, "s outputs"],
+        labels: Float[Tensor, " s"],
+        shift: Float[Tensor, " s"],
+        precision: float,
+    ) -> Float[Tensor, "s outputs"]:
+        # k is the difference of a share of the outputs' and one of the label's.
+        of_label = self.targets(outputs)[labels.long()]
+        of_outputs = of_label.sum(1, keepdim=True) * outputs.softmax(1)
+        return precision * (of_outputs + of_label) + 2 * shift[:, None] * of_outputs
+
+    def possible_labels(self, direction: Float[Tensor, " outputs"], precision: float) -> Float[Tensor, " t"]:
+        every = super().possible_labels(direction, precision)
+        if self.label_smoothing:
+            return every
+        # Without smoothing all entries but the label's have one sign.
+        sure = direction.abs() > SURE * precision
+        up, down = sure & (direction > 0), sure & (direction < 0)
+        others_up, others_down = up.sum() - up.long(), down.sum() - down.long()
+        return every[(others_up == 0) | (others_down == 0)]
+
+    def projection(self, direction: Float[Tensor, " outputs"], label: Float[Tensor, ""]) -> Float[Tensor, " outputs"]:
+        # Of k_y = p_y - 1 a model that is certain and right leaves rounding alone.
+        if self.label_smoothing:
+            return direction
+        return direction.masked_fill(torch.arange(self.classes, device=direction.device) == int(label), 0.0)
+
     def _expected(self, wrong: list[float]) -> str:
         return f"a whole number from 0 to {self.classes - 1} for cross-entropy of {self.classes} classes"
 
@@ -155,6 +152,7 @@ class MeanSquaredError(Loss):
     """
 
     outputs: int = 1
+    name = "mse"
 
     def __post_init__(self) -> None:
         if self.outputs < 1:
@@ -170,14 +168,13 @@ class MeanSquaredError(Loss):
             return labels.reshape(-1, 1).to(outputs)
         return torch.eye(self.outputs, dtype=outputs.dtype, device=outputs.device)[labels.reshape(-1).long()]
 
-    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        outputs = outputs.reshape(-1, self.outputs)
-        return (outputs - self.targets(outputs, labels)).square().mean()
+    def per_sample(self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
+        return (outputs - self.targets(outputs, labels)).square().mean(1)
 
     def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        if not self.labels:
+            return super().expected(outputs, weights)
         outputs = outputs.reshape(-1, self.outputs)
-        if self.outputs == 1:
-            return (outputs - weights).square().mean()
         # Of a label that is not certain the squares are averaged, not the label.
         return (weights.sum(1, keepdim=True) * outputs.square() - 2 * outputs * weights + weights).mean()
 
@@ -186,13 +183,24 @@ class MeanSquaredError(Loss):
     ) -> Float[Tensor, "s outputs"]:
         return 2 / self.outputs * (outputs - self.targets(outputs, labels))
 
-    def check_labels(self, labels: Tensor) -> None:
-        if self.outputs > 1:
-            super().check_labels(labels)
-        elif not bool(labels.isfinite().all()):
-            raise ValueError(f"got label {float(labels[~labels.isfinite()][0]):g}, expected a number for the mse loss")
+    def gradient_rounding(
+        self,
+        outputs: Float[Tensor, "s outputs"],
+        labels: Float[Tensor, " s"],
+        shift: Float[Tensor, " s"],
+        precision: float,
+    ) -> Float[Tensor, "s outputs"]:
+        size = outputs.abs() + self.targets(outputs, labels).abs()
+        return 2 / self.outputs * (precision * size + shift[:, None])
+
+    def label_from(
+        self, outputs: Float[Tensor, "s outputs"], k: Float[Tensor, "s outputs"]
+    ) -> Float[Tensor, " s"] | None:
+        return None if self.labels else (outputs - k / 2)[:, 0]
 
     def _expected(self, wrong: list[float]) -> str:
+        if not self.labels:
+            return super()._expected(wrong)
         return f"a whole number from 0 to {self.outputs - 1} for the mse loss of {self.outputs} outputs"
 
 
@@ -211,6 +219,7 @@ class BinaryCrossEntropy(Loss):
     """
 
     outputs: int = 1
+    name = "bce"
 
     def __post_init__(self) -> None:
         if not 1 <= self.outputs <= MOST_BINARY:
@@ -226,12 +235,12 @@ class BinaryCrossEntropy(Loss):
 
     def digits(self, labels: Tensor) -> Float[Tensor, "b outputs"]:
         """The outputs' own labels, from one number for all."""
-        places = torch.arange(self.outputs, device=labels.device)
-        return ((labels.reshape(-1, 1).long() >> places) & 1).double()
+        digit = torch.arange(self.outputs, device=labels.device)
+        return ((labels.reshape(-1, 1).long() >> digit) & 1).double()
 
-    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        outputs = outputs.reshape(-1, self.outputs)
-        return torch.nn.functional.binary_cross_entropy_with_logits(outputs, self.digits(labels).to(outputs))
+    def per_sample(self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
+        targets = self.digits(labels).to(outputs)
+        return torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
 
     def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
         every = self.digits(torch.tensor(self.labels, device=weights.device)).to(weights)
@@ -246,181 +255,37 @@ class BinaryCrossEntropy(Loss):
         # Of label 1 minus sigmoid(-output): sigmoid(output) - 1 cancels.
         return ((1 - one) * outputs.sigmoid() - one * (-outputs).sigmoid()) / self.outputs
 
+    @property
+    def gradient_bound(self) -> float:
+        return 2.0
+
+    def gradient_rounding(
+        self,
+        outputs: Float[Tensor, "s outputs"],
+        labels: Float[Tensor, " s"],
+        shift: Float[Tensor, " s"],
+        precision: float,
+    ) -> Float[Tensor, "s outputs"]:
+        share = outputs.sigmoid()
+        of_label = self.digits(labels).to(outputs)
+        slope = share * (-outputs).sigmoid()
+        return (precision * (share + of_label) + 2 * shift[:, None] * slope) / self.outputs
+
+    def label_from(
+        self, outputs: Float[Tensor, "s outputs"], k: Float[Tensor, "s outputs"]
+    ) -> Float[Tensor, " s"] | None:
+        # k is (sigmoid(z) - y) / outputs.
+        return self.label((outputs.sigmoid() - self.outputs * k).round().clamp(0, 1))
+
+    def possible_labels(self, direction: Float[Tensor, " outputs"], precision: float) -> Float[Tensor, " t"]:
+        return self.label(torch.stack([direction < 0, direction > 0]))  # k < 0 where the label is 1
+
     def _expected(self, wrong: list[float]) -> str:
         return f"a whole number from 0 to {2**self.outputs - 1} for the bce loss of {self.outputs} outputs"
 
 
-MOST_BINARY = 16
-"""Outputs of the binary cross-entropy: their labels together are 65,536."""
-
-
-class MarginLoss(Loss):
-    """l(mu), a function of the margin mu = label * output, with labels -1 and 1 and a single output."""
-
-    @property
-    def labels(self) -> tuple[float, ...]:
-        return (-1.0, 1.0)
-
-    @property
-    def outputs(self) -> int:
-        return 1
-
-    def _expected(self, wrong: list[float]) -> str:
-        hint = "; write class 0 as -1" if 0.0 in wrong else ""
-        return f"-1 or 1 for the {self.name} loss{hint}"
-
-    @abstractmethod
-    def value(self, mu: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def slope(self, mu: Tensor) -> Tensor:
-        """dl/dmu, which is never positive."""
-
-    @abstractmethod
-    def roots(self, product: float) -> tuple[float, ...]:
-        """Every mu with mu * dl/dmu = product and a slope other than zero, ascending; () where there is none."""
-
-    @abstractmethod
-    def margin(self, slope: float) -> float | None:
-        """The mu at which dl/dmu = slope; None where no or more than one mu has it."""
-
-    @property
-    @abstractmethod
-    def lowest_product(self) -> float:
-        """The minimum of mu * dl/dmu: a smaller product belongs to no sample."""
-
-    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return self.value(labels.reshape(-1).to(outputs) * outputs.reshape(-1)).mean()
-
-    def output_gradient(
-        self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]
-    ) -> Float[Tensor, "s outputs"]:
-        sign = labels.to(outputs)[:, None]
-        return sign * self.slope(sign * outputs)
-
-    def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        output = outputs.reshape(-1)
-        return (weights[:, 0] * self.value(-output) + weights[:, 1] * self.value(output)).mean()
-
-    def _at_minimum(self, product: float, where: float) -> tuple[float, ...] | None:
-        """The two branches meet at ``where``: rounding may push the product slightly below what is possible there."""
-        if product > self.lowest_product:
-            return None
-        within = product >= self.lowest_product * (1 + RELATIVE_SLACK)
-        return (where,) if within else ()
-
-
-def _lambert(x: float) -> tuple[float, ...]:
-    """The real solutions of w * exp(w) = x, largest first; where the branches meet rounding may hide the solution."""
-    if x <= -np.exp(-1.0):
-        return (-1.0,)
-    branches = (0, -1) if x < 0 else (0,)
-    return tuple(float(lambertw(x, branch).real) for branch in branches)
-
-
-@dataclass(frozen=True)
-class Logistic(MarginLoss):
-    """l(mu) = log(1 + exp(-mu)). The paper's Eq. 25 prints its slope as -mu/(1+exp(mu)); it is -1/(1+exp(mu))."""
-
-    def value(self, mu: Tensor) -> Tensor:
-        return torch.nn.functional.softplus(-mu)
-
-    def slope(self, mu: Tensor) -> Tensor:
-        return -torch.sigmoid(-mu)
-
-    @property
-    def lowest_product(self) -> float:
-        return -float(lambertw(np.exp(-1.0)).real)
-
-    def roots(self, product: float) -> tuple[float, ...]:
-        # -mu / (1 + e^mu) = p  <=>  mu = -p - w with w e^w = p e^-p; the branches meet at mu = 1 + W(1/e) = 1.2785.
-        met = self._at_minimum(product, 1.0 - self.lowest_product)
-        return tuple(-product - w for w in _lambert(product * np.exp(-product))) if met is None else met
-
-    def margin(self, slope: float) -> float | None:
-        return float(np.log1p(slope) - np.log(-slope)) if -1.0 < slope < 0.0 else None
-
-
-@dataclass(frozen=True)
-class Exponential(MarginLoss):
-    """l(mu) = exp(-mu)."""
-
-    def value(self, mu: Tensor) -> Tensor:
-        return torch.exp(-mu)
-
-    def slope(self, mu: Tensor) -> Tensor:
-        return -torch.exp(-mu)
-
-    @property
-    def lowest_product(self) -> float:
-        return -float(np.exp(-1.0))
-
-    def roots(self, product: float) -> tuple[float, ...]:
-        # -mu e^-mu = p  <=>  mu = -w with w e^w = p; the branches meet at mu = 1.
-        met = self._at_minimum(product, 1.0)
-        return tuple(-w for w in _lambert(product)) if met is None else met
-
-    def margin(self, slope: float) -> float | None:
-        return float(-np.log(-slope)) if slope < 0.0 else None
-
-
-@dataclass(frozen=True)
-class Hinge(MarginLoss):
-    """l(mu) = max(0, 1 - mu): slope -1 below 1, and no gradient at all from mu = 1 on."""
-
-    def value(self, mu: Tensor) -> Tensor:
-        return torch.relu(1 - mu)
-
-    def slope(self, mu: Tensor) -> Tensor:
-        return -(mu < 1).to(mu)
-
-    @property
-    def lowest_product(self) -> float:
-        return -1.0
-
-    def roots(self, product: float) -> tuple[float, ...]:
-        return (-product,) if product > self.lowest_product else ()
-
-    def margin(self, slope: float) -> float | None:
-        return None  # every mu below 1 has slope -1
-
-
-@dataclass(frozen=True)
-class SquaredHinge(MarginLoss):
-    """l(mu) = max(0, 1 - mu)^2."""
-
-    def value(self, mu: Tensor) -> Tensor:
-        return torch.relu(1 - mu) ** 2
-
-    def slope(self, mu: Tensor) -> Tensor:
-        return -2 * torch.relu(1 - mu)
-
-    @property
-    def lowest_product(self) -> float:
-        return -0.5
-
-    def roots(self, product: float) -> tuple[float, ...]:
-        # 2 mu^2 - 2 mu = p on mu < 1; the branches meet at mu = 1/2.
-        met = self._at_minimum(product, 0.5)
-        if met is not None:
-            return met
-        half = np.sqrt(1 + 2 * product)
-        # The small root as a quotient: 1 - half cancels.
-        return tuple(float(mu) for mu in (-product / (1 + half), (1 + half) / 2) if mu < 1)
-
-    def margin(self, slope: float) -> float | None:
-        return 1 + slope / 2 if slope < 0.0 else None
-
-
-_NAMES: dict[type[Loss], str] = {
-    Logistic: "logistic",
-    Exponential: "exponential",
-    Hinge: "hinge",
-    SquaredHinge: "squared-hinge",
-    CrossEntropy: "cross-entropy",
-    MeanSquaredError: "mse",
-    BinaryCrossEntropy: "bce",
-}
+_MARGIN = {kind.name: kind for kind in (Logistic, Exponential, Hinge, SquaredHinge)}
+_SEVERAL = {kind.name: kind for kind in (CrossEntropy, MeanSquaredError, BinaryCrossEntropy)}
 
 
 def by_name(name: str, classes: int | None = None) -> Loss:
@@ -432,15 +297,10 @@ def by_name(name: str, classes: int | None = None) -> Loss:
     Raises:
         ValueError: no loss has that name, the message lists those there are; or the number of outputs is missing.
     """
-    several: tuple[type[CrossEntropy] | type[MeanSquaredError] | type[BinaryCrossEntropy], ...]
-    several = (CrossEntropy, MeanSquaredError, BinaryCrossEntropy)
-    for many in several:
-        if _NAMES[many] == name:
-            if classes is None:
-                raise ValueError(f"{name} needs the number of classes: pass classes, the model's outputs")
-            return many(classes)
-    margin: tuple[type[MarginLoss], ...] = (Logistic, Exponential, Hinge, SquaredHinge)
-    for kind in margin:
-        if _NAMES[kind] == name:
-            return kind()
-    raise ValueError(f"unknown loss {name!r}: expected one of {', '.join(sorted(_NAMES.values()))}")
+    if name in _MARGIN:
+        return _MARGIN[name]()
+    if name not in _SEVERAL:
+        raise ValueError(f"unknown loss {name!r}: expected one of {', '.join(sorted(_MARGIN | _SEVERAL))}")
+    if classes is None:
+        raise ValueError(f"{name} needs the number of classes: pass classes, the model's outputs")
+    return _SEVERAL[name](classes)

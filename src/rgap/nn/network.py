@@ -59,7 +59,7 @@ class Network:
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """Every layer, trained or not."""
+        """Every layer in the order in which they are computed, trained or not."""
         return tuple(node.op.layer for node in self.nodes if isinstance(node.op, Linear))
 
     @cached_property
@@ -92,6 +92,11 @@ class Network:
     def scalable(self) -> bool:
         """Whether a scaled input gives a scaled output."""
         return all(node.op.scalable for node in self.nodes)
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether everything but biases is: then Eq. 10 holds from layer to layer."""
+        return all(node.op.scalable or isinstance(node.op, Linear) for node in self.nodes)
 
     def part(self, segments: Sequence[Segment]) -> Network:
         """Consecutive segments as a network of their own."""

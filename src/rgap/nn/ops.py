@@ -91,7 +91,7 @@ class Linear(Op):
         return self.layer.unpack_output(self.layer.output(self.layer.pack_input(tangents[0])))
 
     def __str__(self) -> str:
-        return str(self.layer).removesuffix(", identity")
+        return str(self.layer)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Gather(Op):
         return self.forward(*tangents)
 
     def _scatter_add(self, y: Tensor) -> Tensor:
-        flat = y.reshape(len(y), -1)
+        flat = y.reshape(len(y), self.index.numel())
         total = flat.new_zeros(len(y), self.size + 1).scatter_add_(1, self.index.expand_as(flat), flat)
         return total[:, :-1]
 

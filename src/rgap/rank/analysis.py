@@ -7,15 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from rgap.nn.chain import Chain, Kind, NotAChain, Obstacle
-from rgap.nn.layers import Layer
+from rgap.nn.obstacles import Kind, NotAChain, Obstacle
 from rgap.rank import measured
 from rgap.rank.counts import LayerRank, Measured, count
 from rgap.rank.estimated import estimate
 from rgap.rank.measured import Free, Rows
+from rgap.rank.sequence import LayerSequence, layer_sequence
 from rgap.rank.summary import Group, names, summarise
 from rgap.target import Target
 
@@ -39,7 +38,7 @@ class RankAnalysis:
     at_sample: bool
     """Whether the ranks were measured at a given sample, not at a random one."""
     obstacles: tuple[Obstacle, ...] = ()
-    """Why the model is no chain; if it is none, ranks are not measured and the counts are all there is."""
+    """Why ranks cannot be measured; if there is a reason, the counts are all there is."""
 
     @property
     def index(self) -> int:
@@ -84,15 +83,15 @@ class RankAnalysis:
             if self.index > 0:
                 return f"By counting, {self.critical.name} protects the input: {by_count}. Ranks were not measured."
             return f"By counting, no layer protects the input: {by_count}. Ranks were not measured."
-        told = self._told
+        stated = self._leaks
         if joint is None:
-            return f"Whether a layer protects the input is not decided: {told}, but not all layers could be followed."
+            return f"Whether a layer protects the input is not decided: {stated}, but not all layers could be followed."
         against = f" Counting says otherwise: {by_count}." if (self.index > 0) != (joint > 0) else ""
-        if joint == 0 and not told:
+        if joint == 0 and not stated:
             return f"No layer protects the input: the constraints of every layer determine its input.{against}"
         if joint == 0:
             return (
-                f"No layer protects the input: {told}, which stops the recursion layer by layer, but with the "
+                f"No layer protects the input: {stated}, which stops the recursion layer by layer, but with the "
                 f"gradients of the layers before it everything is determined.{against}"
             )
         layer = self.protecting
@@ -100,28 +99,28 @@ class RankAnalysis:
         unread = f" ({self.layers[0].unseen} are read by no kernel)" if self.layers[0].unseen else ""
         return (
             f"{name}: {joint} of its {size} dimensions ({100 * joint / size:.2g} %) stay free{unread}, whatever all "
-            f"layers tell together; {told}.{against}"
+            f"layers tell together; {stated}.{against}"
         )
 
     @property
     def _counted(self) -> str:
-        """The verdict on a model that is no chain."""
+        """The verdict on a model whose ranks cannot be measured."""
         short = [layer for layer in self.layers if layer.index > 0]
         if short:
-            told = (
+            stated = (
                 f"By counting, {len(short)} of {len(self.layers)} layers have fewer constraints than inputs, "
                 f"{self.critical.name} by the most: its index is {self.index}."
             )
         else:
-            told = f"By counting, every layer has as many constraints as inputs: the paper's index is {self.index}."
+            stated = f"By counting, every layer has as many constraints as inputs: the paper's index is {self.index}."
         stops = [obstacle for obstacle in self.obstacles if obstacle.kind is not Kind.PASSED]
         groups = sorted(summarise(stops or self.obstacles), key=lambda group: -group.count)
         more = f" and {len(groups) - NAMED} more kinds" if len(groups) > NAMED else ""
         named = ", ".join(str(group) for group in groups[:NAMED]) + more
         why = f"the recursion cannot pass {named}" if stops else f"it is no plain chain, with {named}"
         return (
-            f"{told} This says nothing certain of the model's input: {why}, so ranks were not measured, and the counts "
-            "take each layer alone, as if skip connections, normalisation and pooling were not there."
+            f"{stated} This says nothing certain of the model's input: {why}, so ranks were not measured, and the "
+            "counts take each layer alone, as if skip connections, normalisation and pooling were not there."
         )
 
     @property
@@ -137,12 +136,12 @@ class RankAnalysis:
             f"{group.remedy}"
             for group in self.groups
         ]
-        silent = [layer.name for layer in self.layers if not layer.gradient_rows]
-        if silent:
-            found.append(f"no gradient is sent for the weights of {names(silent)}: |W| is 0")
-        alone = [layer.name for layer in self.layers if layer.reads is None]
-        if alone:
-            found.append(f"the input of {names(alone)} is no single layer's output: no |V| is handed down, it is 0")
+        unsent = [layer.name for layer in self.layers if not layer.gradient_rows]
+        if unsent:
+            found.append(f"no gradient is sent for the weights of {names(unsent)}: |W| is 0")
+        unread = [layer.name for layer in self.layers if layer.reads is None]
+        if unread:
+            found.append(f"the input of {names(unread)} is no single layer's output: no |V| is handed down, it is 0")
         shared = [f"{layer.name} ({layer.uses} times)" for layer in self.layers if layer.uses > 1]
         if shared:
             found.append(f"used several times, |x|, |z| and |V| added up and |W| once: {names(shared)}")
@@ -152,7 +151,7 @@ class RankAnalysis:
         return tuple(found)
 
     @property
-    def _told(self) -> str:
+    def _leaks(self) -> str:
         """The leaky layers: those whose gaps no earlier layer closes, or all where every gap is closed."""
         closed = next((at for at, layer in enumerate(self.layers) if layer.joint_free == 0), len(self.layers))
         found = [layer for layer in self.layers[:closed] if layer.free] or self.leaky
@@ -221,8 +220,9 @@ def rank_analysis(
     Source: R-GAP, Section 4, arXiv:2010.07733, for the counts; the ranks are those of the matrices themselves, with
     the output gradients k and the slopes of one batch. The loss and the label only scale k, which no rank depends on.
 
-    A model that is no chain is counted all the same, layer by layer, but not measured: `RankAnalysis.notes` says what
-    the counts leave out.
+    Layers are measured that stand one behind the other, with activations, reordering and batch norm with fixed
+    statistics between them. Any other model is counted all the same, layer by layer: `RankAnalysis.notes` says what the
+    counts leave out.
 
     Args:
         sample: (b, *input_shape), where to measure; by default drawn uniformly from the target's value range.
@@ -239,10 +239,12 @@ def rank_analysis(
         raise NotAChain(target.obstacles)
     batch = _batch_size(target, sample, batch_size)
     counts = count(target.graph, batch)
-    measure = measure and not target.obstacles
-    if measure:
-        counts = _measured(target, counts, batch, sample, torch.Generator().manual_seed(seed), progress)
-    return RankAnalysis(counts, batch, measure and sample is not None, target.obstacles)
+    sequence = layer_sequence(target)
+    measure = measure and sequence is not None
+    if measure and sequence is not None:
+        generator = torch.Generator().manual_seed(seed)
+        counts = _measured(sequence, counts, _sample(target, batch, sample, generator), generator, progress)
+    return RankAnalysis(counts, batch, measure and sample is not None, target.obstacles if sequence is None else ())
 
 
 def _batch_size(target: Target, sample: Tensor | None, batch_size: int | None) -> int:
@@ -262,28 +264,26 @@ def _batch_size(target: Target, sample: Tensor | None, batch_size: int | None) -
 
 
 def _measured(
-    target: Target,
+    layers: LayerSequence,
     counts: tuple[LayerRank, ...],
-    batch: int,
-    sample: Tensor | None,
+    sample: Tensor,
     generator: torch.Generator,
     progress: Progress | None,
 ) -> tuple[LayerRank, ...]:
     """From the last layer to the first, with the directions that the layers so far leave free together."""
-    chain = target.chain
-    k, slopes = _signals(target, batch, sample, generator)
+    k, slopes = layers.signals(sample, generator)
     found: list[LayerRank] = []
     followed: Tensor | None = None  # free directions of the next layer's input, as moves of this layer's output
     lost = False  # whether some layer's directions could not be computed
-    for depth in reversed(range(len(chain))):
-        layer_rows = measured.rows(chain[depth], k[depth], slopes[depth])
+    for depth in reversed(range(len(layers))):
+        layer_rows = measured.rows(layers[depth], k[depth], slopes[depth])
         own, joint = _layer(layer_rows, followed, depth > 0, lost, generator)
         lost = joint is None or (joint.count > 0 and joint.basis is None and depth > 0)
         found.insert(0, _filled(counts[depth], layer_rows, own, joint))
         if progress is not None:
             progress(found[0])
         if depth and not lost and joint is not None and joint.basis is not None:
-            followed = _as_output(chain[depth - 1], chain[depth], batch, joint.basis)
+            followed = layers.as_output(depth - 1, len(sample), joint.basis)
             lost = followed.numel() > LARGEST_BASIS
     return tuple(found)
 
@@ -314,23 +314,9 @@ def _filled(counts: LayerRank, found: Rows, own: Free, joint: Free | None) -> La
     )
 
 
-def _signals(
-    target: Target, batch: int, sample: Tensor | None, generator: torch.Generator
-) -> tuple[list[Float[Tensor, "b o p"]], list[Float[Tensor, "b o p"]]]:
-    """k and the activation's slope in every layer, at the sample or a random one."""
-    chain: Chain = target.chain
-    if sample is None:
-        low, high = target.value_range or (0.0, 1.0)
-        sample = low + (high - low) * torch.rand(batch, *target.input_shape, generator=generator, dtype=torch.float64)
-    outputs = chain.forward(chain[0].pack_input(sample.to(target.device, torch.float64)))[1]
-    slopes = [layer.activation.slope(z) for layer, z in zip(chain, outputs, strict=True)]
-    last = torch.randn(outputs[-1].shape, generator=generator, dtype=torch.float64).to(target.device)
-    return chain.backward(last, slopes), slopes
-
-
-def _as_output(layer: Layer, after: Layer, batch: int, basis: Float[Tensor, "f c bn"]) -> Float[Tensor, "f o bp"]:
-    """Directions of the next layer's input as directions of this layer's activated output, samples side by side."""
-    count = len(basis)
-    samples = basis.reshape(count, after.channels, batch, after.pixels).transpose(1, 2).flatten(0, 1)
-    out = layer.pack_output(after.unpack_input(samples))
-    return out.reshape(count, batch, layer.outputs, layer.positions).transpose(1, 2).flatten(2)
+def _sample(target: Target, batch: int, sample: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Where to measure: the sample, or one of noise."""
+    if sample is not None:
+        return sample
+    low, high = target.value_range or (0.0, 1.0)
+    return low + (high - low) * torch.rand(batch, *target.input_shape, generator=generator, dtype=torch.float64)

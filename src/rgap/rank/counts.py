@@ -101,12 +101,12 @@ def count(graph: Graph, batch_size: int = 1) -> tuple[LayerRank, ...]:
     layers: dict[object, list[int]] = {}
     for at, use in enumerate(graph.uses):
         layers.setdefault(at if use.weight_name is None else use.weight_name, []).append(at)
-    return tuple(_together(graph.uses, places, handed_down, batch_size) for places in layers.values())
+    return tuple(_all_uses(graph.uses, use_ids, handed_down, batch_size) for use_ids in layers.values())
 
 
-def _together(uses: tuple[Use, ...], places: list[int], handed_down: list[int], batch_size: int) -> LayerRank:
-    """All uses of one layer."""
-    own = [uses[at] for at in places]
+def _all_uses(uses: tuple[Use, ...], use_ids: list[int], handed_down: list[int], batch_size: int) -> LayerRank:
+    """All uses of one layer as one entry."""
+    own = [uses[at] for at in use_ids]
     first = own[0]
     biases = {use.bias_name or use.name: use.bias_gradients for use in own}
     read = {None if use.mixed else INPUT if use.before is None else uses[use.before].name for use in own}
@@ -115,7 +115,7 @@ def _together(uses: tuple[Use, ...], places: list[int], handed_down: list[int], 
         unknowns=batch_size * sum(use.unknowns for use in own),
         gradient_rows=max(use.weight_gradients for use in own),
         weight_rows=batch_size * sum(use.outputs for use in own),
-        virtual_rows=batch_size * sum(handed_down[at] for at in places),
+        virtual_rows=batch_size * sum(handed_down[at] for at in use_ids),
         unseen=batch_size * sum(use.unknowns - use.seen for use in own),
         expected_weight_rows=sum(
             batch_size * use.outputs // (2 if isinstance(use.activation, ReLU) else 1) for use in own

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.linalg import cg
 from rgap.rank.measured import Free, Rows, patch_rank, residue_classes, unseen_directions
 
 ITERATIONS = 3000
@@ -23,8 +24,6 @@ SETTLED = {1: 4e-5, 4: 0.2}
 """By number of probes, the sum of |x - y|^2 below which no dimension is free: one would give less in 1 of 200 draws.
 
 Four probes where they can be afforded: one alone says as much of a large f, and less of a small one."""
-TINY = 1e-300
-"""In place of a zero divisor."""
 
 
 def estimate(found: Rows, generator: torch.Generator) -> Free:
@@ -39,21 +38,16 @@ def estimate(found: Rows, generator: torch.Generator) -> Free:
     steps = max(1, min(ITERATIONS, int(WORK // (cost * probes))))
     shape = (probes, layer.channels, layer.pixels)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(found.k.device)
-    # Conjugate gradients on the normal equations of J (x - y) = 0, each probe on its own; left is x - y.
-    left, rest = x, _normal(found, x)
-    direction, size = rest, rest.square().sum((1, 2), keepdim=True)
-    history = []
-    for _ in range(steps):
-        pushed = _normal(found, direction)
-        length = size / (direction * pushed).sum((1, 2), keepdim=True).clamp(min=TINY)
-        left, rest = left - length * direction, rest - length * pushed
-        new = rest.square().sum((1, 2), keepdim=True)
-        direction, size = rest + direction * (new / size.clamp(min=TINY)), new
-        history.append(float(left.square().sum()) / probes)
-        if history[-1] * probes < SETTLED[probes] or _stalled(history):
-            break
+    history: list[float] = []
+
+    def settled(y: Tensor) -> bool:
+        history.append(float((x - y).square().sum()) / probes)
+        return history[-1] * probes < SETTLED[probes] or _stalled(history)
+
+    # The normal equations of J (x - y) = 0, each probe on its own.
+    cg.solve(lambda y: _normal(found, y), _normal(found, x), 0.0, steps, until=settled)
     at_least = _structural(found)
-    value = history[-1]
+    value = history[-1] if history else float(x.square().sum()) / probes  # no row tells anything
     if value * probes < SETTLED[probes]:
         return Free(found.unseen, f"{probes} random probe(s)", unseen_directions(found), exact=False)
     count = max(round(value), at_least, 1 if at_least == 0 else 0)
@@ -66,8 +60,8 @@ def estimate(found: Rows, generator: torch.Generator) -> Free:
 
 def _normal(found: Rows, x: Float[Tensor, "s c n"]) -> Float[Tensor, "s c n"]:
     """(W'W + K'K) x."""
-    layer, k = found.layer, found.k.expand(len(x), -1, -1)
-    return layer.grad_input(layer.output(x) * found.known) + layer.grad_input(k, layer.grad_weight(x, k))
+    z, grad = found.layer.rows(x, found.k)
+    return found.layer.rows_adjoint(z * found.known, grad, found.k)
 
 
 def _stalled(history: list[float]) -> bool:

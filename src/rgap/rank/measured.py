@@ -46,7 +46,7 @@ class Rows:
     k: Float[Tensor, "1 o p"]
     """The gradient of the layer's output, of norm 1 for each output that is not dead."""
     slope: Float[Tensor, "1 o p"]
-    """Of the activation; where it is 0, z is not known and its row is missing."""
+    """Of the next layer's input in this one's output; where it is 0, z is not known and its row is missing."""
     norm: Float[Tensor, "o 1"]
     """What each output's weights were divided by."""
     seen: Int[Tensor, " n"]
@@ -57,7 +57,7 @@ class Rows:
     @property
     def known(self) -> Float[Tensor, "1 o p"]:
         """1 for every weight row that is there."""
-        return (self.slope > 0).to(self.slope)
+        return (self.slope != 0).to(self.slope)
 
     @property
     def unseen(self) -> int:
@@ -84,9 +84,8 @@ class Free:
 
 def rows(layer: Layer, k: Float[Tensor, "b o p"], slope: Float[Tensor, "b o p"]) -> Rows:
     """A batch is a layer on b times as many pixels: the gradient sums over samples as it does over positions."""
-    batch, pixels = len(k), len(k) * layer.pixels
-    shift = torch.arange(batch, device=k.device)[:, None, None] * layer.pixels
-    table = torch.where(layer.table < layer.pixels, layer.table + shift, pixels).movedim(0, 1).flatten(1)
+    layer = layer.side_by_side(len(k))
+    table, pixels = layer.table, layer.pixels
     read = torch.zeros(pixels + 1, dtype=torch.bool, device=k.device)
     read[table] = True
     seen = read[:-1].nonzero()[:, 0]
@@ -165,7 +164,7 @@ def measure(
     if kernel_fits and may_be_full and _definite(found, classes):
         return _by_gradient_alone(found)
     apart = layer.offsets * layer.positions == layer.pixels and int(layer.table.max()) < layer.pixels
-    if apart and bool((found.slope > 0).all()):
+    if apart and bool((found.slope != 0).all()):
         # Each position reads pixels of its own, so that the overlap is all that is lost.
         own = Free(layer.unknowns - patch_rank(found) + found.unseen, "patches that do not overlap", None)
         return own, None if later is not None and len(later) else own
@@ -223,7 +222,7 @@ def _by_numbers(
     """Weight rows on the null space V of the gradient rows: the null space of V' W' (1 - M M') W V."""
     layer = found.layer
     per_group, groups, n = layer.channels // layer.groups, layer.groups, layer.pixels
-    all_known = bool((found.slope > 0).all())
+    all_known = bool((found.slope != 0).all())
     gram = layer.weight_gram(None if all_known else found.known)[0]
     blocks = []
     for group, basis in enumerate(nulls):
@@ -234,9 +233,9 @@ def _by_numbers(
         own = _free(found, nulls, blocks, directions)
         return own, own
     own = _free(found, nulls, blocks, False)
-    pulled = layer.grad_input(bends).reshape(len(bends), groups, per_group, n)
-    pulled = torch.cat([(pulled[:, g] @ basis).flatten(1) for g, basis in enumerate(nulls)], 1)
-    return own, _free(found, nulls, [psd.block_diagonal(blocks) - pulled.mT @ pulled], directions)
+    onto = layer.grad_input(bends).reshape(len(bends), groups, per_group, n)
+    onto = torch.cat([(onto[:, g] @ basis).flatten(1) for g, basis in enumerate(nulls)], 1)
+    return own, _free(found, nulls, [psd.block_diagonal(blocks) - onto.mT @ onto], directions)
 
 
 def _free(found: Rows, nulls: list[Tensor], blocks: list[Tensor], directions: bool) -> Free:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rgap.nn.chain import Kind, Obstacle
+from rgap.nn.obstacles import Kind, Obstacle
 
 NAMED = 3
 """How many of several names are written out."""

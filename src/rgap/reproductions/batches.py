@@ -36,7 +36,8 @@ from torch import Tensor
 from rgap import models
 from rgap.attacks import DLG, Adam, Matching, Recursive
 from rgap.losses import Logistic, MarginLoss
-from rgap.nn.chain import Chain
+from rgap.nn.network import Network
+from rgap.nn.ops import Elementwise, Linear
 from rgap.picture import show
 from rgap.reproductions.base import Job, Options, Reproduction, counted, grid, labels
 from rgap.store import Row
@@ -68,7 +69,7 @@ def by_margins(
 
 
 def by_slopes(
-    chain: Chain,
+    network: Network,
     loss: MarginLoss,
     inputs: Float[Tensor, "b ..."],
     signs: Float[Tensor, " b"],
@@ -78,23 +79,31 @@ def by_slopes(
     """The coefficients <k_i, k> / (b <k, k>) at the input, layer after layer from the pictures themselves.
 
     Args:
-        chain: of Linear layers without biases.
+        network: of Linear layers without biases, one behind the other.
         inputs, signs: the pictures and their labels.
         label, margin: what the attack inferred.
     """
-    xs, zs = chain.forward(chain[0].pack_input(inputs))
-    slopes = [layer.activation.slope(z) for layer, z in zip(chain, zs, strict=True)]
-    own = chain.backward((signs * loss.slope(signs * zs[-1].reshape(-1))).reshape(-1, 1, 1), slopes)
-    k = label * loss.slope(signs.new_tensor([margin])).reshape(1, 1, 1)
-    shares = signs
-    for depth in reversed(range(len(chain))):
-        shares = (own[depth] * k).sum((1, 2)) / (len(signs) * k.square().sum())
-        if depth > 0:
-            layer, before = chain[depth], chain[depth - 1]
-            combination = (shares[:, None, None] * xs[depth]).sum(0, keepdim=True)
-            after = before.pack_output(layer.unpack_input(combination))
-            slope = before.activation.invert(after, after.new_zeros(1)).slope
-            k = before.k_from(layer, k) * slope  # Eq. 6
+    values = network.forward(inputs)
+    end = len(network.nodes)
+    start = signs * loss.slope(signs * values[end].reshape(-1))
+    own = network.vjp(values, network.slopes(values), {end: start[:, None]})
+    k = label * loss.slope(signs.new_tensor([[margin]]))
+    shares, answer = signs, values[end][:1]
+    for node_id in reversed(range(end)):
+        op, value_id = network.nodes[node_id].op, network.nodes[node_id].reads[0]
+        if isinstance(op, Linear):
+            there = own[node_id + 1]
+            assert there is not None, "a gradient gets to every layer"
+            shares = (there * k).flatten(1).sum(1) / (len(signs) * k.square().sum())
+            k = op.vjp(k, (values[value_id],))[0]
+            answer = (shares @ values[value_id].flatten(1)).reshape(k.shape)
+        elif isinstance(op, Elementwise):  # Eq. 6
+            inverse = op.activation.invert(answer, answer.new_zeros(1))
+            k, answer = k * inverse.slope, inverse.z
+        else:
+            inverted = op.invert(answer)
+            assert inverted is not None, "only reshaping stands between Linear layers"
+            k, answer = op.vjp(k, (values[value_id],))[0], inverted
     return shares
 
 
@@ -273,14 +282,14 @@ def _attacked(target: Target, inputs: Tensor, matching: Matching) -> Row:
     y = labels(len(inputs))
     update = capture(target, inputs, y)
     exact, signs = inputs.double(), y.double()
-    chain, loss = target.chain, target.margin_loss
+    network, loss = target.network, target.margin_loss
     # A mean of products that samples have is one that a sample can have: there is always a root, and an answer.
     found = Recursive()(target, update)
     best = found.answers[0]
     label, margin = float(best.labels[0]), best.margin
-    margins = signs * chain.forward(chain[0].pack_input(exact))[1][-1].reshape(-1)
+    margins = signs * network.forward(exact)[-1].reshape(-1)
     coefficients, unexplained = measured(best.inputs, exact)
-    foretold = by_slopes(chain, loss, exact, signs, label, margin)
+    foretold = by_slopes(network, loss, exact, signs, label, margin)
     matched = matching(target, update)
     order, mse = assigned(matched.inputs, inputs)
     values = {

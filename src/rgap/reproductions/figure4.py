@@ -26,7 +26,7 @@ from rgap import losses, models
 from rgap.attacks import IDLG, Recursive
 from rgap.attacks.base import gradient_residual
 from rgap.attacks.start import Near
-from rgap.nn.chain import Chain
+from rgap.nn import network as traced
 from rgap.nn.losses import MarginLoss
 from rgap.picture import show
 from rgap.reproductions.base import Job, Options, Reproduction, of
@@ -79,9 +79,10 @@ def moderate(model: nn.Module, x: Tensor, margin: float) -> float:
     return output
 
 
-def flipped(chain: Chain, a: Tensor, b: Tensor) -> int:
+def flipped(network: traced.Network, a: Tensor, b: Tensor) -> int:
     """How many units stand on different sides of their kinks at two inputs (1, *input_shape)."""
-    sides = [[z > 0 for z in chain.forward(chain[0].pack_input(x))[1][:-1]] for x in (a, b)]
+    read = [network.nodes[node_id].reads[0] for node_id, _ in network.activations]
+    sides = [[values[value_id] > 0 for value_id in read] for values in map(network.forward, (a, b))]
     return sum(int((one != other).sum()) for one, other in zip(*sides, strict=True))
 
 
@@ -208,7 +209,7 @@ class Figure4(Reproduction):
         found = self._search(case, start, tensors, key)
         left, first = found[f"to {goal}"], distance(start, centre)
         arrived = found["residual"] <= ARRIVED and left * NEARER <= first
-        units = flipped(case.target.chain, start, centre)
+        units = flipped(case.target.network, start, centre)
         return {"from": goal, "deviation": deviation, "flipped": units, "arrived": arrived} | found
 
     def _search(self, case: Case, start: Tensor, tensors: dict[str, Tensor], keep: str | None) -> dict[str, Any]:

@@ -137,7 +137,7 @@ class Figure5(Reproduction):
         model = network.build(width, options.seed + at)
         target = Target(model, losses.Logistic(), network.shape, VALUE_RANGE)
         update = capture(target, x, y)
-        first = target.chain[0]
+        first = target.network.layers[0]
         found: list[dict[str, Any]] = []
         for level in self.levels:
             generator = torch.Generator().manual_seed(NOISE_SEED + options.seed + at)

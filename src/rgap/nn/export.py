@@ -1,0 +1,136 @@
+"""What torch.export says of a module: its operations as a graph, in memory only, never saved or loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_structure
+
+from rgap.nn.calls import BLOCKS, operation
+
+_ONE_TENSOR = tree_structure(0)
+
+
+class Parameters:
+    """Parameters and buffers behind the arguments of operations, each under one name however often it is shared."""
+
+    def __init__(self, model: nn.Module, names: dict[Node, str]):
+        parameters = list(model.named_parameters(remove_duplicate=False))
+        tensors = [*parameters, *model.named_buffers(remove_duplicate=False)]
+        first = {id(tensor): name for name, tensor in reversed(tensors)}
+        self.tensors = dict(tensors)
+        self.names = {node: first[id(self.tensors[name])] for node, name in names.items()}
+
+    def behind(self, argument: Node) -> int:
+        """How many trained values an argument is computed from."""
+        todo, met, names = [argument], {argument}, set()
+        while todo:
+            node = todo.pop()
+            names |= {self.names[node]} if node in self.names else set()
+            new = set(node.all_input_nodes) - met
+            met |= new
+            todo.extend(new)
+        return sum(self.tensors[name].numel() for name in names if self.tensors[name].requires_grad)
+
+
+class CannotBeTraced(Exception):
+    """torch.export does not follow the model's code."""
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """A module's operations, and what is known of them all."""
+
+    graph: torch.fx.Graph
+    parameters: Parameters
+    inputs: frozenset[Node]
+    constants: dict[Node, Tensor]
+    """Tensors that are written in the model's code."""
+    with_gradient: frozenset[Node]
+    """Operations that a gradient gets back to from the outputs."""
+    one_tensor: bool
+    """Whether the model returns a tensor and nothing else."""
+
+
+def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
+    """One sample's way through the model.
+
+    Raises:
+        CannotBeTraced: the model's code cannot be followed; says why in a line.
+    """
+    example = _example(model, input_shape)
+    try:
+        program = torch.export.export(model, (example,), strict=False)
+    except Exception as error:  # torch.export raises many kinds
+        lines = str(error).strip().splitlines()
+        raise CannotBeTraced(lines[0] if lines else type(error).__name__) from error
+    module, signature = program.graph_module, program.graph_signature
+    detached = inline(module)
+    graph = module.graph
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    written = signature.inputs_to_lifted_tensor_constants
+    return Exported(
+        graph,
+        Parameters(model, {n: names[n.name] for n in graph.nodes if n.name in names}),
+        frozenset(n for n in graph.nodes if n.name in signature.user_inputs),
+        {n: program.constants[written[n.name]].detach() for n in graph.nodes if n.name in written},
+        frozenset(reached_by_gradient(graph, detached)),
+        program.call_spec.out_spec == _ONE_TENSOR,
+    )
+
+
+def _example(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    like = torch.zeros(()) if parameter is None else parameter
+    return torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
+
+
+def inline(module: GraphModule) -> set[Node]:
+    """Put the operations of no_grad and autocast blocks, which are graphs of their own, in the blocks' places.
+
+    The block itself stays, with nobody to read it, and becomes an obstacle. Returns the operations under no_grad.
+    """
+    detached: set[Node] = set()
+    for node in list(module.graph.nodes):
+        name = operation(node) if node.op == "call_function" else ""
+        if name not in BLOCKS:
+            continue
+        at = next(i for i, a in enumerate(node.args) if isinstance(a, Node) and a.op == "get_attr")
+        body = getattr(module, str(node.args[at].target))
+        inner = inline(body)
+        inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+        copies: dict[Node, Node] = dict(zip(inputs, node.args[at + 1 :], strict=True))
+        with module.graph.inserting_before(node):
+            outputs: Any = module.graph.graph_copy(body.graph, copies)
+        under_no_grad = name == "wrap_with_set_grad_enabled" and not node.args[0]
+        detached |= {copies[n] for n in body.graph.nodes if n.op == "call_function" and (under_no_grad or n in inner)}
+        for user in list(node.users):  # the outputs are a tuple, and every use takes one out of it
+            user.replace_all_uses_with(outputs[user.args[1]])
+            module.graph.erase_node(user)
+    return detached
+
+
+def needed(graph: torch.fx.Graph) -> set[Node]:
+    """The operations that the outputs depend on, or that change a value in place, and the blocks put in line."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and operation(node) in BLOCKS:
+            found.add(node)
+            continue
+        mutates = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        if node.op == "output" or mutates or node in found:
+            found |= {node, *node.all_input_nodes}
+    return found
+
+
+def reached_by_gradient(graph: torch.fx.Graph, detached: set[Node]) -> set[Node]:
+    """The operations that a gradient gets back to from the outputs."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or (node in found and node not in detached and operation(node) != "detach"):
+            found |= set(node.all_input_nodes)
+    return found - detached

@@ -1,0 +1,93 @@
+"""What keeps a model from being a plain chain of layers: each operation with its kind and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Kind(Enum):
+    """Why a model is no plain chain of layers."""
+
+    PASSED = "the recursion passes it"
+
+    NEVER = "never invertible"
+    NOT_YET = "not supported yet"
+    SETTING = "wrong setting"
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """One thing in a model that keeps it from being a plain chain of layers; most of them the recursion passes."""
+
+    where: str
+    """The module or operation, such as ``features.3``."""
+    what: str
+    kind: Kind
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what} ({self.kind.value}). {self.remedy}"
+
+
+class NotAChain(ValueError):
+    """The model is no plain chain of layers; ``obstacles`` lists all that keeps it from being one."""
+
+    def __init__(self, obstacles: Sequence[Obstacle]):
+        self.obstacles = tuple(obstacles)
+        lines = "\n".join(f"  - {obstacle}" for obstacle in obstacles)
+        super().__init__(f"the model is no plain chain of layers, {len(obstacles)} obstacle(s):\n{lines}")
+
+
+PASSED = (Kind.PASSED, "ranks are measured of plain chains only")
+"""Of operations that the recursion passes."""
+FOLLOWED = {
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "relu6", "pixel_shuffle", "pixel_unshuffle", "flip",
+    "slice", "select", "split", "chunk", "roll", "sub", "mul", "div", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "channel_shuffle", "mT", "t", "narrow", "unbind",
+}  # fmt: skip
+"""Further operations that the recursion passes."""
+KNOWN: dict[str, tuple[Kind, str]] = {
+    "add": PASSED,
+    "cat": PASSED,
+    "max_pool1d": (Kind.NOT_YET, "keeps only the maxima; replace it by a strided convolution"),
+    "max_pool2d": (Kind.NOT_YET, "keeps only the maxima; replace it by a strided convolution"),
+    "avg_pool2d": (Kind.NOT_YET, "replace it by a strided convolution"),
+    "adaptive_avg_pool2d": (Kind.NOT_YET, "replace it by a flatten and a Linear layer"),
+    "mean": (Kind.NOT_YET, "replace it by a flatten and a Linear layer"),
+    "permute": PASSED,
+    "transpose": PASSED,
+    "matmul": PASSED,
+    "mm": PASSED,
+    "addmm": PASSED,
+    "pad": PASSED,
+    "gelu": PASSED,
+    "silu": PASSED,
+    "mish": PASSED,
+    "hardtanh": PASSED,
+    "clamp": (Kind.NEVER, "clamps values away"),
+    "softmax": (Kind.SETTING, "give the loss the raw outputs"),
+    "log_softmax": (Kind.SETTING, "give the loss the raw outputs"),
+    "abs": (Kind.NEVER, "loses the sign of every value"),
+    "square": (Kind.NEVER, "loses the sign of every value"),
+    "pow": (Kind.NEVER, "may lose the sign of every value"),
+    "sign": (Kind.NEVER, "keeps nothing but signs, and its gradient is zero"),
+    "round": (Kind.NEVER, "its gradient is zero"),
+    "floor": (Kind.NEVER, "its gradient is zero"),
+    "wrap_with_set_grad_enabled": (Kind.SETTING, "layers under no_grad send no gradient; compute them with gradients"),
+    "wrap_with_autocast": (Kind.SETTING, "rounding is not followed; call the model without autocast"),
+    "detach": (Kind.NEVER, "stops the gradient"),
+    "argmax": (Kind.NEVER, "its gradient is zero"),
+}
+
+
+def known(operation: str) -> bool:
+    """Whether an operation is one of those here."""
+    return operation in KNOWN or operation in FOLLOWED
+
+
+def about(operation: str) -> tuple[Kind, str]:
+    """The kind of an operation that no plain chain holds, and the remedy."""
+    default = (Kind.NOT_YET, "no rule for it; replace it or attack the part of the model after it")
+    return KNOWN.get(operation, PASSED if operation in FOLLOWED else default)
