@@ -20,8 +20,8 @@ from rgap.checks import preflight
 # torch's forward mode compiles formulas of its own when first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
-SHAPE = (1, 4, 4)
-POLISH = Polish(inner=40)
+SHAPE = (1, 5, 5)
+POLISH = Polish(inner=60)
 """Few unknowns need few inner iterations."""
 
 
@@ -32,7 +32,7 @@ def smooth(
     loss = losses.CrossEntropy(3) if loss is None else loss
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, loss.outputs)).to(dtype)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, loss.outputs)).to(dtype)
     target = Target(model, loss, SHAPE, (0.0, 1.0))
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(len(labels), *SHAPE, generator=generator, dtype=torch.float64)
