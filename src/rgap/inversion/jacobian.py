@@ -38,11 +38,7 @@ class Jacobian(LinearOperator):
         self.values = sum(value.numel() for value in at.values)
         self._in_use = [uncertain is not None or not system.curved_after(node) for node in system.nodes]
         self._bases = effects(system, at, uncertain)
-        self._k = {
-            node: system.k(at, node).reshape(system.samples, layer.groups, -1, layer.positions)
-            for node, layer, used in zip(system.nodes, system.layers, self._in_use, strict=True)
-            if used
-        }
+        self._k = {node: system.k(at, node) for node, used in zip(system.nodes, self._in_use, strict=True) if used}
         self._scale, self.mean_diagonal = self._weights()
 
     def _weights(self) -> tuple[list[float], float]:
@@ -103,9 +99,8 @@ class Jacobian(LinearOperator):
             read = tuple(moves[each] for each in node.reads)
             if at in self._k and isinstance(node.op, Linear):
                 layer = node.op.layer
-                patches = layer.patches(layer.pack_input(read[0]))
-                found[at] = self._shared(self._k[at], patches, d)
-                z = (layer.weight @ patches).reshape(len(patches), layer.outputs, layer.positions)
+                z, grads = layer.rows(layer.pack_input(read[0]), self._each(self._k[at], d))
+                found[at] = self._summed(grads, d)
                 moves[at + 1] = layer.unpack_output(z)
             elif at in self.at.slopes:
                 moves[at + 1] = (read[0].reshape(d, *self.at.slopes[at].shape) * self.at.slopes[at]).flatten(0, 1)
@@ -119,11 +114,13 @@ class Jacobian(LinearOperator):
         )
         return Rows(moves[len(network.nodes)].reshape(d, *system.output.value.shape), gradient)
 
-    def _shared(self, k: Float[Tensor, "b g j p"], patches: Float[Tensor, "db g i p"], d: int) -> Tensor:
-        """K x of each direction, added up over the samples."""
-        if len(k) == 1:
-            return k @ patches.mT
-        return torch.einsum("bgjp,dbgip->dgji", k, patches.reshape(d, len(k), *patches.shape[1:]))
+    def _each(self, k: Float[Tensor, "b o p"], d: int) -> Float[Tensor, "_ o p"]:
+        """The cotangents for each direction and sample; one for all where there is one sample."""
+        return k if len(k) == 1 else k.repeat(d, 1, 1)
+
+    def _summed(self, grads: Float[Tensor, "db g j i"], d: int) -> Float[Tensor, "d g j i"]:
+        """Over the samples: all share the gradient rows."""
+        return grads if self.system.samples == 1 else grads.reshape(d, -1, *grads.shape[1:]).sum(1)
 
     def _back(self, rows: Rows) -> Float[Tensor, "d *in_shape"]:
         """The adjoint of `_rows`."""
@@ -152,13 +149,13 @@ class Jacobian(LinearOperator):
 
     def _pulled(self, at: int, op: Linear, cotangent: Tensor | None, grad: Float[Tensor, "d g j i"], d: int) -> Tensor:
         """W'z + K'grad of one layer, folded once."""
-        layer, k = op.layer, self._k[at]
-        patches = grad.mT @ k if len(k) == 1 else (grad.mT[:, None] @ k).flatten(0, 1)
-        if cotangent is not None:
-            z = layer.pack_output(cotangent).reshape(len(patches), layer.groups, -1, layer.positions)
-            patches = patches + layer.weight.mT @ z
-        x = layer.unpack_input(layer.scatter(patches))
-        return x.reshape(len(patches), *self.at.values[self.system.network.nodes[at].reads[0]].shape[1:])
+        layer, samples = op.layer, self.system.samples
+        k = self._each(self._k[at], d)
+        z = layer.weight.new_zeros(d * samples, layer.outputs, layer.positions)
+        z = z if cotangent is None else layer.pack_output(cotangent)
+        grad = grad if samples == 1 else grad.repeat_interleave(samples, 0)  # the adjoint of a sum
+        x = layer.unpack_input(layer.rows_adjoint(z, grad, k))
+        return x.reshape(len(x), *self.at.values[self.system.network.nodes[at].reads[0]].shape[1:])
 
     def _values(self, reads: tuple[int, ...], linear: bool, d: int) -> tuple[Tensor, ...]:
         """The values that an operation reads, for each direction and sample; a linear one asks for shapes alone."""

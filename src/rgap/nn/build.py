@@ -13,7 +13,7 @@ from torch.fx import Node as Traced
 from torch.fx.node import map_arg
 
 from rgap.nn import calls
-from rgap.nn.activations import IDENTITY, Activation
+from rgap.nn.activations import Activation
 from rgap.nn.graph import Use
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network, Node
@@ -222,7 +222,7 @@ class _Build:
         use = self.program.uses[node]
         if use.make is None or use.weight_name is None or len(data) != 1:
             return None
-        layer = replace(use.layer(self.tensors), activation=IDENTITY)
+        layer = use.layer(self.tensors)
         sent = use.weight_name in self.trained and use.weight_name not in self.program.shared
         has_gradient = sent and node in self.program.with_gradient
         bias = use.bias_name

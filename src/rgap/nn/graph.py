@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -49,7 +49,7 @@ class Use:
         if self.make is None or self.weight_name is None:
             raise ValueError(f"{self.name} is no layer that a chain can hold")
         bias = None if self.bias_name is None else tensors[self.bias_name]
-        return replace(self.make(weight=tensors[self.weight_name], bias=bias), activation=self.activation)
+        return self.make(weight=tensors[self.weight_name], bias=bias)
 
 
 @dataclass(frozen=True)

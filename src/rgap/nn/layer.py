@@ -21,8 +21,6 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from rgap.nn.activations import IDENTITY, Activation
-
 # s systems, c channels, n pixels, o outputs, p positions, t kernel offsets, g groups, j outputs of one group,
 # i = channels of one group times kernel offsets.
 
@@ -41,7 +39,7 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """z = W x + b followed by an elementwise activation.
+    """z = W x + b.
 
     Every operation takes and gives batches of s independent systems. An input is (s, channels, pixels), an output or
     its gradient (s, outputs, positions), a weight (g, j, i), or (s, g, j, i) with one weight per system.
@@ -60,7 +58,6 @@ class Layer:
     weight_name: str
     """The parameter's name in the module's state dict."""
     bias_name: str | None
-    activation: Activation = IDENTITY
     channels_last: bool = False
     """Whether the module keeps channels in the last dimension (Linear on more than one position)."""
     transposed: bool = False
@@ -213,10 +210,6 @@ class Layer:
         z = z if rows is None else z * self._by_group(rows)
         grad = scale[..., None, None] * (k @ patches.mT)
         return self.scatter(self.weight.mT @ z + grad.mT @ k)
-
-    def k_from(self, after: Layer, k: Float[Tensor, "s q r"]) -> Float[Tensor, "s o p"]:
-        """W' k of the layer after this one, at this one's output: its own k, but for the activation's slope (Eq. 6)."""
-        return self.pack_output(after.unpack_input(after.grad_input(k)))
 
     def _by_group(self, k: Float[Tensor, "*s o p"]) -> Float[Tensor, "*s g j p"]:
         return k.reshape(*k.shape[:-2], self.groups, self.weight.shape[-2], self.positions)
