@@ -19,13 +19,13 @@ def find_roots(
 ) -> tuple[Float[Tensor, " roots"], Float[Tensor, " extrema"]]:
     """Where the function changes its sign, and where it has an extremum near to zero: rounding may hide a root there.
 
-    Two roots between neighbouring points of the grid are found where the function has its least size between them.
-    A change of sign may be a jump.
+    Two roots between neighbouring points of the grid are found where the function is near zero there. A change of sign
+    may be a jump.
 
     Args:
         function: of many numbers at once; NaN counts as negative.
         grid: ascending, or descending.
-        near: how near.
+        near: how near, at a point of the grid.
     """
     value = function(grid).nan_to_num(nan=-1.0)
     below = value < 0
@@ -34,7 +34,7 @@ def find_roots(
     # The least |value| on one side of zero: two roots may lie between the grid's points, or have met there.
     inner, side = value[1:-1], torch.where(below, -1.0, 1.0).to(value)[1:-1]
     size, before, after = inner.abs(), value[:-2].abs(), value[2:].abs()
-    extremal = (size <= before) & (size <= after) & ((size < before) | (size < after))  # a plateau hides nothing
+    extremal = (size <= before) & (size <= after) & (size <= near)
     extremal &= (below[:-2] == below[1:-1]) & (below[2:] == below[1:-1])
     at = extremal.nonzero().flatten()
     left, right, side = grid[at], grid[at + 2], side[at]
@@ -43,7 +43,7 @@ def find_roots(
     low = torch.cat([low, left[through], extremum[through]])
     high = torch.cat([high, extremum[through], right[through]])
     extremum = extremum[~through]
-    return bisect(lambda x: function(x) < 0, low, high), extremum[function(extremum).abs() <= near]
+    return bisect(lambda x: function(x) < 0, low, high), extremum
 
 
 def bisect(

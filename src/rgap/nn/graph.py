@@ -1,4 +1,4 @@
-"""A traced network before it is known to be a chain: the sizes of its layers, and what stands in the way."""
+"""A traced model without its weights: the sizes of its layers, and what keeps it from being a plain chain of them."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Use:
     mixed: bool
     """Whether its input is neither the model's nor one layer's output: a sum, a pooled value, ..."""
     make: partial[Layer] | None
-    """Makes the layer from ``weight`` and ``bias``; None for what no chain can hold."""
+    """Makes the layer from ``weight`` and ``bias``; None where it cannot be made."""
     activation: Activation = IDENTITY
 
     def layer(self, tensors: Mapping[str, Tensor]) -> Layer:
         """The layer with the weights that ``tensors`` holds under its names."""
         if self.make is None or self.weight_name is None:
-            raise ValueError(f"{self.name} is no layer that a chain can hold")
+            raise ValueError(f"{self.name} has no weight of its own")
         bias = None if self.bias_name is None else tensors[self.bias_name]
         return self.make(weight=tensors[self.weight_name], bias=bias)
 

@@ -52,8 +52,7 @@ class MarginLoss(Loss):
 
     def roots(self, product: float) -> tuple[float, ...]:
         """Every mu with mu * dl/dmu = product and a slope other than zero, ascending; () where there is none."""
-        slack = RELATIVE_SLACK * abs(self.lowest_product) if product < 0 else 0.0
-        crossed, met = find_roots(lambda mu: mu * self.slope(mu) - product, _margins(), slack)
+        crossed, met = find_roots(lambda mu: mu * self.slope(mu) - product, _margins(), near=0.1 * abs(product))
         found = torch.cat([crossed, met])
         slope = self.slope(found)
         # At a jump of the slope the sign changes without a root.
