@@ -281,7 +281,7 @@ class BlockValues:
         return known[0].value if known else self.network.layers[0].weight.new_zeros(1, *shape)
 
     def take(self, found: BlockInput) -> None:
-        """The block's input as it was found from all constraints together."""
+        """The block's input as it was found from all constraints jointly."""
         x = found.x
         self.values[0] = Estimate(x, None, x.new_full((1,) * x.dim(), found.std))
         values = self.network.forward(x)

@@ -1,4 +1,4 @@
-"""A block's input from all its constraints together.
+"""A block's input from all its constraints jointly.
 
 With the output out = x + F(x) of a residual block there are as many weight constraints as unknowns, and the gradient
 rows of the layers inside come on top.
@@ -49,7 +49,7 @@ def solve_jointly(network: Network, observed: Observation, output: State, start:
     agrees = max(AGREES, 100 * observed.eps)
     found = gauss_newton(system, SOLVER, None, agrees, system.linearise(start), SCHEDULE)
     if found.distance > agrees:
-        what = f"its input was not found from all its constraints together, misfit {found.distance:.1e}"
+        what = f"its input was not found from all its constraints jointly, misfit {found.distance:.1e}"
         return Stop(network.nodes[-1].op, Cause.NOT_FOUND, what)
     generator = torch.Generator(device=found.x.device).manual_seed(0)
     sure = determine(system, found.x, SOLVER, generator)
@@ -61,7 +61,7 @@ def solve_jointly(network: Network, observed: Observation, output: State, start:
 
 
 def _reports(system: ConstraintSystem, at: Linearisation, sure: Determined) -> dict[int, LayerReport]:
-    """One for each layer; what is said of the constraints is that of all of them together."""
+    """One for each layer; what is reported of the constraints holds for all of them jointly."""
     missed = system.residual(at)
     weight = _relative(missed.weight[0] * system.row_weight, system.output.value * system.row_weight)
     return {

@@ -17,7 +17,7 @@ from rgap.linalg.operator import LinearOperator
 from rgap.nn.ops import Linear
 
 PROBES = 4
-"""Drawn inputs from which the sizes of the rows are told."""
+"""Drawn inputs from which the sizes of the rows are estimated."""
 LIMIT = 100.0
 """Of how much more a layer's gradient rows may weigh than all rows behind them, in squares: beyond it rounding hides
 the others."""

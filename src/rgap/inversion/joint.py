@@ -1,4 +1,4 @@
-"""Where the recursion breaks off: the layers in front of the last certain value, solved together for the input.
+"""Where the recursion breaks off: the layers in front of the last certain value, solved jointly for the input.
 
 These are the paper's virtual constraints (Section 4). What no constraint tells, a prior does.
 """
@@ -122,7 +122,7 @@ def _start(
 
 
 def _refused(system: ConstraintSystem, at: Linearisation) -> str | None:
-    """Why torch cannot push a move of the input through the operations; None if it can."""
+    """Why torch cannot differentiate the operations; None if it can."""
     try:
         jacobian = Jacobian(system, at, {})
         jacobian.normal(probes(jacobian, 1))

@@ -1,4 +1,4 @@
-"""All constraints of a network's layers on its inputs, together (R-GAP's virtual constraints, Section 4).
+"""All constraints of a network's layers on its inputs, jointly (R-GAP's virtual constraints, Section 4).
 
 Of b samples whose gradients were added up, with value and cotangent known at the network's output:
 
