@@ -50,7 +50,7 @@ class Loss(ABC):
 
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of a batch: outputs (b, outputs), labels (b,)."""
-        return self.per_sample(outputs.reshape(-1, self.outputs), labels.reshape(-1)).mean()
+        return self.per_sample(outputs.reshape(-1, self.outputs), labels.reshape(-1).to(outputs)).mean()
 
     def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
         """The mean over a batch whose labels are not certain: weights (b, labels), each row a distribution.
