@@ -151,8 +151,10 @@ class Jacobian(LinearOperator):
         """W'z + K'grad of one layer, folded once."""
         layer, samples = op.layer, self.system.samples
         k = self._each(self._k[at], d)
-        z = layer.weight.new_zeros(d * samples, layer.outputs, layer.positions)
-        z = z if cotangent is None else layer.pack_output(cotangent)
+        if cotangent is None:
+            z = layer.weight.new_zeros(d * samples, layer.outputs, layer.positions)
+        else:
+            z = layer.pack_output(cotangent)
         grad = grad if samples == 1 else grad.repeat_interleave(samples, 0)  # the adjoint of a sum
         x = layer.unpack_input(layer.rows_adjoint(z, grad, k))
         return x.reshape(len(x), *self.at.values[self.system.network.nodes[at].reads[0]].shape[1:])
