@@ -32,6 +32,8 @@ class BlockInput:
 
     x: Tensor
     """(1, *shape)"""
+    cotangent: Tensor
+    """Of the same shape."""
     std: float
     reports: dict[int, LayerReport]
     """By the node of the layer in the block."""
@@ -52,12 +54,14 @@ def solve_jointly(network: Network, observed: Observation, output: State, start:
         what = f"its input was not found from all its constraints jointly, misfit {found.distance:.1e}"
         return Stop(network.nodes[-1].op, Cause.NOT_FOUND, what)
     generator = torch.Generator(device=found.x.device).manual_seed(0)
-    sure = determine(system, found.x, SOLVER, generator)
+    at = system.linearise(found.x)
+    sure = determine(system, at, SOLVER, generator)
     if sure.rank < system.unknowns or sure.condition > OPEN:
         free = f"{system.unknowns - sure.rank} of {system.unknowns} directions"
         what = f"its constraints leave about {free} of its input open, condition {sure.condition:.1e}"
         return Stop(network.nodes[-1].op, Cause.OPEN, what)
-    return BlockInput(found.x, sure.std, _reports(system, system.linearise(found.x), sure))
+    cotangent = torch.zeros_like(at.x) if at.cotangents[0] is None else at.cotangents[0]
+    return BlockInput(at.x, cotangent, sure.std, _reports(system, at, sure))
 
 
 def _reports(system: ConstraintSystem, at: Linearisation, sure: Determined) -> dict[int, LayerReport]:

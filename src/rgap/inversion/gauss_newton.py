@@ -156,8 +156,7 @@ class _Descent:
         return new
 
 
-def determine(system: ConstraintSystem, x: Tensor, solver: Solver, generator: torch.Generator) -> Determined:
+def determine(system: ConstraintSystem, at: Linearisation, solver: Solver, generator: torch.Generator) -> Determined:
     """How well the constraints determine inputs, without the prior, and how far their noise moves them."""
-    at: Linearisation = system.linearise(x)
     jacobian = Jacobian(system, at, {})
     return solver.determine(jacobian, jacobian.weighted(system.noise(generator)))

@@ -75,13 +75,13 @@ class JointSolve:
         direct = Direct(RANK_ROUNDINGS * observed.eps)
         solver: Solver = Iterative() if iterative else direct
         found = gauss_newton(system, solver, prior, tolerance, start, self.continuation)
-        x, distance = found.x, found.distance
+        at, distance = system.linearise(found.x), found.distance
         if distance > tolerance:  # a last unit or two may still be on the wrong side
-            x = refine_sides(system, x, tolerance)
-            distance = system.distance(system.linearise(x))
-        sure = determine(system, x, solver, probe)
+            at = system.linearise(refine_sides(system, found.x, tolerance))
+            distance = system.distance(at)
+        sure = determine(system, at, solver, probe)
         if iterative and sure.rank < system.unknowns <= self.counted:
-            sure = determine(system, x, direct, probe)
+            sure = determine(system, at, direct, probe)
         report = JointReport(
             layers=tuple(layer.name for layer in front.layers) or tuple(node.op.name for node in front.nodes),
             unknowns=system.unknowns,
@@ -92,7 +92,7 @@ class JointSolve:
             converged=distance <= tolerance,
             prior=str(prior),
         )
-        return replace(candidate, value=x, std=sure.std, joint=report, stop=None)
+        return replace(candidate, value=at.x, std=sure.std, joint=report, stop=None)
 
     def _too_large(self, system: ConstraintSystem) -> str:
         count = system.unknowns
