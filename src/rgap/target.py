@@ -152,6 +152,11 @@ class Target:
         return self.loss
 
     @property
+    def mode(self) -> str:
+        """The mode that the model had when the target was made: ``training`` or ``evaluation``."""
+        return "training" if self._modes[0] else "evaluation"
+
+    @property
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 

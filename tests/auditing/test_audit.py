@@ -180,7 +180,7 @@ def test_samples_are_grouped_into_updates(batch_size: int, clients: int, updates
 def test_progress_is_told() -> None:
     steps: list[Step] = []
     audit(open_target(), pictures(2), attacks=[Watched("A"), Silent()], progress=steps.append)
-    assert [step.what for step in steps] == ["rank analysis", "A", "Silent"]
+    assert [step.what for step in steps] == ["labels", "rank analysis", "A", "Silent"]
     assert all(0 <= step.done <= step.total == 4 for step in steps)
 
 
@@ -525,7 +525,7 @@ def test_the_default_attacks_come_in_the_order_of_their_cost() -> None:
     from rgap.auditing import ATTACKS
 
     kinds: list[type[Attack]] = [type(attack) for attack in ATTACKS]
-    assert kinds == [Closed, Bias, IDLG, InvertingGradients]
+    assert kinds == [Bias, Closed, IDLG, InvertingGradients]
     assert Level.EXACT.value == "exact"
 
 

@@ -70,7 +70,7 @@ def test_audit_on_built_in_photographs(capsys: pytest.CaptureFixture[str], tmp_p
     assert document["kind"] == "rgap-audit"
     assert document["verdict"]["headline"] in (tmp_path / "audit.html").read_text()
     assert {attack["name"] for attack in document["attacks"] if attack["samples"]} == {"Closed"}
-    assert [attack["name"] for attack in document["attacks"]] == ["Closed", "Bias", "iDLG", "InvertingGradients"]
+    assert [attack["name"] for attack in document["attacks"]] == ["Bias", "Closed", "iDLG", "InvertingGradients"]
 
 
 def test_layers_solved_jointly_are_told(

@@ -35,6 +35,10 @@ class Attack(ABC):
         """Why this attack has nothing to offer on an update of so many samples; None if it is worth running."""
         return None
 
+    def estimate(self, target: Target, updates: int) -> float | None:
+        """About how many seconds so many updates take on this machine, measured on one step; None if it depends."""
+        return None
+
     @final
     def __call__(self, target: Target, update: Update) -> Reconstruction:
         """Attack one update.

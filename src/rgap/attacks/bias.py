@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from rgap.attacks.base import AS_ONE, MIXTURE, Attack, gradient_residual
+from rgap.attacks.features import layer_input, nonzero
 from rgap.attacks.labels import of_one
 from rgap.attacks.result import Answer, Outcome, Status
 from rgap.attacks.verdict import judge
-from rgap.inversion.bias import Source, cotangent, obstacle_before, read_off, sources
+from rgap.inversion.bias import Source, cotangent, obstacle_before, sources
 from rgap.inversion.history import Paths
 from rgap.inversion.recursion import recurse
 from rgap.inversion.report import LayerReport
@@ -70,8 +71,7 @@ class Bias(Attack):
         return MIXTURE.format(samples) if samples > 1 else None
 
     def run(self, target: Target, update: Update) -> Outcome:
-        # Zeros are a gradient that was withheld.
-        gradients = {name: g.double().to(target.device) for name, g in update.gradients.items() if g.any()}
+        gradients = nonzero(target, update)
         withheld = _withheld(target, update, set(gradients))
         if withheld is not None:
             return withheld
@@ -104,18 +104,12 @@ class Bias(Attack):
         self, network: Network, source: Source, gradients: dict[str, Tensor], dtype: torch.dtype
     ) -> _Inverted | _Obstacle:
         """The model's input from what the source's layer reads; or why there is none."""
-        eps, layer = float(torch.finfo(dtype).eps), source.layer
+        found = layer_input(network, source, gradients, dtype, self.rank_tolerance, self.seed)
+        if isinstance(found, str):
+            return _Obstacle(found)
+        eps = float(torch.finfo(dtype).eps)
         rank_tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
-        probe = torch.Generator(device=network.device).manual_seed(self.seed)
-        k = cotangent(network, source.value_id, gradients)
-        if k is None:
-            return _Obstacle(f"k of {layer.name} is not known")
-        grad = layer.pack_weight(gradients[layer.weight_name][None])
-        found = read_off(source, grad, layer.pack_output(k), dtype, rank_tolerance, probe)
-        if found is None:
-            return _Obstacle(f"the gradient of {layer.name} alone leaves its input open")
-        entry = network.nodes[source.value_id - 1].reads[0]
-        x = layer.unpack_input(found.x).reshape(1, *network.shapes[entry])
+        entry, x = found.value_id, found.x
         if entry == 0:
             return _Inverted(x, found.std, (found.report,))
         before = cotangent(network, entry, gradients)

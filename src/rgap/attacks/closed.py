@@ -120,7 +120,7 @@ class Recursive(BatchAttack):
         answers = [_answer(target, update, end) for end in ends if end.stop is None]
         if not answers:
             stops = dict.fromkeys("; ".join(filter(None, (str(end.stop), end.note))) for end in ends)
-            return Outcome(Status.NOT_CONVERGED, "; ".join(stops), assumptions=assumptions)
+            return Outcome(_failed(ends), "; ".join(stops), assumptions=assumptions)
         best = min(a.gradient_residual for a in answers)
         # Where none agrees, those that come as near as the nearest are no worse than it.
         good = [a for a in answers if a.gradient_residual <= max(tolerance, 3 * best)]
@@ -131,6 +131,8 @@ class Recursive(BatchAttack):
         status, reason = judge_joint(good, tolerance, target.value_range, self.visible)
         if status is Status.NOT_CONVERGED:
             reason += saturated(target, start.output, update.precision, tolerance)
+        if status in (Status.NOT_CONVERGED, Status.RANK_DEFICIENT) and good[0].joint is None:
+            status = _failed(ends, status)
         if update.samples(target) > 1 and status in (Status.EXACT, Status.AMBIGUOUS):
             status, reason = Status.REPRODUCED, f"one input that stands for {update.samples(target)} samples; {reason}"
         return Outcome(status, reason, tuple(good), assumptions)
@@ -160,6 +162,11 @@ class Closed(Recursive):
 
 Virtual = Closed
 """The same, by the name of what it adds to the recursion: virtual constraints (Section 4)."""
+
+
+def _failed(ends: Sequence[Candidate], status: Status = Status.NOT_CONVERGED) -> Status:
+    """The status of candidates that did not lead to the input: cut off where there was no time for all of them."""
+    return Status.CUT_OFF if any(end.cut_off for end in ends) else status
 
 
 def agreement(eps: float) -> float:

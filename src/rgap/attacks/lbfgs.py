@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from rgap.attacks.minimise import Minima, Minimiser, Objective, Project, Record, Termination, Watch
+from rgap.linalg import deadline
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class LBFGS(Minimiser):
             up = search[~fell]
             high[up] = length[up]
             search = search[~(fell & flat)]
-            if not len(search):
+            if not len(search) or deadline.used() >= 1:
                 break
             half = (low[search] + high[search]) / 2
             length[search] = torch.where(high[search].isinf(), 2 * low[search], half)

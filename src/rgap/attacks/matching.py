@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,6 +30,8 @@ from rgap.update import Update
 
 UNIFORM, NORMAL = Uniform(), Normal()
 QUASI_NEWTON = LBFGS()
+AT_ONCE = 1.0
+"""Seconds of one step above which what several systems take together is not tried but multiplied."""
 SIGNED_ADAM = Adam(rate=0.025, signed=True, decay=(3 / 8, 5 / 8, 7 / 8))
 
 
@@ -86,18 +89,34 @@ class Matching(BatchAttack):
 
     def _not_batched(self, target: Target) -> str | None:
         """Why torch.func does not take the model; None if it does."""
+        try:
+            self._step(target, 1)
+        except (RuntimeError, NotImplementedError) as error:
+            return f"torch.func does not take this model: {str(error).strip().splitlines()[0]}"
+        return None
+
+    def _step(self, target: Target, systems: int) -> float:
+        """Seconds of one evaluation of so many systems."""
         gradient = target.gradient_function(self.dtype)
-        x = torch.zeros(1, 1, *target.input_shape, dtype=self.dtype, device=target.device)
-        weights = torch.full((1, 1, len(target.loss.labels) or 1), 0.5, dtype=self.dtype, device=target.device)
+        like, labels = torch.zeros((), dtype=self.dtype, device=target.device), len(target.loss.labels) or 1
+        x = like.new_zeros(systems, target.batch_size, *target.input_shape)
+        weights = like.new_full((systems, target.batch_size, labels), 0.5)
 
         def size(x: Tensor, weights: Tensor) -> Tensor:
             return torch.stack([g.square().sum() for g in gradient(x, weights).values()]).sum()
 
-        try:
-            torch.func.vmap(torch.func.grad(size), randomness="different")(x, weights)
-        except (RuntimeError, NotImplementedError) as error:
-            return f"torch.func does not take this model: {str(error).strip().splitlines()[0]}"
-        return None
+        start = time.perf_counter()
+        torch.func.vmap(torch.func.grad(size), randomness="different")(x, weights)
+        return time.perf_counter() - start
+
+    def estimate(self, target: Target, updates: int) -> float | None:
+        """As if no start ended early, each update with one candidate label; a line search takes a little longer."""
+        systems = max(1, updates) * self.restarts
+        together = min(systems, self.at_once)
+        one = min(self._step(target, 1) for _ in range(2))
+        if one * together <= AT_ONCE:
+            one = min(self._step(target, together) for _ in range(2)) / together
+        return (self.iterations + self.scout) * systems * one
 
     def run_many(self, target: Target, updates: Sequence[Update]) -> list[Outcome]:
         """All updates whose batches have the same size, and that hold the same parameters, are attacked at once."""
@@ -126,12 +145,13 @@ def _outcome(target: Target, update: Update, found: Found) -> Outcome:
             answers.append(Answer(x, y, math.nan, residual, math.nan))
     answers = [a for a in answers if a.gradient_residual <= tolerance] or answers
     steps = f"after {found.iterations[0]} iterations: {found.ended[0]}"
+    failed = Status.CUT_OFF if found.cut_off else Status.NOT_CONVERGED
     if not answers:
         reason = f"the loss was never finite, {steps}"
-        return Outcome(Status.NOT_CONVERGED, reason, assumptions=found.assumptions)
+        return Outcome(failed, reason, assumptions=found.assumptions)
     residual = answers[0].gradient_residual
     reason = f"gradient residual {residual:.1e}, loss {found.losses[0]:.1e} {steps}"
-    status = Status.REPRODUCED if residual <= tolerance else Status.NOT_CONVERGED
+    status = Status.REPRODUCED if residual <= tolerance else failed
     if status is Status.REPRODUCED and len(answers) > 1:
         status, reason = Status.AMBIGUOUS, f"{len(answers)} inputs reproduce the gradient; {reason}"
     return Outcome(status, reason, tuple(answers), found.assumptions)

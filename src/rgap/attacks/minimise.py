@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rgap.linalg import deadline
+
 Objective = Callable[[Float[Tensor, "a d"], Int[Tensor, " a"]], tuple[Float[Tensor, " a"], Float[Tensor, "a d"]]]
 """Values and gradients at x of the systems whose numbers are given."""
 Watch = Callable[[int, float], None]
@@ -47,6 +49,8 @@ class Minima:
     """How many each system took."""
     ended: tuple[str, ...]
     """Why each system ended, in a few words."""
+    cut_off: bool = False
+    """Whether the time was up before all had ended."""
 
 
 class Minimiser(ABC):
@@ -81,6 +85,7 @@ class Record:
         self.marked_at = torch.zeros(len(x), dtype=torch.long, device=x.device)
         self.iterations = torch.zeros(len(x), dtype=torch.long, device=x.device)
         self.ended = [""] * len(x)
+        self.cut_off = False
 
     def note(self, which: Tensor, x: Tensor, value: Tensor, iteration: int) -> Bool[Tensor, " a"]:
         """Take up an iteration of the systems `which`; tells which of them go on."""
@@ -94,6 +99,9 @@ class Record:
         on = torch.ones_like(better)
         on &= self._end(which, ~value.isfinite(), on, "diverged")
         on &= self._end(which, value <= self.stop.value, on, "reached the value asked for")
+        if deadline.used() >= 1 and bool(on.any()):
+            self.cut_off = True
+            on &= self._end(which, torch.ones_like(on), on, "the time was up")
         if self.stop.patience is not None:
             stuck = iteration - self.marked_at[which] >= self.stop.patience
             on &= self._end(which, stuck, on, f"did not fall by a tenth in {self.stop.patience} iterations")
@@ -109,7 +117,7 @@ class Record:
 
     def minima(self) -> Minima:
         ended = tuple(why or "no more were allowed" for why in self.ended)
-        return Minima(self.x, self.value, self.iterations, ended)
+        return Minima(self.x, self.value, self.iterations, ended, self.cut_off)
 
 
 @dataclass(frozen=True)
@@ -135,8 +143,6 @@ class Adam(Minimiser):
         if project is not None:
             project(point)
         optimiser = torch.optim.Adam([point], lr=self.rate)
-        falls = [math.ceil(fraction * stop.iterations) for fraction in self.decay]
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, falls, gamma=0.1)
         on = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for iteration in range(stop.iterations + 1):
             active = which[on]
@@ -148,8 +154,10 @@ class Adam(Minimiser):
             point.grad = torch.zeros_like(point)
             point.grad[active] = gradient.sign() if self.signed else gradient
             held = point[~on].clone()
+            # Where the time runs out before the iterations do, the rate falls with it.
+            passed = max(iteration / max(1, stop.iterations), deadline.used())
+            optimiser.param_groups[0]["lr"] = self.rate * 0.1 ** sum(passed >= fraction for fraction in self.decay)
             optimiser.step()
-            schedule.step()
             point[~on] = held
             if project is not None:
                 project(point)

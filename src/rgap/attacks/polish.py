@@ -17,6 +17,7 @@ from rgap.attacks.labels import one_hot
 from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, Outcome, Reconstruction, Status
 from rgap.inversion.rounding import rounding
+from rgap.linalg import deadline
 from rgap.target import Target
 from rgap.update import Update
 
@@ -71,6 +72,8 @@ class Polish(Attack):
         damping = 1e-3
         for step in range(1, self.steps + 1):
             lowered = False
+            if deadline.used() >= 1:
+                break
             move, size = self._move(residual, x, damping)
             new = x + move
             there = float(residual(new).norm())

@@ -30,6 +30,8 @@ class Status(Enum):
     """The gradient holds nothing: a saturated loss, or a layer whose units are all dead."""
     NOT_CONVERGED = "not converged"
     """No input was found that reproduces the gradient."""
+    CUT_OFF = "cut off"
+    """The time was up before the attack ended; what it gives is the best that it had by then."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,8 @@ class Found:
     iterations: list[int]
     ended: list[str]
     assumptions: tuple[str, ...]
+    cut_off: bool
+    """Whether the time was up before it ended."""
 
 
 class Search:
@@ -162,6 +164,7 @@ class Search:
             [int(minima.iterations[s]) for s in order],
             [minima.ended[s] for s in order],
             (self.assumptions[owner], *smooth, starts),
+            minima.cut_off,
         )
 
 

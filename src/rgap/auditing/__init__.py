@@ -4,7 +4,7 @@ from rgap.auditing.audit import ATTACKS, Audit, Interrupted, audit, audit_update
 from rgap.auditing.describe import describe
 from rgap.auditing.dose_response import Accounting, DoseResponse, Response
 from rgap.auditing.results import AttackRun, Case, Level, Result
-from rgap.auditing.run import Step
+from rgap.auditing.run import Ended, Step
 from rgap.auditing.verdict import Advice, LayerNote, Verdict
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Audit",
     "Case",
     "DoseResponse",
+    "Ended",
     "Interrupted",
     "LayerNote",
     "Level",

@@ -16,8 +16,9 @@ from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients
 from rgap.auditing.document import document
 from rgap.auditing.dose_response import Accounting, DoseResponse, dose_response
 from rgap.auditing.observed import Truth, captured, received
+from rgap.auditing.readout import ReadOut
 from rgap.auditing.results import AttackRun, Case
-from rgap.auditing.run import Run, Step
+from rgap.auditing.run import Ended, Run, Step
 from rgap.auditing.verdict import Verdict, verdict
 from rgap.data import Images
 from rgap.defences import Defence
@@ -28,8 +29,8 @@ from rgap.report import render
 from rgap.target import Target
 from rgap.update import PLAIN, Update
 
-ATTACKS: tuple[Attack, ...] = (Closed(), Bias(), IDLG(iterations=500), InvertingGradients(iterations=1500))
-"""In the order in which they run: those in closed form take seconds, and what they read out exactly needs no other."""
+ATTACKS: tuple[Attack, ...] = (Bias(), Closed(), IDLG(iterations=500), InvertingGradients(iterations=1500))
+"""In the order in which they run, the cheapest first: what one reads out exactly no other is given."""
 NO_DEFENCE = "defences: none was asked for; a sweep measures what it takes to close the leak"
 
 
@@ -46,8 +47,17 @@ class Audit:
     sweeps: tuple[DoseResponse, ...]
     rank: RankAnalysis | None
     not_run: tuple[str, ...]
-    complete: bool
+    ended: Ended
+    unfinished: bool
+    """Whether an attack that was put off or cut off might still find what none has found."""
+    read: ReadOut | None
+    """What the updates gave away before any attack; None if nobody looked."""
     seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing was put off."""
+        return self.ended is Ended.WHOLE
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,7 +70,8 @@ class Audit:
 
     @property
     def verdict(self) -> Verdict:
-        return verdict(self.cases, self.sweeps, self.rank, self.target)
+        unfinished = self.ended if self.unfinished else Ended.WHOLE
+        return verdict(self.cases, self.sweeps, self.rank, self.target, self.read, unfinished)
 
     @property
     def summary(self) -> str:
@@ -147,7 +158,8 @@ def audit(
         protocol: what a client does between its data and what it sends.
         accounting: to give an epsilon for each strength of DPSGD; None: none is given.
         seed: of the defences' noise.
-        budget: seconds after which no further attack is begun; what was left out is listed.
+        budget: seconds, shared out evenly among the attacks that are left; one that takes longer is cut off, and what
+            was cut off or left out is listed.
         folder: where results are kept as they come; an audit that was interrupted goes on from there.
         fresh: forget what is in the folder.
         about: model, data and command in words, for the report.
@@ -216,6 +228,7 @@ def _finished(run: Run, defences: Sequence[Defence], accounting: Accounting | No
         elif defences:
             run.not_run.append("the defences: nothing leaked that they could close")
     except KeyboardInterrupt as error:
+        run.ended = Ended.INTERRUPTED
         run.put_off("the rest", "interrupted, the same audit goes on when it is run again")
         raise Interrupted(_audit(run, sweeps)) from error
     return _audit(run, sweeps)
@@ -233,6 +246,8 @@ def _audit(run: Run, sweeps: Sequence[DoseResponse]) -> Audit:
         sweeps=tuple(sweeps),
         rank=run.rank,
         not_run=tuple(run.not_run),
-        complete=run.complete,
+        ended=run.ended,
+        unfinished=run.unfinished,
+        read=run.read,
         seconds=run.seconds,
     )

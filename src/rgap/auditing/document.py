@@ -37,6 +37,7 @@ def document(audit: Audit) -> dict[str, Any]:
             "format": FORMAT,
             "kind": "rgap-audit",
             "complete": audit.complete,
+            "ended": audit.ended.value,
             "made": {
                 "rgap": version("rgap"),
                 "torch": torch.__version__,

@@ -7,13 +7,16 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rgap.attacks import Attack, Reconstruction
+from rgap.attacks import Attack, Reconstruction, Status
 from rgap.auditing.observed import Observed, digest
+from rgap.auditing.readout import ReadOut, read_out
 from rgap.auditing.results import AttackRun, Case, Level, Result, from_certificate, judge, span
+from rgap.linalg.deadline import OutOfTime, used, within
 from rgap.protocol import Protocol
 from rgap.rank import RankAnalysis, rank_analysis
 from rgap.store import Row, Store
@@ -24,7 +27,9 @@ RESULTS = 2
 """Version of what is kept in the folder of an audit."""
 CHUNK = 8
 """Updates of one call of an attack: what an interruption can cost."""
-LATE = "the time was up"
+LATE, CUT_OFF = "the time was up", "cut off when the time was up"
+QUICK = 10.0
+"""Seconds for what is told before any attack."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,19 @@ class Step:
     what: str
     done: int
     total: int
+    note: str = ""
+    """What is known by now, for people who wait."""
+
+
+class Ended(Enum):
+    """How an audit ended."""
+
+    WHOLE = "whole"
+    """Nothing was put off."""
+    TIME = "out of time"
+    """The budget was spent before all was done."""
+    INTERRUPTED = "interrupted"
+    """Someone, or the machine, asked it to stop."""
 
 
 @dataclass
@@ -51,11 +69,13 @@ class Run:
     about: Mapping[str, Any]
     progress: Callable[[Step], None] | None
     not_run: list[str] = field(default_factory=list)
-    complete: bool = True
-    """Whether nothing was put off."""
+    ended: Ended = Ended.WHOLE
+    unfinished: bool = False
+    """Whether an attack might still find what none has found."""
     found: dict[str, list[Result]] = field(default_factory=dict)
     """By key, what one attack made of one update's samples."""
     rank: RankAnalysis | None = None
+    read: ReadOut | None = None
 
     def __post_init__(self) -> None:
         self.start = time.perf_counter()
@@ -93,26 +113,69 @@ class Run:
     def put_off(self, what: str, why: str = LATE) -> None:
         """Note what is left to do."""
         self.not_run.append(f"{what}: {why}")
-        self.complete = False
+        if self.ended is Ended.WHOLE:
+            self.ended = Ended.TIME
 
-    def tell(self, what: str, done: int = 0) -> None:
+    def tell(self, what: str, done: int = 0, note: str = "") -> None:
         """Say how far it is."""
         if self.progress is not None:
-            self.progress(Step(what, done, len(self.updates) * max(1, len(self.attacks))))
+            self.progress(Step(what, done, len(self.updates) * max(1, len(self.attacks)), note))
 
     def attack(self) -> None:
-        """Rank analysis, then every attack on every update that none before it recovered exactly."""
-        self.tell("rank analysis")
-        if self.target.graph.uses:
-            self.rank = rank_analysis(self.target, batch_size=self.group)
-        else:
-            self.not_run.append("rank analysis: the model cannot be traced")
+        """Labels, features and ranks, then every attack on every update that none before it recovered exactly."""
+        self.tell("labels", note=self._plan() if self.progress is not None else "")
+        with within(QUICK):
+            self.read = read_out(self.target, self.observed)
+        self.tell("rank analysis", note=f"Read off at once: {self.read.told}." if self.read.told else "")
+        self._rank()
+        note = "" if self.rank is None else self.rank.verdict
+        self.unfinished = True
+        short: list[tuple[Attack, int]] = []
         for number, attack in enumerate(self.able):
             left = {at: update for at, update in enumerate(self.updates) if not self._exact(at, self.able[:number])}
-            self.tell(attack.name, number * len(self.updates))
-            begun = self.results(attack, left)
-            if len(begun) < len(left):
-                self.put_off(f"{attack.name} on {len(left) - len(begun)} updates")
+            self.tell(attack.name, number * len(self.updates), note)
+            note = ""
+            with within(self._share(len(self.able) - number)):
+                begun = self.results(attack, left)
+            short += [(attack, at) for at in left if at not in begun or any(map(_cut_off, begun[at]))]
+        short = [(attack, at) for attack, at in short if not self._exact(at, self.able)]
+        for attack in self.able:
+            own = [self.of_update(at, [attack]) for each, at in short if each is attack]
+            for why, count in ((LATE, own.count([])), (CUT_OFF, len(own) - own.count([]))):
+                if count:
+                    self.put_off(f"{attack.name} on {count} updates", why)
+        self.unfinished = bool(short)
+
+    def _rank(self) -> None:
+        """Ranks as far as they are measured in a moment, else the counts alone."""
+        if not self.target.graph.uses:
+            self.not_run.append("rank analysis: the model cannot be traced")
+            return
+        try:
+            with within(QUICK if self.budget is None else min(QUICK, max(self.budget / 4, 1.0))):
+                self.rank = rank_analysis(self.target, batch_size=self.group)
+        except OutOfTime:
+            self.rank = rank_analysis(self.target, batch_size=self.group, measure=False)
+            self.not_run.append("measuring ranks: it takes too long here; rgap.rank_analysis does it by itself")
+
+    def _share(self, attacks: int) -> float | None:
+        """Seconds for the next of so many attacks that are left: what one does not need the others have."""
+        return None if self.budget is None else max(self.budget - self.seconds, 0.0) / attacks
+
+    def _plan(self) -> str:
+        """What will be tried, and about how long it takes here."""
+        if not self.able:
+            return "No attack applies to this model."
+        updates = len(self.updates)
+        parts = []
+        for attack in self.able:
+            seconds = attack.estimate(self.target, updates)
+            parts.append(attack.name if seconds is None else f"{attack.name} (about {_rounded(seconds)} here)")
+        count = sum(each.samples for each in self.observed)
+        what = f"{', '.join(parts)} on {count} sample{'s' if count > 1 else ''} in {self.target.mode} mode"
+        if self.budget is None:
+            return f"Trying {what}, as long as that takes."
+        return f"Trying {what}, for {_rounded(self.budget)} at the most (--budget)."
 
     def results(self, attack: Attack, updates: Mapping[int, Update], defence: str = "") -> dict[int, list[Result]]:
         """One attack on updates by their number, from the store those that are there; fewer if the time is up."""
@@ -124,12 +187,17 @@ class Run:
                 self.found[key] = [Result.from_dict(each, row.tensors.get(str(n))) for n, each in results]
         left = [at for at, key in keys.items() if key not in self.found]
         for start in range(0, len(left), CHUNK):
-            if self.late:
+            if self.late or used() >= 1:
                 break
             chunk = left[start : start + CHUNK]
-            for at, each in zip(chunk, attack.many(self.target, [updates[at] for at in chunk]), strict=True):
+            try:
+                attacked = attack.many(self.target, [updates[at] for at in chunk])
+            except OutOfTime:
+                break
+            for at, each in zip(chunk, attacked, strict=True):
                 own = self.found[keys[at]] = self._judged(self.observed[at], each)
-                if self.store is not None:
+                # What was cut off is done again when there is more time.
+                if self.store is not None and each.status is not Status.CUT_OFF:
                     tensors = {str(n): result.inputs for n, result in enumerate(own) if result.inputs is not None}
                     self.store.add(keys[at], Row({"results": [result.to_dict() for result in own]}, tensors))
         return {at: self.found[key] for at, key in keys.items() if key in self.found}
@@ -172,6 +240,17 @@ class Run:
     def leaks(self) -> bool:
         """Whether any sample came back."""
         return any(any_seen(results) for results in self.found.values())
+
+
+def _cut_off(result: Result) -> bool:
+    return result.status is Status.CUT_OFF
+
+
+def _rounded(seconds: float) -> str:
+    """A time in words, no more precise than it is known."""
+    if seconds < 1:
+        return "a second"
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
 
 def _key(attack: Attack, at: int, defence: str = "") -> str:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from rgap.attacks import Status
 from rgap.attacks.last_layer import obstacle
 from rgap.auditing.dose_response import DoseResponse, Response
+from rgap.auditing.readout import ReadOut
 from rgap.auditing.results import EXACT_PSNR, FOUND_FREE, RECOGNISABLE_PSNR, RECOGNISABLE_SSIM, Case, Level
+from rgap.auditing.run import Ended
 from rgap.rank import RankAnalysis
 from rgap.target import Target
 
@@ -56,9 +58,19 @@ class Verdict:
 
 
 def verdict(
-    cases: Sequence[Case], sweeps: Sequence[DoseResponse], rank: RankAnalysis | None, target: Target
+    cases: Sequence[Case],
+    sweeps: Sequence[DoseResponse],
+    rank: RankAnalysis | None,
+    target: Target,
+    read: ReadOut | None = None,
+    ended: Ended = Ended.WHOLE,
 ) -> Verdict:
-    """What the results mean for someone who must decide."""
+    """What the results mean for someone who must decide.
+
+    Args:
+        read: what the updates gave away before any attack.
+        ended: what kept an attack from finding what it might still have found, if anything did.
+    """
     count = len(cases)
     exact = sum(case.level is Level.EXACT for case in cases)
     seen = sum(case.level is not Level.NOTHING for case in cases)
@@ -83,14 +95,25 @@ def verdict(
     else:
         level = Level.NOTHING
         headline = f"None of the {count} samples was recovered by the attacks that were tried."
+    told = "" if read is None else read.told
+    if tried and level is Level.NOTHING and told:
+        headline = f"{headline[:-1]}, but {told} were read off."
     return Verdict(
         level,
-        headline,
-        tuple(_sentences(cases, exact, seen)),
+        _so_far(headline, ended, exact == count),
+        tuple(_sentences(cases, exact, seen, told)),
         _layer(rank, seen > 0),
         tuple(_advice(sweeps)) if seen else (),
         (*_limits(target), *_unknown(unknown, count)),
     )
+
+
+def _so_far(headline: str, ended: Ended, all_exact: bool) -> str:
+    """The headline, which is no result where an attack might still have found more."""
+    if ended is Ended.WHOLE or all_exact:
+        return headline
+    how = "The time was up" if ended is Ended.TIME else "The audit was interrupted"
+    return f"{how} before every attack had ended. So far: {headline[0].lower()}{headline[1:]}"
 
 
 def _many(some: int, count: int, what: str) -> str:
@@ -99,7 +122,7 @@ def _many(some: int, count: int, what: str) -> str:
     return f"{some} of {count} samples {what}."
 
 
-def _sentences(cases: Sequence[Case], exact: int, seen: int) -> list[str]:
+def _sentences(cases: Sequence[Case], exact: int, seen: int, told: str) -> list[str]:
     count = len(cases)
     others = sum(case.truth is None and case.level is Level.NOTHING for case in cases)
     tail = f"; of {others} nobody can say: there is nothing to compare with" if others else ""
@@ -122,6 +145,8 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int) -> list[str]:
         )
         if all(r.labels_right for r in compared):
             found.append("The label of each of them was inferred as well; the attack was told nothing.")
+    if told:
+        found.append(f"Read off at once, without any search: {told}.")
     return found
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -35,7 +39,11 @@ def audit_options(of: str, json_help: str) -> Callable[[F], F]:
     return options(
         attack_options(default=None),
         click.option(
-            "--budget", type=click.FloatRange(min=0), help=f"Seconds for {of} after which no further attack is begun."
+            "--budget",
+            type=click.FloatRange(min=0),
+            default=120.0,
+            show_default=True,
+            help=f"Seconds for {of}, shared out among the attacks; one that takes longer is cut off, and named.",
         ),
         click.option(
             "--fail-if",
@@ -87,7 +95,7 @@ class AuditRun:
 
         self.out.mkdir(parents=True, exist_ok=True)
         interrupted = False
-        with bar(Console(stderr=True), self.as_json) as step:
+        with bar(Console(stderr=True), self.as_json) as step, ended_by_termination():
             try:
                 result = audit(
                     attacks=self.attacks,
@@ -95,7 +103,7 @@ class AuditRun:
                     folder=self.out / results,
                     fresh=self.fresh,
                     about={**about, "command": "rgap " + shlex.join(sys.argv[1:])},
-                    progress=lambda now: step(now.what, now.done, now.total),
+                    progress=lambda now: step(now.what, now.done, now.total, now.note),
                 )
             except Interrupted as error:
                 result, interrupted = error.audit, True
@@ -116,6 +124,23 @@ class AuditRun:
         if self.failed:
             click.echo(f"rgap: {self.fail_if} holds", err=True)
             raise click.exceptions.Exit(FAILED)
+
+
+@contextmanager
+def ended_by_termination() -> Iterator[None]:
+    """A request to terminate, as a scheduler or `timeout` sends it, ends what runs inside as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _attacks(attack: tuple[str, ...], iterations: int | None, restarts: int | None, polish: bool) -> tuple[Attack, ...]:

@@ -59,11 +59,12 @@ def status(quiet: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def bar(console: Console, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+def bar(console: Console, quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]:
     """A bar over steps, with how far the attack of the present one has come.
 
     Yields:
-        To be called before each step, with its name, its number from 0, and the number of all.
+        To be called before each step, with its name, its number from 0, the number of all, and a line to be printed
+        above, or none.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -74,9 +75,11 @@ def bar(console: Console, quiet: bool) -> Iterator[Callable[[str, int, int], Non
         task = progress.add_task("starting", total=None)
         present = ""
 
-        def step(what: str, done: int, total: int) -> None:
+        def step(what: str, done: int, total: int, note: str) -> None:
             nonlocal present
             present = what
+            if note and not quiet:
+                progress.console.print(note, highlight=False, markup=False, soft_wrap=not console.is_terminal)
             if progress.tasks[0].total is None:  # what was done before took no time now
                 progress.reset(task, total=total, completed=done, description=what)
             else:

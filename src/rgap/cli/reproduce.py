@@ -64,7 +64,7 @@ def command(name: str | None, out: Path, fresh: bool, as_json: bool, **named: An
         return
     chosen, options, folder = by_name(name), Options(**named), out / name
     with bar(Console(stderr=True), as_json) as step:
-        rows = reproduce(chosen, options, folder, fresh, step)
+        rows = reproduce(chosen, options, folder, fresh, lambda what, done, total: step(what, done, total, ""))
     if as_json:
         click.echo(json.dumps(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))))
         return

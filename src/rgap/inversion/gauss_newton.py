@@ -16,6 +16,7 @@ from rgap.inversion.jacobian import Jacobian
 from rgap.inversion.pattern import Pattern, changed_sides, least_certain
 from rgap.inversion.prior import Prior
 from rgap.inversion.system import ConstraintSystem, Linearisation
+from rgap.linalg import deadline
 from rgap.linalg.least_squares import Determined, Regulariser, Solver
 
 
@@ -111,6 +112,7 @@ class _Descent:
         best = Solution(at.x, torch.inf, 0)
         fewest, progress, count, step = torch.inf, 0, 0, 0
         for step in range(schedule.max_steps):
+            deadline.check()
             again, last = last, weight == schedule.final  # without the prior: the solve before, this one
             before, at = at, self._step(at, uncertain, weight, last)
             if not bool(at.x.isfinite().all()):

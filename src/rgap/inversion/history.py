@@ -83,6 +83,8 @@ class Candidate:
     margin: float = float("nan")
     joint: JointReport | None = None
     note: str = ""
+    cut_off: bool = False
+    """Whether the time was up before what was left open was solved."""
 
     def scaled(self, factor: float, label: Tensor, margin: float) -> Candidate:
         """The same direction for another candidate, in a network that scales."""

@@ -26,6 +26,7 @@ from rgap.inversion.report import layer_report
 from rgap.inversion.rounding import rounding
 from rgap.inversion.sides import branches, choose_side, other_side
 from rgap.inversion.state import Cause, Observation, State, Stop
+from rgap.linalg import deadline
 from rgap.nn.activations import Activation, NonMonotone
 from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Elementwise, Linear, Norm, Op
@@ -45,6 +46,7 @@ def recurse(
         report: is called with the number of segments that were passed.
     """
     for count, segment in enumerate(reversed(network.segments)):
+        deadline.check()
         report(count, float("nan"))
         op = network.nodes[segment.nodes[-1]].op
         paths = paths.at(segment.exit)

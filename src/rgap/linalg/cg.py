@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float
 from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
+from rgap.linalg import deadline
+
 
 @dataclass(frozen=True)
 class Result:
@@ -67,6 +69,7 @@ def solve(
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     for _ in range(steps):
+        deadline.check()
         going = square > target
         if not bool(going.any()):
             break

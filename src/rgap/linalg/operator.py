@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.linalg import deadline
+
 CHUNK_VALUES = 2**24
 """Values that unit vectors pushed at once may take inside an operator."""
 
@@ -54,6 +56,7 @@ class LinearOperator(ABC):
         """The unit vectors, in chunks that memory holds."""
         count, chunk = self.unknowns, max(1, min(512, CHUNK_VALUES // max(1, self.values)))
         for start in range(0, count, chunk):
+            deadline.check()
             size = min(chunk, count - start)
             units = self.like.new_zeros(size, count)
             units[torch.arange(size), start + torch.arange(size)] = 1.0

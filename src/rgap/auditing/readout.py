@@ -1,0 +1,116 @@
+"""What updates give away at once, before any attack: labels, and what the first layer that can be read reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rgap.attacks import candidates
+from rgap.attacks.features import features
+from rgap.auditing.observed import Observed
+from rgap.linalg import deadline
+from rgap.target import Target
+
+AGREES = 1e-3
+"""Values that differ by less, relative to the largest of them, were read off exactly."""
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """Of all samples together."""
+
+    samples: int
+    """That were looked at."""
+    labels: int = 0
+    """Whose label the update leaves no doubt of, and that is right as far as anyone knows."""
+    known: bool = True
+    """Whether everything could be compared."""
+    layer: str = ""
+    """That reads the features; empty if none were read off."""
+    values: int = 0
+    """That it reads."""
+    features: int = 0
+    """Samples of which they were read off, exactly as far as anyone knows."""
+
+    @property
+    def labels_told(self) -> str:
+        """Whose labels, for a sentence; empty if nobody's."""
+        return _of("the label", "the labels", self.labels, self.samples)
+
+    @property
+    def features_told(self) -> str:
+        """Which features, for a sentence; empty if none."""
+        if not self.features:
+            return ""
+        of = "" if self.features == self.samples else f" of {self.features} of {self.samples} samples"
+        return f"all {self.values} values that {self.layer} reads{of}"
+
+    @property
+    def told(self) -> str:
+        """Everything, in the order of what it is worth; empty if it is nothing."""
+        return " and ".join(filter(None, (self.features_told, self.labels_told)))
+
+
+def _of(one: str, several: str, some: int, count: int) -> str:
+    if not some:
+        return ""
+    if some == count:
+        return f"{one} of the sample" if count == 1 else f"{several} of all {count} samples"
+    return f"{several if some > 1 else one} of {some} of {count} samples"
+
+
+def read_out(target: Target, observed: Sequence[Observed]) -> ReadOut:
+    """Look at each update as long as there is time; what was not looked at does not count."""
+    labels, samples, found = 0, 0, []
+    for each in observed:
+        if deadline.used() >= 1:
+            break
+        samples += each.samples
+        labels += _labels(target, each)
+        if each.samples == 1:
+            found.append(_features(target, each))
+    read = [one for one in found if one is not None]
+    layer, values = Counter(read).most_common(1)[0][0] if read else ("", 0)
+    known = all(each.truth is not None for each in observed)
+    return ReadOut(samples, labels, known, layer, values, read.count((layer, values)))
+
+
+def _labels(target: Target, observed: Observed) -> int:
+    """How many labels of one update are certain, and right where they are known."""
+    update, _ = observed.update.to_gradient(target)
+    try:
+        possible = candidates(target, update).labels if update.norm > 0 else ()
+    except ValueError:
+        return 0
+    if len(possible) != 1:
+        return 0
+    told = possible[0].tolist()
+    if observed.labels is None:
+        return len(told)
+    if target.loss.labels:
+        return (Counter(told) & Counter(observed.labels)).total()
+    return sum(abs(a - b) <= AGREES * max(1.0, abs(b)) for a, b in zip(told, observed.labels, strict=True))
+
+
+def _features(target: Target, observed: Observed) -> tuple[str, int] | None:
+    """The layer whose input was read off, and how many values those are; None if there is none, or it is another."""
+    update, _ = observed.update.to_gradient(target)
+    found = features(target, update)
+    if found is None or found.value_id == 0:
+        return None
+    if observed.truth is not None and not _agrees(_value(target, observed.truth, found.value_id), found.x):
+        return None
+    return found.layer, found.x.numel()
+
+
+def _value(target: Target, truth: Tensor, value_id: int) -> Tensor:
+    with torch.no_grad():
+        return target.network.forward(truth.double().to(target.device))[value_id]
+
+
+def _agrees(truth: Tensor, found: Tensor) -> bool:
+    return bool((truth - found).abs().max() <= AGREES * truth.abs().max())
