@@ -19,6 +19,9 @@ from hypothesis import HealthCheck, Phase, register_random, settings
 from hypothesis.internal.conjecture import providers
 
 sys.path.insert(0, str(Path(__file__).parent))
+import shapes
+
+shapes.thin_out()
 
 # No check hangs on the clock: neither a deadline nor the one for slow drawing.
 STILL = {"database": None, "deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
@@ -48,7 +51,8 @@ register_random(TORCH)
 
 
 def seed_all(name: str, config: pytest.Config) -> None:
-    """Seed every global generator from a name."""
+    """Seed every global generator from a name; and check shapes anew, which draws too."""
+    shapes.calls.clear()
     number = zlib.crc32(f"{name} {config.option.hypothesis_seed}".encode())
     random.seed(number)
     np.random.seed(number)

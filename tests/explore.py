@@ -74,8 +74,8 @@ def remedy(note: str, item: pytest.Item, seed: int) -> str:
 class Rounds:
     """A plugin of pytest: rounds of the tests that draw, each with a seed of its own, until the time is over."""
 
-    def __init__(self, out: IO[str]):
-        self.out = out
+    def __init__(self, out: IO[str], minutes: float):
+        self.out, self.minutes = out, minutes
         self.seed, self.rounds, self.runs = 0, 0, 0
         self.failures: dict[str, int] = {}
         self.seen: set[str] = set()
@@ -93,6 +93,10 @@ class Rounds:
         if not session.items:
             self.say("No test here draws examples.")
             return True
+        # Whatever runs at the end is given up: raising an error in the middle of a test would look like a failure.
+        timer = threading.Timer(60 * self.minutes, lambda: os._exit(self.summary()))
+        timer.daemon = True
+        timer.start()
         while True:
             self.rounds, self.seed = self.rounds + 1, secrets.randbits(32)
             self.say(f"Round {self.rounds}: {len(session.items)} tests, seed {self.seed}.")
@@ -142,11 +146,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (default 10)")
     parser.add_argument("paths", nargs="*", default=["tests"], help="files or tests (default all)")
     asked = parser.parse_args(arguments)
-    rounds = Rounds(os.fdopen(os.dup(1), "w"))
-    # Whatever runs then is given up: raising an error in the middle of a test would look like a failure.
-    timer = threading.Timer(60 * asked.minutes, lambda: os._exit(rounds.summary()))
-    timer.daemon = True
-    timer.start()
+    rounds = Rounds(os.fdopen(os.dup(1), "w"), asked.minutes)
     # With a seed given, whichever it is, the profile is that which draws others. What pytest says itself is left out.
     ended = pytest.main(["--hypothesis-seed=0", "-p", "no:terminal", "-p", "no:cacheprovider", *asked.paths], [rounds])
     rounds.say(f"Nothing was drawn: pytest ended with {ended!r}. `python -m pytest --collect-only` says why.")

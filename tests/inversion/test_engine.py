@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -64,6 +65,7 @@ class Case:
         return {node: mask}
 
 
+@cache
 def case(name: str, samples: int) -> Case:
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -1,0 +1,63 @@
+"""Shapes in annotations are checked at a test's first call with arguments of such types and shapes, then more rarely.
+
+A check takes longer than most of what it checks, and solvers call the same products ten thousand times.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jaxtyping
+import torch
+
+calls: Counter[Hashable] = Counter()
+"""Of each kind, in the test that runs: cleared before each, so that what fails hangs on no other test."""
+
+
+def thin_out() -> None:
+    """To be called before anything is imported that is checked."""
+    every = jaxtyping.jaxtyped
+
+    def jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
+        check = every(typechecker=typechecker)
+
+        def decorate(plain: Any) -> Any:
+            if not isinstance(plain, type):
+                return thinned(plain, check(plain))
+            init = plain.__init__
+            checked: Any = check(plain)
+            if checked.__init__ is not init:
+                checked.__init__ = thinned(init, checked.__init__)
+            return checked
+
+        return decorate
+
+    jaxtyping.jaxtyped = jaxtyped
+
+
+def thinned(plain: Callable[..., Any], checked: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, checked at the first, second, fourth, eighth ... call of each kind."""
+
+    @functools.wraps(plain)
+    def call(*args: Any, **named: Any) -> Any:
+        key = (plain, *map(_kind, args), *map(_kind, named.items()))
+        before = calls[key]
+        result = plain(*args, **named) if before & (before + 1) else checked(*args, **named)
+        calls[key] += 1
+        return result
+
+    return call
+
+
+def _kind(value: Any) -> Hashable:
+    """All that an annotation can speak of."""
+    if isinstance(value, torch.Tensor):
+        return type(value), value.dtype, value.shape
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_kind, value)
+    if isinstance(value, dict):
+        return dict, *map(_kind, value.items())
+    return value if isinstance(value, (str, type)) else type(value)
