@@ -6,13 +6,13 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from rgap.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def is_picture(shape: tuple[int, ...]) -> bool:
@@ -30,6 +30,8 @@ def show(axes: Axes, picture: Tensor, value_range: tuple[float, float]) -> None:
 
 def single(picture: Tensor, value_range: tuple[float, float], path: str | Path) -> None:
     """Write one input (channels, height, width) as a PNG, enlarged to be seen."""
+    from matplotlib.figure import Figure  # takes a second, which only pictures need
+
     figure = Figure(figsize=(4, 4 * picture.shape[1] / picture.shape[2]), dpi=100)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_axis_off()

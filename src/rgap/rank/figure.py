@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from typing import TYPE_CHECKING
 
 from rgap.files import write_atomically
 from rgap.rank.analysis import RankAnalysis
 from rgap.rank.counts import LayerRank
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _UNKNOWNS, _FREE = "#4a4a4a", "#d1495b"
 _ROWS = (
@@ -32,6 +32,9 @@ def plot(analysis: RankAnalysis, path: str | Path) -> None:
 
     The measured free dimensions, where there are any, are the red part of the unknowns; an index above 0 is red too.
     """
+    from matplotlib.figure import Figure  # takes a second, which only pictures need
+    from matplotlib.patches import Patch
+
     layers = analysis.layers
     lying = len(layers) > CROWDED
     size = (9.0, 1.6 + 0.2 * len(layers)) if lying else (max(6.0, 1.05 * len(layers) + 2.4), 4.2)
