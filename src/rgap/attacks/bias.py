@@ -89,7 +89,12 @@ class Bias(Attack):
     def _outcome(self, target: Target, update: Update, source: Source, found: _Inverted) -> Outcome:
         """With the label under which the recomputed gradient comes nearest, and the verdict."""
         inputs = found.x.reshape(1, *target.input_shape)
-        possible = of_one(target, update)
+        try:
+            possible = of_one(target, update)
+        except ValueError as error:  # the input is there all the same, and nothing to recompute its gradient with
+            unknown = Answer(inputs, torch.full((1,), math.nan), math.nan, math.nan, found.std, found.layers)
+            told = f"the input was read off, but its label was not: {error}"
+            return Outcome(Status.NOT_CONVERGED, told, (unknown,), (_assumed(source, found.layers),))
         residuals = [gradient_residual(target, update, inputs, y) for y in possible.labels]
         best = min(range(len(residuals)), key=residuals.__getitem__)
         label = possible.labels[best].to(inputs.device)
