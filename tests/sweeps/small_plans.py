@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
-from rgap.sweeps import SweepStore
+from rgap.sweeps import Plan, Progress, Summary, SweepStore, sweep, work
 
 MODELS = '''
 import os
@@ -35,14 +36,6 @@ def make(seed=0, width=20):
 
 def slow(seed=0):
     time.sleep(float(os.environ.get("RGAP_TEST_NAP", "0.2")))
-    return make(seed)
-
-
-def deadly(seed=0):
-    """Kills its process the first time that it makes the network of seed 3 in a worker."""
-    if seed == 3 and (HERE / "poison").exists():
-        (HERE / "poison").unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
     return make(seed)
 
 
@@ -103,6 +96,16 @@ def start(folder: Path, *arguments: str, shell: str = "", **environment: str) ->
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def here(plan: Path, progress: Callable[[Progress], None] | None = None, nap: float = 0.0) -> Summary:
+    """What is left of a plan, done in this process: where it is not the one to be killed, that saves starting one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RGAP_TEST_NAP", str(nap))
+        patch.setattr(sys, "path", [str(plan.parent), *sys.path])
+        patch.delitem(sys.modules, "small_sweep_models", raising=False)
+        work._target.cache_clear()  # of models by the same name in another test's folder
+        return sweep(Plan.load(plan), plan.with_suffix(".sqlite"), progress=progress)
 
 
 def ended(process: subprocess.Popen[str], code: int = 0, seconds: float = 120.0) -> str:

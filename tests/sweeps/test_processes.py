@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_plans import done, ended, home, kill, outcomes, start, toml, until, workers
+from small_plans import done, ended, here, home, kill, outcomes, start, toml, until, workers
 
-from rgap.sweeps import SweepStore
+from rgap.sweeps import Progress, SweepStore
 from rgap.sweeps.engine import AHEAD
 
 
@@ -26,10 +26,10 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, object]]:
-    """What the 12 jobs find in a process of their own, undisturbed."""
+    """What the 12 jobs find undisturbed."""
     folder = home(tmp_path_factory.mktemp("alone"))
     plan = toml(folder, seeds=12, name="alone")
-    ended(start(folder, str(plan), "--workers", "1"))
+    here(plan)
     found = outcomes(folder / "alone.sqlite")
     assert len(found) == 12
     assert {row["state"] for row in found.values()} == {"done"}
@@ -57,8 +57,8 @@ def test_a_run_that_is_killed_goes_on_and_does_nothing_twice(folder: Path, alone
     kill(first)
     before = done(store)
     assert 3 <= before < 12
-    output = ended(start(folder, str(plan), "--workers", "1", "--json", RGAP_TEST_NAP="0"))
-    assert f'"before": {before}, "done": {12 - before}' in output
+    found = here(plan)
+    assert (found.before, found.done) == (before, 12 - before)
     assert same_but_for_the_model(outcomes(store), alone)
     # The one that was being done began twice, no other.
     assert sorted(attempts(store)) == [1] * 11 + [2]
@@ -101,7 +101,7 @@ def test_the_workers_of_a_run_that_is_killed_do_not_stay(folder: Path) -> None:
     kill(run)
     _, alive = psutil.wait_procs(left, timeout=30)
     assert not alive
-    ended(start(folder, str(plan), "--workers", "1", RGAP_TEST_NAP="0"))
+    here(plan)
     assert sum(attempts(store)) <= 12 + 2 * AHEAD
 
 
@@ -117,24 +117,29 @@ def test_a_job_that_kills_its_workers_fails_and_the_others_do_not(folder: Path) 
 
 def test_two_runs_share_a_store(folder: Path, alone: dict[str, dict[str, object]]) -> None:
     plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
-    runs = [start(folder, str(plan), "--workers", "1", "--json", RGAP_TEST_NAP="0.3") for _ in range(2)]
-    output = [ended(run) for run in runs]
+    other = start(folder, str(plan), "--workers", "1", "--json", RGAP_TEST_NAP="0.3")
+    until(lambda: done(store) >= 1)
+    found = here(plan, nap=0.3)
+    output = ended(other)
     assert same_but_for_the_model(outcomes(store), alone)
     assert attempts(store) == [1] * 12  # nothing was done twice
-    own = [int(each.split('"done": ')[1].split(",")[0]) for each in output]
+    own = [int(output.split('"done": ')[1].split(",")[0]), found.done]
     assert sum(own) == 12
     assert min(own) > 0
 
 
 def test_what_a_dead_run_had_taken_is_done_by_the_one_that_lives(folder: Path) -> None:
-    plan, store = toml(folder, "slow", seeds=6), folder / "plan.sqlite"
+    plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
     doomed = start(folder, str(plan), "--workers", "1", RGAP_TEST_NAP="0.4")
     until(lambda: done(store) >= 1)
-    other = start(folder, str(plan), "--workers", "1", "--json", RGAP_TEST_NAP="0.4")
-    until(lambda: done(store) >= 3)
-    kill(doomed)
-    ended(other)
-    assert done(store) == 6
+
+    def at_three(progress: Progress) -> None:
+        if progress.done >= 3 and doomed.poll() is None:
+            kill(doomed)
+
+    here(plan, at_three, nap=0.4)
+    assert doomed.poll() == -signal.SIGKILL
+    assert done(store) == 12
 
 
 FULL = 240
@@ -151,8 +156,7 @@ def test_a_full_disk_ends_the_run_and_spoils_nothing(folder: Path, alone: dict[s
     assert "Traceback" not in output
     before = done(store)
     assert before < 200
-    assert "200 jobs" in ended(start(folder, str(plan), "--workers", "1"))
-    assert done(store) == 200
+    assert here(plan).jobs == done(store) == 200
     known = {row["seed"]: row["mse"] for row in alone.values()}
     first = [row for row in outcomes(store).values() if row["seed"] in known and row["image"] == "astronaut-0"]
     assert {row["seed"]: row["mse"] for row in first} == known
