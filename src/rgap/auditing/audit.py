@@ -15,7 +15,6 @@ from torch import Tensor
 from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients
 from rgap.auditing.document import document
 from rgap.auditing.dose_response import Accounting, DoseResponse, dose_response
-from rgap.auditing.findings import findings
 from rgap.auditing.observed import Truth, captured, received
 from rgap.auditing.readout import ReadOut
 from rgap.auditing.results import AttackRun, Case
@@ -53,8 +52,6 @@ class Audit:
     """Whether an attack that was put off or cut off might still find what none has found."""
     read: ReadOut | None
     """What the updates gave away before any attack; None if nobody looked."""
-    findings: tuple[str, ...]
-    """What makes the audit mean something else than its reader may think."""
     seconds: float
 
     @property
@@ -74,7 +71,7 @@ class Audit:
     @property
     def verdict(self) -> Verdict:
         unfinished = self.ended if self.unfinished else Ended.WHOLE
-        return verdict(self.cases, self.sweeps, self.rank, self.target, self.read, unfinished, self.findings)
+        return verdict(self.cases, self.sweeps, self.rank, self.target, self.read, unfinished)
 
     @property
     def summary(self) -> str:
@@ -83,8 +80,7 @@ class Audit:
 
     def __str__(self) -> str:
         """The verdict in a few lines."""
-        found = self.verdict
-        return "\n".join((found.headline, *found.findings, *found.sentences))
+        return "\n".join((self.verdict.headline, *self.verdict.sentences))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, pictures included, as audit.json has it; see ``rgap/report/schema.json``."""
@@ -253,6 +249,5 @@ def _audit(run: Run, sweeps: Sequence[DoseResponse]) -> Audit:
         ended=run.ended,
         unfinished=run.unfinished,
         read=run.read,
-        findings=findings(run.target, run.observed),
         seconds=run.seconds,
     )

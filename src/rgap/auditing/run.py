@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rgap.attacks import Attack, Reconstruction, Status
+from rgap.auditing.guard import guarded, obstacle_of
 from rgap.auditing.observed import Observed, digest
 from rgap.auditing.readout import ReadOut, read_out
 from rgap.auditing.results import AttackRun, Case, Level, Result, from_certificate, judge, span
@@ -81,7 +82,7 @@ class Run:
         self.start = time.perf_counter()
         self.updates = [each.update for each in self.observed]
         self.group = max(each.samples for each in self.observed)
-        self.obstacles = [attack.obstacle(self.target, self.group) for attack in self.attacks]
+        self.obstacles = [obstacle_of(attack, self.target, self.group) for attack in self.attacks]
         self.able = [each for each, obstacle in zip(self.attacks, self.obstacles, strict=True) if obstacle is None]
         self.store = None if self.folder is None else Store(self.folder, self.settings, self.fresh)
 
@@ -128,7 +129,7 @@ class Run:
             self.read = read_out(self.target, self.observed)
         self.tell("rank analysis", note=f"Read off at once: {self.read.told}." if self.read.told else "")
         self._rank()
-        note = "" if self.rank is None else f"Before any attack: {self.rank.verdict}"
+        note = "" if self.rank is None else self.rank.verdict
         self.unfinished = True
         short: list[tuple[Attack, int]] = []
         for number, attack in enumerate(self.able):
@@ -191,7 +192,7 @@ class Run:
                 break
             chunk = left[start : start + CHUNK]
             try:
-                attacked = attack.many(self.target, [updates[at] for at in chunk])
+                attacked = guarded(attack, self.target, [updates[at] for at in chunk])
             except OutOfTime:
                 break
             for at, each in zip(chunk, attacked, strict=True):
