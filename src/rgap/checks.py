@@ -16,39 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rgap.inversion.root import leading_pair
 from rgap.nn.layers import Layer
 from rgap.nn.losses import MarginLoss
 from rgap.nn.network import Network
 from rgap.target import Target
 from rgap.update import Update
 
-_DROPOUT, _NORM = "dropout", "batch norm"
-FILLED = 0.05
-"""Samples that fill a smaller share of the value range were probably meant for another one."""
+_MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+"""Modules that compute something else in training mode."""
 
 
-def changes_with_mode(model: nn.Module) -> tuple[str, ...]:
-    """What in a model computes something else in training mode."""
-    modules = list(model.modules())
-    dropout = any(isinstance(each, nn.modules.dropout._DropoutNd) and each.p > 0 for each in modules)
-    norm = any(isinstance(each, nn.modules.batchnorm._NormBase) for each in modules)
-    return (*[_DROPOUT] * dropout, *[_NORM] * norm)
-
-
-def range_misfit(target: Target, samples: Sequence[Tensor]) -> str | None:
-    """What is wrong with the value range for these samples, in a sentence; None if they fill it and keep to it."""
-    if target.value_range is None:
-        return None
-    low, high = target.value_range
-    least, most = min(float(x.min()) for x in samples), max(float(x.max()) for x in samples)
-    slack = 1e-6 * (high - low)
-    if low - slack <= least and most <= high + slack and (most - least >= FILLED * (high - low) or most == least):
-        return None
-    return (
-        f"The samples' values go from {least:.3g} to {most:.3g}, and the value range is {low:g} to {high:g}: attacks "
-        "that keep to it cannot find them, and what is recovered is judged by it. Give the range that the model's "
-        f"inputs have (--value-range {least:.3g},{most:.3g}), or write the normalisation into the model."
-    )
+RANK = 30.0
+"""So many times its rounding may be left of one sample's gradient besides its leading singular pair."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +49,7 @@ class Preflight:
 
 def preflight(target: Target, update: Update) -> Preflight:
     """Compare an update with the target; never raises for an update that `Update.check` accepts."""
-    findings = [*_header(target, update), *_values(update)]
+    findings = [*_header(target, update), *_values(update), *_rank(target, update)]
     products: tuple[tuple[str, float], ...] = ()
     whole = all(name in update.gradients for name in target.parameters)
     network = _chain(target) if whole and update.norm > 0 else None
@@ -92,15 +72,11 @@ def _chain(target: Target) -> Network | None:
 
 def _header(target: Target, update: Update) -> list[str]:
     header, findings = update.header, []
-    client = None if header.training is None else "training" if header.training else "evaluation"
-    changing = changes_with_mode(target.model)
-    if client not in (None, target.mode) and changing:
+    if header.training and any(isinstance(module, _MODAL) for module in target.model.modules()):
         findings.append(
-            f"the client was in {client} mode: {' and '.join(changing)} may have changed its gradient; the target is "
-            f"in {target.mode} mode, make it of a model in the client's"
+            "the client was in training mode: dropout or batch statistics may have changed its gradient; "
+            "the attack assumes evaluation mode"
         )
-    elif target.mode == "training" and _DROPOUT in changing:
-        findings.append("in training mode dropout draws: no gradient that is recomputed agrees with the client's")
     if header.loss not in (None, target.loss.name):
         findings.append(f"the client used the {header.loss} loss, the target has {target.loss.name}")
     if header.batch_size != target.batch_size:
@@ -124,6 +100,28 @@ def _values(update: Update) -> list[str]:
             f"{smallest:.0e} that were lost; expect a coarse answer or none"
         )
     return findings
+
+
+def _rank(target: Target, update: Update) -> list[str]:
+    """Which Linear layers' gradients are no outer product, as that of one sample is."""
+    if update.samples(target) > 1:
+        return []
+    names = [use.weight_name for use in target.graph.uses]
+    found = []
+    for use in target.graph.uses:
+        name = use.weight_name or ""
+        gradient = update.gradients.get(name)
+        if gradient is None or names.count(name) > 1 or gradient.shape[:1] != (use.outputs,) or gradient.dim() != 2:
+            continue  # read at several positions
+        left = leading_pair(gradient.double())[-1] if gradient.any() else 0.0
+        if left > RANK * update.precisions[name]:
+            found.append(f"{name} ({left:.0e})")
+    if not found:
+        return []
+    return [
+        f"the gradient of {', '.join(found)} is not of rank one, as that of one sample is; in brackets how much is "
+        "left over: it is of several samples or local steps, or noise, weight decay or compression changed it"
+    ]
 
 
 def _products(layers: Sequence[Layer], update: Update) -> tuple[tuple[tuple[str, float], ...], list[float]]:

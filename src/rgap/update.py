@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from rgap.files import write_atomically
-from rgap.nn.outputs import outputs_of
+from rgap.inversion.rounding import stored_precision
 from rgap.protocol import ADAM_EPSILON, MOMENTUM, Optimiser, Protocol, Sends
 from rgap.schema import nullable, validator
 from rgap.target import Target, fingerprint
@@ -97,9 +98,17 @@ class Update:
 
     @property
     def precision(self) -> float:
-        """How far rounding may have moved the gradient, relative to its size."""
-        own = float(torch.finfo(self.dtype).eps)
-        return own if self.header.precision is None else max(own, self.header.precision)
+        """How far rounding may have moved the gradient, relative to its size: that of its coarsest parameter."""
+        return max(self.precisions.values())
+
+    @cached_property
+    def precisions(self) -> Mapping[str, float]:
+        """The same of each parameter, by its type, by the bits that its values use, and as the header says."""
+        found = {name: stored_precision(g) for name, g in self.gradients.items()}
+        coarsest = max([own for own, certain in found.values() if certain] or [float(torch.finfo(self.dtype).eps)])
+        least = self.header.precision or 0.0
+        # What a few values leave open is taken to be as in the others.
+        return {name: max(own if certain else min(own, coarsest), least) for name, (own, certain) in found.items()}
 
     @property
     def tolerance(self) -> float:
@@ -132,10 +141,10 @@ class Update:
         )
         dtype = self.dtype
         kept = {name: t.to(dtype) for name, t in found.items()}
-        precision = self.header.precision
+        precision = self.precision
         if protocol.sends is Sends.DIFFERENCE and self.norm > 0:
             weights = math.sqrt(sum(float(target.parameters[n].double().square().sum()) for n in self.gradients))
-            precision = float(torch.finfo(dtype).eps) * (1 + weights / self.norm)
+            precision = max(precision, float(torch.finfo(dtype).eps) * (1 + weights / self.norm))
         return Update(kept, replace(self.header, protocol=plain, precision=precision)), assumptions
 
     def check(self, target: Target, partial: bool = False) -> None:
@@ -330,7 +339,7 @@ def _one_client(target: Target, x: Tensor, y: Tensor, protocol: Protocol) -> dic
     like, scale = state[trained[0]], len(x) if protocol.summed else 1
 
     def gradient() -> dict[str, Tensor]:
-        outputs = outputs_of(torch.func.functional_call(model, state, (x.to(like),)))
+        outputs = torch.func.functional_call(model, state, (x.to(like),))
         loss = scale * target.loss(outputs, y.to(like.device))
         found = torch.autograd.grad(loss, [state[name] for name in trained], allow_unused=True)
         return {n: torch.zeros_like(state[n]) if g is None else g for n, g in zip(trained, found, strict=True)}

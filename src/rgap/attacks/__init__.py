@@ -1,6 +1,6 @@
 """Attacks: each takes a target and an update, and gives a `Reconstruction`."""
 
-from rgap.attacks.base import Attack, BatchAttack, gradient_residual
+from rgap.attacks.base import Attack, BatchAttack, Certificate, certify, gradient_residual
 from rgap.attacks.bias import Bias
 from rgap.attacks.closed import Closed, Recursive, Virtual
 from rgap.attacks.hybrid import Hybrid, Rule
@@ -23,6 +23,7 @@ __all__ = [
     "Attack",
     "BatchAttack",
     "Bias",
+    "Certificate",
     "Closed",
     "Continuation",
     "Hybrid",
@@ -39,5 +40,6 @@ __all__ = [
     "Status",
     "Virtual",
     "candidates",
+    "certify",
     "gradient_residual",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -114,13 +115,96 @@ def residual_tolerance(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** 0.5)
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """How well the gradient recomputed at an answer agrees with the update."""
+
+    residual: float
+    """The larger of the distance over all parameters and that of the one parameter that agrees least."""
+    parameter: str
+    """Its name."""
+    roundings: float
+    """By how many times its own rounding a parameter misses the update, at the most."""
+    factor: float = 1.0
+    """The recomputed gradient was multiplied by it, because it agrees so and not otherwise."""
+
+
+def certify(
+    target: Target,
+    update: Update,
+    inputs: Float[Tensor, "b ..."],
+    labels: Float[Tensor, " b"],
+    factors: bool = True,
+) -> Certificate:
+    """Recompute the gradient at one answer, and judge every parameter on its own: the worst decides.
+
+    Each difference is relative to the size of the parameter's gradient; or, where the sums behind a gradient nearly
+    cancel, to the size of what they cancel, in whose units the client's gradient was rounded. How large that is shows
+    in single precision: there a gradient is off by eps of it. It is never taken for more than the whole update.
+
+    A gradient that agrees but for a factor (a loss scale, a sum in place of a mean, a sign) is compared without it; but
+    not where the network scales, and another factor is another input.
+    """
+    single = torch.finfo(torch.float32).eps
+    found = target.gradient(inputs, labels)
+    rounded = target.gradient(_near(inputs, single, target.value_range), labels, torch.float32)
+    given = {name: g.double().to(target.device) for name, g in update.gradients.items()}
+    here = {name: found[name].double() for name in given}
+    cancelled = {name: float((rounded[name].double() - g).norm()) / single for name, g in here.items()}
+    plain = _compare(update, given, here, cancelled, 1.0)
+    length = sum(float(g.square().sum()) for g in here.values())
+    if not factors or plain.residual <= update.tolerance or not 0 < length < math.inf or _scales(target):
+        return plain
+    factor = sum(float((g * given[name]).sum()) for name, g in here.items()) / length
+    scaled = _compare(update, given, here, cancelled, factor)
+    return scaled if scaled.residual <= update.tolerance else plain
+
+
+def _near(inputs: Tensor, eps: float, value_range: tuple[float, float] | None) -> Tensor:
+    """Inputs rounded anew, so that models that insist on their own precision are too.
+
+    Black pixels are rounded like any others: what was computed from them is, by way of the layers before.
+    """
+    noise = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = value_range or (0.0, 0.0)
+    size = max(high - low, float(inputs.double().square().mean().sqrt()))
+    return inputs.double() + eps * size * noise.to(inputs.device)
+
+
+def _compare(
+    update: Update,
+    given: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    cancelled: Mapping[str, float],
+    factor: float,
+) -> Certificate:
+    """The distance between the update's gradients and those that were found, times a factor."""
+    norm, total = update.norm, 0.0
+    worst = Certificate(0.0, "", 0.0, factor)
+    for name, gradient in given.items():
+        wrong, size = float((factor * found[name] - gradient).norm()), float(gradient.norm())
+        total += wrong * wrong
+        hidden = abs(factor) * cancelled[name]
+        scale = max(size, min(hidden, norm))
+        residual = wrong / scale if scale else wrong
+        if not residual <= worst.residual:
+            worst = replace(worst, residual=residual, parameter=name)
+        rounding = update.precisions[name] * (size + hidden)
+        worst = replace(worst, roundings=max(worst.roundings, wrong / rounding if rounding else 0.0))
+    overall = math.sqrt(total) / norm if norm else math.sqrt(total)
+    return replace(worst, residual=max(overall, worst.residual))
+
+
+def _scales(target: Target) -> bool:
+    """Whether a scaled gradient may be that of a brighter or darker input."""
+    try:
+        return target.network.scalable
+    except NotImplementedError:
+        return True
+
+
 def gradient_residual(
     target: Target, update: Update, inputs: Float[Tensor, "b ..."], labels: Float[Tensor, " b"]
 ) -> float:
-    """The certificate: relative distance between the update and the gradient recomputed at one answer."""
-    found = target.gradient(inputs, labels)
-    total = sum(
-        float((found[name].double() - g.double().to(target.device)).square().sum())
-        for name, g in update.gradients.items()
-    )
-    return math.sqrt(total) / update.norm if update.norm else math.sqrt(total)
+    """The certificate's residual, no factor allowed for; see `certify`."""
+    return certify(target, update, inputs, labels, factors=False).residual

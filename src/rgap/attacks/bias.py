@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rgap.attacks.base import AS_ONE, MIXTURE, Attack, gradient_residual
+from rgap.attacks.base import AS_ONE, MIXTURE, Attack
 from rgap.attacks.features import layer_input, nonzero
 from rgap.attacks.labels import of_one
-from rgap.attacks.result import Answer, Outcome, Status
-from rgap.attacks.verdict import judge
+from rgap.attacks.result import Outcome, Status
+from rgap.attacks.verdict import answer, judge
 from rgap.inversion.bias import Source, cotangent, obstacle_before, sources
-from rgap.inversion.history import Paths
+from rgap.inversion.history import Candidate, Paths
 from rgap.inversion.recursion import recurse
 from rgap.inversion.report import LayerReport
 from rgap.inversion.state import Observation, State
@@ -34,15 +34,6 @@ class _Obstacle:
     """Why the input is not found from a layer."""
 
     reason: str
-
-
-@dataclass(frozen=True)
-class _Inverted:
-    """The model's input as one layer's gradient gives it."""
-
-    x: Tensor
-    std: float
-    layers: tuple[LayerReport, ...]
 
 
 @dataclass(frozen=True)
@@ -80,43 +71,39 @@ class Bias(Attack):
             return Outcome(Status.NOT_CONVERGED, usable.reason)
         reasons: dict[str, None] = {}
         for source in usable:
-            found = self._invert(target.network, source, gradients, update.dtype)
+            found = self._invert(target.network, source, gradients, update.precision)
             if not isinstance(found, _Obstacle):
                 return self._outcome(target, update, source, found)
             reasons[found.reason] = None
         return Outcome(Status.NOT_CONVERGED, "; ".join(reasons))
 
-    def _outcome(self, target: Target, update: Update, source: Source, found: _Inverted) -> Outcome:
+    def _outcome(self, target: Target, update: Update, source: Source, found: Candidate) -> Outcome:
         """With the label under which the recomputed gradient comes nearest, and the verdict."""
-        inputs = found.x.reshape(1, *target.input_shape)
-        try:
-            possible = of_one(target, update)
-        except ValueError as error:  # the input is there all the same, and nothing to recompute its gradient with
-            unknown = Answer(inputs, torch.full((1,), math.nan), math.nan, math.nan, found.std, found.layers)
-            told = f"the input was read off, but its label was not: {error}"
-            return Outcome(Status.NOT_CONVERGED, told, (unknown,), (_assumed(source, found.layers),))
-        residuals = [gradient_residual(target, update, inputs, y) for y in possible.labels]
-        best = min(range(len(residuals)), key=residuals.__getitem__)
-        label = possible.labels[best].to(inputs.device)
-        answer = Answer(inputs, label, _margin(target, inputs, label), residuals[best], found.std, found.layers)
-        assumptions: tuple[str, ...] = (_assumed(source, found.layers), possible.assumption)
+        inputs = found.value.reshape(1, *target.input_shape)
+        labels, assumption = _labels(target, update, inputs)
+        margins = [_margin(target, inputs, label) for label in labels]
+        answers = [
+            answer(target, update, replace(found, margin=margin), label)
+            for label, margin in zip(labels, margins, strict=True)
+        ]
+        best = min(answers, key=lambda each: (each.factor != 1, each.gradient_residual))
+        assumptions: tuple[str, ...] = (_assumed(source, found.layers), assumption)
         if update.samples(target) != 1:
             assumptions = (AS_ONE, *assumptions)
-        status, reason = judge(answer, update.tolerance, target.value_range, self.visible)
-        return Outcome(status, reason, (answer,), assumptions)
+        status, reason = judge([best], target, update, self.visible)
+        return Outcome(status, reason, (best,), assumptions)
 
     def _invert(
-        self, network: Network, source: Source, gradients: dict[str, Tensor], dtype: torch.dtype
-    ) -> _Inverted | _Obstacle:
+        self, network: Network, source: Source, gradients: dict[str, Tensor], eps: float
+    ) -> Candidate | _Obstacle:
         """The model's input from what the source's layer reads; or why there is none."""
-        found = layer_input(network, source, gradients, dtype, self.rank_tolerance, self.seed)
+        rank_tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
+        found = layer_input(network, source, gradients, eps, rank_tolerance, self.seed)
         if isinstance(found, str):
             return _Obstacle(found)
-        eps = float(torch.finfo(dtype).eps)
-        rank_tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
         entry, x = found.value_id, found.x
         if entry == 0:
-            return _Inverted(x, found.std, (found.report,))
+            return Candidate(0, x, found.std, (found.report,), {}, 0, State(x, x, None, x))
         before = cotangent(network, entry, gradients)
         std = x.new_full((1,) * x.dim(), found.std)
         state = State(x, torch.zeros_like(x) if before is None else before, None, std)
@@ -127,7 +114,31 @@ class Bias(Attack):
         [end, *_] = recurse(front, Observation(known, eps, rank_tolerance, self.seed), paths)
         if end.stop is not None:
             return _Obstacle(str(end.stop))
-        return _Inverted(end.value, end.std, (*end.layers, found.report))
+        return replace(end, layers=(*end.layers, found.report))
+
+
+def _labels(target: Target, update: Update, inputs: Tensor) -> tuple[tuple[Tensor, ...], str]:
+    """The labels that may belong to the inputs, and where they come from."""
+    try:
+        possible = of_one(target, update)
+    except ValueError:  # any number is a label, and the last layer tells none
+        return _by_size(target, update, inputs), "the label is the one with which the gradient has the update's size"
+    return possible.labels, possible.assumption
+
+
+def _by_size(target: Target, update: Update, inputs: Tensor) -> tuple[Tensor, ...]:
+    """The label with which the last cotangent, whose direction any other label tells, has the right length."""
+    loss, found = target.loss, []
+    with torch.no_grad():
+        outputs = target.outputs(inputs).double().reshape(1, -1)
+    for label in torch.tensor(loss.examples, dtype=torch.float64, device=inputs.device)[:, None]:
+        gradient = target.gradient(inputs, label)
+        length = sum(float(gradient[name].double().square().sum()) for name in update.gradients)
+        along = sum(float((gradient[n].double() * g.to(inputs.device)).sum()) for n, g in update.gradients.items())
+        if length > 0:
+            label = loss.label_from(outputs, along / length * loss.output_gradient(outputs, label))
+        found.append(label)
+    return tuple(label for label in found if label is not None)
 
 
 def _margin(target: Target, inputs: Tensor, label: Tensor) -> float:
@@ -193,8 +204,10 @@ def _withheld(target: Target, update: Update, nonzero: Collection[str]) -> Outco
     if not sent or any(True for _ in sources(network, nonzero)):
         return None
     names = " and ".join(dict.fromkeys(source.parameter for source in sent))
+    if update.norm == 0:
+        return Outcome(Status.GRADIENT_ZERO, "all gradients are zero: a saturated loss, or units that are all dead")
     if any(source.layer.weight_name in nonzero for source in sent):
         reason = f"the gradient of {names} was withheld: it is zero, that of the weight is not"
-        return Outcome(Status.NOT_CONVERGED, reason)
-    reason = f"the gradient of {names} is zero: a saturated loss, or all units after it dead"
-    return Outcome(Status.GRADIENT_ZERO, reason)
+    else:
+        reason = f"the gradients of {names}, or of their weights, are zero: dead units or inputs of zero"
+    return Outcome(Status.NOT_CONVERGED, reason)

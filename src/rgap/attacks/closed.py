@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rgap.attacks.base import MIXTURE, BatchAttack, gradient_residual
+from rgap.attacks.base import MIXTURE, BatchAttack
 from rgap.attacks.capacity import updates_at_once
 from rgap.attacks.last_layer import Begun, begin, obstacle, saturated
 from rgap.attacks.progress import Reporter
-from rgap.attacks.result import Answer, Outcome, Status
-from rgap.attacks.verdict import judge_joint, range_misfit
+from rgap.attacks.result import Outcome, Status
+from rgap.attacks.verdict import answer, judge, range_misfit
 from rgap.inversion.history import Candidate, Paths
 from rgap.inversion.joint import JointSolve
 from rgap.inversion.layer import Solver
@@ -117,7 +117,7 @@ class Recursive(BatchAttack):
     def _outcome(self, target: Target, start: Begun, ends: Sequence[Candidate]) -> Outcome:
         """The verdict on one update's candidates."""
         assumptions, update, tolerance = start.assumptions, start.update, start.update.tolerance
-        answers = [_answer(target, update, end) for end in ends if end.stop is None]
+        answers = [answer(target, update, end, end.label) for end in ends if end.stop is None]
         if not answers:
             stops = dict.fromkeys("; ".join(filter(None, (str(end.stop), end.note))) for end in ends)
             return Outcome(_failed(ends), "; ".join(stops), assumptions=assumptions)
@@ -128,13 +128,11 @@ class Recursive(BatchAttack):
         if len(good) > 1 and target.value_range is not None:
             assumptions += (f"of {len(good)} answers the one that fits the value range {target.value_range} is first",)
         assumptions += tuple({a.joint.prior: None for a in good if a.joint is not None})
-        status, reason = judge_joint(good, tolerance, target.value_range, self.visible)
+        status, reason = judge(good, target, update, self.visible)
         if status is Status.NOT_CONVERGED:
             reason += saturated(target, start.output, update.precision, tolerance)
         if status in (Status.NOT_CONVERGED, Status.RANK_DEFICIENT) and good[0].joint is None:
             status = _failed(ends, status)
-        if update.samples(target) > 1 and status in (Status.EXACT, Status.AMBIGUOUS):
-            status, reason = Status.REPRODUCED, f"one input that stands for {update.samples(target)} samples; {reason}"
         return Outcome(status, reason, tuple(good), assumptions)
 
 
@@ -186,11 +184,3 @@ def _scaled(output: OutputCandidates, end: Candidate) -> list[Candidate]:
         end.scaled(length / float(size[twin]), output.labels[twin : twin + 1], float(output.margins[twin]))
         for twin in along.nonzero().flatten().tolist()
     ]
-
-
-def _answer(target: Target, update: Update, end: Candidate) -> Answer:
-    """With its certificate."""
-    x = end.value.reshape(1, *target.input_shape)
-    label = end.label.to(x.device)
-    residual = gradient_residual(target, update, x, label)
-    return Answer(x, label, end.margin, residual, end.std, end.layers, end.joint, end.note)

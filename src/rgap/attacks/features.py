@@ -41,7 +41,7 @@ def features(target: Target, update: Update) -> Features | None:
         return None
     given = nonzero(target, update)
     for source in sources(network, set(given)):
-        found = layer_input(network, source, given, update.dtype)
+        found = layer_input(network, source, given, update.precision)
         if isinstance(found, Features):
             return found
     return None
@@ -56,25 +56,25 @@ def layer_input(
     network: Network,
     source: Source,
     gradients: Mapping[str, Tensor],
-    dtype: torch.dtype,
+    eps: float,
     rank_tolerance: float | None = None,
     seed: int = 0,
 ) -> Features | str:
     """What the source's layer reads, or why its gradient does not tell.
 
     Args:
-        dtype: in which the gradient was sent.
+        eps: relative rounding of the gradients.
         rank_tolerance: as in `Recursive`.
         seed: of the probe that estimates the error.
     """
     layer = source.layer
-    tolerance = float(torch.finfo(dtype).eps) ** (2 / 3) if rank_tolerance is None else rank_tolerance
+    tolerance = eps ** (2 / 3) if rank_tolerance is None else rank_tolerance
     probe = torch.Generator(device=network.device).manual_seed(seed)
     k = cotangent(network, source.value_id, gradients)
     if k is None:
         return f"k of {layer.name} is not known"
     grad = layer.pack_weight(gradients[layer.weight_name][None])
-    found = read_off(source, grad, layer.pack_output(k), dtype, tolerance, probe)
+    found = read_off(source, grad, layer.pack_output(k), eps, tolerance, probe)
     if found is None:
         return f"the gradient of {layer.name} alone leaves its input open"
     entry = network.nodes[source.value_id - 1].reads[0]

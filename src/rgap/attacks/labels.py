@@ -132,6 +132,9 @@ def _negative(signal: Float[Tensor, " labels"], source: str) -> Candidates:
     if not below:
         zero = (signal == 0).nonzero().flatten().tolist()
         return _some(tuple(map(float, zero)), f"labels that {source} does not exclude are tried")
+    above = (signal > 0).nonzero().flatten().tolist()
+    if len(above) == 1:
+        return _some((float(above[0]),), f"the label is read off {source}, whose sign is turned: one class is positive")
     assumption = (
         f"{len(below)} classes of {source} are negative, which one sample does not give; the lowest is the label"
     )

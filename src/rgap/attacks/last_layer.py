@@ -45,16 +45,14 @@ def begin(target: Target, update: Update) -> Begun | Outcome:
     assumptions: tuple[str, ...] = ()
     if target.batch_size != 1 or update.header.batch_size != 1:
         assumptions = (AS_ONE,)
-    last = network.layers[-1]
-    shared = [layer for layer in network.layers if layer.weight_name in gradients]
-    empty = next((layer for layer in reversed(shared) if not gradients[layer.weight_name].any()), None)
-    if empty is not None:
-        cause = "the loss is saturated" if empty is last else "all units after it are dead"
-        reason = f"the gradient of {empty.weight_name} is zero: {cause}"
+    if update.norm == 0:
+        reason = "all gradients are zero: the loss is saturated, or a layer's units are all dead"
         return Outcome(Status.GRADIENT_ZERO, reason, assumptions=assumptions)
     if network.scalable:
         assumptions += ("the gradient was not scaled: here a scaled one is that of a brighter or darker input",)
-    output = output_candidates(last, activation_before_last(network), target.loss, gradients, update.precision)
+    output = output_candidates(
+        network.layers[-1], activation_before_last(network), target.loss, gradients, update.precision
+    )
     assumptions += output.assumptions
     if len(output.labels) == 0:
         reason = output.reason or f"under {target.loss.name} loss no sample gives this last gradient"

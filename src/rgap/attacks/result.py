@@ -27,7 +27,7 @@ class Status(Enum):
     ILL_CONDITIONED = "ill-conditioned"
     """The gradient is reproduced, but its rounding could move the input visibly."""
     GRADIENT_ZERO = "gradient zero"
-    """The gradient holds nothing: a saturated loss, or a layer whose units are all dead."""
+    """All gradients are zero: a saturated loss, or a layer whose units are all dead."""
     NOT_CONVERGED = "not converged"
     """No input was found that reproduces the gradient."""
     CUT_OFF = "cut off"
@@ -44,7 +44,8 @@ class Answer:
     margin: float
     """mu, the label times the network's output; NaN if there is no such number, or the attack does not tell."""
     gradient_residual: float
-    """|gradient at this answer - gradient of the update| / |gradient of the update|, over all parameters."""
+    """|gradient at this answer - gradient of the update| / |gradient of the update|, of the parameter that agrees
+    least; see `rgap.attacks.certify`."""
     error: float
     """Estimated root-mean-square error of the inputs that comes from the rounding of the gradient; NaN if the attack
     does not estimate it."""
@@ -54,6 +55,17 @@ class Answer:
     """If layers were solved jointly."""
     note: str = ""
     """Why something was left to_gradient; empty if nothing was."""
+    parameter: str = ""
+    """The one that agrees least."""
+    unexplained: float = 0.0
+    """How many times what its rounding and the answer's error explain a parameter misses the update, at the most."""
+    factor: float = 1.0
+    """The update's gradient is that of this answer times this."""
+    undecided: int = 0
+    """Values of the inputs that may as well be another one, because an operation in front of the first layer gives the
+    same for both."""
+    free: int = 0
+    """Values of the inputs that may be anything, because an operation in front of the first layer hides them."""
 
 
 @dataclass(frozen=True, eq=False)

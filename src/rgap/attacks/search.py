@@ -21,6 +21,9 @@ from rgap.update import Update
 if TYPE_CHECKING:
     from rgap.attacks.matching import Matching
 
+SMALL = 1e-2
+"""Of gradients below this part of all of them no more is asked than of one that large."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -136,7 +139,7 @@ class Search:
             points[:, : self.values].clamp_(*(value_range or (-math.inf, math.inf)))
 
         # A start that has arrived must reproduce the gradient, however finely that was sent.
-        goal = min(attack.tolerance, *(update.tolerance for update in self.updates))
+        goal = min(attack.tolerance, *(_goal(update) for update in self.updates))
         stop = Termination(iterations, goal**2, attack.patience)
         watch = Reporter(attack.name, iterations)
         project = into_range if attack.boxed and value_range is not None else None
@@ -171,3 +174,11 @@ class Search:
 def _least(value: Float[Tensor, " s"], among: Bool[Tensor, " s"]) -> Int[Tensor, ""]:
     """The number of the system with the least value; never one outside `among`."""
     return torch.where(among, value.nan_to_num(nan=math.inf, posinf=torch.finfo(value.dtype).max), math.inf).argmin()
+
+
+def _goal(update: Update) -> float:
+    """The distance at which the parameters of small gradients agree as well, as far as that can be asked for."""
+    norm = update.norm
+    sizes = [float(g.double().norm()) for g in update.gradients.values()]
+    least = min((size for size in sizes if size > 0), default=norm)
+    return update.tolerance * max(least / norm, SMALL) if norm else update.tolerance

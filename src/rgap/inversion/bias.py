@@ -71,20 +71,20 @@ def read_off(
     source: Source,
     grad: Float[Tensor, "1 g j i"],
     k: Float[Tensor, "1 o p"],
-    dtype: torch.dtype,
+    eps: float,
     rank_tolerance: float,
     probe: torch.Generator,
 ) -> LayerInput | None:
     """The layer's input by Eq. 3, or by its gradient constraints alone (Eq. 15); None if they leave it open.
 
     Args:
-        dtype: in which the gradient was sent.
+        eps: relative rounding of the gradient.
         rank_tolerance: singular values below this fraction of the largest count as zero.
         probe: draws the noise that the error is estimated with.
     """
     layer = source.layer
     if source.simple:
-        row, std = divide(grad[0, 0], k.flatten(), dtype)
+        row, std = divide(grad[0, 0], k.flatten(), eps)
         x = row.reshape(1, -1, 1)
         return LayerInput(x, std, _divided_report(layer, grad, k, x, std))
     no_rows = torch.zeros_like(k)
@@ -93,13 +93,13 @@ def read_off(
     if solution.rank[0] < layer.unknowns:
         return None
     noise = torch.randn(grad.shape, generator=probe, dtype=grad.dtype, device=grad.device)
-    moved = system.apply_inverse(no_rows, noise * rounding_of_type(grad, dtype))
+    moved = system.apply_inverse(no_rows, noise * rounding(grad, eps))
     std = float(moved.square().mean().sqrt())
     return LayerInput(solution.x, std, layer_report(layer, k, no_rows, solution, 0, std, None))
 
 
 def divide(
-    grad_weight: Float[Tensor, "o n"], grad_bias: Float[Tensor, " o"], dtype: torch.dtype
+    grad_weight: Float[Tensor, "o n"], grad_bias: Float[Tensor, " o"], eps: float
 ) -> tuple[Float[Tensor, " n"], float]:
     """The mean of all rows of grad W / grad b, each with its inverse variance.
 
@@ -107,7 +107,7 @@ def divide(
 
     Args:
         grad_bias: not all zero; rows where it is zero tell nothing and are left out.
-        dtype: in which the gradient was sent.
+        eps: relative rounding of the gradient.
 
     Returns:
         x, and its estimated error (root mean square).
@@ -117,8 +117,8 @@ def divide(
     k = grad_bias / scale
     rows = k != 0
     grad, k = grad_weight[rows] / scale, k[rows]
-    of_weight = (rounding_of_type(grad_weight[rows], dtype) / scale).square().mean(1)
-    of_bias = (rounding_of_type(grad_bias[rows], dtype) / scale).square() * (grad / k[:, None]).square().mean(1)
+    of_weight = (rounding(grad_weight[rows], eps) / scale).square().mean(1)
+    of_bias = (rounding(grad_bias[rows], eps) / scale).square() * (grad / k[:, None]).square().mean(1)
     disagree = (grad - torch.outer(k, k @ grad / (k @ k))).square().mean()
     noise = (of_weight + of_bias + disagree).sqrt() / k.abs()
     # k divides the weight and not the row: a tiny k then overflows nowhere.
@@ -126,12 +126,6 @@ def divide(
     weight = (least / noise).square()
     x = (weight / k) @ grad / weight.sum()  # Eq. 3, row by row
     return x, float(least / weight.sum().sqrt())
-
-
-def rounding_of_type(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounding, that of values too small for the type's full precision included."""
-    limits = torch.finfo(dtype)
-    return rounding(grad, limits.eps) + limits.eps * limits.smallest_normal
 
 
 def _divided_report(layer: Layer, grad: Tensor, k: Tensor, x: Tensor, std: float) -> LayerReport:

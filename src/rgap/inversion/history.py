@@ -85,6 +85,10 @@ class Candidate:
     note: str = ""
     cut_off: bool = False
     """Whether the time was up before what was left open was solved."""
+    twin: Tensor | None = None
+    """What the value may be as well, each number on its own; None if it is decided."""
+    known: Tensor | None = None
+    """Which of its numbers are known at all; None means all of them."""
 
     def scaled(self, factor: float, label: Tensor, margin: float) -> Candidate:
         """The same direction for another candidate, in a network that scales."""
@@ -156,6 +160,8 @@ class Paths:
                     certain_id,
                     certain,
                     stop,
+                    twin=None if here.alternative is None else here.alternative.value,
+                    known=None if here.row_weight is None else here.row_weight > 0,
                 )
             )
         return found

@@ -6,21 +6,25 @@ These are the paper's virtual constraints (Section 4). What no constraint tells,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
+from torch import Tensor
 
 from rgap.inversion.gauss_newton import CONTINUATION, Continuation, determine, gauss_newton
-from rgap.inversion.history import Candidate
+from rgap.inversion.history import Candidate, Paths
 from rgap.inversion.jacobian import Jacobian
 from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
+from rgap.inversion.recursion import recurse
 from rgap.inversion.report import JointReport
-from rgap.inversion.state import Observation
+from rgap.inversion.state import Observation, State
 from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.linalg.deadline import OutOfTime
 from rgap.linalg.least_squares import Direct, Iterative, Solver, probes
-from rgap.nn.network import Network
-from rgap.nn.ops import Elementwise
+from rgap.nn.activations import NonMonotone
+from rgap.nn.network import Network, Segment
+from rgap.nn.ops import Elementwise, Linear
 
 RANK_ROUNDINGS = 8
 """Singular values of the joint constraints below so many roundings of the gradient count as zero."""
@@ -99,7 +103,8 @@ class JointSolve:
             converged=distance <= tolerance,
             prior=str(prior),
         )
-        return replace(candidate, value=at.x, std=sure.std, joint=report, stop=None)
+        twin = _twin(network, observed, at.x)
+        return replace(candidate, value=at.x, std=sure.std, joint=report, stop=None, twin=twin, known=None)
 
     def _too_large(self, system: ConstraintSystem) -> str:
         count = system.unknowns
@@ -130,6 +135,30 @@ def _start(
     guess = dict(enumerate(system.network.forward(drawn))) | dict(candidate.values)
     curved = any(not isinstance(node.op, Elementwise) and not node.op.linear for node in system.network.nodes)
     return system.linearise(drawn if curved else torch.full_like(drawn, prior.centre), guess)
+
+
+def _twin(network: Network, observed: Observation, x: Tensor) -> Tensor | None:
+    """What each number of the input may be as well, where an operation before the first layer gives the same for both;
+    None if there is no such operation."""
+    segments = list(takewhile(lambda each: not each.block and not _is_layer(network, each), network.segments))
+    ops = [network.nodes[each.nodes[-1]].op for each in segments]
+    if not any(isinstance(op, Elementwise) and isinstance(op.activation, NonMonotone) for op in ops):
+        return None
+    front = network.part(segments)
+    value = front.forward(x)[-1]
+    paths = Paths.begin(
+        State(value, torch.zeros_like(value), None, torch.zeros_like(value)),
+        torch.zeros(len(x), dtype=torch.long, device=x.device),
+        x.new_zeros(len(x)),
+    )
+    [end, *_] = recurse(front, observed, paths)
+    if end.stop is not None or end.twin is None:
+        return None
+    return end.twin.where((end.value - x).abs() <= (end.twin - x).abs(), end.value)
+
+
+def _is_layer(network: Network, segment: Segment) -> bool:
+    return isinstance(network.nodes[segment.nodes[-1]].op, Linear)
 
 
 def _refused(system: ConstraintSystem, at: Linearisation) -> str | None:

@@ -31,6 +31,8 @@ from rgap.nn.ops import Elementwise, Gather, Linear
 
 SLACK = 20.0
 """Times the estimated rounding by which k may miss the loss's equation."""
+TURNED = 1e-3
+"""By so much must the opposite of a direction fit better before its sign is taken for turned."""
 BLUNT = 0.1
 """A gradient of one sample has rank one; where more than this part of it does not, no root is looked for."""
 
@@ -118,10 +120,10 @@ def of_layer(
     """
     weight, grad = weight.double(), grad_weight.double()
     offset = weight.new_zeros(len(weight)) if bias is None else bias.double()
-    if not grad.any():
-        return _none(loss, weight, "the last layer's gradient is zero: the loss is saturated, or its input is zero")
     if grad_bias is not None and grad_bias.any():
         return _with_bias(loss, weight, offset, grad, grad_bias.double(), precision)
+    if not grad.any():
+        return _none(loss, weight, "the last layer's gradient is zero: the loss is saturated, or its input is zero")
     if not loss.labels:
         return _none(
             loss,
@@ -156,11 +158,13 @@ def _with_bias(
         # A gradient that was clipped still has its direction and leads to its input, one with noise near it.
         given = loss.output_gradient(z.expand(len(labels), -1), labels)
         along = given @ k / given.norm(dim=1)
-        fits = along == along.max()
+        # The sign may be turned, as that of a weight difference is which was taken the other way round.
+        turned = float(-along.min()) > float(along.max()) + TURNED
+        fits = along == (along.min() if turned else along.max())
         assumption = (
             "with no label the loss gives the last layer's bias gradient exactly, as it does of one sample: the "
         )
-        assumption += "label with the nearest direction is taken"
+        assumption += "label with the nearest direction is taken" + (", the sign turned" if turned else "")
     labels = labels[fits]
     if not loss.labels:  # where the loss is straight, k is the same for many
         apart = 0.1 * (labels.abs() + grad_bias.norm())

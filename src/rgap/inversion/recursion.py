@@ -28,8 +28,12 @@ from rgap.inversion.sides import branches, choose_side, other_side
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.linalg import deadline
 from rgap.nn.activations import Activation, NonMonotone
+from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Elementwise, Linear, Norm, Op
+
+LEAST = 1e-6
+"""However coarse the gradient, a cotangent above this part of its terms is not taken for their rounding."""
 
 
 def recurse(
@@ -97,10 +101,18 @@ def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) 
         history.append(replace(before, cotangent_open=k_open).solved(report, value_id, state.one(s)))
     # Directions that the constraints hardly determine are the same in all channels: so is the error of each pixel.
     pixel = error.square().mean(1, keepdim=True).sqrt().expand(error.shape)
-    cotangent = layer.unpack_input(layer.grad_input(k))  # W'k, the first factor of Eq. 6
+    cotangent = layer.unpack_input(_behind(layer, k, observed.eps))
     solved = State(layer.unpack_input(solution.x), cotangent, None, layer.unpack_input(pixel))
     residual = torch.maximum(solution.weight_residual, solution.gradient_residual)
     return replace(paths, state=solved, history=tuple(history)).plausible(residual)
+
+
+def _behind(layer: Layer, k: Float[Tensor, "s o p"], eps: float) -> Float[Tensor, "s c n"]:
+    """W'k, the first factor of Eq. 6; zero where its terms cancel but for their rounding, as of equal rows of W."""
+    found = layer.grad_input(k)
+    noise = min(eps, LEAST) * layer.weight.norm() * k.flatten(1).norm(dim=1)
+    kept: Tensor = found * (found.flatten(1).norm(dim=1) > noise)[:, None, None]
+    return kept
 
 
 def _with_cotangent(op: Op, state: State, observed: Observation, of: Tensor) -> State:

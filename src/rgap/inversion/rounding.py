@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+DISTINCT = 16
+"""Fewer magnitudes than that may be round numbers by chance, such as the cotangents 1 and -1 of a hinge."""
+AMONG = 10_000
+"""The first so many values are looked at for that."""
+MANTISSA = 53
+"""Bits of a float64."""
 
 
 def rounding(grad: Tensor, eps: float) -> Tensor:
@@ -12,3 +20,30 @@ def rounding(grad: Tensor, eps: float) -> Tensor:
         eps: relative rounding.
     """
     return eps * (grad.abs() + 0.1 * grad.abs().amax())
+
+
+def stored_precision(values: Tensor) -> tuple[float, bool]:
+    """The relative rounding of a tensor's values: its type's, or that of a coarser one that they were rounded to.
+
+    Values of float16 that are stored as float32 use no more than 11 bits each, those of bfloat16 8. And none is finer
+    than the last bit that any of them uses, as where small values of float16 underflow.
+
+    Returns:
+        The rounding, and whether it is certain: a few values may be round numbers by chance.
+    """
+    limits = torch.finfo(values.dtype)
+    size = float(values.double().square().mean().sqrt()) if values.numel() else 0.0
+    # Below its least normal number a type rounds to one unit.
+    own = limits.eps * max(1.0, limits.smallest_normal / size if size else 0.0)
+    mantissa, exponent = torch.frexp(values.detach().double().flatten())
+    known = mantissa != 0
+    if not bool(known.any()):
+        return own, False
+    digits = (mantissa[known].abs() * 2.0**MANTISSA).long()
+    last = digits & -digits
+    used = digits // last  # without the zeros behind them
+    coarse = 2.0 ** -float(torch.log2(used.double()).floor().max())
+    unit = float(torch.ldexp(last.double() * 2.0**-MANTISSA, exponent[known]).min())
+    # To the nearest number, no value was moved by more than half a unit.
+    rounded = max(coarse, unit / size if size else 0.0) / 2
+    return max(own, rounded), len(torch.unique(used[:AMONG])) >= DISTINCT
