@@ -120,7 +120,7 @@ def test_rows_of_other_settings_are_not_mixed_in(
     before = (tmp_path / "rows.jsonl").read_bytes()
     with pytest.raises(StoreError) as caught:
         reproduce(reproduction, options, tmp_path)
-    assert f"other settings ({message}): pass --fresh" in str(caught.value)
+    assert f"other settings ({message})" in str(caught.value)
     assert (tmp_path / "rows.jsonl").read_bytes() == before
     again = replace(reproduction, ran=[])
     if options.data is None:

@@ -36,9 +36,9 @@ class Jacobian(LinearOperator):
         self.system, self.at = system, at
         self.in_shape, self.like = system.in_shape, at.x
         self.values = sum(value.numel() for value in at.values)
-        self._in_use = [uncertain is not None or not system.curved_after(node) for node in system.nodes]
         self._bases = effects(system, at, uncertain)
-        self._k = {node: system.k(at, node) for node, used in zip(system.nodes, self._in_use, strict=True) if used}
+        used = [node for node in system.nodes if uncertain is not None or not system.curved_after(node)]
+        self._k = {node: system.k(at, node) for node in used}
         self._scale, self.mean_diagonal = self._weights()
 
     def _weights(self) -> tuple[list[float], float]:
@@ -53,7 +53,7 @@ class Jacobian(LinearOperator):
         size = float((rows.weight * system.row_weight).square().sum())
         scale = [0.0] * len(rows.gradient)
         for at in reversed(range(len(scale))):
-            own = float(self._project(at, rows.gradient[at]).square().sum()) if self._in_use[at] else 0.0
+            own = float(self._project(at, rows.gradient[at]).square().sum())  # 0 where the rows are not used
             if own > 0:
                 even = (size or own) / own
                 scale[at] = min(max(system.noise_ratios[at], even), LIMIT * even)

@@ -40,7 +40,10 @@ class NotAChain(ValueError):
         super().__init__(f"the model is no plain chain of layers, {len(obstacles)} obstacle(s):\n{lines}")
 
 
-PASSED = (Kind.PASSED, "ranks are measured of plain chains only")
+PASSED = (
+    Kind.PASSED,
+    "ranks are measured where nothing but activations, batch norm and reordering stands between the layers",
+)
 """Of operations that the recursion passes."""
 FOLLOWED = {
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "relu6", "pixel_shuffle", "pixel_unshuffle", "flip",
