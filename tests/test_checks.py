@@ -315,10 +315,17 @@ def test_training_mode_is_warned_of_where_it_matters(module: nn.Module, warned: 
     update = Update(update.gradients, dataclasses.replace(update.header, training=said))
     result = preflight(target, update)
     expected = (
-        "the client was in training mode: dropout or batch statistics may have changed its gradient; "
-        "the attack assumes evaluation mode"
+        "the client was in training mode: dropout may have changed its gradient; the target is in evaluation mode, "
+        "make it of a model in the client's"
     )
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        expected = expected.replace("dropout", "batch norm")
     assert result.findings == ((expected,) if warned and said else ())
+    if said is not None:
+        other = preflight(Target(model.train(), losses.Logistic(), (8,)), update).findings
+        assert any("was in evaluation mode" in finding for finding in other) is (warned and not said)
+        draws = warned and said and "Dropout" in type(module).__name__
+        assert any("dropout draws" in finding for finding in other) is draws
 
 
 @pytest.mark.parametrize(("said", "expected"), [(4, 1), (1, 4), (2, 3)])

@@ -23,8 +23,33 @@ from rgap.nn.network import Network
 from rgap.target import Target
 from rgap.update import Update
 
-_MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
-"""Modules that compute something else in training mode."""
+_DROPOUT, _NORM = "dropout", "batch norm"
+FILLED = 0.05
+"""Samples that fill a smaller share of the value range were probably meant for another one."""
+
+
+def changes_with_mode(model: nn.Module) -> tuple[str, ...]:
+    """What in a model computes something else in training mode."""
+    modules = list(model.modules())
+    dropout = any(isinstance(each, nn.modules.dropout._DropoutNd) and each.p > 0 for each in modules)
+    norm = any(isinstance(each, nn.modules.batchnorm._NormBase) for each in modules)
+    return (*[_DROPOUT] * dropout, *[_NORM] * norm)
+
+
+def range_misfit(target: Target, samples: Sequence[Tensor]) -> str | None:
+    """What is wrong with the value range for these samples, in a sentence; None if they fill it and keep to it."""
+    if target.value_range is None:
+        return None
+    low, high = target.value_range
+    least, most = min(float(x.min()) for x in samples), max(float(x.max()) for x in samples)
+    slack = 1e-6 * (high - low)
+    if low - slack <= least and most <= high + slack and (most - least >= FILLED * (high - low) or most == least):
+        return None
+    return (
+        f"The samples' values go from {least:.3g} to {most:.3g}, and the value range is {low:g} to {high:g}: attacks "
+        "that keep to it cannot find them, and what is recovered is judged by it. Give the range that the model's "
+        f"inputs have (--value-range {least:.3g},{most:.3g}), or write the normalisation into the model."
+    )
 
 
 RANK = 30.0
@@ -72,11 +97,15 @@ def _chain(target: Target) -> Network | None:
 
 def _header(target: Target, update: Update) -> list[str]:
     header, findings = update.header, []
-    if header.training and any(isinstance(module, _MODAL) for module in target.model.modules()):
+    client = None if header.training is None else "training" if header.training else "evaluation"
+    changing = changes_with_mode(target.model)
+    if client not in (None, target.mode) and changing:
         findings.append(
-            "the client was in training mode: dropout or batch statistics may have changed its gradient; "
-            "the attack assumes evaluation mode"
+            f"the client was in {client} mode: {' and '.join(changing)} may have changed its gradient; the target is "
+            f"in {target.mode} mode, make it of a model in the client's"
         )
+    elif target.mode == "training" and _DROPOUT in changing:
+        findings.append("in training mode dropout draws: no gradient that is recomputed agrees with the client's")
     if header.loss not in (None, target.loss.name):
         findings.append(f"the client used the {header.loss} loss, the target has {target.loss.name}")
     if header.batch_size != target.batch_size:

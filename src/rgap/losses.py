@@ -1,10 +1,19 @@
 """The losses rgap knows, under their public name; see `rgap.nn.losses`."""
 
-import torch
-from torch import nn
+from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rgap.nn.export import CannotBeTraced, export
 from rgap.nn.losses import (
     BinaryCrossEntropy,
+    BinaryCrossEntropyOfProbabilities,
     CrossEntropy,
     Exponential,
     Hinge,
@@ -12,12 +21,15 @@ from rgap.nn.losses import (
     Loss,
     MarginLoss,
     MeanSquaredError,
+    NegativeLogLikelihood,
     SquaredHinge,
     by_name,
 )
+from rgap.nn.outputs import outputs_of
 
 __all__ = [
     "BinaryCrossEntropy",
+    "BinaryCrossEntropyOfProbabilities",
     "CrossEntropy",
     "Exponential",
     "Hinge",
@@ -25,33 +37,127 @@ __all__ = [
     "Loss",
     "MarginLoss",
     "MeanSquaredError",
+    "NegativeLogLikelihood",
+    "OfFunction",
     "SquaredHinge",
     "by_name",
     "for_model",
 ]
 
+TORCH: dict[type[nn.Module], type[Loss]] = {
+    nn.CrossEntropyLoss: CrossEntropy,
+    nn.NLLLoss: NegativeLogLikelihood,
+    nn.MSELoss: MeanSquaredError,
+    nn.BCEWithLogitsLoss: BinaryCrossEntropy,
+    nn.BCELoss: BinaryCrossEntropyOfProbabilities,
+    nn.SoftMarginLoss: Logistic,
+}
+"""Losses of torch, and what each is here."""
+BY_TORCH_NAME = {kind.__name__: kind for kind in TORCH}
 
-def for_model(model: nn.Module, input_shape: tuple[int, ...], name: str | None = None) -> Loss:
-    """The loss of that name for a model's number of outputs.
+
+@dataclass(frozen=True)
+class OfFunction(Loss):
+    """A function of outputs and targets of one's own, averaged over the batch, as training code calls it.
 
     Args:
-        name: None: logistic for a model of one output, cross-entropy for one of several.
+        function: takes outputs (b, outputs) and classes (b,) as whole numbers; of a single output (b,) and numbers.
+        outputs: of the model. With several, labels are classes from 0 to outputs - 1, else 0 and 1.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    outputs: int = 1
+
+    @property
+    def labels(self) -> tuple[float, ...]:
+        return tuple(float(label) for label in range(max(2, self.outputs)))
+
+    def per_sample(self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
+        single = self.outputs == 1
+        given = outputs[:, 0] if single else outputs
+        targets = labels.to(outputs) if single else labels.long()
+        found: Tensor = torch.func.vmap(lambda o, y: self.function(o[None], y[None]).reshape(()))(given, targets)
+        return found
+
+
+def for_model(model: nn.Module, input_shape: tuple[int, ...], loss: Any = None) -> Loss:
+    """What a model is trained with, for its number of outputs.
+
+    Args:
+        loss: a name of this package, a loss of ``torch.nn`` or its name, a function of outputs and targets, or a
+            `Loss`. None: what the model's outputs suggest: binary cross-entropy where it ends in a sigmoid, else
+            logistic for one output and cross-entropy for several.
 
     Raises:
-        ValueError: an unknown name, or a loss of several outputs for a model that does not take this shape.
+        ValueError: an unknown name, a loss that is not known here or is set in a way that is not, or a loss of several
+            outputs for a model that does not take this shape.
     """
+    if isinstance(loss, Loss):
+        return loss
     outputs = _outputs(model, input_shape)
-    if name is None:
-        name = "logistic" if outputs is None or outputs == 1 else "cross-entropy"
-    return by_name(name, outputs)
+    count = None if outputs is None else outputs[:1].numel()
+    if isinstance(loss, str) and loss in BY_TORCH_NAME:
+        loss = getattr(nn, loss)
+    if isinstance(loss, type) and issubclass(loss, (Loss, nn.Module)):
+        loss = loss()
+    if isinstance(loss, nn.Module) and type(loss).__module__.startswith("torch."):
+        return _of_torch(loss, count)
+    if callable(loss):
+        return loss if isinstance(loss, Loss) else OfFunction(loss, count or 1)
+    probabilities = outputs is not None and bool(((outputs >= 0) & (outputs <= 1)).all())
+    if loss in (None, "bce") and count and probabilities and _ending(model, input_shape) == "sigmoid":
+        return BinaryCrossEntropyOfProbabilities(count)
+    if loss is None:
+        loss = "logistic" if count in (None, 1) else "cross-entropy"
+    return by_name(loss, count)
 
 
-def _outputs(model: nn.Module, input_shape: tuple[int, ...]) -> int | None:
-    """The number of outputs for one sample; None if the model does not take the shape, which `Target` explains."""
-    parameter = next(model.parameters(), torch.zeros(()))
+def _of_torch(loss: nn.Module, outputs: int | None) -> Loss:
+    """A loss of torch.nn as it is here."""
+    kind, name = TORCH.get(type(loss)), type(loss).__name__
+    if kind is None:
+        raise ValueError(
+            f"got {name}, which has no closed form here: expected one of {', '.join(BY_TORCH_NAME)}, a name such as "
+            "cross-entropy, or a function of outputs and targets of your own"
+        )
+    reduction = getattr(loss, "reduction", "mean")
+    if reduction != "mean":
+        how = "Protocol(summed=True), --summed" if reduction == "sum" else "a mean"
+        raise ValueError(f"got {name} with reduction {reduction!r}, expected 'mean': of a sum say so by {how}")
+    if getattr(loss, "pos_weight", None) is not None or getattr(loss, "ignore_index", -100) >= 0:
+        raise ValueError(f"got {name} with pos_weight or ignore_index, expected neither: pass a function of your own")
+    if issubclass(kind, MarginLoss):
+        return kind()
+    if outputs is None:
+        raise ValueError(f"{name} needs the number of outputs, and the model does not take inputs of this shape")
+    if issubclass(kind, CrossEntropy):
+        weight = getattr(loss, "weight", None)
+        weights = None if weight is None else tuple(float(w) for w in weight)
+        return kind(outputs, float(getattr(loss, "label_smoothing", 0.0)), weights)
+    if getattr(loss, "weight", None) is not None:
+        raise ValueError(f"got {name} with weights, expected none: pass a function of your own")
+    made: Loss = kind(outputs)  # type: ignore[call-arg]
+    return made
+
+
+def _outputs(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor | None:
+    """Of two samples of noise, (2, ...); None if the model does not take the shape, which `Target` explains."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    noise = torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
     try:
-        with torch.no_grad():
-            outputs = model(parameter.new_zeros(1, *input_shape))
+        with torch.no_grad(), torch.random.fork_rng():
+            outputs = outputs_of(model(noise))
     except (RuntimeError, ValueError, IndexError, TypeError):
         return None
-    return int(outputs.numel()) if isinstance(outputs, torch.Tensor) else None
+    if not isinstance(outputs, Tensor) or not outputs.numel():
+        return None
+    return outputs.reshape(2, -1) if outputs.numel() % 2 == 0 else None
+
+
+def _ending(model: nn.Module, input_shape: tuple[int, ...]) -> str:
+    """The function of probabilities that the model does last; empty if there is none, or nobody can tell."""
+    try:
+        found = export(model, input_shape).ending
+    except CannotBeTraced:
+        return ""
+    return "" if found is None else str(found.target).split(".")[1].strip("_")

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from rgap.files import plain, write_atomically
 
+LONG = 24
+"""Characters of a value that a message shows."""
+
 
 class StoreError(ValueError):
     """A folder that cannot be gone on with; says why, and what to do."""
@@ -75,10 +78,10 @@ class Store:
         there, now = dict(_leaves(entry)), dict(_leaves(self.settings))
         changed = [name for name in dict.fromkeys([*there, *now]) if there.get(name) != now.get(name)]
         if changed:
-            listed = ", ".join(f"{name} {there.get(name)} there, {now.get(name)} now" for name in changed)
+            listed = ", ".join(_told(name, there.get(name), now.get(name)) for name in changed)
             raise StoreError(
-                f"{self.folder} holds a run with other settings ({listed}): pass --fresh to start over, or another "
-                "--out"
+                f"{self.folder} holds a run with other settings ({listed}), which says nothing of this one: keep this "
+                "one in another folder (--out), or pass --fresh to forget the other"
             )
 
     def _read(self) -> dict[str, Row]:
@@ -131,6 +134,13 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         self.rows[key] = Row(json.loads(line)["values"], row.tensors)  # as it will be read
+
+
+def _told(name: str, there: str | None, now: str | None) -> str:
+    """What is another: with its values, unless they are too long for anyone to read."""
+    if max(len(str(value)) for value in (there, now)) > LONG:
+        return f"another {name.replace('_', ' ')}"
+    return f"{name} {there} there, {now} now"
 
 
 def _parsed(text: bytes) -> Any:

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from rgap.losses import for_model
 from rgap.nn.graph import Graph
 from rgap.nn.losses import Loss, MarginLoss
 from rgap.nn.network import Network
 from rgap.nn.obstacles import Obstacle
+from rgap.nn.outputs import outputs_of
 from rgap.nn.trace import follow
 
 
@@ -27,7 +30,8 @@ class Target:
 
     Args:
         model: takes a batch (b, *input_shape).
-        loss: takes outputs and labels, gives the mean over the batch; see `rgap.losses`.
+        loss: takes outputs and labels, gives the mean over the batch; see `rgap.losses`. A name, a loss of torch.nn, or
+            a function of your own is turned into one by `rgap.losses.for_model`.
         input_shape: one sample's shape, without the batch, such as (3, 32, 32).
         value_range: the values an input can have, such as (0.0, 1.0); None if not known. It chooses between inputs
             that give the same gradient, and nothing else.
@@ -38,7 +42,10 @@ class Target:
     """
 
     model: nn.Module
-    loss: Loss
+    if TYPE_CHECKING:
+        loss: Loss
+    else:
+        loss: Any  # whatever `rgap.losses.for_model` takes; what it makes of it is kept
     input_shape: tuple[int, ...]
     value_range: tuple[float, float] | None = None
     batch_size: int = 1
@@ -54,6 +61,7 @@ class Target:
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "input_shape", tuple(int(size) for size in self.input_shape))
+        put(self, "loss", for_model(self.model, self.input_shape, self.loss))
         if not self.input_shape or min(self.input_shape) < 1:
             raise ValueError(f"input_shape is {self.input_shape}: expected positive sizes, such as (3, 32, 32)")
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
@@ -70,10 +78,16 @@ class Target:
         put(self, "_tensors", {name: t.detach().clone() for name, t in tensors.items()})
         trained = {name: self._tensors[name] for name, p in self.model.named_parameters() if p.requires_grad}
         put(self, "parameters", trained)
-        put(self, "graph", follow(self.model, self.input_shape, self.loss.outputs))
+        put(self, "graph", follow(self.model, self.input_shape, self.loss.outputs, self.loss.ending))
         if not self.graph.uses:
             # Tracing checks shapes; where it failed, only a run of the model tells whether the shape was wrong.
             self._state  # noqa: B018
+        if type(self.loss).misfit is not Loss.misfit:
+            noise = 3 * torch.randn(16, *self.input_shape, generator=torch.Generator().manual_seed(0))
+            with torch.no_grad(), torch.random.fork_rng():
+                wrong = self.loss.misfit(self.outputs(noise))
+            if wrong:
+                raise ValueError(wrong)
 
     @cached_property
     def _state(self) -> Mapping[str, Tensor]:
@@ -100,13 +114,15 @@ class Target:
     def _states(self) -> dict[torch.dtype, Mapping[str, Tensor]]:
         return {}
 
-    def _refuses(self, state: Mapping[str, Tensor]) -> str:
+    def _refuses(self, state: Mapping[str, Tensor], samples: int | None = None) -> str:
         """Why the model does not run with these tensors; empty if it does."""
         floating = next(t for t in state.values() if t.is_floating_point())
-        sample = torch.zeros(self.batch_size, *self.input_shape, dtype=floating.dtype, device=floating.device)
+        sample = torch.zeros(
+            samples or self.batch_size, *self.input_shape, dtype=floating.dtype, device=floating.device
+        )
         try:
             with torch.no_grad(), torch.random.fork_rng(), self._mode():
-                torch.func.functional_call(self.model, _copies(state), (sample,))
+                outputs_of(torch.func.functional_call(self.model, _copies(state), (sample,)))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             return str(error).strip().splitlines()[0] or type(error).__name__
         return ""
@@ -132,11 +148,16 @@ class Target:
         """
         generator = torch.Generator().manual_seed(0)
         x = torch.rand(1, *self.input_shape, generator=generator, dtype=torch.float64).to(self.device)
+        refused = self._refuses(self._state, 1)
+        if refused:
+            raise NotImplementedError(f"forward: a sample alone is not followed: {refused}")
         with torch.no_grad(), torch.random.fork_rng():
             first, second = (self.outputs(x).double().reshape(-1) for _ in range(2))
             if not torch.equal(first, second):
                 return  # it draws at random, as dropout in training mode does
             found = network.forward(x)[-1].reshape(-1)
+            if self.graph.ending_is_the_loss:
+                found = found.sigmoid() if self.graph.ending == "sigmoid" else found.log_softmax(0)
         # Models that insist on float32 agree to its rounding.
         if not bool((found - first).norm() <= 1e-3 * first.norm() + 1e-12):
             raise NotImplementedError(
@@ -191,9 +212,10 @@ class Target:
     def _run(self, state: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """The model with these tensors, in the mode it had when the target was made."""
         with self._mode():
-            outputs: Tensor = torch.func.functional_call(
+            result = torch.func.functional_call(
                 self.model, dict(state), (inputs.to(state[next(iter(self.parameters))]),)
             )
+        outputs: Tensor = outputs_of(result)
         return outputs
 
     def gradient(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

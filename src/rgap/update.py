@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rgap.files import write_atomically
 from rgap.inversion.rounding import stored_precision
+from rgap.nn.outputs import outputs_of
 from rgap.protocol import ADAM_EPSILON, MOMENTUM, Optimiser, Protocol, Sends
 from rgap.schema import nullable, validator
 from rgap.target import Target, fingerprint
@@ -339,7 +340,7 @@ def _one_client(target: Target, x: Tensor, y: Tensor, protocol: Protocol) -> dic
     like, scale = state[trained[0]], len(x) if protocol.summed else 1
 
     def gradient() -> dict[str, Tensor]:
-        outputs = torch.func.functional_call(model, state, (x.to(like),))
+        outputs = outputs_of(torch.func.functional_call(model, state, (x.to(like),)))
         loss = scale * target.loss(outputs, y.to(like.device))
         found = torch.autograd.grad(loss, [state[name] for name in trained], allow_unused=True)
         return {n: torch.zeros_like(state[n]) if g is None else g for n, g in zip(trained, found, strict=True)}

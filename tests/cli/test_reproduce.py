@@ -87,7 +87,7 @@ def test_after_an_interruption_it_goes_on(
     assert ran == [curve.ours.name for curve in figure1.CURVES]
     code, _, err = run(capsys, "reproduce", "figure1", "--count", 3, "--out", tmp_path)
     assert code == 1
-    assert "count 2 there, 3 now): pass --fresh" in " ".join(err.split())
+    assert "count 2 there, 3 now), which says nothing of this one" in " ".join(err.split())
     assert run(capsys, "reproduce", "figure1", "--count", 3, "--out", tmp_path, "--fresh")[0] == 0
 
 

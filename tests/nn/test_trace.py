@@ -20,6 +20,7 @@ from rgap.nn.graph import Graph, Use
 from rgap.nn.network import Network
 from rgap.nn.obstacles import KNOWN, Kind, NotAChain, Obstacle, known
 from rgap.nn.ops import Linear
+from rgap.nn.outputs import outputs_of
 from rgap.nn.trace import follow
 
 
@@ -611,8 +612,8 @@ ENDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[tuple[str, 
         (4, 4, 4),
         [("max_pool2d", "max_pool2d", Kind.NOT_YET, STRIDED)],
     ),
-    "a pair": (
-        lambda: Model(lambda m, x: (m.a(x), m.b(x)), a=nn.Linear(4, 1), b=nn.Linear(4, 1)),
+    "a pair without a usual name": (
+        lambda: Model(lambda m, x: {"a": m.a(x), "b": m.b(x)}, a=nn.Linear(4, 1), b=nn.Linear(4, 1)),
         (4,),
         [("forward", "returns 2 values", Kind.SETTING, "return one tensor of outputs")],
     ),
@@ -634,23 +635,62 @@ def test_an_obstacle_at_the_ends_or_in_the_parameters(row: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        (lambda m, x: (m.a(x),), 1),
+        (lambda m, x: [m.a(x)], 1),
+        (lambda m, x: {"logits": m.a(x)}, 1),
+        (lambda m, x: {"loss": x.sum(), "logits": m.a(x)}, 2),
+        (lambda m, x: {"aux": 2 * x, "out": m.a(x)}, 2),
+        (lambda m, x: {"scores": m.a(x)}, 1),
+        (lambda m, x: (m.a(x), None), 1),
+        (lambda m, x: ((m.a(x), x), {"hidden": x}), 3),
+        (lambda m, x: (m.a(x), m.a.weight), 2),
+    ],
+)
+def test_the_outputs_are_found_among_what_a_model_returns(code: Callable[[Any, Tensor], Any], count: int) -> None:
+    model = Model(code, a=nn.Linear(4, 1))
+    graph = follow(model, (4,), 1)
+    assert (graph.obstacles, [use.name for use in graph.uses], graph.returned) == ((), ["a"], count)
+    x = torch.rand(2, 4)
+    assert torch.equal(outputs_of(model(x)), model.a(x))
+
+
+@pytest.mark.parametrize(
     "code",
     [
-        lambda m, x: (m.a(x),),
-        lambda m, x: [m.a(x)],
-        lambda m, x: {"logits": m.a(x)},
-        lambda m, x: (m.a(x), None),
-        lambda m, x: (lambda y: (y, y))(m.a(x)),
-        lambda m, x: (m.a(x), m.a.weight),
         lambda m, x: m.a.weight.sum(),
+        lambda m, x: {"first": m.a(x), "second": x},
+        lambda m, x: (None, m.a(x)),
     ],
-    ids=["tuple of one", "list of one", "dictionary", "with None", "twice the same", "with a weight", "a weight"],
+    ids=["a weight", "no usual name", "None first"],
 )
-def test_anything_but_one_tensor_of_outputs_is_refused(code: Callable[[Any, Tensor], Any]) -> None:
+def test_what_cannot_be_told_for_outputs_is_refused(code: Callable[[Any, Tensor], Any]) -> None:
     """The loss takes a tensor."""
     found = obstacles(Model(code, a=nn.Linear(4, 1)), (4,))
     assert [(o.where, o.kind) for o in found] == [("forward", Kind.SETTING)]
     assert "eturn one tensor" in found[0].remedy
+
+
+@pytest.mark.parametrize(
+    ("end", "name"),
+    [
+        (lambda z: torch.log_softmax(z, 1), "log_softmax"),
+        (lambda z: nn.functional.log_softmax(z, dim=-1).reshape(-1, 3), "log_softmax"),
+        (torch.sigmoid, "sigmoid"),
+        (lambda z: z.softmax(1), "softmax"),
+        (lambda z: z.softmax(0), ""),
+        (lambda z: 2 * torch.sigmoid(z), ""),
+        (lambda z: z, ""),
+    ],
+)
+def test_what_a_model_ends_in_may_belong_to_the_loss(end: Callable[[Tensor], Tensor], name: str) -> None:
+    model = Model(lambda m, x: end(m.a(x)), a=nn.Linear(4, 3))
+    assert follow(model, (4,), 3).ending == name
+    taken = follow(model, (4,), 3, name or "sigmoid")
+    assert taken.ending_is_the_loss is bool(name)
+    if name:
+        assert taken.obstacles == ()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor
 from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients
 from rgap.auditing.document import document
 from rgap.auditing.dose_response import Accounting, DoseResponse, dose_response
+from rgap.auditing.findings import findings
 from rgap.auditing.observed import Truth, captured, received
 from rgap.auditing.readout import ReadOut
 from rgap.auditing.results import AttackRun, Case
@@ -52,6 +53,8 @@ class Audit:
     """Whether an attack that was put off or cut off might still find what none has found."""
     read: ReadOut | None
     """What the updates gave away before any attack; None if nobody looked."""
+    findings: tuple[str, ...]
+    """What makes the audit mean something else than its reader may think."""
     seconds: float
 
     @property
@@ -71,7 +74,7 @@ class Audit:
     @property
     def verdict(self) -> Verdict:
         unfinished = self.ended if self.unfinished else Ended.WHOLE
-        return verdict(self.cases, self.sweeps, self.rank, self.target, self.read, unfinished)
+        return verdict(self.cases, self.sweeps, self.rank, self.target, self.read, unfinished, self.findings)
 
     @property
     def summary(self) -> str:
@@ -80,7 +83,8 @@ class Audit:
 
     def __str__(self) -> str:
         """The verdict in a few lines."""
-        return "\n".join((self.verdict.headline, *self.verdict.sentences))
+        found = self.verdict
+        return "\n".join((found.headline, *found.findings, *found.sentences))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, pictures included, as audit.json has it; see ``rgap/report/schema.json``."""
@@ -249,5 +253,6 @@ def _audit(run: Run, sweeps: Sequence[DoseResponse]) -> Audit:
         ended=run.ended,
         unfinished=run.unfinished,
         read=run.read,
+        findings=findings(run.target, run.observed),
         seconds=run.seconds,
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rgap.auditing.dose_response import DoseResponse, Response
 from rgap.auditing.results import AttackRun, Level
-from rgap.auditing.verdict import Verdict
+from rgap.auditing.verdict import Verdict, rank_sentence
 from rgap.files import plain
 from rgap.picture import is_picture
 from rgap.target import Target
@@ -49,6 +49,7 @@ def document(audit: Audit) -> dict[str, Any]:
             "target": {
                 "model": audit.settings.get("model") or type(target.model).__name__,
                 "loss": target.loss.name,
+                "mode": target.mode,
                 "input_shape": target.input_shape,
                 "value_range": target.value_range,
                 "batch_size": target.batch_size,
@@ -64,7 +65,7 @@ def document(audit: Audit) -> dict[str, Any]:
             },
             "settings": settings,
             "verdict": _verdict(audit.verdict),
-            "rank": None if audit.rank is None else _rank(audit.rank),
+            "rank": None if audit.rank is None else _rank(audit.rank, audit.verdict.level),
             "attacks": [_attack_run(each) for each in audit.attacks],
             "samples": [
                 {
@@ -133,9 +134,10 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     return asdict(verdict) | {"level": verdict.level.value, "advice": advice}
 
 
-def _rank(rank: RankAnalysis) -> dict[str, Any]:
+def _rank(rank: RankAnalysis, level: Level) -> dict[str, Any]:
     layers = [{name: getattr(layer, name) for name in RANKED} for layer in rank.layers]
-    return {"index": rank.index, "joint_free": rank.joint_free, "sentence": rank.verdict, "layers": layers}
+    sentence = rank_sentence(rank, level.rank >= Level.RECOGNISABLE.rank)
+    return {"index": rank.index, "joint_free": rank.joint_free, "sentence": sentence, "layers": layers}
 
 
 def _attack_run(run: AttackRun) -> dict[str, Any]:

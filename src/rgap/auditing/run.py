@@ -129,7 +129,7 @@ class Run:
             self.read = read_out(self.target, self.observed)
         self.tell("rank analysis", note=f"Read off at once: {self.read.told}." if self.read.told else "")
         self._rank()
-        note = "" if self.rank is None else self.rank.verdict
+        note = "" if self.rank is None else f"Before any attack: {self.rank.verdict}"
         self.unfinished = True
         short: list[tuple[Attack, int]] = []
         for number, attack in enumerate(self.able):

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from rgap.attacks import Status
 from rgap.attacks.last_layer import obstacle
 from rgap.auditing.dose_response import DoseResponse, Response
+from rgap.auditing.findings import mode
 from rgap.auditing.readout import ReadOut
 from rgap.auditing.results import EXACT_PSNR, FOUND_FREE, RECOGNISABLE_PSNR, RECOGNISABLE_SSIM, Case, Level
 from rgap.auditing.run import Ended
+from rgap.checks import changes_with_mode
 from rgap.rank import RankAnalysis
 from rgap.target import Target
 
@@ -51,6 +53,8 @@ class Advice:
 class Verdict:
     level: Level
     headline: str
+    findings: tuple[str, ...]
+    """What makes the audit mean something else than its reader may think."""
     sentences: tuple[str, ...]
     layer: LayerNote | None
     advice: tuple[Advice, ...]
@@ -64,12 +68,14 @@ def verdict(
     target: Target,
     read: ReadOut | None = None,
     ended: Ended = Ended.WHOLE,
+    found: Sequence[str] = (),
 ) -> Verdict:
     """What the results mean for someone who must decide.
 
     Args:
         read: what the updates gave away before any attack.
         ended: what kept an attack from finding what it might still have found, if anything did.
+        found: what makes the audit mean something else than its reader may think.
     """
     count = len(cases)
     exact = sum(case.level is Level.EXACT for case in cases)
@@ -101,8 +107,9 @@ def verdict(
     return Verdict(
         level,
         _so_far(headline, ended, exact == count),
-        tuple(_sentences(cases, exact, seen, told)),
-        _layer(rank, seen > 0),
+        tuple(found),
+        tuple(_sentences(cases, exact, seen, told, target)),
+        _layer(rank, seen > 0, ended is not Ended.WHOLE),
         tuple(_advice(sweeps)) if seen else (),
         (*_limits(target), *_unknown(unknown, count)),
     )
@@ -122,7 +129,7 @@ def _many(some: int, count: int, what: str) -> str:
     return f"{some} of {count} samples {what}."
 
 
-def _sentences(cases: Sequence[Case], exact: int, seen: int, told: str) -> list[str]:
+def _sentences(cases: Sequence[Case], exact: int, seen: int, told: str, target: Target) -> list[str]:
     count = len(cases)
     others = sum(case.truth is None and case.level is Level.NOTHING for case in cases)
     tail = f"; of {others} nobody can say: there is nothing to compare with" if others else ""
@@ -147,6 +154,8 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int, told: str) -> list[
             found.append("The label of each of them was inferred as well; the attack was told nothing.")
     if told:
         found.append(f"Read off at once, without any search: {told}.")
+    if changes_with_mode(target.model):
+        found.append(mode(target))
     return found
 
 
@@ -162,12 +171,23 @@ def _unknown(names: Sequence[str], count: int) -> tuple[str, ...]:
     )
 
 
-def _layer(rank: RankAnalysis | None, leaks: bool) -> LayerNote | None:
+def rank_sentence(rank: RankAnalysis, leaks: bool) -> str:
+    """What the ranks say, beside what the attacks found: free dimensions that a prior filled protect nothing."""
+    if not leaks or not rank.joint_free:
+        return rank.verdict
+    size, free = rank.layers[0].unknowns, rank.joint_free
+    return (
+        f"The constraints leave {free} of {size} dimensions of the input ({100 * free / size:.2g} %) free. That "
+        "protected nothing here: the rest was enough, and a prior filled what was free."
+    )
+
+
+def _layer(rank: RankAnalysis | None, leaks: bool, unfinished: bool) -> LayerNote | None:
     """The layer to look at; for chains, whose ranks were measured."""
     if rank is None or not rank.layers:
         return None
     protecting = rank.protecting
-    if protecting is not None and not leaks:
+    if protecting is not None and not leaks and not unfinished:
         why = f"its constraints leave {protecting.free} of the {protecting.unknowns} values that it reads open"
         return LayerNote(protecting.name, "protects", why)
     if leaks and rank.joint_free == 0:

@@ -101,6 +101,8 @@ def _show(result: Audit, out: Path) -> None:
 
     console = report()
     console.print(result.verdict.headline, style="bold")
+    for finding in result.verdict.findings:
+        console.print(f"Check this first: {finding}", style="bold red")
     for sentence in result.verdict.sentences:
         console.print(sentence)
     console.print()

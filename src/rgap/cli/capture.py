@@ -24,10 +24,15 @@ def command(picture: Path, label: float, out: Path, **named: Any) -> None:
     """Write the update that a client with one PICTURE would send: its gradient, never the picture."""
     import torch
 
+    from rgap.checks import range_misfit
     from rgap.update import capture
 
     target = make_target(**named)
-    capture(target, sample(target, picture, "use rgap.capture from Python"), torch.tensor([label])).save(out)
+    x = sample(target, picture, "use rgap.capture from Python")
+    capture(target, x, torch.tensor([label])).save(out)
+    misfit = range_misfit(target, [x])
+    if misfit is not None:
+        click.echo(f"Check this: {misfit}", err=True)
     click.echo(f"{out}: gradient of {len(target.parameters)} tensors, model {target.fingerprint[:12]}")
 
 

@@ -59,5 +59,7 @@ def _show(result: Audit, name: str, out: Path) -> None:
 
     console = report()
     console.print(f"{name}: {result.verdict.headline}", style="bold")
+    for finding in result.verdict.findings:
+        console.print(f"Check this first: {finding}", style="bold red")
     console.print(tables.pictures(result))
     console.print(f"Report: {out / name}.html\n", soft_wrap=True)

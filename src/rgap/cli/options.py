@@ -22,7 +22,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 # torch takes seconds to import. What is named in --help stands here, and a test holds it against what there is.
 MODELS = ("cnn6", "cnn6-d", "fcn3", "residual", "lenet", "vgg11", "resnet20", "strided", "vit-tiny")
 ATTACKS = ("closed", "recursive", "bias", "dlg", "idlg", "inverting-gradients", "hybrid")
-LOSSES = ("bce", "cross-entropy", "exponential", "hinge", "logistic", "mse", "squared-hinge")
+LOSSES = ("bce", "cross-entropy", "exponential", "hinge", "logistic", "mse", "nll", "squared-hinge")
+TORCH_LOSSES = (
+    "CrossEntropyLoss", "NLLLoss", "MSELoss", "BCEWithLogitsLoss", "BCELoss", "SoftMarginLoss",
+)  # fmt: skip
 ABOUT_ATTACKS = (
     "closed: R-GAP, and where a layer leaves its input open, several layers together; recursive: layer by layer, "
     "as in the paper; bias: a Linear layer with a bias; dlg, idlg, inverting-gradients: by optimisation; hybrid: "
@@ -64,6 +67,13 @@ def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
     return low, high
 
 
+def _loss(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is None or ":" in value or value in (*LOSSES, *TORCH_LOSSES):
+        return value
+    known = ", ".join((*LOSSES, *TORCH_LOSSES))
+    raise click.BadParameter(f"{value!r} is not one of {known}, nor PKG.MOD:LOSS", ctx, param)
+
+
 target_options = options(
     click.option(
         "--model",
@@ -79,10 +89,13 @@ target_options = options(
     ),
     click.option(
         "--loss",
-        type=click.Choice(LOSSES),
-        help="By default logistic for a model of one output, cross-entropy for one of several. bce: labels are "
-        "numbers whose binary digits are the outputs'; mse: a real label, or a class for several outputs; the "
-        "others but cross-entropy take labels -1 and 1.",
+        callback=_loss,
+        metavar="NAME",
+        help=f"{', '.join(LOSSES)}, torch's own name such as {', '.join(TORCH_LOSSES[:3])}, or PKG.MOD:LOSS, a loss or "
+        "a function of outputs and targets. By default bce for a model that ends in a sigmoid, else logistic for one "
+        "output and cross-entropy for several. What a log_softmax or sigmoid at the end takes is attacked. bce: labels "
+        "are numbers whose binary digits are the outputs'; mse: a real label, or a class for several outputs; "
+        "exponential, hinge, logistic and squared-hinge take labels -1 and 1.",
     ),
     click.option(
         "--input-shape",
@@ -100,7 +113,13 @@ target_options = options(
         show_default=True,
         help="Of an input's values, or none.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of a built-in model's initial weights."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the model's initial weights."),
+    click.option(
+        "--training",
+        is_flag=True,
+        help="The clients' model is in training mode: dropout draws, batch norm takes the batch's statistics. Default: "
+        "evaluation mode.",
+    ),
 )
 """What is attacked, as `make_target` takes it."""
 
@@ -189,6 +208,7 @@ def make_target(
     input_shape: tuple[int, ...],
     value_range: tuple[float, float] | None,
     seed: int,
+    training: bool,
     batch_size: int = 1,
 ) -> Target:
     """The target the options describe."""
@@ -199,16 +219,33 @@ def make_target(
     module = _module(model, input_shape, seed)
     if weights is not None:
         load_weights(module, weights)
-    return Target(module, losses.for_model(module, input_shape, loss), input_shape, value_range, batch_size)
+    chosen = losses.for_model(module, input_shape, _named_loss(loss))
+    return Target(module.train(training), chosen, input_shape, value_range, batch_size)
 
 
 def _module(model: str, input_shape: tuple[int, ...], seed: int) -> nn.Module:
+    import torch
+
     from rgap.models.named import ModelError, built_in, own
 
     try:
-        return own(model) if ":" in model else built_in(model, input_shape, seed)
+        with torch.random.fork_rng():  # the same weights again when an audit goes on
+            torch.manual_seed(seed)
+            return own(model) if ":" in model else built_in(model, input_shape, seed)
     except ModelError as error:
         raise click.BadParameter(f"--model: {error}") from error
+
+
+def _named_loss(loss: str | None) -> Any:
+    """A name as it is, or what lies under PKG.MOD:LOSS."""
+    from rgap.models.named import ModelError, imported
+
+    if loss is None or ":" not in loss:
+        return loss
+    try:
+        return imported(loss, "loss")
+    except ModelError as error:
+        raise click.BadParameter(f"--loss: {error}") from error
 
 
 def taken(named: dict[str, Any], *names: str) -> dict[str, Any]:

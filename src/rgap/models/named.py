@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -60,6 +61,26 @@ def built_in(name: str, input_shape: Shape, seed: int = 0, width: int | None = N
     return BUILT_IN[name](input_shape, seed=seed, width=width)
 
 
+def imported(path: str, what: str) -> Any:
+    """What lies under PKG.MOD:NAME, importable from the present folder, or installed. Importing it runs its code.
+
+    Args:
+        what: it is to be, for messages.
+
+    Raises:
+        ModelError: there is no such thing.
+    """
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ModelError(f"{what} {path}: cannot import {module} from here ({error})") from error
+    except AttributeError as error:
+        raise ModelError(f"{what} {path}: {module} has no {name}") from error
+
+
 def own(path: str, **arguments: int) -> nn.Module:
     """What the function PKG.MOD:FACTORY makes, in evaluation mode; a module by that name is taken as it is.
 
@@ -74,14 +95,7 @@ def own(path: str, **arguments: int) -> nn.Module:
     if not colon or not module or not factory:
         known = ", ".join(BUILT_IN)
         raise ModelError(f"got the model {path!r}, expected {known}, or PKG.MOD:FACTORY such as mynet:make_model")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        made = getattr(importlib.import_module(module), factory)
-    except ImportError as error:
-        raise ModelError(f"model {path}: cannot import {module} from here ({error})") from error
-    except AttributeError as error:
-        raise ModelError(f"model {path}: {module} has no {factory}") from error
+    made = imported(path, "model")
     if not isinstance(made, nn.Module):
         takes = inspect.signature(made).parameters if arguments else {}
         made = made(**{name: value for name, value in arguments.items() if name in takes})

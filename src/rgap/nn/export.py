@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_structure
+from torch.utils._pytree import TreeSpec, tree_structure, tree_unflatten
 
-from rgap.nn.calls import BLOCKS, operation
+from rgap.nn.calls import BLOCKS, VIEWS, arguments, operation
+from rgap.nn.outputs import outputs_of
 
 _ONE_TENSOR = tree_structure(0)
+ENDINGS = ("sigmoid", "softmax", "log_softmax")
+"""What a model may do last that belongs to a loss of probabilities."""
 
 
 class Parameters:
@@ -53,7 +56,30 @@ class Exported:
     with_gradient: frozenset[Node]
     """Operations that a gradient gets back to from the outputs."""
     one_tensor: bool
-    """Whether the model returns a tensor and nothing else."""
+    """Whether the model's outputs could be told among what it returns."""
+    returned: int
+    """How many values that is."""
+
+    @property
+    def ending(self) -> Node | None:
+        """The function of probabilities that the model does last, over all outputs of a sample; None if it does not."""
+        [output] = [node for node in self.graph.nodes if node.op == "output"]
+        results = output.all_input_nodes
+        node = results[0] if len(results) == 1 else None
+        while node is not None and node.op == "call_function" and operation(node) in VIEWS:
+            node = node.all_input_nodes[0]
+        if node is None or node.op != "call_function" or operation(node).strip("_") not in ENDINGS:
+            return None
+        shape, dim = node.meta["val"].shape, arguments(node).get("dim", -1)
+        return node if operation(node) == "sigmoid" or shape[dim] == node.meta["val"].numel() else None
+
+    def without_ending(self, name: str) -> bool:
+        """Take away what the model does last, if it is the function of that name; tells whether it was."""
+        node = self.ending
+        if node is None or operation(node).strip("_") != name:
+            return False
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        return True
 
 
 def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
@@ -69,6 +95,8 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
         lines = str(error).strip().splitlines()
         raise CannotBeTraced(lines[0] if lines else type(error).__name__) from error
     module, signature = program.graph_module, program.graph_signature
+    returned = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    one_tensor = _outputs_alone(module.graph, program.call_spec.out_spec)
     detached = inline(module)
     graph = module.graph
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -79,8 +107,25 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
         frozenset(n for n in graph.nodes if n.name in signature.user_inputs),
         {n: program.constants[written[n.name]].detach() for n in graph.nodes if n.name in written},
         frozenset(reached_by_gradient(graph, detached)),
-        program.call_spec.out_spec == _ONE_TENSOR,
+        one_tensor,
+        sum(isinstance(value, Node) for value in returned),
     )
+
+
+def _outputs_alone(graph: torch.fx.Graph, structure: TreeSpec | None) -> bool:
+    """Let the graph return the outputs and nothing else; tells whether they could be told."""
+    if structure is None or structure == _ONE_TENSOR:
+        return structure is not None
+    [output] = [node for node in graph.nodes if node.op == "output"]
+    values = list(output.args[0])
+    try:
+        chosen = outputs_of(tree_unflatten(values[-structure.num_leaves :], structure))
+    except (TypeError, ValueError):
+        return False
+    if not isinstance(chosen, Node):
+        return False
+    output.args = ((chosen,),)
+    return True
 
 
 def _example(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:

@@ -61,3 +61,9 @@ class Graph:
     """What keeps the model from being a plain chain of layers."""
     program: Program | None = field(default=None, repr=False, compare=False)
     """The operations themselves; None if the model cannot be traced."""
+    returned: int = 1
+    """Values that the model returns; the loss takes one of them, see `rgap.nn.outputs`."""
+    ending: str = ""
+    """What the model does last, if it makes probabilities: ``sigmoid``, ``softmax`` or ``log_softmax``; else empty."""
+    ending_is_the_loss: bool = False
+    """Whether it was counted to the loss and taken away: the graph then ends in what it takes."""

@@ -28,6 +28,9 @@ class Loss(ABC):
 
     name: ClassVar[str]
     """What update files, messages and the command line call it; made of the class's own name where it says none."""
+    ending: ClassVar[str] = ""
+    """A function that belongs to the loss where the model does it last, such as ``log_softmax``: outputs are then what
+    it takes, in all but `per_sample`, `__call__` and `expected`, which take what the model gives."""
 
     def __init_subclass__(cls, **arguments: object) -> None:
         super().__init_subclass__(**arguments)
@@ -81,6 +84,10 @@ class Loss(ABC):
         if not self.labels:
             return f"a number for the {self.name} loss"
         return f"one of {', '.join(f'{label:g}' for label in self.labels)} for the {self.name} loss"
+
+    def misfit(self, outputs: Tensor) -> str:
+        """Why the loss does not take such outputs of a model; empty if it does."""
+        return ""
 
     # The gradient of the outputs, k, and what follows from it.
 

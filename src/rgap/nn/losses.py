@@ -16,6 +16,7 @@ from rgap.nn.margin_losses import Exponential, Hinge, Logistic, MarginLoss, Squa
 
 __all__ = [
     "BinaryCrossEntropy",
+    "BinaryCrossEntropyOfProbabilities",
     "CrossEntropy",
     "Exponential",
     "Hinge",
@@ -23,12 +24,15 @@ __all__ = [
     "Loss",
     "MarginLoss",
     "MeanSquaredError",
+    "NegativeLogLikelihood",
     "SquaredHinge",
     "by_name",
 ]
 
 SURE = 20.0
 """A value that is as many times its rounding is not zero."""
+LEAST_LOG = -100.0
+"""Of a probability in the binary cross-entropy, as in torch."""
 MOST_BINARY = 16
 """Outputs of the binary cross-entropy: their labels together are 65,536."""
 
@@ -50,6 +54,7 @@ class CrossEntropy(Loss):
     classes: int
     label_smoothing: float = 0.0
     weight: tuple[float, ...] | None = None
+    ending = "log_softmax"  # which done twice is done once
 
     def __post_init__(self) -> None:
         if self.classes < 2:
@@ -71,8 +76,9 @@ class CrossEntropy(Loss):
         return -(self.targets(outputs)[labels.long()] * outputs.log_softmax(1)).sum(1)
 
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        each, classes = outputs.reshape(-1, self.classes), labels.reshape(-1).long()
         return torch.nn.functional.cross_entropy(
-            outputs, labels.reshape(-1).long(), self._weights(outputs), label_smoothing=self.label_smoothing
+            each, classes, self._weights(outputs), label_smoothing=self.label_smoothing
         )
 
     def _weights(self, like: Tensor) -> Tensor | None:
@@ -87,7 +93,7 @@ class CrossEntropy(Loss):
         return (1 - self.label_smoothing) * one_hot + self.label_smoothing / self.classes * spread
 
     def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
-        own = self._weights(outputs)
+        own, outputs = self._weights(outputs), outputs.reshape(-1, self.classes)
         values = -outputs.log_softmax(1) @ self.targets(outputs).mT
         if own is None:
             return (weights * values).sum(1).mean()
@@ -137,6 +143,19 @@ class CrossEntropy(Loss):
 
     def _expected(self, wrong: list[float]) -> str:
         return f"a whole number from 0 to {self.classes - 1} for cross-entropy of {self.classes} classes"
+
+
+@dataclass(frozen=True)
+class NegativeLogLikelihood(CrossEntropy):
+    """l = -outputs[label], of a model that ends in log_softmax: cross-entropy of what that takes; torch's nll_loss."""
+
+    name = "nll"
+
+    def misfit(self, outputs: Tensor) -> str:
+        total = outputs.reshape(-1, self.classes).double().logsumexp(1)
+        if bool((total.abs() < 1e-2).all()):
+            return ""
+        return "the nll loss takes log-probabilities, expected a model that ends in log_softmax; else cross-entropy"
 
 
 @dataclass(frozen=True)
@@ -284,15 +303,37 @@ class BinaryCrossEntropy(Loss):
         return f"a whole number from 0 to {2**self.outputs - 1} for the bce loss of {self.outputs} outputs"
 
 
+@dataclass(frozen=True)
+class BinaryCrossEntropyOfProbabilities(BinaryCrossEntropy):
+    """The same of a model that ends in a sigmoid: torch's binary_cross_entropy. What that sigmoid takes is attacked."""
+
+    ending = "sigmoid"
+    name = "bce"
+
+    def per_sample(self, outputs: Float[Tensor, "s outputs"], labels: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
+        targets = self.digits(labels).to(outputs)
+        return torch.nn.functional.binary_cross_entropy(outputs, targets, reduction="none").mean(1)
+
+    def expected(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        every = self.digits(torch.tensor(self.labels, device=weights.device)).to(weights)
+        p, yes, sure = outputs.reshape(-1, self.outputs), weights @ every, weights.sum(1, keepdim=True)
+        return -(yes * p.log().clamp(min=LEAST_LOG) + (sure - yes) * (1 - p).log().clamp(min=LEAST_LOG)).mean()
+
+    def misfit(self, outputs: Tensor) -> str:
+        if bool(((outputs >= 0) & (outputs <= 1)).all()):
+            return ""
+        return "the loss takes probabilities, expected a model that ends in a sigmoid; else BCEWithLogitsLoss"
+
+
 _MARGIN = {kind.name: kind for kind in (Logistic, Exponential, Hinge, SquaredHinge)}
-_SEVERAL = {kind.name: kind for kind in (CrossEntropy, MeanSquaredError, BinaryCrossEntropy)}
+_SEVERAL = {kind.name: kind for kind in (CrossEntropy, NegativeLogLikelihood, MeanSquaredError, BinaryCrossEntropy)}
 
 
 def by_name(name: str, classes: int | None = None) -> Loss:
     """The loss of that name.
 
     Args:
-        classes: the model's outputs, for cross-entropy, mse and bce; the others take a single one.
+        classes: the model's outputs, for cross-entropy, nll, mse and bce; the others take a single one.
 
     Raises:
         ValueError: no loss has that name, the message lists those there are; or the number of outputs is missing.

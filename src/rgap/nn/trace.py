@@ -62,7 +62,7 @@ ACTIVATIONS: dict[str, Callable[[dict[str, Any]], Activation]] = {
 """By the name of the operation, from its arguments; an activation of one's own is one entry more."""
 
 
-def follow(model: nn.Module, input_shape: tuple[int, ...], outputs: int | None = 1) -> Graph:
+def follow(model: nn.Module, input_shape: tuple[int, ...], outputs: int | None = 1, ending: str = "") -> Graph:
     """The layers and obstacles of any model, found with one sample. Reads no weight.
 
     A model that cannot be traced at all gives no layers and a single obstacle.
@@ -70,19 +70,24 @@ def follow(model: nn.Module, input_shape: tuple[int, ...], outputs: int | None =
     Args:
         input_shape: one sample's shape, without the batch.
         outputs: the number of output values the loss takes; None for any.
+        ending: a function that belongs to the loss if the model ends in it, such as ``log_softmax``.
     """
     try:
         exported = export(model, input_shape)
     except CannotBeTraced as error:
         if any(module.training for module in model.modules()):  # batch norm may refuse a single sample
-            graph = follow(copy.deepcopy(model).eval(), input_shape, outputs)
+            graph = follow(copy.deepcopy(model).eval(), input_shape, outputs, ending)
             if graph.uses:
                 what = f"cannot be traced in training mode: {error}"
                 setting = Obstacle("forward", what, Kind.SETTING, "Call model.eval() first.")
                 return replace(graph, obstacles=(setting, *graph.obstacles))
         remedy = "Control flow that depends on the values of the input cannot be followed."
         return Graph((), (Obstacle("forward", f"cannot be traced: {error}", Kind.NOT_YET, remedy),))
-    return _Walk(exported, outputs).run()
+    last = exported.ending
+    name = "" if last is None else operation(last).strip("_")
+    taken = exported.without_ending(ending)
+    found = _Walk(exported, outputs).run()
+    return replace(found, ending=name, ending_is_the_loss=taken, returned=exported.returned)
 
 
 class _Walk:

@@ -1,0 +1,48 @@
+"""What makes an audit mean something else than its reader thinks: told before any result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rgap.auditing.observed import Observed
+from rgap.checks import changes_with_mode, range_misfit
+from rgap.target import Target
+
+LOSSES = {
+    "sigmoid": "BCELoss (--loss bce)",
+    "softmax": "NLLLoss of its logarithm",
+    "log_softmax": "NLLLoss (--loss nll)",
+}
+"""What a client usually takes of a model that ends in such a function."""
+
+
+def findings(target: Target, observed: Sequence[Observed]) -> tuple[str, ...]:
+    """One sentence for each."""
+    found = []
+    ending = target.graph.ending
+    if ending and not target.graph.ending_is_the_loss:
+        found.append(
+            f"The model ends in {ending}, and the {target.loss.name} loss takes what comes out of it. A client whose "
+            f"loss is {LOSSES[ending]} sends another gradient: then what stands here is of another client."
+        )
+    if target.graph.returned > 1:
+        found.append(
+            f"The model returns {target.graph.returned} values, and the loss was taken of one alone, the first or that "
+            "called logits or out. What a client adds for the others is not in the gradient that was audited."
+        )
+    known = [each.truth for each in observed if each.truth is not None]
+    outside = range_misfit(target, known) if known else None
+    if outside is not None:
+        found.append(outside)
+    return tuple(found)
+
+
+def mode(target: Target) -> str:
+    """The mode that was audited, and what would be another in the other one, of a model that has two."""
+    names = " and ".join(changes_with_mode(target.model))
+    if target.mode == "training":
+        return f"The model was audited in training mode: {names} as a client has them while it trains."
+    return (
+        f"The model was audited in evaluation mode. A client that trains has {names} in training mode, which gives "
+        "another gradient, and another result: --training, or model.train() before the target is made."
+    )

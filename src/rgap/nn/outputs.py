@@ -1,0 +1,31 @@
+"""The outputs of a model among all that it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+NAMES = ("logits", "out", "outputs", "output")
+"""Under one of these a model that returns a dictionary, or an object like one, has its outputs."""
+
+
+def outputs_of(result: Any) -> Any:
+    """The outputs that the loss takes: of a dictionary those by their usual name or the only ones, of a tuple the
+    first, since auxiliary heads come behind; a tensor as it is.
+
+    Raises:
+        TypeError: nothing tells which of several are meant; says what there is.
+    """
+    if isinstance(result, Mapping):
+        found = next((result[name] for name in NAMES if name in result), None)
+        if found is None and len(result) == 1:
+            (found,) = result.values()
+        if found is None:
+            raise TypeError(
+                f"the model returns {', '.join(map(str, result)) or 'nothing'}, expected one of {', '.join(NAMES)} "
+                "among them, or a tensor alone"
+            )
+        return outputs_of(found)
+    if isinstance(result, (tuple, list)) and len(result):
+        return outputs_of(result[0])
+    return outputs_of(result.logits) if hasattr(result, "logits") else result
