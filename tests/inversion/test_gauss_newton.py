@@ -31,7 +31,7 @@ def test_a_batch_behind_the_convolutions_of_cnn6_is_recovered(samples: int) -> N
     output = State(values[end], cotangent, None, EPS * values[end].abs())
     gradients = {name: grad.float().double() for name, grad in target.gradient(x, labels).items()}
     system = ConstraintSystem(whole.part(front), output, gradients, EPS)
-    start = layer_by_layer(system.network, output, gradients, EPS, EPS ** (2 / 3))
+    start = layer_by_layer(system.network, output, gradients, EPS, EPS ** (2 / 3)).state
     assert start is not None
     assert float((start.value - x).square().mean((1, 2, 3)).max()) < 1e-8
     found = gauss_newton(system, Iterative(), None, 200 * EPS, system.linearise(start.value))

@@ -9,10 +9,11 @@ from rgap.attacks.lbfgs import LBFGS
 from rgap.attacks.matching import DLG, IDLG, InvertingGradients, Matching
 from rgap.attacks.minimise import Adam
 from rgap.attacks.polish import Polish
-from rgap.attacks.result import Answer, Outcome, Reconstruction, Status
+from rgap.attacks.result import Answer, BatchFeatures, Outcome, Reconstruction, Sample, Status
 from rgap.inversion.gauss_newton import Continuation
 from rgap.inversion.joint import JointSolve
 from rgap.inversion.report import JointReport, LayerReport
+from rgap.inversion.subspace.peel import Search
 
 __all__ = [
     "DLG",
@@ -22,6 +23,7 @@ __all__ = [
     "Answer",
     "Attack",
     "BatchAttack",
+    "BatchFeatures",
     "Bias",
     "Certificate",
     "Closed",
@@ -37,6 +39,8 @@ __all__ = [
     "Reconstruction",
     "Recursive",
     "Rule",
+    "Sample",
+    "Search",
     "Status",
     "Virtual",
     "candidates",

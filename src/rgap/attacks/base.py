@@ -74,6 +74,7 @@ class Attack(ABC):
                 tolerance=update.tolerance,
                 value_range=target.value_range,
                 seconds=before + seconds,
+                features=outcome.features,
             )
             for (outcome, seconds), (update, assumptions), check in zip(outcomes, plain, checks, strict=True)
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rgap.attacks.base import MIXTURE, BatchAttack
+from rgap.attacks.batch import invert_batch
 from rgap.attacks.capacity import updates_at_once
 from rgap.attacks.last_layer import Begun, begin, obstacle, saturated
 from rgap.attacks.progress import Reporter
@@ -20,12 +21,15 @@ from rgap.inversion.output import OutputCandidates
 from rgap.inversion.pattern import refine_sides
 from rgap.inversion.recursion import recurse
 from rgap.inversion.state import Observation, State
+from rgap.inversion.subspace.head import largest_batch
+from rgap.inversion.subspace.peel import Search
 from rgap.inversion.system import ConstraintSystem
 from rgap.nn.obstacles import Kind, NotAChain, Obstacle
 from rgap.target import Target
 from rgap.update import Update, tolerated
 
 JOINT = JointSolve()
+SEARCH = Search()
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,7 @@ class Recursive(BatchAttack):
 
     def run_many(self, target: Target, updates: Sequence[Update]) -> list[Outcome]:
         """All updates at once, or as many as memory holds: those of one rounding share every solve."""
-        found = obstacle(target)
-        if found is not None:
-            raise NotAChain(target.obstacles or [Obstacle("forward", found, Kind.SETTING, "")])
+        _check(target)
         begun = [begin(target, update) for update in updates]
         outcomes = {at: each for at, each in enumerate(begun) if isinstance(each, Outcome)}
         starts = {at: each for at, each in enumerate(begun) if isinstance(each, Begun)}
@@ -145,11 +147,42 @@ class Closed(Recursive):
     What no constraint determines, a prior does: it is listed in the assumptions, and how many dimensions it decided is
     in the answer's `joint` report.
 
+    An update of several samples is told apart, sample by sample, where two Linear layers follow each other, or at the
+    last layer (`rgap.inversion.subspace`); each sample has its own verdict in `Reconstruction.samples`.
+
     Args:
         joint: how those layers are solved jointly.
+        search: how the samples of a batch are told apart.
     """
 
     joint: JointSolve = JOINT
+    search: Search = SEARCH
+
+    def obstacle(self, target: Target, samples: int) -> str | None:
+        if samples == 1:
+            return super().obstacle(target, samples)
+        found = obstacle(target)
+        if found is not None:
+            return f"the recursion cannot pass this model: {found}"
+        most = largest_batch(target.network, target.loss)
+        if samples > most:
+            return f"of {samples} samples in one update no layer tells more than {most} apart"
+        return None
+
+    def run_many(self, target: Target, updates: Sequence[Update]) -> list[Outcome]:
+        """Updates of one sample together, and each one of several on its own."""
+        _check(target)
+        alone = [at for at, update in enumerate(updates) if update.samples(target) == 1]
+        ones = super().run_many(target, [updates[at] for at in alone]) if alone else []
+        outcomes = dict(zip(alone, ones, strict=True))
+        for at, update in enumerate(updates):
+            if at not in outcomes:
+                eps = update.precision
+                tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
+                outcomes[at] = invert_batch(
+                    target, update, self.search, self.joint.continuation, agreement(eps), tolerance, self.visible
+                )
+        return [outcomes[at] for at in range(len(updates))]
 
     def finish(self, target: Target, observed: Observation, candidate: Candidate) -> Candidate:
         """Solve jointly from the input to the last value that is known for certain; nothing if the input is."""
@@ -165,6 +198,13 @@ Virtual = Closed
 def _failed(ends: Sequence[Candidate], status: Status = Status.NOT_CONVERGED) -> Status:
     """The status of candidates that did not lead to the input: cut off where there was no time for all of them."""
     return Status.CUT_OFF if any(end.cut_off for end in ends) else status
+
+
+def _check(target: Target) -> None:
+    """Raise NotAChain where the recursion has nowhere to begin."""
+    found = obstacle(target)
+    if found is not None:
+        raise NotAChain(target.obstacles or [Obstacle("forward", found, Kind.SETTING, "")])
 
 
 def agreement(eps: float) -> float:

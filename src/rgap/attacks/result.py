@@ -22,6 +22,8 @@ class Status(Enum):
     """An input was found that reproduces the gradient; whether it is the only one is not known."""
     AMBIGUOUS = "ambiguous"
     """Several inputs reproduce the gradient, and the value range does not choose between them."""
+    PARTIAL = "partial"
+    """Of several samples some are certified; or their labels and features are, and their inputs are not."""
     RANK_DEFICIENT = "rank-deficient"
     """A layer's constraints leave dimensions of its input free."""
     ILL_CONDITIONED = "ill-conditioned"
@@ -32,6 +34,28 @@ class Status(Enum):
     """No input was found that reproduces the gradient."""
     CUT_OFF = "cut off"
     """The time was up before the attack ended; what it gives is the best that it had by then."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The verdict on one sample of a batch."""
+
+    status: Status
+    label: float
+    error: float
+    """Estimated root-mean-square error that comes from the rounding of the gradient."""
+    reason: str
+    """The status in a sentence."""
+
+
+@dataclass(frozen=True, eq=False)
+class BatchFeatures:
+    """What one layer reads of the samples of a batch, and their labels: what is known where inputs are not."""
+
+    layer: str
+    """The layer that reads them."""
+    values: Float[Tensor, "b ..."]
+    labels: Float[Tensor, " b"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +90,8 @@ class Answer:
     same for both."""
     free: int = 0
     """Values of the inputs that may be anything, because an operation in front of the first layer hides them."""
+    samples: tuple[Sample, ...] = ()
+    """Of a batch that was told apart, the verdict on each sample, in the order of the inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +105,8 @@ class Outcome:
     """Best first: all that reproduce the gradient, else the nearest one, else empty."""
     assumptions: tuple[str, ...] = ()
     """Everything the attack took for granted or inferred."""
+    features: BatchFeatures | None = None
+    """Of a batch that was told apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +127,8 @@ class Reconstruction:
     value_range: tuple[float, float] | None = None
     """The target's."""
     seconds: float = 0.0
+    features: BatchFeatures | None = None
+    """Of a batch that was told apart: labels and features of every sample that was found, with inputs or without."""
 
     @property
     def inputs(self) -> Float[Tensor, "b ..."]:
@@ -112,6 +142,11 @@ class Reconstruction:
     @property
     def labels(self) -> Float[Tensor, " b"]:
         return self._best.labels
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """Of a batch that was told apart, the verdict on each sample of `inputs`."""
+        return self.answers[0].samples if self.answers else ()
 
     @property
     def layers(self) -> tuple[LayerReport, ...]:

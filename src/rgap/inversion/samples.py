@@ -7,21 +7,36 @@ layer of a batch is one layer on b times as many pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rgap.inversion.layer import LayerSystem
+from rgap.inversion.report import LayerReport, layer_report
 from rgap.inversion.rounding import rounding
-from rgap.inversion.state import State
+from rgap.inversion.state import Cause, State, Stop
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
 
 
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """How far the inputs of several samples are known, and what happened on the way."""
+
+    state: State
+    """Of the value in front of the last operation that was passed."""
+    certain: tuple[int, State]
+    """The last value that every layer behind it determines, with its value_id."""
+    layers: tuple[LayerReport, ...]
+    stop: Stop | None = None
+    """The operation that was not passed."""
+
+
 def layer_by_layer(
     network: Network, output: State, gradients: Mapping[str, Tensor], eps: float, rank_tolerance: float
-) -> State | None:
-    """The inputs of b samples from what is known of each one's output; None if an operation is not inverted.
+) -> Passed:
+    """Back from what is known of each sample's output, to the inputs or to an operation that is not inverted.
 
     Args:
         output: value, cotangent and error of the output, (b, *shape).
@@ -29,13 +44,16 @@ def layer_by_layer(
         eps: relative rounding of the gradients.
         rank_tolerance: singular values below this fraction of the largest count as zero.
     """
-    state = output
+    passed = Passed(output, (len(network.nodes), output), ())
     for segment in reversed(network.segments):
-        op = network.nodes[segment.nodes[-1]].op
+        op, state = network.nodes[segment.nodes[-1]].op, passed.state
         if segment.block:
-            return None
+            return replace(passed, stop=Stop(op, Cause.LOSSY, "a block is not passed sample by sample"))
         if isinstance(op, Linear):
-            state = _layer(op, state, gradients[op.layer.weight_name], eps, rank_tolerance)
+            if op.layer.weight_name not in gradients or not op.has_gradient:
+                return replace(passed, stop=Stop(op, Cause.LOSSY, "its gradient is not its own, or was not sent"))
+            state, report = _layer(op, state, gradients[op.layer.weight_name], eps, rank_tolerance)
+            passed = replace(passed, layers=(report, *passed.layers))
         elif isinstance(op, Elementwise):
             inverse = op.activation.invert(state.value, state.std)
             std = state.std / inverse.slope.abs().clamp(min=1e-12)
@@ -43,12 +61,15 @@ def layer_by_layer(
         else:
             value, moved = op.invert(state.value), op.invert(state.value + state.std)
             if value is None or moved is None:
-                return None
+                return replace(passed, stop=Stop(op, Cause.LOSSY, op.loses))
             state = State(value, op.vjp(state.cotangent, (value,))[0], None, (moved - value).abs())
-    return state
+        determined = all(layer.open_since is None for layer in passed.layers)
+        certain = (segment.entry, state) if determined else passed.certain
+        passed = replace(passed, state=state, certain=certain)
+    return passed
 
 
-def _layer(op: Linear, state: State, gradient: Tensor, eps: float, rank_tolerance: float) -> State:
+def _layer(op: Linear, state: State, gradient: Tensor, eps: float, rank_tolerance: float) -> tuple[State, LayerReport]:
     """The layer's inputs from their weight rows and the gradient rows that they share (Eqs. 15 and 16)."""
     b, layer = len(state.value), op.layer.side_by_side(len(state.value))
 
@@ -73,4 +94,6 @@ def _layer(op: Linear, state: State, gradient: Tensor, eps: float, rank_toleranc
         return op.layer.unpack_input(x.reshape(layer.channels, b, -1).movedim(0, 1))
 
     x = apart(solution.x)
-    return State(x, apart(layer.grad_input(k)), None, moved.expand(x.shape))
+    open_since = layer.name if solution.rank[0] < layer.unknowns else None
+    report = layer_report(layer, k, weight, solution, 0, float(moved), open_since)
+    return State(x, apart(layer.grad_input(k)), None, moved.expand(x.shape)), report

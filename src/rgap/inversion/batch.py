@@ -1,0 +1,211 @@
+"""A whole batch from one gradient: each sample's features by their spaces, and from there back to the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.inversion.gauss_newton import Continuation, determine, gauss_newton
+from rgap.inversion.prior import Prior
+from rgap.inversion.report import JointReport, LayerReport
+from rgap.inversion.samples import Passed, layer_by_layer
+from rgap.inversion.state import State
+from rgap.inversion.subspace.head import Spaces, spaces
+from rgap.inversion.subspace.identify import Samples
+from rgap.inversion.subspace.peel import Search
+from rgap.inversion.subspace.together import by_labels
+from rgap.inversion.system import ConstraintSystem
+from rgap.linalg.deadline import OutOfTime
+from rgap.linalg.least_squares import Iterative
+from rgap.nn.losses import Loss
+from rgap.nn.network import Network
+from rgap.nn.ops import Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What is known of the samples of a batch in front of one layer."""
+
+    spaces: Spaces
+    """Of the gradient as it was sent."""
+    samples: Samples
+    count: int
+    """The number of samples that the gradient is the mean of."""
+
+    @property
+    def layer(self) -> str:
+        """The layer that reads them."""
+        return self.spaces.head.layer.name
+
+    @property
+    def times(self) -> list[int]:
+        """How many samples each one stands for: those that are the same are found once."""
+        return [max(1, round(share * self.count)) for share in self.samples.share.tolist()]
+
+    @property
+    def found(self) -> int:
+        return sum(self.times)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left in the spaces."""
+        return len(self.samples) == self.spaces.left
+
+    @cached_property
+    def error(self) -> Float[Tensor, " b"]:
+        """How far rounding may have moved each one's values (root mean square)."""
+        samples, spaces = self.samples, self.spaces
+        smooth = spaces.smooth or spaces.second is None
+        condition = spaces.cotangent_condition(samples.labels) if smooth else spaces.condition(samples.labels)
+        # Where the scale is told by the loss alone the condition holds at any.
+        size = samples.x.norm(dim=1) if spaces.head.scalable else torch.ones_like(samples.share)
+        row = condition.first.row(samples.x / size[:, None])
+        return condition.error(condition.unknowns_of(row)) * size
+
+    def residual(self, gradients: Mapping[str, Tensor]) -> float:
+        """The largest relative distance of a layer's gradient, from the features on, to what the samples give."""
+        head, samples = self.spaces.head, self.samples
+        values = head.values(samples.x)
+        ks = head.cotangents(values, samples.labels)
+        share = torch.tensor(self.times).to(samples.x) / self.count
+        worst = 0.0
+        for node_id, node in enumerate(head.network.nodes):
+            op, k = node.op, ks[node_id + 1]
+            if not isinstance(op, Linear) or not op.has_gradient or k is None:
+                continue
+            if op.layer.weight_name not in gradients:
+                continue
+            x, k = op.layer.pack_input(values[node.reads[0]]), op.layer.pack_output(k) * share[:, None, None]
+            wide = op.layer.side_by_side(len(x))
+            found = wide.grad_weight(x.movedim(0, 1).flatten(1)[None], k.movedim(0, 1).flatten(1)[None])
+            given = op.layer.pack_weight(gradients[op.layer.weight_name][None])
+            worst = max(worst, float((found - given).norm() / given.norm().clamp(min=1e-300)))
+        return worst
+
+    @property
+    def state(self) -> State:
+        """Value and cotangent of each one in the mean's gradient."""
+        head, samples = self.spaces.head, self.samples
+        values = head.values(samples.x)
+        k = head.cotangents(values, samples.labels)[0]
+        assert k is not None
+        share = torch.tensor(self.times).to(k) / self.count
+        wide = [-1, *[1] * (k.dim() - 1)]
+        return State(values[0], k * share.reshape(wide), None, self.error.reshape(wide).expand(k.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The inputs of all samples that were found."""
+
+    x: Float[Tensor, "b ..."]
+    error: Float[Tensor, " b"]
+    layers: tuple[LayerReport, ...] = ()
+    """That were passed on the way to them."""
+    joint: JointReport | None = None
+    """If layers were solved jointly."""
+
+
+def find_features(
+    network: Network,
+    loss: Loss,
+    gradients: Mapping[str, Tensor],
+    eps: float,
+    count: int,
+    search: Search,
+    report: Callable[[int, float], None],
+) -> Features | None:
+    """The samples at the first place that gives them all, else at the one that gives the most; None if there is none.
+
+    Args:
+        count: the number of samples as the client tells it. Where the gradient's rank is larger, that counts.
+    """
+    best: Features | None = None
+    for place in spaces(network, loss, gradients, eps):
+        there = max(count, place.left)
+        samples = search(place, there, report)
+        if len(samples) < place.left:
+            samples = by_labels(place, gradients, eps, there) or samples
+        found = Features(place, samples, there)
+        if best is None or len(found.samples) > len(best.samples):
+            best = found
+        if best.complete:
+            break
+    return best
+
+
+def back(
+    network: Network,
+    features: Features,
+    gradients: Mapping[str, Tensor],
+    eps: float,
+    rank_tolerance: float,
+    tolerance: float,
+    value_range: tuple[float, float] | None,
+    continuation: Continuation,
+) -> Inputs | str:
+    """The inputs behind features of all samples, layer by layer or jointly; or why not.
+
+    Args:
+        tolerance: distance of the gradients at which they agree.
+    """
+    head = features.spaces.head
+    if head.value_id == 0:
+        return Inputs(features.samples.x.reshape(-1, *network.input_shape), features.error)
+    front = network.part([segment for segment in network.segments if segment.exit <= head.value_id])
+    if front.layers and not features.complete:
+        return "all samples share the gradients of the layers in front, and some samples are missing"
+    passed = layer_by_layer(front, features.state, gradients, eps, rank_tolerance)
+    if not front.layers:
+        return str(passed.stop) if passed.stop else Inputs(passed.state.value, features.error)
+    if passed.stop is None:
+        system = ConstraintSystem(front, features.state, gradients, eps)
+        agrees = system.distance(system.linearise(passed.state.value)) <= tolerance
+        # Where every layer determines its inputs, there is nothing that all of them together would add.
+        if agrees or passed.certain[0] == 0:
+            error = passed.state.std.expand(passed.state.value.shape).flatten(1).square().mean(1).sqrt()
+            return Inputs(passed.state.value, error, passed.layers)
+    return _jointly(front, passed, gradients, eps, tolerance, value_range, continuation)
+
+
+def _jointly(
+    front: Network,
+    passed: Passed,
+    gradients: Mapping[str, Tensor],
+    eps: float,
+    tolerance: float,
+    value_range: tuple[float, float] | None,
+    continuation: Continuation,
+) -> Inputs | str:
+    """The layers up to the last value that is certain together, from what they gave one by one."""
+    value_id, state = passed.certain
+    front = front.part([segment for segment in front.segments if segment.exit <= value_id])
+    system = ConstraintSystem(front, state, gradients, eps)
+    if not system.nodes:
+        return str(passed.stop or "no gradient in front of the features was sent")
+    low, high = value_range or (0.0, 0.0)
+    prior = Prior(front.input_shape, (low + high) / 2)
+    start = None if passed.stop else system.linearise(passed.state.value)
+    try:
+        found = gauss_newton(system, Iterative(), prior, tolerance, start, replace(continuation, doubt=(4,)))
+        at = system.linearise(found.x)
+        sure = determine(system, at, Iterative(), torch.Generator(device=found.x.device).manual_seed(0))
+    except OutOfTime:
+        return "the layers in front were not solved jointly: the time was up"
+    report = JointReport(
+        layers=tuple(layer.name for layer in front.layers),
+        unknowns=system.unknowns,
+        rows=system.weight_rows + system.gradient_rows,
+        rank=sure.rank,
+        condition=sure.condition,
+        steps=found.steps,
+        converged=found.distance <= tolerance,
+        prior=str(prior),
+    )
+    error = found.x.new_full((len(found.x),), sure.std)
+    return Inputs(found.x, error, passed.layers, report)

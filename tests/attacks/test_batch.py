@@ -1,0 +1,178 @@
+"""The closed form on updates of several samples: what it says of the whole, and of each sample."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rgap import Protocol, Target, Update, capture, losses
+from rgap.attacks import Closed, Reconstruction, Status
+from tests.inversion.subspace.cases import perceptron
+
+CLASSES = 6
+
+
+def target_of(model: nn.Module, shape: tuple[int, ...], samples: int, **arguments: object) -> Target:
+    loss = losses.CrossEntropy(CLASSES)
+    return Target(model, loss, shape, (0.0, 1.0), batch_size=samples, **arguments)  # type: ignore[arg-type]
+
+
+def draw(samples: int, shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(samples, *shape, generator=generator)
+    return x, torch.randint(0, CLASSES, (samples,), generator=generator).float()
+
+
+def matched(found: Reconstruction, x: Tensor, labels: Tensor) -> float:
+    """The largest error of any sample, each one compared with the sample that is nearest; every sample once."""
+    apart = torch.cdist(found.inputs.flatten(1), x.double().flatten(1))
+    at = apart.argmin(1)
+    assert sorted(at.tolist()) == list(range(len(x)))
+    assert found.labels.tolist() == labels.double()[at].tolist()
+    return float(apart.min(1).values.max()) / x[0].numel() ** 0.5
+
+
+def convolutional() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(3, 12, 3, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(12, 12, 3, 1, 1),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
+            nn.Linear(192, 40),
+            nn.LeakyReLU(0.2),
+            nn.Linear(40, CLASSES),
+        )
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky", "tanh", "gelu", "sigmoid"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_sample_of_a_batch_is_exact(activation: str, bias: bool) -> None:
+    x, labels = draw(4, (30,))
+    target = target_of(perceptron((30, 24, 20, CLASSES), activation, bias), (30,), 4)
+    found = Closed()(target, capture(target, x, labels))
+    assert found.status is Status.EXACT, str(found)
+    assert [sample.status for sample in found.samples] == [Status.EXACT] * 4
+    assert [sample.label for sample in found.samples] == found.labels.tolist()
+    error = matched(found, x, labels)
+    assert error < 1e-3
+    assert error < 10 * max(sample.error for sample in found.samples)
+    assert "order" in " ".join(found.assumptions)
+
+
+def test_back_through_convolutions() -> None:
+    x, labels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([4.0, 0.0, 2.0])
+    target = target_of(convolutional(), (3, 8, 8), 3)
+    found = Closed()(target, capture(target, x, labels))
+    assert found.status is Status.EXACT, str(found)
+    assert matched(found, x, labels) < 1e-3
+    assert [layer.name for layer in found.layers] == ["0", "2"]
+
+
+def test_where_inputs_are_not_had_labels_and_features_are() -> None:
+    model = nn.Sequential(nn.AdaptiveMaxPool2d(4), nn.Flatten(), *perceptron((48, 24, 20, CLASSES), "tanh"))
+    x, labels = draw(4, (3, 8, 8))
+    target = target_of(model, (3, 8, 8), 4)
+    found = Closed()(target, capture(target, x, labels))
+    assert found.status is Status.PARTIAL
+    assert not found.answers
+    assert found.features is not None
+    pooled = nn.functional.adaptive_max_pool2d(x, 4).flatten(1).double()
+    apart = torch.cdist(found.features.values.flatten(1), pooled)
+    assert float(apart.min(1).values.max()) < 1e-3
+    assert found.features.labels.tolist() == labels.double()[apart.argmin(1)].tolist()
+    assert "labels of all 4" in found.reason
+
+
+def test_a_batch_size_that_the_rank_contradicts_is_a_finding() -> None:
+    x, labels = draw(5, (30,))
+    target = target_of(perceptron((30, 24, 20, CLASSES), "relu"), (30,), 3)
+    update = capture(replace(target, batch_size=5), x, labels)
+    wrong = Update(dict(update.gradients), replace(update.header, batch_size=3))
+    found = Closed()(target, wrong)
+    assert any("says 3" in each and "is 5" in each for each in found.assumptions)
+    assert found.status is Status.EXACT, str(found)
+    assert matched(found, x, labels) < 1e-3
+
+
+def test_samples_that_are_the_same_are_given_as_often_as_they_are() -> None:
+    x, labels = draw(3, (30,))
+    x, labels = torch.cat([x, x[:2]]), torch.cat([labels, labels[:2]])
+    target = target_of(perceptron((30, 24, 20, CLASSES), "tanh"), (30,), 5)
+    found = Closed()(target, capture(target, x, labels))
+    assert found.status is Status.EXACT, str(found)
+    apart = torch.cdist(found.inputs, x.double())
+    assert sorted(apart.argmin(1).tolist()) in (
+        [0, 0, 1, 1, 2],
+        [0, 0, 2, 4, 4],
+        [0, 1, 1, 2, 3],
+        [0, 1, 2, 3, 4],
+        [2, 3, 3, 4, 4],
+    )
+    assert float(apart.min(1).values.max()) < 1e-3
+
+
+def test_a_sample_without_a_gradient_is_missing_and_the_others_are_certified() -> None:
+    x, labels = draw(4, (30,))
+    target = target_of(perceptron((30, 24, 20, CLASSES), "relu"), (30,), 4)
+    three = capture(replace(target, batch_size=3), x[:3], labels[:3])
+    # As if the loss of the fourth were saturated: its gradient is zero, and the mean is over four.
+    update = Update({name: 0.75 * g for name, g in three.gradients.items()}, replace(three.header, batch_size=4))
+    found = Closed()(target, update)
+    assert found.status is Status.PARTIAL
+    assert "3 of 4" in found.reason
+    assert matched(found, x[:3], labels[:3]) < 1e-3
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_mean_over_clients_is_a_batch(summed: bool) -> None:
+    x, labels = draw(4, (30,))
+    target = target_of(perceptron((30, 24, 20, CLASSES), "leaky"), (30,), 2)
+    found = Closed()(target, capture(target, x, labels, Protocol(clients=2, summed=summed)))
+    assert found.status is Status.EXACT, str(found)
+    assert matched(found, x, labels) < 1e-3
+    assert any("whose" in each for each in found.assumptions)
+
+
+def test_a_batch_that_is_too_large_is_refused_with_the_number_that_is_not() -> None:
+    target = target_of(perceptron((30, 24, 20, CLASSES), "relu"), (30,), 2)
+    attack = Closed()
+    assert attack.obstacle(target, 12) is None
+    assert "12" in str(attack.obstacle(target, 13))
+    x, labels = draw(40, (30,))
+    found = attack(replace(target, batch_size=40), capture(replace(target, batch_size=40), x, labels))
+    assert found.status is Status.NOT_CONVERGED
+    assert not found.answers
+
+
+def test_all_gradients_zero() -> None:
+    target = target_of(perceptron((30, 24, 20, CLASSES), "relu"), (30,), 3)
+    x, labels = draw(3, (30,))
+    update = capture(target, x, labels)
+    zero = Update({name: torch.zeros_like(g) for name, g in update.gradients.items()}, update.header)
+    assert Closed()(target, zero).status is Status.GRADIENT_ZERO
+
+
+@pytest.mark.parametrize("changed", ["first layer of another batch", "noise", "scaled"])
+def test_a_gradient_that_is_of_no_batch_is_not_exact(changed: str) -> None:
+    x, labels = draw(4, (30,))
+    target = target_of(perceptron((30, 24, 20, CLASSES), "relu"), (30,), 4)
+    update = capture(target, x, labels)
+    gradients = dict(update.gradients)
+    if changed == "first layer of another batch":
+        other = capture(target, *draw(4, (30,), seed=7)).gradients
+        gradients |= {name: other[name] for name in list(gradients)[:2]}
+    elif changed == "noise":
+        generator = torch.Generator().manual_seed(0)
+        gradients = {n: g + 1e-3 * g.norm() * torch.randn(g.shape, generator=generator) for n, g in gradients.items()}
+    else:
+        name = next(iter(gradients))
+        gradients[name] = 1.01 * gradients[name]
+    found = Closed()(target, Update(gradients, update.header))
+    assert found.status is not Status.EXACT
+    assert all(sample.status is not Status.EXACT for sample in found.samples)
