@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -295,7 +296,12 @@ def _listed(names: list[str]) -> str:
     return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
 
 
-def capture(target: Target, x: Tensor, y: Tensor, protocol: Protocol = PLAIN) -> Update:
+def capture(
+    target: Target,
+    x: Tensor | NDArray[Any],
+    y: Tensor | NDArray[Any] | Sequence[float | int],
+    protocol: Protocol = PLAIN,
+) -> Update:
     """What clients whose batches are x, y would send, computed in the model's own precision.
 
     The model is used as it stands, in its own mode; its gradients, weights, buffers and mode are left as they were.
@@ -309,6 +315,7 @@ def capture(target: Target, x: Tensor, y: Tensor, protocol: Protocol = PLAIN) ->
         ValueError: shapes or labels do not fit, or the batch cannot be shared out evenly among the clients; says what
             was got and what was expected.
     """
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
     expected = ", ".join(map(str, target.input_shape))
     if tuple(x.shape[1:]) != target.input_shape or len(x) == 0:
         hint = ""

@@ -553,7 +553,7 @@ def test_every_attack_of_the_command_line_can_be_made() -> None:
         (("audit", "--model", "rgap.models:nothing"), 2, "rgap.models has no nothing"),
         (("audit", "--input-shape", "3,x"), 2, "expected positive sizes with commas"),
         (("audit", "--value-range", "0"), 2, "expected two numbers with a comma"),
-        (("audit", "--input-shape", "784", "--model", "fcn3"), 1, "square pictures"),
+        (("audit", "--input-shape", "784", "--model", "fcn3"), 1, "no pictures: give a table"),
         (("audit", "--weights", "nowhere.safetensors"), 1, "no such file"),
         (("attack", "nowhere.safetensors"), 1, "no such file"),
         (("capture", "nowhere.png", "--label", "1"), 1, "nowhere.png"),

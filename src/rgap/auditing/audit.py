@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients
+from rgap.attacks.named import by_name
 from rgap.auditing.document import document
 from rgap.auditing.dose_response import Accounting, DoseResponse, dose_response
 from rgap.auditing.findings import findings
@@ -21,7 +20,6 @@ from rgap.auditing.readout import ReadOut
 from rgap.auditing.results import AttackRun, Case
 from rgap.auditing.run import Ended, Run, Step
 from rgap.auditing.verdict import Verdict, verdict
-from rgap.data import Images
 from rgap.defences import Defence
 from rgap.files import write_atomically
 from rgap.protocol import Protocol
@@ -135,9 +133,9 @@ class Interrupted(KeyboardInterrupt):
 
 def audit(
     target: Target,
-    samples: Images | Tensor,
-    labels: Sequence[float] | None = None,
-    attacks: Sequence[Attack] = ATTACKS,
+    samples: Any,
+    labels: Sequence[float | int] | None = None,
+    attacks: Sequence[Attack | str] = ATTACKS,
     defences: Sequence[Defence] = (),
     protocol: Protocol = PLAIN,
     accounting: Accounting | None = None,
@@ -154,10 +152,10 @@ def audit(
     apply is named with the reason. A sample that one attack recovers exactly is not given to those after it.
 
     Args:
-        samples: pictures, or (n, *input_shape); taken in groups of the target's batch size times the protocol's
-            clients, one update for each.
-        labels: one for each sample, in the loss's labels; by default all labels in turn.
-        attacks: in the order in which they run.
+        samples: pictures, a tensor or an array (n, *input_shape), a pair of inputs and labels, or a torch Dataset of
+            such pairs; taken in groups of the target's batch size times the protocol's clients, one update for each.
+        labels: one for each sample, in the loss's labels; by default the samples' own, or all labels in turn.
+        attacks: in the order in which they run; those of the command line by their names too.
         defences: each is swept over its own levels, on a few of the samples, with the attacks that did best.
         protocol: what a client does between its data and what it sends.
         accounting: to give an epsilon for each strength of DPSGD; None: none is given.
@@ -176,7 +174,7 @@ def audit(
     """
     observed, left_out = captured(target, samples, labels, protocol)
     about = {"data": "samples given to rgap.audit", **(about or {})}
-    run = Run(target, observed, attacks, protocol, seed, budget, folder, fresh, about, progress)
+    run = Run(target, observed, _made(attacks), protocol, seed, budget, folder, fresh, about, progress)
     if left_out is not None:
         run.not_run.append(left_out)
     return _finished(run, defences, accounting)
@@ -186,7 +184,7 @@ def audit_updates(
     target: Target,
     updates: Mapping[str, Update],
     truth: Mapping[str, Truth] | None = None,
-    attacks: Sequence[Attack] = ATTACKS,
+    attacks: Sequence[Attack | str] = ATTACKS,
     budget: float | None = None,
     folder: Path | None = None,
     fresh: bool = False,
@@ -214,7 +212,12 @@ def audit_updates(
     observed = received(target, updates, truth or {})
     about = {"data": "updates given to rgap.audit_updates", **(about or {})}
     protocol = observed[0].update.header.protocol
-    return _finished(Run(target, observed, attacks, protocol, 0, budget, folder, fresh, about, progress), (), None)
+    made = _made(attacks)
+    return _finished(Run(target, observed, made, protocol, 0, budget, folder, fresh, about, progress), (), None)
+
+
+def _made(attacks: Sequence[Attack | str]) -> list[Attack]:
+    return [by_name(attack) if isinstance(attack, str) else attack for attack in attacks]
 
 
 def _finished(run: Run, defences: Sequence[Defence], accounting: Accounting | None) -> Audit:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rgap.data import Images
 from rgap.protocol import Protocol
+from rgap.tables import labels as labels_of
+from rgap.tables import samples_of
 from rgap.target import Target
 from rgap.update import Update, capture
 
@@ -37,17 +39,15 @@ class Observed:
 
 
 def captured(
-    target: Target, samples: Images | Tensor, labels: Sequence[float] | None, protocol: Protocol
+    target: Target, samples: Any, labels: Sequence[float | int] | None, protocol: Protocol
 ) -> tuple[list[Observed], str | None]:
     """What clients with these samples would send, and what had to be left out; see `rgap.audit`.
 
     Raises:
         ValueError: samples or labels do not fit.
     """
-    if isinstance(samples, Images):
-        inputs, names = samples.inputs, samples.names
-    else:
-        inputs, names = samples, tuple(f"sample-{at}" for at in range(len(samples)))
+    known = samples_of(samples)
+    inputs, names = known.inputs, known.names
     group = target.batch_size * protocol.clients
     count = len(inputs) // group * group
     if not count:
@@ -55,8 +55,7 @@ def captured(
             f"got {len(inputs)} samples, expected {group} or more: batch size {target.batch_size} "
             f"times {protocol.clients} clients"
         )
-    choices = target.loss.examples
-    given = [choices[at % len(choices)] for at in range(len(inputs))] if labels is None else labels
+    given = labels_of(known, target.loss) if labels is None else [float(label) for label in labels]
     if len(given) != len(inputs):
         raise ValueError(f"got {len(given)} labels for {len(inputs)} samples, expected one for each")
     found = []

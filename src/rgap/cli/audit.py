@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from rgap.cli import options
 from rgap.cli.audit_run import AuditRun, audit_options
@@ -14,7 +15,7 @@ from rgap.cli.console import report
 
 if TYPE_CHECKING:
     from rgap.auditing import Accounting, Audit
-    from rgap.data import Images
+    from rgap.tables import Samples
     from rgap.target import Target
 
 DEFENCES = (
@@ -37,17 +38,32 @@ DEFENCES = (
 @click.option("--dp-rate", type=click.FloatRange(0, 1), help="Share of clients in a round, to count DPSGD's epsilon.")
 @click.option("--dp-steps", type=options.COUNT, help="Rounds of the training, to count DPSGD's epsilon.")
 @click.option("--dp-delta", type=click.FloatRange(0, 1), default=1e-5, show_default=True)
-@click.option("--data", "folder", type=options.PATH, help="Folder of pictures; default: built-in photographs.")
-@click.option("--count", type=options.COUNT, default=8, show_default=True, help="How many pictures.")
-def command(defences: tuple[str, ...], folder: Path | None, count: int, **named: Any) -> None:
-    """Attack a model on pictures, in every way that applies, and report what comes out.
+@click.option(
+    "--data",
+    "folder",
+    type=options.PATH,
+    help="Folder of pictures, a table (.csv with a header), or arrays (.npy, .npz with x and y); default: built-in "
+    "photographs.",
+)
+@click.option("--label-column", metavar="NAME", help="Of a table: the column with the labels.")
+@click.option("--count", type=options.COUNT, default=8, show_default=True, help="How many samples.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    defences: tuple[str, ...],
+    folder: Path | None,
+    label_column: str | None,
+    count: int,
+    **named: Any,
+) -> None:
+    """Attack a model on pictures or rows, in every way that applies, and report what comes out.
 
-    Every picture is one client, or one sample of a client's batch: what it would send is captured, with all labels in
-    turn or the folder's classes, and attacked without knowing picture, label or loss value. Writes audit.json, the
+    Every sample is one client, or one sample of a client's batch: what it would send is captured, with all labels in
+    turn or the folder's classes, and attacked without knowing sample, label or loss value. Writes audit.json, the
     report audit.html, which needs no other file, and audit.png with each original above its reconstruction. An
     interrupted audit goes on when the same command is given again.
     """
-    from rgap import data
     from rgap.auditing import audit
     from rgap.defences import ALL, by_name
 
@@ -56,13 +72,13 @@ def command(defences: tuple[str, ...], folder: Path | None, count: int, **named:
     accounting = _accounting(**options.taken(named, "dp_rate", "dp_steps", "dp_delta"))
     swept = [kind.__name__ for kind in ALL] if "all" in defences else defences
     armed = tuple(by_name(name) for name in swept)
+    given = _given(ctx, named, folder, label_column, count)
     target = options.make_target(**named)
-    samples = _samples(target, folder, count)
+    samples = _pictures(target, folder, count) if given is None else given
     one = partial(
         audit,
         target,
         samples,
-        labels=data.labels(samples, target.loss),
         defences=armed,
         protocol=protocol,
         accounting=accounting,
@@ -83,21 +99,44 @@ def _accounting(dp_rate: float | None, dp_steps: int | None, dp_delta: float) ->
     return Accounting(dp_rate, dp_steps, dp_delta)
 
 
-def _samples(target: Target, folder: Path | None, count: int) -> Images:
+def _given(
+    ctx: click.Context, named: dict[str, Any], folder: Path | None, label_column: str | None, count: int
+) -> Samples | None:
+    """What a file holds, which says its own shape, and nothing of the range of its values; None if there is none."""
+    from rgap import tables
+
+    if folder is None or folder.suffix not in tables.FILES:
+        return None
+    found = tables.read(folder, label_column, count)
+    for name, value in (("input_shape", tuple(found.inputs.shape[1:])), ("value_range", None)):
+        if ctx.get_parameter_source(name) is ParameterSource.DEFAULT:
+            named[name] = value
+    return found
+
+
+def _pictures(target: Target, folder: Path | None, count: int) -> Samples:
     from rgap import data
     from rgap.picture import is_picture
+    from rgap.tables import Samples
 
     shape = target.input_shape
-    if not is_picture(shape) or shape[1] != shape[2]:
-        raise ValueError(f"the audit takes square pictures, got input shape {shape}; use rgap.audit from Python")
+    if not is_picture(shape):
+        raise ValueError(
+            f"inputs of shape {shape} are no pictures: give a table or arrays with --data (.csv, .npy, .npz), or use "
+            "rgap.audit from Python"
+        )
+    channels, *size = shape
     if folder is None:
-        return data.photographs(count, size=shape[1], channels=shape[0])
-    return data.folder(folder, size=shape[1], channels=shape[0], limit=count)
+        found = data.photographs(count, (size[0], size[1]), channels)
+    else:
+        found = data.folder(folder, (size[0], size[1]), channels, count)
+    return Samples(found.inputs, found.names, tuple(data.labels(found, target.loss)))
 
 
 def _show(result: Audit, out: Path) -> None:
     """The verdict first, then the numbers behind it."""
     from rgap.cli import tables
+    from rgap.picture import is_picture
 
     console = report()
     console.print(result.verdict.headline, style="bold")
@@ -116,4 +155,5 @@ def _show(result: Audit, out: Path) -> None:
         console.print(tables.dose_response(each))
     for note in tables.audit_notes(result):
         console.print(f"- {note}")
-    console.print(f"\nReport: {out / 'audit.html'}, pictures: {out / 'audit.png'}, numbers: {out / 'audit.json'}")
+    drawn = f", pictures: {out / 'audit.png'}" if is_picture(result.shape) else ""
+    console.print(f"\nReport: {out / 'audit.html'}{drawn}, numbers: {out / 'audit.json'}")

@@ -1,0 +1,120 @@
+"""Samples as people have them: what is read, and what is refused with the place and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from rgap import Target, audit, capture, data, losses
+from rgap.data import DataError
+from rgap.tables import labels, read, samples_of
+
+X, Y = torch.arange(12.0).reshape(4, 3), torch.tensor([0, 1, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (X, None),
+        (X.numpy(), None),
+        ((X, Y), (0.0, 1.0, 1.0, 0.0)),
+        ((X.numpy(), Y.numpy()), (0.0, 1.0, 1.0, 0.0)),
+        ((X, [0, 1, 1, 0]), (0.0, 1.0, 1.0, 0.0)),
+        (TensorDataset(X, Y), (0.0, 1.0, 1.0, 0.0)),
+        ([(x, int(y)) for x, y in zip(X, Y, strict=True)], (0.0, 1.0, 1.0, 0.0)),
+    ],
+)
+def test_samples_of_any_kind(given: Any, told: tuple[float, ...] | None) -> None:
+    found = samples_of(given)
+    assert torch.equal(found.inputs, X)
+    assert found.labels == told
+    assert labels(found, losses.CrossEntropy(3)) == list(told or (0.0, 1.0, 2.0, 0.0))
+
+
+@pytest.mark.parametrize("given", ["photographs", 3, {"x": X}, [X, X, X]])
+def test_what_holds_no_samples_is_refused(given: Any) -> None:
+    with pytest.raises(DataError, match="expected a tensor or an array"):
+        samples_of(given)
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "inputs", "told"),
+    [
+        ("a,b,y\n1,2,no\n3,4,yes\n", "y", [[1, 2], [3, 4]], (0.0, 1.0)),
+        ("y,a,b\n2,1,2\n0,3,4\n", "y", [[1, 2], [3, 4]], (2.0, 0.0)),
+        ("a,b\n1e3,-2\n", None, [[1000, -2]], None),
+        ("\ufeffa,b\n1,2\n", None, [[1, 2]], None),
+    ],
+)
+def test_tables(tmp_path: Path, text: str, column: str | None, inputs: list[Any], told: Any) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(text, encoding="utf-8")
+    found = read(path, column)
+    assert found.inputs.tolist() == inputs
+    assert found.labels == told
+    assert found.names[0] == "row-2"
+    assert len(read(path, column, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "message"),
+    [
+        ("a,b\n1,red\n", None, "line 2, column b: got 'red', expected a number"),
+        ("a,b\n1,\n", None, "line 2, column b: got ''"),
+        ("a,b\n1,2\n", "y", "no column 'y': expected one of a, b"),
+        ("a,b\n1,2\n3\n", None, "rows of different lengths, expected 2"),
+        ("a,b\n", None, "has no rows"),
+        ("", None, "has no rows"),
+    ],
+)
+def test_a_table_that_cannot_be_read_says_where(tmp_path: Path, text: str, column: str | None, message: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read(path, column)
+
+
+def test_arrays(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", X.numpy())
+    np.savez(tmp_path / "b.npz", X=X.numpy(), labels=Y.numpy())
+    np.savez(tmp_path / "c.npz", weights=X.numpy())
+    assert torch.equal(read(tmp_path / "a.npy").inputs, X)
+    found = read(tmp_path / "b.npz", limit=3)
+    assert (len(found), found.labels) == (3, (0.0, 1.0, 1.0))
+    with pytest.raises(DataError, match="holds weights: expected one of x, X"):
+        read(tmp_path / "c.npz")
+    np.save(tmp_path / "d.npy", np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(DataError, match="expected numbers"):
+        read(tmp_path / "d.npy")
+    with pytest.raises(DataError, match="does not exist"):
+        read(tmp_path / "e.npy")
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, "numpy"])
+def test_arrays_are_captured_and_audited_by_attacks_names(kind: Any) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    target = Target(model, losses.CrossEntropy(2), (3,))
+    x: Any = X.numpy() if kind == "numpy" else X.to(kind)
+    update = capture(target, x[:1], [1])
+    assert update.header.batch_size == 1
+    found = audit(target, (x, Y), attacks=["bias"])
+    assert [case.label for case in found.cases] == [0.0, 1.0, 1.0, 0.0]
+    assert [case.level.value for case in found.cases] == ["exact"] * 4
+
+
+@pytest.mark.parametrize("size", [(8, 12), (12, 8), (5, 20)])
+def test_pictures_that_are_not_square(size: tuple[int, int]) -> None:
+    found = data.photographs(2, size, 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(size[0] * size[1], 7), nn.Tanh(), nn.Linear(7, 2))
+    target = Target(model, losses.CrossEntropy(2), (1, *size), (0.0, 1.0))
+    assert [case.level.value for case in audit(target, found, attacks=["bias"]).cases] == ["exact"] * 2
