@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.inversion.rounding import rounding
 from rgap.linalg.roots import find_roots
 from rgap.nn.losses import Loss
 
@@ -81,7 +82,9 @@ class ScaleEquation:
         along = self.loss.projection(self.u, label)
         weights = t.abs()[:, None] * along.abs() / (along @ self.u).clamp(min=torch.finfo(t.dtype).tiny)
         explained = self.loss.gradient_rounding(self.outputs(t), label.expand(len(t)), moved, precision)
-        noise = (weights * (explained + precision / t.abs()[:, None])).sum(1)
+        # Values are rounded independently of each other.
+        of_u = rounding(self.u, precision) / t.abs()[:, None]
+        noise = (weights * (explained + of_u)).square().sum(1).sqrt()
         step = 1e-4
         before, here, after = (self(t * (1 + move), label) for move in (-step, 0.0, step))
         slope, bend = ((after - before) / (2 * step)).abs(), ((after - 2 * here + before) / step**2).abs()

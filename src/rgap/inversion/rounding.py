@@ -9,6 +9,8 @@ DISTINCT = 16
 """Fewer magnitudes than that may be round numbers by chance, such as the cotangents 1 and -1 of a hinge."""
 AMONG = 10_000
 """The first so many values are looked at for that."""
+NEAREST = 0.25
+"""To the nearest number values move by about so much of the step between two of them, root mean square."""
 MANTISSA = 53
 """Bits of a float64."""
 
@@ -44,6 +46,5 @@ def stored_precision(values: Tensor) -> tuple[float, bool]:
     used = digits // last  # without the zeros behind them
     coarse = 2.0 ** -float(torch.log2(used.double()).floor().max())
     unit = float(torch.ldexp(last.double() * 2.0**-MANTISSA, exponent[known]).min())
-    # To the nearest number, no value was moved by more than half a unit.
-    rounded = max(coarse, unit / size if size else 0.0) / 2
+    rounded = NEAREST * max(coarse, unit / size if size else 0.0)
     return max(own, rounded), len(torch.unique(used[:AMONG])) >= DISTINCT
