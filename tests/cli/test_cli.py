@@ -117,11 +117,31 @@ def test_capture_then_attack(capsys: pytest.CaptureFixture[str], tmp_path: Path,
     code, out, _ = run(capsys, "attack", update, *SMALL, "--out", tmp_path / "out")
     assert code == 0
     assert "exact, label +1" in out
+    written = [tmp_path / "out" / f"reconstruction.{kind}" for kind in ("json", "safetensors", "png")]
+    assert f"Written: {', '.join(map(str, written))}" in "".join(out.split("\n"))
+    assert all(path.is_file() for path in written)
     found = load_file(tmp_path / "out" / "reconstruction.safetensors")
     truth = data.picture(photograph, channels=1).inputs
     assert float((found["inputs.0"] - truth).square().mean()) < 1e-8
     with Image.open(tmp_path / "out" / "reconstruction.png") as picture:
         assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_what_came_back_is_scored_beside_the_truth(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, photograph: Path, other: bool
+) -> None:
+    update = tmp_path / "update.safetensors"
+    assert run(capsys, "capture", photograph, "--label", 1, *SMALL, "--out", update)[0] == 0
+    truth = photograph
+    if other:
+        truth = tmp_path / "other.png"
+        Image.new("L", (12, 12), 200).save(truth)
+    code, out, _ = run(capsys, "attack", update, *SMALL, "--truth", truth, "--out", tmp_path / "out")
+    assert code == 0
+    psnr = json.loads((tmp_path / "out" / "reconstruction.json").read_text())["score"]["psnr"]
+    assert (psnr > 50) is not other
+    assert f"Beside the true picture: PSNR {psnr:.1f} dB" in " ".join(out.split())
 
 
 def test_a_model_of_ones_own_with_weights(

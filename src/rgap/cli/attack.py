@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,13 @@ import click
 from rich.text import Text
 
 from rgap.cli import options
-from rgap.cli.console import report, status
+from rgap.cli.capture import sample
+from rgap.cli.console import number, report, status
 from rgap.files import write_atomically
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rgap.attacks import Reconstruction
     from rgap.target import Target
 
@@ -25,9 +29,12 @@ if TYPE_CHECKING:
 @options.protocol_options
 @options.attack_options("closed")
 @click.option("--before", type=options.PATH, help="Weights before local training; UPDATE then holds those after it.")
+@click.option("--truth", type=options.PATH, help="The client's picture, to score with: the attack never sees it.")
 @click.option("--partial", is_flag=True, help="Accept an update in which parameters are missing.")
 @options.output_options()
-def command(update: Path, before: Path | None, partial: bool, out: Path, as_json: bool, **named: Any) -> None:
+def command(
+    update: Path, before: Path | None, truth: Path | None, partial: bool, out: Path, as_json: bool, **named: Any
+) -> None:
     """Reconstruct the input behind one update file.
 
     UPDATE is a file written by `rgap capture` or rgap.Update.save, or gradients or weight differences as safetensors,
@@ -42,6 +49,7 @@ def command(update: Path, before: Path | None, partial: bool, out: Path, as_json
         options.make_protocol(**options.taken(named, *options.PROTOCOL)),
     )
     target = options.make_target(**named)
+    picture = None if truth is None else sample(target, truth, "leave --truth out")
     if before is None:
         received = read_update(update, target, protocol, target.batch_size, partial=partial)
     else:
@@ -49,18 +57,30 @@ def command(update: Path, before: Path | None, partial: bool, out: Path, as_json
     with status():
         found = chosen(target, received)
     out.mkdir(parents=True, exist_ok=True)
-    document = describe(found)
+    scored = None if picture is None or not found.answers else _score(found, picture, target)
+    document = describe(found) | ({} if scored is None else {"score": scored})
     write_atomically(out / "reconstruction.json", json.dumps(document, indent=1).encode())
-    if found.answers:
-        _write(found, target, out)
+    written = [out / "reconstruction.json", *(_write(found, target, out) if found.answers else ())]
     if as_json:
         click.echo(json.dumps(document))
     else:
-        _show(found, out)
+        _show(found, scored, written)
 
 
-def _write(found: Reconstruction, target: Target, out: Path) -> None:
-    """The values of every answer, and the picture of the best."""
+def _score(found: Reconstruction, truth: Tensor, target: Target) -> dict[str, float]:
+    """How near the best answer comes to the picture; of several samples the nearest."""
+    from rgap.files import plain
+    from rgap.metrics import score
+
+    found_range = target.value_range or (float(truth.min()), float(truth.max()))
+    each = [score(x[None], truth, found_range) for x in found.inputs]
+    best = min(each, key=lambda one: one.mse[0])
+    result: dict[str, float] = plain({"mse": best.mse[0], "psnr": best.psnr[0], "ssim": best.ssim[0]})
+    return result
+
+
+def _write(found: Reconstruction, target: Target, out: Path) -> list[Path]:
+    """The values of every answer, and the picture of the best; the files that were written."""
     from safetensors.torch import save as to_bytes
 
     from rgap.picture import is_picture, single
@@ -70,13 +90,16 @@ def _write(found: Reconstruction, target: Target, out: Path) -> None:
         values[f"inputs.{at}"] = answer.inputs.contiguous()
         values[f"labels.{at}"] = answer.labels.contiguous()
     write_atomically(out / "reconstruction.safetensors", to_bytes(values))
+    written = [out / "reconstruction.safetensors"]
     if is_picture(target.input_shape):
         picture = found.inputs[0]
         own_range = (float(picture.min()), float(picture.max()))
         single(picture, target.value_range or own_range, out / "reconstruction.png")
+        written.append(out / "reconstruction.png")
+    return written
 
 
-def _show(found: Reconstruction, out: Path) -> None:
+def _show(found: Reconstruction, scored: dict[str, float] | None, written: Sequence[Path]) -> None:
     """The layers, then how it ended."""
     from rgap.cli import tables
 
@@ -91,4 +114,7 @@ def _show(found: Reconstruction, out: Path) -> None:
     label = ", label " + ", ".join(f"{label:+g}" for label in found.labels.tolist()) if found.answers else ""
     twins = f", {len(found.twins)} twin(s)" if found.twins else ""
     console.print(Text.assemble("\n", (found.status.value, "bold"), f"{label}{twins}: {found.reason}"))
-    console.print(f"Written to {out}")
+    if scored is not None:
+        figures = (number(scored["psnr"], ".1f"), number(scored["ssim"], ".2f"), number(scored["mse"], ".1e"))
+        console.print("Beside the true picture: PSNR {} dB, SSIM {}, mean squared error {}".format(*figures))
+    console.print(f"Written: {', '.join(map(str, written))}")
