@@ -633,3 +633,66 @@ def test_a_narrow_table_wraps_words_and_cuts_no_number(width: int) -> None:
     Console(file=out, width=width).print(made)
     assert all(number in out.getvalue() for number in ("1e-300", "143", "2.5e-07"))
     assert "…" not in out.getvalue()
+
+
+# Models, losses and data of one's own.
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Networks that draw new weights each time they are made, and a loss; the folder of their module is the current
+    one."""
+    (tmp_path / "my_own_things.py").write_text(
+        "from torch import nn\nfrom torch.nn import functional\n\n\ndef table():\n"
+        "    return nn.Sequential(nn.Linear(3, 9), nn.Dropout(0.5), nn.Linear(9, 2))\n\n\ndef picture():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(40, 9), nn.Tanh(), nn.Linear(9, 2), nn.LogSoftmax(1))\n\n\n"
+        "def loss(outputs, targets):\n    return functional.nll_loss(outputs, targets)\n"
+    )
+    (tmp_path / "rows.csv").write_text("a,b,c,y\n0.1,0.2,0.9,no\n0.4,0.5,0.6,yes\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+ROWS = ("audit", "--model", "my_own_things:table", "--data", "rows.csv", "--label-column", "y", "--attack", "bias")
+
+
+def test_a_table_is_audited_with_its_own_shape_labels_and_mode(capsys: pytest.CaptureFixture[str], mine: Path) -> None:
+    code, out, err = run(capsys, *ROWS)
+    assert code == 0
+    assert "Trying Bias on 2 samples in evaluation mode, for 120 s at the most" in err
+    assert "Every sample can be read out of the update exactly." in out
+    assert "audited in evaluation mode" in " ".join(out.split())
+    document = read(mine)
+    assert (document["target"]["input_shape"], document["target"]["value_range"]) == ([3], None)
+    assert [sample["label"] for sample in document["samples"]] == [0, 1]
+    assert not (mine / "rgap-out" / "audit.png").exists()
+    code, out, _ = run(capsys, *ROWS, "--training", "--fresh")
+    assert code == 0
+    assert "audited in training mode" in " ".join(out.split())
+    assert read(mine)["target"]["mode"] == "training"
+
+
+def test_an_audit_of_a_model_with_drawn_weights_goes_on(capsys: pytest.CaptureFixture[str], mine: Path) -> None:
+    """Its weights come from --seed."""
+    assert run(capsys, *ROWS)[0] == 0
+    rows = (mine / "rgap-out" / "results" / "rows.jsonl").read_bytes()
+    assert run(capsys, *ROWS, "--budget", 0)[0] == 0
+    assert read(mine)["complete"] is True
+    assert (mine / "rgap-out" / "results" / "rows.jsonl").read_bytes() == rows
+    code, _, err = run(capsys, *ROWS, "--seed", 1)
+    assert code == 1
+    words = " ".join(err.split())
+    assert "another fingerprint" in words
+    assert "another folder (--out), or pass --fresh" in words
+    assert not any(len(word) > 60 for word in words.split())
+
+
+@pytest.mark.parametrize("loss", ["nll", "NLLLoss", "my_own_things:loss", None])
+def test_losses_by_name_and_of_ones_own(capsys: pytest.CaptureFixture[str], mine: Path, loss: str | None) -> None:
+    more = () if loss is None else ("--loss", loss)
+    wide = ("--model", "my_own_things:picture", "--input-shape", "1,4,10", "--count", 2, "--attack", "bias")
+    code, out, err = run(capsys, "audit", *wide, *more)
+    assert code == 0, err
+    assert "Every sample can be read out of the update exactly." in out
+    assert ("Check this first" in out) is (loss == "my_own_things:loss")
