@@ -380,3 +380,20 @@ def test_rounding_to_a_coarse_type_is_no_other_finding(
     update = capture(target, sample(seed), torch.tensor([label]))
     result = preflight(target, Update({n: g.to(dtype) for n, g in update.gradients.items()}, update.header))
     assert "the gradient is in" in found(result)
+
+
+@pytest.mark.parametrize("factor", [8.0, 65536.0, 0.1, -1.0, 1.9])
+def test_a_factor_of_several_outputs_is_said(factor: float) -> None:
+    """Weight and bias gradient of the last layer tell what it puts out, and so how long the gradient must be."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 5)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.uniform_(-0.3, 0.3, generator=generator)
+    target = Target(model, losses.CrossEntropy(5), (1, 4, 4), (0.0, 1.0))
+    for label in range(5):
+        update = capture(target, torch.rand(1, 1, 4, 4, generator=generator), torch.tensor([float(label)]))
+        assert preflight(target, update).passed
+        scaled = Update({name: factor * g for name, g in update.gradients.items()})
+        (finding,) = preflight(target, scaled).findings
+        assert f"{factor:.4g} times that of one sample" in finding

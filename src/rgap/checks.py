@@ -82,6 +82,8 @@ def preflight(target: Target, update: Update) -> Preflight:
         products, noise = _products(network.layers, update)
         if isinstance(target.loss, MarginLoss):
             findings += _last_layer(target, update, products[-1][1], noise[-1])
+        else:
+            findings += _scale(target, network.layers[-1], update)
         if network.homogeneous:
             findings += _equal_products(products, noise)
     return Preflight(tuple(findings), products)
@@ -129,6 +131,31 @@ def _values(update: Update) -> list[str]:
             f"{smallest:.0e} that were lost; expect a coarse answer or none"
         )
     return findings
+
+
+def _scale(target: Target, last: Layer, update: Update) -> list[str]:
+    """Whether the last layer's bias gradient is one sample's, times a factor: what it reads tells its right length."""
+    loss, bias = target.loss, update.gradients.get(last.bias_name or "")
+    if not loss.labels or bias is None or last.bias is None or last.positions != 1 or update.samples(target) > 1:
+        return []
+    k = bias.double().to(last.weight.device)
+    grad = update.gradients[last.weight_name].double().to(k).reshape(len(k), -1)
+    if last.groups != 1 or not k.any() or grad.numel() != last.weight.numel():
+        return []
+    z = last.weight.reshape(grad.shape) @ (grad.mT @ k / (k @ k)) + last.bias.reshape(-1)
+    labels = torch.tensor(loss.labels).to(k)
+    given = loss.output_gradient(z.expand(len(labels), -1), labels)
+    along = given @ k / (given.norm(dim=1) * k.norm()).clamp(min=torch.finfo(k.dtype).tiny)
+    best = int(along.abs().argmax())
+    factor = float(k.norm() / given[best].norm()) * math.copysign(1.0, float(along[best]))
+    # Of a direction that is none of a sample's no length is told, and of a saturated loss rounding alone.
+    agrees = float(along[best].abs()) > 1 - 1e-6 and float(given[best].norm()) > 1e-3
+    if not agrees or math.isclose(factor, 1.0, rel_tol=1e-2):
+        return []
+    return [
+        f"the gradient is {factor:.4g} times that of one sample with the features that {last.name} reads: a loss "
+        "scale, a sum in place of a mean, momentum, or a difference taken the other way round"
+    ]
 
 
 def _rank(target: Target, update: Update) -> list[str]:

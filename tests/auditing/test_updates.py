@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_audits import Silent, Watched, nothing, open_target, pictures, result
+from small_audits import Silent, Watched, found, nothing, open_target, pictures, result
 from torch import Tensor
 
 from rgap import Target, Update, UpdateError, audit, audit_updates, capture, losses, models
@@ -160,3 +160,12 @@ def test_what_was_found_counts_by_what_stays_free(free: int, error: float, repro
     if level is Level.RECOGNISABLE:
         assert found.headline.startswith("The sample was found, up to what no constraint decides")
         assert any(f"{free:.1f}% of its dimensions" in sentence for sentence in found.sentences)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_one_input_that_stands_for_several_samples_is_none_of_them(samples: int) -> None:
+    answers = found("Some", torch.rand(1, 1, 4, 4), torch.ones(1))
+    made = from_certificate(answers, samples)
+    assert len(made) == samples
+    assert [each.inputs is None for each in made] == [samples > 1] * samples
+    assert [each.level is Level.NOTHING for each in made][1:] == [True] * (samples - 1)

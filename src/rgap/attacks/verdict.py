@@ -35,7 +35,7 @@ def answer(target: Target, update: Update, end: Candidate, label: Tensor) -> Ans
         label,
         end.margin,
         found.residual,
-        end.std * found.roundings if unexplained > EXPLAINED else end.std,
+        end.std * found.roundings if unexplained > 1 else end.std,
         end.layers,
         end.joint,
         end.note,

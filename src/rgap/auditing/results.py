@@ -198,6 +198,8 @@ def span(*samples: Tensor) -> tuple[float, float]:
 def from_certificate(found: Reconstruction, samples: int) -> list[Result]:
     """One result for each of so many samples that nobody knows: what the certificate says, and no comparison."""
     inputs = [x[None] for x in found.inputs] if found.answers else []
+    if len(inputs) == 1 < samples and not found.answers[0].samples:
+        inputs = []  # one input that stands for all of them is none of them
     unknown = dict.fromkeys(COMPARED, math.nan)
     return [_result(found, inputs[at] if at < len(inputs) else None, None, False, **unknown) for at in range(samples)]
 
