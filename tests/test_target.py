@@ -13,6 +13,7 @@ from networks import Client, clients
 from torch import nn
 
 from rgap import NotAChain, Target, capture, losses
+from rgap.attacks import Bias, Closed, Recursive
 from rgap.checks import preflight
 from rgap.target import fingerprint
 
@@ -520,3 +521,25 @@ def test_the_preflight_of_several_classes_finds_nothing_in_a_good_update(model: 
     told = preflight(other, capture(target, sample(2), torch.tensor([2.0, 0.0])))
     assert len(told.findings) == 1
     assert "averaged over 2 sample(s), the target expects 4" in told.findings[0]
+
+
+class Cast(nn.Module):
+    """Changes the type of its values on the way."""
+
+    def __init__(self, first: torch.dtype, then: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.then = first, then
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.first).to(self.then)
+
+
+@pytest.mark.parametrize("first", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_cast_of_its_own_is_no_traceback(first: torch.dtype, at: int) -> None:
+    layers = [nn.Flatten(), nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 3)]
+    layers.insert(at, Cast(first, torch.float32))
+    target = Target(nn.Sequential(*layers).eval(), losses.CrossEntropy(3), (1, 4, 4), (0.0, 1.0))
+    assert target.gradient(torch.rand(1, 1, 4, 4), torch.ones(1))
+    for attack in (Closed(), Recursive(), Bias()):
+        assert isinstance(attack.obstacle(target, 1), str)

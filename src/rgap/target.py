@@ -155,7 +155,13 @@ class Target:
             first, second = (self.outputs(x).double().reshape(-1) for _ in range(2))
             if not torch.equal(first, second):
                 return  # it draws at random, as dropout in training mode does
-            found = network.forward(x)[-1].reshape(-1)
+            try:
+                found = network.forward(x)[-1].reshape(-1)
+            except RuntimeError as error:
+                raise NotImplementedError(
+                    f"forward: the traced operations do not run in float64: {str(error).strip().splitlines()[0]}. "
+                    "Cast values to no type of your own"
+                ) from error
             if self.graph.ending_is_the_loss:
                 found = found.sigmoid() if self.graph.ending == "sigmoid" else found.log_softmax(0)
         # Models that insist on float32 agree to its rounding.
