@@ -13,8 +13,8 @@ from rgap.nn.losses import CrossEntropy
 from rgap.target import Target
 from rgap.update import Update
 
-EXPLAINED = 10.0
-"""So many times what rounding explains an answer may miss the update. Clean gradients stay below 1."""
+EXPLAINED = 5.0
+"""So many times what rounding explains an answer may miss the update. Clean gradients stay at 1."""
 USED = 1e-3
 """An input whose values differ by less than this part of the value range uses none of it."""
 
@@ -27,9 +27,7 @@ def answer(target: Target, update: Update, end: Candidate, label: Tensor) -> Ans
     x, label = end.value.reshape(1, *target.input_shape), label.to(end.value.device)
     x, undecided = _decided(x, end.twin, target.value_range)
     found = certify(target, update, x, label)
-    size = float(x.square().mean().sqrt())
-    explained = 1 + end.std / size / update.precision if size else 1.0
-    unexplained = found.roundings / explained
+    unexplained = found.roundings / (1 + _echo(x, end.std, update.precision))
     return Answer(
         x,
         label,
@@ -45,6 +43,15 @@ def answer(target: Target, update: Update, end: Candidate, label: Tensor) -> Ans
         undecided,
         0 if end.known is None else int((~end.known).sum()),
     )
+
+
+def _echo(x: Tensor, error: float, precision: float) -> float:
+    """About how many roundings of the gradient an error of the input moves it by.
+
+    By far fewer than the input itself: what rounding moves most is what the gradient hardly depends on.
+    """
+    size = float(x.square().mean().sqrt())
+    return (error / size / precision) ** 0.25 if size else 0.0
 
 
 def _decided(x: Tensor, twin: Tensor | None, value_range: tuple[float, float] | None) -> tuple[Tensor, int]:
