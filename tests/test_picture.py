@@ -44,7 +44,7 @@ def case(name: str, truth: Tensor, answer: Tensor | None) -> Case:
 def audit_of(cases: list[Case], shape: tuple[int, ...], value_range: tuple[float, float] | None = (0.0, 1.0)) -> Audit:
     model = nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), 1))
     target = Target(model, losses.Logistic(), shape, value_range)
-    return Audit(target, Protocol(), {}, tuple(cases), (), (), None, (), Ended.WHOLE, False, None, 1.0)
+    return Audit(target, Protocol(), {}, tuple(cases), (), (), None, (), Ended.WHOLE, False, None, (), 1.0)
 
 
 def boxes(image: NDArray[np.uint8], colour: tuple[int, int, int]) -> tuple[float, float, int]:

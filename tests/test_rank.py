@@ -352,6 +352,43 @@ def test_a_batch_multiplies_all_but_the_gradient_rows():
         assert b.index == 4 * (a.index + a.gradient_rows) - a.gradient_rows
 
 
+@pytest.mark.parametrize(
+    ("hidden", "bias", "size", "layer"),
+    [
+        # Samples fewer than half of the second layer's inputs, and fewer than its outputs.
+        ((20, 30), False, 10, "fc1"),
+        ((40, 12), False, 11, "fc1"),
+        ((8, 30), True, 4, "fc1"),
+        # A place behind a narrow layer tells more, but the narrow one has no constraints for them.
+        ((20, 2, 60, 50, 40), False, 20 * 2 // 18, "fc2"),
+        # One hidden layer: no second row space is left beside a single output.
+        ((20,), False, 1, "fc1"),
+    ],
+)
+def test_the_largest_batch_of_linear_layers_is_counted(hidden, bias, size, layer):
+    aim = Target(models.fcn3(64, hidden, bias=bias), losses.Logistic(), (1, 8, 8))
+    analysis = rank_analysis(aim, measure=False)
+    assert (analysis.largest_batch, analysis.largest_batch_layer) == (size, layer)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(4, 108 // 128), (8, 216 // 64), (10, 270 // 32), (12, None)])
+def test_a_convolution_in_front_ends_the_batch_where_its_constraints_are_shared_by_too_many(channels, size):
+    # 192 unknowns and 16 outputs a channel for each sample, 27 gradient rows a channel for all.
+    head = nn.Flatten(), nn.Linear(16 * channels, 40, bias=False), leaky(), nn.Linear(40, 30, bias=False), leaky()
+    aim = target(conv(3, channels, 3, stride=2, padding=1), leaky(), *head, shape=(3, 8, 8))
+    analysis = rank_analysis(aim, measure=False)
+    expected = (20, "3") if size is None else (size, "0")
+    assert (analysis.largest_batch, analysis.largest_batch_layer) == expected
+    assert analysis.to_dict()["largest_batch"] == expected[0]
+    told = f"up to a batch of {size or 20}, which {expected[1]} ends" if expected[0] else "no batch comes back"
+    assert told in " ".join(analysis.notes)
+
+
+def test_where_the_closed_form_does_not_pass_the_largest_batch_is_not_known():
+    aim = target(conv(1, 4, 3), nn.LayerNorm((4, 6, 6)), nn.LPPool2d(2, 2), shape=(1, 8, 8))
+    assert rank_analysis(aim, measure=False).largest_batch is None
+
+
 def test_residue_classes_of_a_strided_convolution():
     layer = target(conv(1, 1, 3, stride=2), shape=(1, 9, 9)).network.layers[0]
     found = [(sorted(t.tolist()), len(n)) for t, n in measured.residue_classes(layer)]
@@ -426,7 +463,7 @@ def test_the_verdict_tells_where_counting_is_wrong():
 def test_the_table_can_be_read():
     lines = str(rank_analysis(target(conv(3, 2, 3), leaky(), shape=(3, 6, 6)))).splitlines()
     assert lines[0].split() == ["layer", "|x|", "|W|", "|z|", "|V|", "index", "rank", "free", "joint", "measured"]
-    assert len(lines) == 1 + 2 + 2
+    assert len(lines) == 1 + 2 + 3
     assert lines[-1].endswith(".")
 
 

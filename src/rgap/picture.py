@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,17 @@ def single(picture: Tensor, value_range: tuple[float, float], path: str | Path) 
     axes.set_axis_off()
     show(axes, picture, value_range)
     save(figure, path)
+
+
+def sheet(pictures: Tensor) -> Tensor:
+    """Pictures (b, channels, height, width) as one, in rows as near to a square as can be; what is left stays dark."""
+    count, channels, height, width = pictures.shape
+    across = math.ceil(count**0.5)
+    down = math.ceil(count / across)
+    made = pictures.new_full((down * across, channels, height, width), float(pictures.min()))
+    made[:count] = pictures
+    grid = made.reshape(down, across, channels, height, width)
+    return grid.permute(2, 0, 3, 1, 4).reshape(channels, down * height, across * width)
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -13,6 +13,7 @@ from rgap.attacks.verdict import EXPLAINED, range_misfit
 from rgap.inversion.batch import Features, Inputs, back, find_features
 from rgap.inversion.gauss_newton import Continuation
 from rgap.inversion.subspace.peel import Search
+from rgap.linalg.deadline import used
 from rgap.target import Target
 from rgap.update import Update
 
@@ -47,7 +48,8 @@ def invert_batch(
     assumptions += _about_count(found, count)
     if not len(found.samples):
         reason = f"none of {found.count} samples was told apart in front of {found.layer}"
-        return Outcome(Status.NOT_CONVERGED, reason, assumptions=tuple(assumptions))
+        late = Status.CUT_OFF if used() >= 1 else Status.NOT_CONVERGED
+        return Outcome(late, reason, assumptions=tuple(assumptions))
     told = found.residual(gradients)
     if found.complete and not told <= update.tolerance:
         reason = f"the {found.found} samples in front of {found.layer} give its gradient to {told:.1e} only"

@@ -166,7 +166,8 @@ class Closed(Recursive):
             return f"the recursion cannot pass this model: {found}"
         most = largest_batch(target.network, target.loss)
         if samples > most:
-            return f"of {samples} samples in one update no layer tells more than {most} apart"
+            apart = f"no layer tells more than {most} apart" if most else "no layer tells two apart"
+            return f"of {samples} samples in one update {apart}: too few outputs, or no two Linear layers in a row"
         return None
 
     def run_many(self, target: Target, updates: Sequence[Update]) -> list[Outcome]:

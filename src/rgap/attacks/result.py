@@ -78,7 +78,7 @@ class Answer:
     joint: JointReport | None = None
     """If layers were solved jointly."""
     note: str = ""
-    """Why something was left to_gradient; empty if nothing was."""
+    """Why something was left out; empty if nothing was."""
     parameter: str = ""
     """The one that agrees least."""
     unexplained: float = 0.0

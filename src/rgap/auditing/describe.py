@@ -33,9 +33,13 @@ def describe(found: Reconstruction) -> dict[str, Any]:
                     "error": answer.error,
                     **solved(answer.layers, answer.joint),
                     "note": answer.note,
+                    "samples": [asdict(sample) | {"status": sample.status.value} for sample in answer.samples],
                 }
                 for answer in found.answers
             ],
+            "features": None
+            if found.features is None
+            else {"layer": found.features.layer, "labels": found.features.labels.tolist()},
         }
     )
 

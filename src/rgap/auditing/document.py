@@ -142,11 +142,12 @@ def _rank(rank: RankAnalysis, level: Level) -> dict[str, Any]:
 
 def _attack_run(run: AttackRun) -> dict[str, Any]:
     numbers: dict[str, float | None] = dict.fromkeys(
-        ("exact", "recognisable", "samples", "median_psnr", "median_seconds")
+        ("exact", "certified", "recognisable", "samples", "median_psnr", "median_seconds")
     )
     if run.results:
         numbers = {
             "exact": run.at_least(Level.EXACT),
+            "certified": run.certified,
             "recognisable": run.at_least(Level.RECOGNISABLE),
             "samples": len(run.results),
             "median_psnr": run.median_psnr,

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from rgap.attacks import JointReport, LayerReport, Reconstruction, Status
+from rgap.attacks import JointReport, LayerReport, Reconstruction, Sample, Status
 from rgap.auditing.describe import restored, solved
 from rgap.files import plain
 from rgap.metrics import score
@@ -48,6 +48,7 @@ class Result:
 
     attack: str
     status: Status
+    """Of the sample, where the attack tells those of a batch apart; else of the update."""
     reason: str
     mse: float
     psnr: float
@@ -62,6 +63,7 @@ class Result:
     error: float
     seconds: float
     labels: tuple[float, ...]
+    """Of the sample, where the attack tells those of a batch apart; else of all samples of the update."""
     labels_right: bool | None
     """None if nobody knows the labels."""
     twins: int
@@ -73,6 +75,10 @@ class Result:
     """(1, *input_shape): the reconstruction that belongs to this sample; None if there is none."""
     compared: bool = True
     """False: nobody knows the sample, and the certificate alone tells."""
+    of: int = 1
+    """Samples behind the update."""
+    features: str = ""
+    """The layer whose reading of this sample is known, although the sample is not; empty if there is none."""
 
     @property
     def level(self) -> Level:
@@ -159,6 +165,11 @@ class AttackRun:
         return sum(result.level.rank >= level.rank for result in self.results)
 
     @property
+    def certified(self) -> int:
+        """Of how many samples the attack itself says that they are exact."""
+        return sum(result.status is Status.EXACT for result in self.results)
+
+    @property
     def median_psnr(self) -> float:
         return statistics.median(or_least(result.psnr) for result in self.results)
 
@@ -179,14 +190,40 @@ def judge(
         truth: (b, *input_shape).
     """
     answer = found.answers[0] if found.answers else None
-    places = _match(answer.inputs, truth) if answer is not None else {}
+    places = _match(answer.inputs, truth) if answer is not None else _of_features(found, labels)
     right = answer is not None and sorted(answer.labels.tolist()) == sorted(labels)
     results = []
     for at in range(len(truth)):
-        own = truth[at : at + 1]
-        inputs = None if answer is None or at not in places else answer.inputs[places[at]][None]
-        results.append(_result(found, inputs, right, True, **_compared(found, inputs, own, value_range)))
+        own, place = truth[at : at + 1], places.get(at)
+        inputs = None if answer is None or place is None else answer.inputs[place][None]
+        quality = _compared(found, inputs, own, value_range)
+        own_right = place is not None and _labels(found)[place] == labels[at] if _apart(found) else right
+        results.append(_result(found, place, len(truth), inputs, own_right, True, **quality))
     return results
+
+
+def _apart(found: Reconstruction) -> bool:
+    """Whether the attack told the samples of a batch apart: each one then has a label and a status of its own."""
+    return bool(found.samples) or (not found.answers and found.features is not None)
+
+
+def _labels(found: Reconstruction) -> list[float]:
+    """One for each sample that was told apart."""
+    if found.samples or found.features is None:
+        return [sample.label for sample in found.samples]
+    return [float(label) for label in found.features.labels]
+
+
+def _of_features(found: Reconstruction, labels: Sequence[float]) -> dict[int, int]:
+    """By sample, the features that have its label: of those that share one nobody can tell which is whose."""
+    left = dict(enumerate(_labels(found)))
+    places = {}
+    for at, label in enumerate(labels):
+        place = next((place for place, own in left.items() if own == label), None)
+        if place is not None:
+            places[at] = place
+            del left[place]
+    return places
 
 
 def span(*samples: Tensor) -> tuple[float, float]:
@@ -200,21 +237,43 @@ def from_certificate(found: Reconstruction, samples: int) -> list[Result]:
     inputs = [x[None] for x in found.inputs] if found.answers else []
     if len(inputs) == 1 < samples and not found.answers[0].samples:
         inputs = []  # one input that stands for all of them is none of them
+    told = len(inputs) or len(_labels(found))
     unknown = dict.fromkeys(COMPARED, math.nan)
-    return [_result(found, inputs[at] if at < len(inputs) else None, None, False, **unknown) for at in range(samples)]
+    return [
+        _result(
+            found, at if at < told else None, samples, inputs[at] if at < len(inputs) else None, None, False, **unknown
+        )
+        for at in range(samples)
+    ]
 
 
-def _result(found: Reconstruction, inputs: Tensor | None, right: bool | None, compared: bool, **quality: Any) -> Result:
+def _result(
+    found: Reconstruction,
+    place: int | None,
+    of: int,
+    inputs: Tensor | None,
+    right: bool | None,
+    compared: bool,
+    **quality: Any,
+) -> Result:
+    """Of the sample at one place of the reconstruction; None: of one that it has not."""
     answer = found.answers[0] if found.answers else None
+    labels = () if answer is None else tuple(answer.labels.tolist())
+    if _apart(found):
+        labels = () if place is None else (_labels(found)[place],)
+    own = _sample(found, place)
+    error = math.nan if answer is None else answer.error
     return Result(
         attack=found.attack,
-        status=found.status,
-        reason=found.reason,
+        status=found.status if own is None else own.status,
+        reason=found.reason if own is None else own.reason,
         gradient_residual=math.nan if answer is None else answer.gradient_residual,
-        reproduced=answer is not None and answer.gradient_residual <= found.tolerance,
-        error=math.nan if answer is None else answer.error,
+        # A sample that is certified on its own is, whatever the rest of the batch leaves in the gradient.
+        reproduced=answer is not None
+        and (answer.gradient_residual <= found.tolerance or (own is not None and own.status is Status.EXACT)),
+        error=error if own is None else own.error,
         seconds=found.seconds,
-        labels=() if answer is None else tuple(answer.labels.tolist()),
+        labels=labels,
         labels_right=right,
         twins=len(found.twins),
         assumptions=found.assumptions,
@@ -223,7 +282,19 @@ def _result(found: Reconstruction, inputs: Tensor | None, right: bool | None, co
         joint=None if answer is None else answer.joint,
         inputs=inputs,
         compared=compared,
+        of=of,
+        features=found.features.layer if found.features is not None and place is not None and inputs is None else "",
         **quality,
+    )
+
+
+def _sample(found: Reconstruction, place: int | None) -> Sample | None:
+    """The verdict on one sample of a batch that was told apart; None: that on the update holds for all."""
+    if not found.samples or place is not None:
+        return found.samples[place] if found.samples and place is not None else None
+    status = found.status if found.status is Status.CUT_OFF else Status.NOT_CONVERGED
+    return Sample(
+        status, math.nan, math.nan, f"not among the {len(found.samples)} that were told apart; {found.reason}"
     )
 
 

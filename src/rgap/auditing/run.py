@@ -24,7 +24,7 @@ from rgap.store import Row, Store
 from rgap.target import Target
 from rgap.update import Update
 
-RESULTS = 2
+RESULTS = 3
 """Version of what is kept in the folder of an audit."""
 CHUNK = 8
 """Updates of one call of an attack: what an interruption can cost."""

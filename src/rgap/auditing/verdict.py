@@ -101,9 +101,10 @@ def verdict(
     else:
         level = Level.NOTHING
         headline = f"None of the {count} samples was recovered by the attacks that were tried."
-    told = "" if read is None else read.told
-    if tried and level is Level.NOTHING and told:
-        headline = f"{headline[:-1]}, but {told} were read off."
+    told, apart = "" if read is None else read.told, _told_apart(cases)
+    read_off = apart or told
+    if tried and level is Level.NOTHING and read_off:
+        headline = f"{headline[:-1]}, but {read_off} were read off."
     return Verdict(
         level,
         _so_far(headline, ended, exact == count),
@@ -152,11 +153,36 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int, told: str, target: 
         )
         if all(r.labels_right for r in compared):
             found.append("The label of each of them was inferred as well; the attack was told nothing.")
+    batches = [case for case in cases if any(result.of > 1 for result in case.results)]
+    if batches:
+        certified = sum(any(result.status is Status.EXACT for result in case.results) for case in batches)
+        found.append(
+            f"{certified} of {len(batches)} samples certified: by the gradient alone an attack says of each of them "
+            "that it is exact, although the update is of several samples."
+        )
+    apart = _told_apart(cases)
+    if apart:
+        found.append(f"Told apart in gradients of several samples, although their inputs are not known: {apart}.")
     if told:
         found.append(f"Read off at once, without any search: {told}.")
     if changes_with_mode(target.model):
         found.append(mode(target))
     return found
+
+
+def _told_apart(cases: Sequence[Case]) -> str:
+    """Whose labels and features are known although their inputs are not, for a sentence; empty if nobody's."""
+    found = [
+        next(result.features for result in case.results if result.features)
+        for case in cases
+        if case.level is Level.NOTHING
+        and any(result.features and result.labels_right is not False for result in case.results)
+    ]
+    if not found:
+        return ""
+    whose = f"all {len(cases)}" if len(found) == len(cases) else f"{len(found)} of {len(cases)}"
+    layers = " and ".join(dict.fromkeys(found))
+    return f"the labels of {whose} samples, exactly, and all values that {layers} reads of each"
 
 
 def _unknown(names: Sequence[str], count: int) -> tuple[str, ...]:

@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 def command(
     update: Path, before: Path | None, truth: Path | None, partial: bool, out: Path, as_json: bool, **named: Any
 ) -> None:
-    """Reconstruct the input behind one update file.
+    """Reconstruct the input behind one update file, or all inputs of a batch.
 
     UPDATE is a file written by `rgap capture` or rgap.Update.save, or gradients or weight differences as safetensors,
     npz, or tensors alone as torch.save writes them. Writes reconstruction.json, the exact values as
-    reconstruction.safetensors (inputs and labels of every answer, best first), and for pictures reconstruction.png.
+    reconstruction.safetensors (inputs and labels of every answer, best first; of a batch also what a layer reads of
+    each sample), and for pictures reconstruction.png, with all of a batch.
     """
     from rgap.auditing import describe
     from rgap.reading import read_pair, read_update
@@ -60,7 +61,8 @@ def command(
     scored = None if picture is None or not found.answers else _score(found, picture, target)
     document = describe(found) | ({} if scored is None else {"score": scored})
     write_atomically(out / "reconstruction.json", json.dumps(document, indent=1).encode())
-    written = [out / "reconstruction.json", *(_write(found, target, out) if found.answers else ())]
+    anything = bool(found.answers) or found.features is not None
+    written = [out / "reconstruction.json", *(_write(found, target, out) if anything else ())]
     if as_json:
         click.echo(json.dumps(document))
     else:
@@ -80,19 +82,22 @@ def _score(found: Reconstruction, truth: Tensor, target: Target) -> dict[str, fl
 
 
 def _write(found: Reconstruction, target: Target, out: Path) -> list[Path]:
-    """The values of every answer, and the picture of the best; the files that were written."""
+    """The values of every answer and the features, and the pictures of the best; the files that were written."""
     from safetensors.torch import save as to_bytes
 
-    from rgap.picture import is_picture, single
+    from rgap.picture import is_picture, sheet, single
 
     values = {}
+    if found.features is not None:
+        values["features"] = found.features.values.contiguous()
+        values["features.labels"] = found.features.labels.contiguous()
     for at, answer in enumerate(found.answers):
         values[f"inputs.{at}"] = answer.inputs.contiguous()
         values[f"labels.{at}"] = answer.labels.contiguous()
     write_atomically(out / "reconstruction.safetensors", to_bytes(values))
     written = [out / "reconstruction.safetensors"]
-    if is_picture(target.input_shape):
-        picture = found.inputs[0]
+    if found.answers and is_picture(target.input_shape):
+        picture = sheet(found.inputs)
         own_range = (float(picture.min()), float(picture.max()))
         single(picture, target.value_range or own_range, out / "reconstruction.png")
         written.append(out / "reconstruction.png")
@@ -111,7 +116,10 @@ def _show(found: Reconstruction, scored: dict[str, float] | None, written: Seque
             console.print(tables.joint_solve(best.joint))
     for note in tables.attack_notes(found):
         console.print(f"- {note}")
-    label = ", label " + ", ".join(f"{label:+g}" for label in found.labels.tolist()) if found.answers else ""
+    if found.samples:
+        console.print(tables.samples(found.samples))
+    known = found.labels if found.answers else None if found.features is None else found.features.labels
+    label = "" if known is None else ", label " + ", ".join(f"{label:+g}" for label in known.tolist())
     twins = f", {len(found.twins)} twin(s)" if found.twins else ""
     console.print(Text.assemble("\n", (found.status.value, "bold"), f"{label}{twins}: {found.reason}"))
     if scored is not None:

@@ -36,7 +36,8 @@ def command(measure: bool, batch_size: int | None, sample: Path | None, out: Pat
 
     For every layer the unknowns |x|, the constraints |W|, |z| and |V|, the paper's index |x| - |W| - |z| - |V|, and
     the dimensions of its input that stay free, alone and with all later layers. Models that are no chain of layers are
-    counted, not measured. Writes rank.json and rank.png.
+    counted, not measured. Also up to which batch the network gives everything away, by count. Writes rank.json and
+    rank.png.
     """
     from rgap.cli import tables
     from rgap.rank import plot, rank_analysis

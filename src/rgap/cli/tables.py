@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from rgap.attacks import JointReport, LayerReport, Reconstruction
+from rgap.attacks import JointReport, LayerReport, Reconstruction, Sample
 from rgap.auditing import Audit, DoseResponse, Level
 from rgap.cli.console import NONE, number, table
 from rgap.rank import RankAnalysis
@@ -43,11 +43,11 @@ def pictures(audit: Audit) -> Table:
 
 def attacks(audit: Audit) -> Table:
     """One row for each attack, over all samples."""
-    numbers = ("exact", "recognisable", "of", "median seconds")
+    numbers = ("exact", "certified", "recognisable", "of", "median seconds")
     made = table("What each attack read out", ("attack",), numbers)
     for run in audit.attacks:
         if run.results:
-            counts = (run.at_least(Level.EXACT), run.at_least(Level.RECOGNISABLE), len(run.results))
+            counts = (run.at_least(Level.EXACT), run.certified, run.at_least(Level.RECOGNISABLE), len(run.results))
             made.add_row(run.name, *map(str, counts), f"{run.median_seconds:.2f}")
     return made
 
@@ -84,6 +84,16 @@ def audit_notes(audit: Audit) -> list[str]:
 def attack_notes(found: Reconstruction) -> list[str]:
     """What a reader must know beside the numbers."""
     return [f"assumed: {a}" for a in found.assumptions] + [f"warning: {w}" for w in found.preflight.findings]
+
+
+def samples(samples: Sequence[Sample]) -> Table:
+    """One row for each sample of a batch that was told apart."""
+    made = table("Sample by sample", ("sample",), ("label", "error"))
+    made.add_column("status")
+    made.add_column("why")
+    for at, sample in enumerate(samples):
+        made.add_row(str(at), f"{sample.label:g}", number(sample.error, ".0e"), sample.status.value, sample.reason)
+    return made
 
 
 def layers(layers: Sequence[LayerReport], joint: JointReport | None, title: str) -> Table:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rgap.nn.obstacles import Kind, NotAChain, Obstacle
 from rgap.rank import measured
+from rgap.rank.batch import LargestBatch, largest_batch
 from rgap.rank.counts import LayerRank, Measured, count
 from rgap.rank.estimated import estimate
 from rgap.rank.measured import Free, Rows
@@ -39,6 +40,19 @@ class RankAnalysis:
     """Whether the ranks were measured at a given sample, not at a random one."""
     obstacles: tuple[Obstacle, ...] = ()
     """Why ranks cannot be measured; if there is a reason, the counts are all there is."""
+    batch: LargestBatch | None = None
+    """Up to how many samples behind one gradient the network gives everything away, by count; None if the closed form
+    cannot pass it."""
+
+    @property
+    def largest_batch(self) -> int | None:
+        """Samples of the largest batch that the network gives away, by count; None if that cannot be said."""
+        return None if self.batch is None else self.batch.size
+
+    @property
+    def largest_batch_layer(self) -> str | None:
+        """The layer that ends it."""
+        return None if self.batch is None else self.batch.layer
 
     @property
     def index(self) -> int:
@@ -145,6 +159,13 @@ class RankAnalysis:
         shared = [f"{layer.name} ({layer.uses} times)" for layer in self.layers if layer.uses > 1]
         if shared:
             found.append(f"used several times, |x|, |z| and |V| added up and |W| once: {names(shared)}")
+        if self.batch is not None and self.batch.size > 1:
+            found.append(
+                "by count, samples of one gradient are told apart and followed back "
+                f"up to a batch of {self.batch.size}, which {self.batch.layer} ends"
+            )
+        elif self.batch is not None:
+            found.append(f"by count, no batch comes back sample by sample: {self.batch.layer} ends it")
         biases = sum(layer.bias_rows for layer in self.layers)
         if biases:
             found.append(f"{biases} gradients of biases are further constraints that the paper's index does not count")
@@ -167,6 +188,8 @@ class RankAnalysis:
             "index": self.index,
             "critical": self.critical.name,
             "joint_free": self.joint_free,
+            "largest_batch": self.largest_batch,
+            "largest_batch_layer": self.largest_batch_layer,
             "batch_size": self.batch_size,
             "at_sample": self.at_sample,
             "notes": list(self.notes),
@@ -244,7 +267,19 @@ def rank_analysis(
     if measure and sequence is not None:
         generator = torch.Generator().manual_seed(seed)
         counts = _measured(sequence, counts, _sample(target, batch, sample, generator), generator, progress)
-    return RankAnalysis(counts, batch, measure and sample is not None, target.obstacles if sequence is None else ())
+    obstacles = target.obstacles if sequence is None else ()
+    return RankAnalysis(counts, batch, measure and sample is not None, obstacles, _largest_batch(target))
+
+
+def _largest_batch(target: Target) -> LargestBatch | None:
+    """By count; None where the closed form cannot pass the model."""
+    try:
+        network = target.network
+    except NotImplementedError:
+        return None
+    if any(obstacle.kind is not Kind.PASSED for obstacle in target.obstacles):
+        return None
+    return largest_batch(network, target.loss)
 
 
 def _batch_size(target: Target, sample: Tensor | None, batch_size: int | None) -> int:
