@@ -14,7 +14,7 @@ from rgap.inversion.gauss_newton import Continuation, determine, gauss_newton
 from rgap.inversion.prior import Prior
 from rgap.inversion.report import JointReport, LayerReport
 from rgap.inversion.samples import Passed, layer_by_layer
-from rgap.inversion.state import State
+from rgap.inversion.state import Cause, State
 from rgap.inversion.subspace.head import Spaces, spaces
 from rgap.inversion.subspace.identify import Samples
 from rgap.inversion.subspace.peel import Search
@@ -60,6 +60,8 @@ class Features:
     def error(self) -> Float[Tensor, " b"]:
         """How far rounding may have moved each one's values (root mean square)."""
         samples, spaces = self.samples, self.spaces
+        if samples.error is not None:
+            return samples.error
         smooth = spaces.smooth or spaces.second is None
         condition = spaces.cotangent_condition(samples.labels) if smooth else spaces.condition(samples.labels)
         # Where the scale is told by the loss alone the condition holds at any.
@@ -170,6 +172,8 @@ def back(
         if agrees or passed.certain[0] == 0:
             error = passed.state.std.expand(passed.state.value.shape).flatten(1).square().mean(1).sqrt()
             return Inputs(passed.state.value, error, passed.layers)
+    if passed.stop is not None and passed.stop.cause is Cause.LOSSY:
+        return str(passed.stop)
     return _jointly(front, passed, gradients, eps, tolerance, value_range, continuation)
 
 
@@ -188,6 +192,10 @@ def _jointly(
     system = ConstraintSystem(front, state, gradients, eps)
     if not system.nodes:
         return str(passed.stop or "no gradient in front of the features was sent")
+    free = system.unknowns - system.weight_rows - system.gradient_rows
+    if free > 0:
+        names = " and ".join(layer.name for layer in front.layers)
+        return f"{names} leave {free} of {system.unknowns} dimensions free at least, whatever the attack"
     low, high = value_range or (0.0, 0.0)
     prior = Prior(front.input_shape, (low + high) / 2)
     start = None if passed.stop else system.linearise(passed.state.value)

@@ -48,7 +48,7 @@ def layer_by_layer(
     for segment in reversed(network.segments):
         op, state = network.nodes[segment.nodes[-1]].op, passed.state
         if segment.block:
-            return replace(passed, stop=Stop(op, Cause.LOSSY, "a block is not passed sample by sample"))
+            return replace(passed, stop=Stop(op, Cause.OPEN, "a block is solved with all that is in front of it"))
         if isinstance(op, Linear):
             if op.layer.weight_name not in gradients or not op.has_gradient:
                 return replace(passed, stop=Stop(op, Cause.LOSSY, "its gradient is not its own, or was not sent"))

@@ -31,6 +31,8 @@ class Samples:
     others: tuple[tuple[float, float], ...]
     """Of each sample another label and a factor of its features that give the same gradient; the label itself and 1
     where there is none."""
+    error: Float[Tensor, " b"] | None = None
+    """How far rounding may have moved each one's values (root mean square), where all were solved for at once."""
 
     def __len__(self) -> int:
         return len(self.x)

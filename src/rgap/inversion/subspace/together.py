@@ -24,8 +24,8 @@ from rgap.inversion.subspace.identify import Samples
 from rgap.nn.network import Network
 from rgap.nn.ops import Linear
 
-LARGEST = 400
-"""Unknowns up to which all samples are solved for at once."""
+LARGEST = 20_000_000
+"""Entries of the Jacobian up to which all samples are solved for at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,12 @@ class HeadSystem:
     @property
     def unknowns(self) -> int:
         return len(self.labels) * self._condition.unknowns
+
+    @property
+    def entries(self) -> int:
+        """Of the Jacobian."""
+        first = self.spaces.first
+        return self.unknowns * (len(first.u) * first.rank + sum(len(grad) for _, _, grad, _ in self._layers))
 
     @cached_property
     def _layers(self) -> tuple[tuple[int, Linear, Tensor, float], ...]:
@@ -109,6 +115,18 @@ class HeadSystem:
     def inputs(self, t: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
         return self._condition.inputs(t)
 
+    def left(self, t: Float[Tensor, "b d"]) -> float:
+        """The root mean square of the residual."""
+        return float(self.residual(t).square().mean().sqrt())
+
+    def error(self, t: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
+        """How far rounding of the first gradient moves each sample's values (root mean square), with k as it is."""
+        inverse = torch.linalg.pinv((self.k(t) * self.share[:, None]).mT)
+        first = self.spaces.first
+        each = first.noise / (len(first.u) ** 0.5 + first.layer.unknowns**0.5)
+        moved: Tensor = each * inverse.norm(dim=1)
+        return moved
+
     def start(self) -> Float[Tensor, "b d"]:
         """All samples at one point, some mean of theirs."""
         return self.labels.new_zeros(len(self.labels), self._condition.unknowns)
@@ -155,7 +173,7 @@ def by_labels(spaces: Spaces, gradients: Mapping[str, Tensor], eps: float, count
         return None
     share = labels.new_full((len(labels),), 1 / count)
     system = HeadSystem(spaces, labels, share, gradients, eps)
-    if not 0 < system.unknowns <= LARGEST:
+    if not system.unknowns:
         return None
     t = system.start()
     for _ in range(20):
@@ -164,10 +182,17 @@ def by_labels(spaces: Spaces, gradients: Mapping[str, Tensor], eps: float, count
             return None
         if float((t - before).norm()) <= 1e-12 * float(t.norm()):
             break
-    t, left = solve_together(system, t)
+    left = system.left(t)
+    if left > ROUNDINGS and system.entries <= LARGEST:
+        # Samples with one label began at one point: nothing but a start apart tells them apart.
+        draw = torch.Generator(device=t.device).manual_seed(0)
+        spread = 0.1 * float(t.square().mean().sqrt())
+        noise = torch.randn(t.shape, generator=draw, dtype=t.dtype, device=t.device)
+        t, left = solve_together(system, t + spread * noise)
     if not left <= ROUNDINGS:
         return None
-    return Samples(system.inputs(t), labels, share, tuple((float(label), 1.0) for label in labels))
+    others = tuple((float(label), 1.0) for label in labels)
+    return Samples(system.inputs(t), labels, share, others, system.error(t))
 
 
 ROUNDINGS = 10.0
