@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -397,3 +398,18 @@ def test_a_factor_of_several_outputs_is_said(factor: float) -> None:
         scaled = Update({name: factor * g for name, g in update.gradients.items()})
         (finding,) = preflight(target, scaled).findings
         assert f"{factor:.4g} times that of one sample" in finding
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 1e-3])
+def test_a_gradient_of_two_samples_that_are_told_as_one_is_seen(share: float) -> None:
+    """One sample's gradient of a Linear layer is an outer product."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 5)).eval()
+    target = Target(model, losses.CrossEntropy(5), (1, 4, 4), (0.0, 1.0))
+    x, y = torch.rand(2, 1, 4, 4, generator=generator), torch.tensor([1.0, 3.0])
+    one, other = (capture(target, x[at : at + 1], y[at : at + 1]).gradients for at in (0, 1))
+    assert preflight(target, Update(dict(one))).passed
+    mean = Update({name: (1 - share) * g + share * other[name] for name, g in one.items()})
+    assert any("3.weight" in each and "not of rank one" in each for each in preflight(target, mean).findings)
+    told = Update(dict(mean.gradients), replace(mean.header, batch_size=2))
+    assert not any("rank one" in each for each in preflight(target, told).findings)
