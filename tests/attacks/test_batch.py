@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from rgap import Protocol, Target, Update, capture, losses
 from rgap.attacks import Closed, Reconstruction, Status
+from rgap.defences import DropBias
+from rgap.linalg.deadline import within
 from tests.inversion.subspace.cases import perceptron
 
 CLASSES = 6
@@ -176,3 +178,35 @@ def test_a_gradient_that_is_of_no_batch_is_not_exact(changed: str) -> None:
     found = Closed()(target, Update(gradients, update.header))
     assert found.status is not Status.EXACT
     assert all(sample.status is not Status.EXACT for sample in found.samples)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky", "tanh"])
+def test_gradients_of_biases_that_were_zeroed_are_as_good_as_not_sent(activation: str) -> None:
+    """The samples come back all the same; what they would send is not what was sent, so nothing is certified."""
+    x, labels = draw(4, (30,))
+    target = target_of(perceptron((30, 24, 20, CLASSES), activation), (30,), 4)
+    found = Closed()(target, DropBias()(capture(target, x, labels)))
+    assert found.status is Status.NOT_CONVERGED
+    assert matched(found, x, labels) < 1e-3
+    assert Status.EXACT not in [sample.status for sample in found.samples]
+
+
+@pytest.mark.parametrize("frozen", [("0.weight",), ("0.weight", "0.bias"), ("4.weight",)])
+def test_a_layer_whose_gradient_was_zeroed_stops_nothing_and_certifies_nothing(frozen: tuple[str, ...]) -> None:
+    x, labels = draw(4, (30,))
+    target = target_of(perceptron((30, 24, 20, CLASSES), "tanh"), (30,), 4)
+    update = capture(target, x, labels)
+    gradients = {name: torch.zeros_like(g) if name in frozen else g for name, g in update.gradients.items()}
+    found = Closed()(target, Update(gradients, update.header))
+    assert found.status in (Status.NOT_CONVERGED, Status.PARTIAL, Status.RANK_DEFICIENT), str(found)
+    assert Status.EXACT not in [sample.status for sample in found.samples]
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky", "sigmoid"])
+def test_a_batch_for_which_the_time_is_up_is_cut_off(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rgap.inversion.batch.by_labels", lambda *arguments: None)  # else it may be found at once
+    x, labels = draw(4, (30,))
+    target = target_of(perceptron((30, 24, 20, CLASSES), activation), (30,), 4)
+    with within(0.0):
+        found = Closed()(target, capture(target, x, labels))
+    assert found.status is Status.CUT_OFF

@@ -18,7 +18,7 @@ from rgap.checks import preflight
 from rgap.target import Target
 from rgap.update import Update
 
-MIXTURE = "of {} samples in one update the closed form gives a mixture"
+MIXTURE = "of {} samples in one update it gives a mixture; Closed tells them apart where it can"
 AS_ONE = "the update is attacked as if it came from one sample; of several it gives a mixture"
 
 

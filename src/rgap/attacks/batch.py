@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -30,14 +32,29 @@ def invert_batch(
     rank_tolerance: float,
     visible: float,
 ) -> Outcome:
-    """The samples of one update of several, as far as they can be told apart.
+    """The samples of one update of several, as far as they can be told apart; cut off if the time was up before.
 
     Args:
         tolerance: distance of the gradients in front of the features at which they agree.
         visible: as in `Recursive`.
     """
-    gradients = {name: g.double().to(target.device) for name, g in update.gradients.items()}
-    if not any(bool(g.any()) for g in gradients.values()):
+    outcome = _inverted(target, update, search, continuation, tolerance, rank_tolerance, visible)
+    late = used() >= 1 and outcome.status is not Status.EXACT
+    return replace(outcome, status=Status.CUT_OFF) if late else outcome
+
+
+def _inverted(
+    target: Target,
+    update: Update,
+    search: Search,
+    continuation: Continuation,
+    tolerance: float,
+    rank_tolerance: float,
+    visible: float,
+) -> Outcome:
+    # A gradient that was zeroed, as a defence does with those of biases, is as good as none.
+    gradients = {name: g.double().to(target.device) for name, g in update.gradients.items() if bool(g.any())}
+    if not gradients:
         return Outcome(Status.GRADIENT_ZERO, "all gradients are zero: every sample's loss is saturated")
     count, clients = update.samples(target), update.header.protocol.clients
     report = Reporter("Closed", count)
@@ -48,8 +65,7 @@ def invert_batch(
     assumptions += _about_count(found, count)
     if not len(found.samples):
         reason = f"none of {found.count} samples was told apart in front of {found.layer}"
-        late = Status.CUT_OFF if used() >= 1 else Status.NOT_CONVERGED
-        return Outcome(late, reason, assumptions=tuple(assumptions))
+        return Outcome(Status.NOT_CONVERGED, reason, assumptions=tuple(assumptions))
     told = found.residual(gradients)
     if found.complete and not told <= update.tolerance:
         reason = f"the {found.found} samples in front of {found.layer} give its gradient to {told:.1e} only"

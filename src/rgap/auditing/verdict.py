@@ -156,10 +156,9 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int, told: str, target: 
     batches = [case for case in cases if any(result.of > 1 for result in case.results)]
     if batches:
         certified = sum(any(result.status is Status.EXACT for result in case.results) for case in batches)
-        found.append(
-            f"{certified} of {len(batches)} samples certified: by the gradient alone an attack says of each of them "
-            "that it is exact, although the update is of several samples."
-        )
+        by = "by the gradient alone, which is of several samples, an attack says of each of them that it is exact"
+        why = by if certified else "no attack says of any that it is exact"
+        found.append(f"{certified} of {len(batches)} samples certified: {why}.")
     apart = _told_apart(cases)
     if apart:
         found.append(f"Told apart in gradients of several samples, although their inputs are not known: {apart}.")
