@@ -17,6 +17,7 @@ from rgap.inversion.samples import Passed, layer_by_layer
 from rgap.inversion.state import Cause, State
 from rgap.inversion.subspace.head import Spaces, spaces
 from rgap.inversion.subspace.identify import Samples
+from rgap.inversion.subspace.pattern import by_patterns
 from rgap.inversion.subspace.peel import Search
 from rgap.inversion.subspace.together import by_labels
 from rgap.inversion.system import ConstraintSystem
@@ -62,8 +63,10 @@ class Features:
         samples, spaces = self.samples, self.spaces
         if samples.error is not None:
             return samples.error
-        smooth = spaces.smooth or spaces.second is None
-        condition = spaces.cotangent_condition(samples.labels) if smooth else spaces.condition(samples.labels)
+        if spaces.second is None and not spaces.smooth:
+            k = spaces.head.k(spaces.head.values(samples.x), samples.labels)
+            return spaces.first.error(k * samples.share[:, None])
+        condition = spaces.cotangent_condition(samples.labels) if spaces.smooth else spaces.condition(samples.labels)
         # Where the scale is told by the loss alone the condition holds at any.
         size = samples.x.norm(dim=1) if spaces.head.scalable else torch.ones_like(samples.share)
         row = condition.first.row(samples.x / size[:, None])
@@ -130,7 +133,10 @@ def find_features(
     best: Features | None = None
     for place in spaces(network, loss, gradients, eps):
         there = max(count, place.left)
-        samples = search(place, there, report)
+        if place.second is None and not place.smooth:
+            samples = by_patterns(place.reduced(), there, search.starts, search.rounds, search.seed)
+        else:
+            samples = search(place, there, report)
         if len(samples) < place.left:
             samples = by_labels(place, gradients, eps, there) or samples
         found = Features(place, samples, there)

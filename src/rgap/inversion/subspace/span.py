@@ -90,6 +90,12 @@ class Span:
         moved: Tensor = self.noise * torch.linalg.solve(self.core, a, left=False).norm(dim=1)
         return moved
 
+    def error(self, k: Float[Tensor, "b o"]) -> Float[Tensor, " b"]:
+        """How far rounding of G moves each value of the b inputs that solve G = sum over i of k_i (x_i, 1)'."""
+        each = self.noise / (len(self.u) ** 0.5 + len(self.v) ** 0.5)
+        moved: Tensor = each * torch.linalg.pinv(k.mT).norm(dim=1)
+        return moved
+
     def without(self, x: Float[Tensor, "s n"], k: Float[Tensor, "s o"], share: Tensor) -> Span:
         """Less the s samples with these inputs and cotangents, each times its share."""
         a, e = self.row(x) @ self.v, k @ self.u

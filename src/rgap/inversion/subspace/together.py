@@ -120,12 +120,8 @@ class HeadSystem:
         return float(self.residual(t).square().mean().sqrt())
 
     def error(self, t: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
-        """How far rounding of the first gradient moves each sample's values (root mean square), with k as it is."""
-        inverse = torch.linalg.pinv((self.k(t) * self.share[:, None]).mT)
-        first = self.spaces.first
-        each = first.noise / (len(first.u) ** 0.5 + first.layer.unknowns**0.5)
-        moved: Tensor = each * inverse.norm(dim=1)
-        return moved
+        """As `Span.error`."""
+        return self.spaces.first.error(self.k(t) * self.share[:, None])
 
     def start(self) -> Float[Tensor, "b d"]:
         """All samples at one point, some mean of theirs."""
