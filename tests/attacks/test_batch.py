@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import Protocol, Target, Update, capture, losses
-from rgap.attacks import Closed, Reconstruction, Status
+from rgap.attacks import Closed, Polish, Reconstruction, Status
 from rgap.defences import DropBias
 from rgap.linalg.deadline import within
 from tests.inversion.subspace.cases import perceptron
@@ -210,3 +210,21 @@ def test_a_batch_for_which_the_time_is_up_is_cut_off(activation: str, monkeypatc
     with within(0.0):
         found = Closed()(target, capture(target, x, labels))
     assert found.status is Status.CUT_OFF
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky", "gelu"])
+def test_polishing_moves_no_sample_to_explain_one_that_is_missing(activation: str) -> None:
+    x, labels = draw(4, (30,))
+    target = target_of(perceptron((30, 24, 20, CLASSES), activation), (30,), 4)
+    update = capture(target, x, labels)
+    whole = Closed()(target, update)
+    best = whole.answers[0]
+    fewer = replace(best, inputs=best.inputs[:3], labels=best.labels[:3], samples=best.samples[:3])
+    partial = replace(whole, status=Status.PARTIAL, answers=(fewer,))
+    found = Polish(partial, steps=2)(target, update)
+    assert found.status is Status.PARTIAL
+    assert torch.equal(found.inputs, fewer.inputs)
+    assert "missing" in found.reason
+    polished = Polish(whole, steps=1)(target, update)
+    assert polished.samples == whole.samples
+    assert polished.features is whole.features

@@ -45,21 +45,25 @@ class Polish(Attack):
     def run(self, target: Target, update: Update) -> Outcome:
         begin = self.start(target, update) if isinstance(self.start, Attack) else self.start
         if not begin.answers:
-            return Outcome(begin.status, f"{begin.attack}: {begin.reason}", (), begin.assumptions)
+            return Outcome(begin.status, f"{begin.attack}: {begin.reason}", (), begin.assumptions, begin.features)
         answer = begin.answers[0]
+        if answer.samples and len(answer.inputs) < update.samples(target):
+            # The steps would move those that were found until they explained the missing ones too.
+            reason = f"not polished, because samples are missing; {begin.attack}: {begin.reason}"
+            return Outcome(begin.status, reason, begin.answers, begin.assumptions, begin.features)
         inputs = self._improve(target, update, answer)
         residual = gradient_residual(target, update, inputs, answer.labels)
         assumptions = (*begin.assumptions, f"the label is the one that {begin.attack} gives")
         if not residual < answer.gradient_residual:
             reason = f"no step improves on {begin.attack}: {begin.reason}"
-            return Outcome(begin.status, reason, begin.answers, assumptions)
+            return Outcome(begin.status, reason, begin.answers, assumptions, begin.features)
         better = replace(answer, inputs=inputs, gradient_residual=residual)
         # Whether an input is the only one is what the start may know; that it reproduces the gradient is seen here.
         status = begin.status
         if status in (Status.NOT_CONVERGED, Status.REPRODUCED):
             status = Status.REPRODUCED if residual <= update.tolerance else Status.NOT_CONVERGED
         reason = f"gradient residual {answer.gradient_residual:.1e} of {begin.attack} lowered to {residual:.1e}"
-        return Outcome(status, reason, (better, *begin.answers[1:]), assumptions)
+        return Outcome(status, reason, (better, *begin.answers[1:]), assumptions, begin.features)
 
     def _improve(self, target: Target, update: Update, answer: Answer) -> Tensor:
         """(b, *input_shape) with the least residual that was met."""
