@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import Protocol, Target, Update, capture, losses
-from rgap.attacks import Closed, Polish, Reconstruction, Status
+from rgap.attacks import Closed, Hybrid, Polish, Reconstruction, Rule, Status
 from rgap.defences import DropBias
 from rgap.linalg.deadline import within
 from tests.inversion.subspace.cases import perceptron
@@ -228,3 +228,13 @@ def test_polishing_moves_no_sample_to_explain_one_that_is_missing(activation: st
     polished = Polish(whole, steps=1)(target, update)
     assert polished.samples == whole.samples
     assert polished.features is whole.features
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4])
+def test_of_several_attacks_the_one_that_is_kept_keeps_its_samples_and_features(samples: int) -> None:
+    x, labels = draw(samples, (30,))
+    target = target_of(perceptron((30, 24, 20, CLASSES), "leaky"), (30,), samples)
+    found = Hybrid((Closed(),), Rule.RESIDUAL)(target, capture(target, x, labels))
+    assert [sample.status for sample in found.samples] == [Status.EXACT] * samples
+    assert found.features is not None
+    assert sorted(found.features.labels.tolist()) == sorted(labels.tolist())

@@ -99,4 +99,4 @@ class Hybrid(BatchAttack):
         compared = ", ".join(f"{each.attack} {figure:.1e}" for each, figure in zip(found, figures, strict=True))
         chosen = f"the {self.rule.value} rule chooses {kept.attack} ({compared})"
         assumptions = (*kept.assumptions, chosen, *left_out)
-        return Outcome(kept.status, f"{kept.attack}: {kept.reason}", kept.answers, assumptions)
+        return Outcome(kept.status, f"{kept.attack}: {kept.reason}", kept.answers, assumptions, kept.features)

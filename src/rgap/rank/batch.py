@@ -28,12 +28,12 @@ def largest_batch(network: Network, loss: Loss) -> LargestBatch:
     |x| > |z| they are enough for up to |W| / (|x| - |z|) samples.
     """
     places = [node_id for node_id, node in enumerate(network.nodes) if _reads_one(node)]
-    found = [LargestBatch(0, network.layers[-1].name)]
+    found = []
     for place, node_id in enumerate(places):
         if any(segment.entry == node_id for segment in network.segments):
             own = LargestBatch(_of_place(network, loss, places[place : place + 2]), _name(network.nodes[node_id]))
             found.append(min([*_in_front(network, node_id), own], key=lambda each: each.size))
-    return max(found, key=lambda each: each.size)
+    return max(found, key=lambda each: each.size, default=LargestBatch(0, network.layers[-1].name))
 
 
 def _reads_one(node: Node) -> bool:
