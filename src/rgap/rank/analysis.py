@@ -273,11 +273,11 @@ def rank_analysis(
 
 def _largest_batch(target: Target) -> LargestBatch | None:
     """By count; None where the closed form cannot pass the model."""
+    if any(obstacle.kind is not Kind.PASSED for obstacle in target.obstacles):
+        return None
     try:
         network = target.network
     except NotImplementedError:
-        return None
-    if any(obstacle.kind is not Kind.PASSED for obstacle in target.obstacles):
         return None
     return largest_batch(network, target.loss)
 
