@@ -1,0 +1,113 @@
+"""A random search for samples of batches that are certified and are none: small networks, gradients clean and spoilt.
+
+`python tests/attacks/test_no_false_batch.py FIRST COUNT` searches on, and counts how many batches are told apart of
+those whose number of samples the largest batch allows.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rgap import Target, Update, capture, losses
+from rgap.attacks import Closed, Reconstruction, Status
+from rgap.inversion.subspace.head import largest_batch
+
+ACTIVATIONS = [nn.Sigmoid, nn.Tanh, nn.ReLU, lambda: nn.LeakyReLU(0.2), nn.ELU, nn.Softplus, nn.GELU, nn.SiLU]
+SPOILT = ("clean", "half", "noise", "one layer scaled", "another batch's layer", "another number of samples")
+FALSE = 10.0
+"""An error above so many times the stated one, and above 1e-3, makes a certificate false."""
+
+
+def drawn(seed: int) -> tuple[Target, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(*of: int) -> int:
+        return of[int(torch.randint(len(of), (), generator=generator))]
+
+    activation, bias, classes = ACTIVATIONS[one(*range(8))], bool(one(0, 1, 1)), one(1, 2, 5, 10, 20)
+    size, layers = (3, one(4, 6), 4), []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if one(0, 0, 1):
+            layers = [nn.Conv2d(3, one(6, 12), 3, one(1, 2), 1, bias=bias), activation()]
+        layers.append(nn.Flatten())
+        width = nn.Sequential(*layers)(torch.zeros(1, *size)).shape[1]
+        for wide in [one(12, 24, 40) for _ in range(one(0, 1, 2, 2, 3))]:
+            layers += [nn.Linear(width, wide, bias=bias), activation()]
+            width = wide
+        layers.append(nn.Linear(width, classes, bias=bias))
+    model, gain = nn.Sequential(*layers), one(1, 1, 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(gain)
+    loss: losses.Loss = losses.Logistic() if classes == 1 else losses.CrossEntropy(classes)
+    samples = one(2, 3, 4, 6, 9)
+    x = torch.rand(samples, *size, generator=generator)
+    labels = torch.randint(max(2, classes), (samples,), generator=generator).float()
+    target = Target(model, loss, size, (0.0, 1.0), batch_size=samples)
+    return target, x, 2 * labels - 1 if classes == 1 else labels
+
+
+def spoilt(target: Target, x: Tensor, labels: Tensor, how: str) -> Update:
+    update = capture(target, x, labels)
+    gradients, header = dict(update.gradients), update.header
+    generator = torch.Generator().manual_seed(0)
+    name = next(iter(gradients))
+    if how == "half":
+        gradients = {n: g.half().float() for n, g in gradients.items()}
+    elif how == "noise":
+        gradients = {n: g + 1e-4 * g.norm() * torch.randn(g.shape, generator=generator) for n, g in gradients.items()}
+    elif how == "one layer scaled":
+        gradients[name] = 1.001 * gradients[name]
+    elif how == "another batch's layer":
+        gradients[name] = capture(target, x.flip(0, -1) ** 2, labels).gradients[name]
+    elif how == "another number of samples":
+        header = type(header)(len(x) - 1 if len(x) > 2 else 3, header.loss)
+    return Update(gradients, header)
+
+
+def false_certificates(found: Reconstruction, x: Tensor) -> int:
+    """Samples that are certified and are none of the batch."""
+    if not found.answers:
+        return 0
+    apart = torch.cdist(found.inputs.flatten(1), x.double().flatten(1)).min(1).values / math.sqrt(x[0].numel())
+    certified = zip(apart.tolist(), found.samples, strict=True) if found.samples else []
+    return sum(sample.status is Status.EXACT and error > max(1e-3, FALSE * sample.error) for error, sample in certified)
+
+
+def look(seed: int, kinds: tuple[str, ...] = SPOILT) -> Counter[str]:
+    target, x, labels = drawn(seed)
+    counted: Counter[str] = Counter()
+    for how in kinds:
+        found = Closed()(target, spoilt(target, x, labels, how))
+        wrong = false_certificates(found, x)
+        assert not wrong, f"seed {seed}, {how}: {wrong} samples are certified and are none; {found}"
+        counted[f"{how}: {found.status.value}"] += 1
+        if how == "clean":
+            foretold = largest_batch(target.network, target.loss) >= len(x)
+            told = found.features is not None and len(found.features.labels) == len(x)
+            counted[f"clean: foretold {foretold}, told apart {told}"] += 1
+    return counted
+
+
+@pytest.mark.search
+@pytest.mark.parametrize("how", SPOILT)
+def test_no_sample_is_certified_that_is_none(how: str, first_seed: int) -> None:
+    look(100 * first_seed + SPOILT.index(how) + 2, (how,))
+
+
+if __name__ == "__main__":
+    total: Counter[str] = Counter()
+    for number in range(int(sys.argv[1]), int(sys.argv[1]) + int(sys.argv[2])):
+        try:
+            total += look(number)
+        except AssertionError as error:
+            total["FALSE"] += 1
+            print(error)
+    print(*sorted(total.items()), sep="\n")
