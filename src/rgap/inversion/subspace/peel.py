@@ -17,6 +17,8 @@ from rgap.linalg.levenberg_marquardt import levenberg_marquardt
 
 SAME = 1e-4
 """Two inputs that differ by less than this part of their size are one root."""
+LARGEST = 2**25
+"""Entries of the Jacobians of all starts together, a quarter of a GiB; of fewer starts where one's is larger."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Search:
 
     def _roots(self, spaces: Spaces, generator: torch.Generator, starts: int) -> Float[Tensor, "s n"]:
         """Inputs that satisfy the condition as far as rounding lets them, each once, the best first."""
+        wide = max(shape.numel() for shape in map(torch.Size, spaces.head.network.shapes[1:]))
+        starts = min(starts, max(8, LARGEST // (wide * max(1, spaces.left))))
         labels = _labels(spaces, starts, generator)
         condition = spaces.condition(labels)
         t = self._starts(condition, starts, generator)
