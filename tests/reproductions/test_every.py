@@ -70,7 +70,7 @@ def small_lenet(seed: int) -> nn.Module:
 
 
 HASTY = replace(OPTIMISED, iterations=20)
-CELL = Cell("FCN3", "MNIST", small_net, GREY, {"R-GAP": 0.5})
+CELL = Cell("FCN3", "MNIST", small_net, GREY, {"R-GAP": (0.5, 0.1)})
 CASES = {
     "table2": Case(Table2(networks=((full_rank, -484),))),
     "table1": Case(Table1(cells=(CELL,), iterations=3, scout=1), count=2),

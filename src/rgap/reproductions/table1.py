@@ -237,7 +237,7 @@ class Table1(Reproduction):
         outcomes = self.outcomes(rows)
         slower = [statistics.fmean(o["DLG"].seconds) / statistics.fmean(o["R-GAP"].seconds) for o in outcomes.values()]
         return (
-            "The paper's mean and deviation; it has no Closed. DLG's deviation on CNN6 and CIFAR-10, 1.4, is what it prints.",
+            "The paper's mean and deviation, as it prints them (DLG's 1.4 on CNN6 and CIFAR-10 too); it has no Closed.",
             "Nothing is told to any attack. The paper's code is given the label, and changes it so that mu is unique.",
             "R-GAP is the recursion alone, with gradient rows scaled up to the weight rows before each solve and both "
             "roots followed; Closed also solves rank-deficient layers jointly with those in front of them.",

@@ -9,6 +9,7 @@ import torch
 
 from rgap import Target, capture, losses
 from rgap.attacks import Closed, Status
+from rgap.inversion.subspace.head import largest_batch
 from rgap.inversion.subspace.pattern import TwoValues, by_patterns
 from tests.inversion.subspace.cases import Case, perceptron
 
@@ -63,6 +64,14 @@ def test_the_attack_says_exact_and_its_error_is_right(activation: str) -> None:
     stated = torch.tensor([sample.error for sample in found.samples])
     assert bool((true < 10 * stated).all())
     assert bool((stated < 100 * true).all())
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky"])
+def test_the_largest_batch_knows_the_place(activation: str) -> None:
+    truth = case(activation, 4)
+    assert largest_batch(truth.target.network, truth.target.loss) == 39
+    assert Closed().obstacle(truth.target, 39) is None
+    assert "39" in str(Closed().obstacle(truth.target, 40))
 
 
 def test_a_gradient_that_is_of_no_batch_gives_none() -> None:

@@ -167,6 +167,8 @@ def largest_batch(network: Network, loss: Loss) -> int:
             # outputs - b equations for b unknowns, one less with a bias.
             room = _rank(network, segment, loss) + (first.layer.bias_name is not None)
             most = max(most, min(room // 2, first.layer.unknowns - 1))
+        elif len(part.nodes) == 3 and loss.outputs == 1:
+            most = max(most, min(first.layer.unknowns, first.layer.outputs) - 1)
         if following is None:
             continue
         second = network.nodes[following.nodes[0]].op

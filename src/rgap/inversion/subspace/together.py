@@ -21,6 +21,7 @@ from torch import Tensor
 from rgap.inversion.subspace.condition import CotangentCondition
 from rgap.inversion.subspace.head import Head, Spaces
 from rgap.inversion.subspace.identify import Samples
+from rgap.linalg import deadline
 from rgap.nn.network import Network
 from rgap.nn.ops import Linear
 
@@ -139,6 +140,8 @@ def solve_together(system: HeadSystem, t: Float[Tensor, "b d"], max_steps: int =
     here = residual(flat)
     eye = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
     for _ in range(max_steps):
+        if deadline.used() >= 1:
+            break
         columns = [torch.func.jvp(residual, (flat,), (each,))[1] for each in eye]
         jacobian = torch.stack(columns, 1)
         gram, gradient = jacobian.mT @ jacobian, jacobian.mT @ here
@@ -172,7 +175,9 @@ def by_labels(spaces: Spaces, gradients: Mapping[str, Tensor], eps: float, count
     if not system.unknowns:
         return None
     t = system.start()
-    for _ in range(20):
+    for _ in range(FIXED_POINT):
+        if deadline.used() >= 1:
+            return None
         t, before = system.solved(system.k(t)), t
         if not bool(t.isfinite().all()):
             return None
@@ -191,6 +196,8 @@ def by_labels(spaces: Spaces, gradients: Mapping[str, Tensor], eps: float, count
     return Samples(system.inputs(t), labels, share, others, system.error(t))
 
 
+FIXED_POINT = 20
+"""Steps of X = (c K)^+ G, at the most."""
 ROUNDINGS = 10.0
 """A gradient that is met agrees to so many roundings (root mean square)."""
 
@@ -212,6 +219,8 @@ def _counted(spaces: Spaces, gradients: Mapping[str, Tensor], count: int) -> Flo
     # Of each label, how often its k is in the mean: the sum over them is `count`.
     given = bias.double() * count
     ones = k.new_ones(1, len(known))
+    if not bool(k.isfinite().all() & given.isfinite().all()):
+        return None
     times = torch.linalg.lstsq(torch.cat([k.mT, ones]), torch.cat([given, ones.new_full((1,), count)])[:, None])
     often = times.solution[:, 0].round().clamp(min=0).long()
     return known.repeat_interleave(often) if int(often.sum()) == count else None
