@@ -355,14 +355,15 @@ def test_a_batch_multiplies_all_but_the_gradient_rows():
 @pytest.mark.parametrize(
     ("hidden", "bias", "size", "layer"),
     [
-        # Samples fewer than half of the second layer's inputs, and fewer than its outputs.
-        ((20, 30), False, 10, "fc1"),
+        # Fewer samples than the layer with one output behind it has inputs and the one before it outputs, by which of
+        # its units fire: the two last layers tell more apart than the two first ones.
+        ((20, 30), False, 19, "fc2"),
         ((40, 12), False, 11, "fc1"),
-        ((8, 30), True, 4, "fc1"),
+        ((8, 30), True, 7, "fc2"),
         # A place behind a narrow layer tells more, but the narrow one has no constraints for them.
         ((20, 2, 60, 50, 40), False, 20 * 2 // 18, "fc2"),
-        # One hidden layer: no second row space is left beside a single output.
-        ((20,), False, 1, "fc1"),
+        # One hidden layer: by which of its units fire.
+        ((20,), False, 19, "fc1"),
     ],
 )
 def test_the_largest_batch_of_linear_layers_is_counted(hidden, bias, size, layer):

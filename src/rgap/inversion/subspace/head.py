@@ -147,7 +147,13 @@ def spaces(network: Network, loss: Loss, gradients: Mapping[str, Tensor], eps: f
 
 
 def largest_batch(network: Network, loss: Loss) -> int:
-    """Up to how many samples the spaces tell apart by count, at the best place of the network; 0 if there is none.
+    """Up to how many samples are told apart by count, at the best place of the network; 0 if there is none."""
+    return max(largest_batches(network, loss).values(), default=0)
+
+
+def largest_batches(network: Network, loss: Loss) -> dict[int, int]:
+    """Of each place where samples are told apart, by the id of the value that its layer reads, up to how many are, by
+    count.
 
     Fewer samples than a layer has inputs and outputs leave its gradient rank to spare; and what lies in a space must
     be more equations than there are unknowns. Measured, it may be less: where activations are nearly straight.
@@ -155,37 +161,38 @@ def largest_batch(network: Network, loss: Loss) -> int:
     gradients = {
         name: torch.empty(0) for layer in network.layers for name in (layer.weight_name, layer.bias_name) if name
     }
-    most = 0
-    for at, segment in enumerate(network.segments):
-        if not _told(network, segment, gradients):
-            continue
-        first = network.nodes[segment.nodes[0]].op
-        assert isinstance(first, Linear)
-        part, behind = network.part(network.segments[at:]), network.segments[at + 1 :]
-        following = next((each for each in behind if _told(network, each, gradients)), None)
+    told = [at for at, each in enumerate(network.segments) if _told(network, each, gradients)]
+    found = {}
+    for at, following in zip(told, [*told[1:], None], strict=True):
+        segment = network.segments[at]
+        first, part = _layer(network, segment), network.part(network.segments[at:])
+        most = [0]
         if not any(activation.kinked for _, activation in part.activations):
             # outputs - b equations for b unknowns, one less with a bias.
-            room = _rank(network, segment, loss) + (first.layer.bias_name is not None)
-            most = max(most, min(room // 2, first.layer.unknowns - 1))
+            room = _rank(network, segment, loss) + (first.bias_name is not None)
+            most.append(min(room // 2, first.unknowns - 1))
         elif len(part.nodes) == 3 and loss.outputs == 1:
-            most = max(most, min(first.layer.unknowns, first.layer.outputs) - 1)
-        if following is None:
-            continue
-        second = network.nodes[following.nodes[0]].op
-        assert isinstance(second, Linear)
-        widths = [first.layer.unknowns, first.layer.outputs, second.layer.unknowns]
-        room = (second.layer.unknowns + (second.layer.bias_name is not None)) // 2
-        most = max(most, min(*(width - 1 for width in widths), room, _rank(network, following, loss)))
-    return most
+            most.append(min(first.unknowns, first.outputs) - 1)
+        if following is not None:
+            second = _layer(network, network.segments[following])
+            room = (second.unknowns + (second.bias_name is not None)) // 2
+            widths = min(first.unknowns, first.outputs, second.unknowns) - 1
+            most.append(min(widths, room, _rank(network, network.segments[following], loss)))
+        found[segment.entry] = max(most)
+    return found
+
+
+def _layer(network: Network, segment: Segment) -> Layer:
+    op = network.nodes[segment.nodes[0]].op
+    assert isinstance(op, Linear)
+    return op.layer
 
 
 def _rank(network: Network, segment: Segment, loss: Loss) -> int:
     """The largest rank that a layer's gradient can have with rank to spare."""
-    op = network.nodes[segment.nodes[0]].op
-    assert isinstance(op, Linear)
     last = segment.exit == len(network.nodes)
     # A softmax's cotangents add up to zero.
-    return op.layer.outputs - (1 if not last or isinstance(loss, CrossEntropy) else 0)
+    return _layer(network, segment).outputs - (1 if not last or isinstance(loss, CrossEntropy) else 0)
 
 
 def _told(network: Network, segment: Segment, gradients: Mapping[str, Tensor]) -> bool:
