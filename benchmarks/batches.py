@@ -127,7 +127,7 @@ ROWS = [
     *(
         Row(f"one hidden layer, 3072-512-1, {act}", perceptron((3072, 512, 1), act), b, classes=2)
         for act in ("ReLU", "LeakyReLU")
-        for b in (4, 8, 16, 32)
+        for b in (4, 8, 16, 32, 64)
     ),
     *(Row("3 convolutions, 16 x 16", small, b, size=16, distinct=True) for b in (1, 2, 4, 8)),
     *(Row("CNN6, two Linear layers", headed(models.cnn6, 3200), b, distinct=True) for b in (1, 2, 3)),

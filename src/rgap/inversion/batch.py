@@ -134,7 +134,7 @@ def find_features(
     for place in spaces(network, loss, gradients, eps):
         there = max(count, place.left)
         if place.second is None and not place.smooth:
-            samples = by_patterns(place.reduced(), there, search.starts, search.rounds, search.seed)
+            samples = by_patterns(place.reduced(), there, 4 * search.starts, search.rounds, search.seed)
         else:
             samples = search(place, there, report)
         if len(samples) < place.left:

@@ -24,6 +24,8 @@ from rgap.linalg.levenberg_marquardt import levenberg_marquardt
 from rgap.nn.activations import LeakyReLU, ReLU
 from rgap.nn.ops import Elementwise, Linear
 
+LARGEST = 2**25
+"""Entries of the Jacobians of all starts together, a quarter of a GiB."""
 NEAR = 0.1
 """A value that is farther from both values of a slope is neither."""
 
@@ -72,7 +74,8 @@ def by_patterns(spaces: Spaces, count: int, starts: int, rounds: int, seed: int 
 
     Args:
         count: the number of samples.
-        starts: in each round.
+        starts: in each round; of fewer where one's Jacobian is large.
+        rounds: at the most.
     """
     none = Samples.none(spaces.first.v.new_zeros(0, spaces.head.layer.unknowns))
     given, first = one_hidden_layer(spaces.head), spaces.first
@@ -83,12 +86,16 @@ def by_patterns(spaces: Spaces, count: int, starts: int, rounds: int, seed: int 
     problem = TwoValues(first.u[used] / row[used][:, None], low)
     generator = torch.Generator(device=first.u.device).manual_seed(seed)
     patterns: list[Tensor] = []
+    starts = min(starts, max(8, LARGEST // problem.basis.numel()))
+    # Near the middle of both values: from elsewhere many end at a vector that is nearly constant.
+    constant = problem.basis.new_full((len(problem.basis), 1), (1 + low) / 2)
+    middle = torch.linalg.lstsq(problem.basis, constant).solution.mT
     for _ in range(rounds):
         if len(patterns) >= first.rank or deadline.used() >= 1:
             break
         draw = torch.randn(starts, first.rank, generator=generator, dtype=first.u.dtype, device=first.u.device)
         size = (draw @ problem.basis.mT).square().mean(1, keepdim=True).sqrt()
-        t, _ = levenberg_marquardt(problem, draw / size, 80, found=1e-24)
+        t, _ = levenberg_marquardt(problem, middle + 0.5 * draw / size, 80, found=1e-24)
         for v in t @ problem.basis.mT:
             slopes = torch.where(v > (1 + low) / 2, 1.0, low).to(v)
             pattern = torch.full_like(row, low)
