@@ -117,7 +117,7 @@ def test_bad_input_gets_one_clear_message(
 def test_the_bar_tells_the_job_and_how_far_its_attack_has_come() -> None:
     out = io.StringIO()
     with bar(Console(file=out, force_terminal=True, width=150), quiet=False) as before:
-        before("batch 3", 3, 7)
+        before("batch 3", 3, 7, "")
         Reporter("DLG", 10)(10, 0.5)
     assert "batch 3: DLG 10/10, loss 5.0e-01" in out.getvalue()
     assert "3/7" in out.getvalue()
@@ -126,5 +126,5 @@ def test_the_bar_tells_the_job_and_how_far_its_attack_has_come() -> None:
 def test_no_bar_where_nobody_looks() -> None:
     out = io.StringIO()
     with bar(Console(file=out, force_terminal=True), quiet=True) as before:
-        before("batch 3", 3, 7)
+        before("batch 3", 3, 7, "")
     assert out.getvalue() == ""

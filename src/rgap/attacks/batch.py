@@ -11,7 +11,7 @@ from torch import Tensor
 from rgap.attacks.base import certify
 from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, BatchFeatures, Outcome, Sample, Status
-from rgap.attacks.verdict import EXPLAINED, range_misfit
+from rgap.attacks.verdict import EXPLAINED, SOLVED, range_misfit
 from rgap.inversion.batch import Features, Inputs, back, find_features
 from rgap.inversion.gauss_newton import Continuation
 from rgap.inversion.subspace.peel import Search
@@ -144,7 +144,7 @@ def _verdict(
     samples = []
     for at in range(len(x)):
         status, reason = _of_sample(found, inputs, agrees, bool(error[at] <= visible * (high - low)))
-        if status is Status.EXACT and agrees and unexplained > EXPLAINED:
+        if status is Status.EXACT and agrees and unexplained > EXPLAINED and checked.residual > SOLVED:
             status, reason = (
                 Status.REPRODUCED,
                 f"the gradient is missed by {unexplained:.0f} times what rounding explains",

@@ -15,6 +15,8 @@ from rgap.update import Update
 
 EXPLAINED = 5.0
 """So many times what rounding explains an answer may miss the update. Clean gradients stay at 1."""
+SOLVED = 1e-12
+"""A residual below is that of the solves in double precision, whatever the update's own rounding."""
 USED = 1e-3
 """An input whose values differ by less than this part of the value range uses none of it."""
 
@@ -127,7 +129,7 @@ def _left_open(best: Answer) -> str:
 
 def _weaker(best: Answer, target: Target, update: Update) -> str:
     """Why an answer that reproduces the gradient need not be the client's; empty if nothing speaks against it."""
-    if best.unexplained > EXPLAINED:
+    if best.unexplained > EXPLAINED and best.gradient_residual > SOLVED:
         return (
             f"{best.unexplained:.0f} times what rounding explains: the gradient was computed more coarsely, changed, "
             "or is of several samples"

@@ -97,9 +97,10 @@ class _Build:
         raise NotImplementedError("the model returns nothing")
 
     def finish(self, node: Traced, shape: tuple[int, ...]) -> Network:
-        result = node.all_input_nodes[0]
-        if len(node.all_input_nodes) != 1 or result not in self.value_ids:
+        results = node.all_input_nodes
+        if len(results) != 1 or results[0] not in self.value_ids:
             raise NotImplementedError("the model returns something else than one tensor of outputs")
+        result = results[0]
         end = self.value_ids[result]
         if end == 0:
             raise NotImplementedError("the model returns its input")

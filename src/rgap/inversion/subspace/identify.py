@@ -74,7 +74,22 @@ def identify(spaces: Spaces, x: Float[Tensor, "s n"], count: int) -> Samples:
         count: the number of samples. Where features are known up to scale it decides the scale.
     """
     found = [_identify(spaces, x[at : at + 1], count) for at in range(len(x))]
-    return Samples.concatenate([Samples.none(x), *(each for each in found if each is not None)])
+    return _once(spaces, Samples.concatenate([Samples.none(x), *(each for each in found if each is not None)]))
+
+
+def _once(spaces: Spaces, found: Samples) -> Samples:
+    """Each sample once: of two that are the same (x, 1)' G^+ k is what it is of one, of two others it is zero."""
+    if not len(found):
+        return found
+    head, first = spaces.head, spaces.first
+    k = head.k(head.values(found.x), found.labels)
+    left = torch.linalg.solve(first.core, first.row(found.x) @ first.v, left=False)
+    crossed = (left @ (k @ first.u).mT).abs() * found.share[:, None]
+    kept: list[int] = []
+    for at in range(len(found)):
+        if all(float(crossed[at, other]) < 0.5 for other in kept):
+            kept.append(at)
+    return Samples(found.x[kept], found.labels[kept], found.share[kept], tuple(found.others[at] for at in kept))
 
 
 def _identify(spaces: Spaces, x: Float[Tensor, "1 n"], count: int) -> Samples | None:
