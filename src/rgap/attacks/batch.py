@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,7 +13,6 @@ from rgap.attacks.verdict import EXPLAINED, SOLVED, range_misfit
 from rgap.inversion.batch import Features, Inputs, back, find_features
 from rgap.inversion.gauss_newton import Continuation
 from rgap.inversion.subspace.peel import Search
-from rgap.linalg.deadline import used
 from rgap.target import Target
 from rgap.update import Update
 
@@ -32,26 +29,12 @@ def invert_batch(
     rank_tolerance: float,
     visible: float,
 ) -> Outcome:
-    """The samples of one update of several, as far as they can be told apart; cut off if the time was up before.
+    """The samples of one update of several, as far as they can be told apart.
 
     Args:
         tolerance: distance of the gradients in front of the features at which they agree.
         visible: as in `Recursive`.
     """
-    outcome = _inverted(target, update, search, continuation, tolerance, rank_tolerance, visible)
-    late = used() >= 1 and outcome.status is not Status.EXACT
-    return replace(outcome, status=Status.CUT_OFF) if late else outcome
-
-
-def _inverted(
-    target: Target,
-    update: Update,
-    search: Search,
-    continuation: Continuation,
-    tolerance: float,
-    rank_tolerance: float,
-    visible: float,
-) -> Outcome:
     # A gradient that was zeroed, as a defence does with those of biases, is as good as none.
     gradients = {name: g.double().to(target.device) for name, g in update.gradients.items() if bool(g.any())}
     if not gradients:

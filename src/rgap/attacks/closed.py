@@ -24,6 +24,7 @@ from rgap.inversion.state import Observation, State
 from rgap.inversion.subspace.head import largest_batch
 from rgap.inversion.subspace.peel import Search
 from rgap.inversion.system import ConstraintSystem
+from rgap.linalg.deadline import used
 from rgap.nn.obstacles import Kind, NotAChain, Obstacle
 from rgap.target import Target
 from rgap.update import Update, tolerated
@@ -180,9 +181,11 @@ class Closed(Recursive):
             if at not in outcomes:
                 eps = update.precision
                 tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
-                outcomes[at] = invert_batch(
+                outcome = invert_batch(
                     target, update, self.search, self.joint.continuation, agreement(eps), tolerance, self.visible
                 )
+                late = used() >= 1 and outcome.status is not Status.EXACT
+                outcomes[at] = replace(outcome, status=Status.CUT_OFF) if late else outcome
         return [outcomes[at] for at in range(len(updates))]
 
     def finish(self, target: Target, observed: Observation, candidate: Candidate) -> Candidate:

@@ -168,11 +168,12 @@ def back(
     front = network.part([segment for segment in network.segments if segment.exit <= head.value_id])
     if front.layers and not features.complete:
         return "all samples share the gradients of the layers in front, and some samples are missing"
-    passed = layer_by_layer(front, features.state, gradients, eps, rank_tolerance)
+    state = features.state
+    passed = layer_by_layer(front, state, gradients, eps, rank_tolerance)
     if not front.layers:
         return str(passed.stop) if passed.stop else Inputs(passed.state.value, features.error)
     if passed.stop is None:
-        system = ConstraintSystem(front, features.state, gradients, eps)
+        system = ConstraintSystem(front, state, gradients, eps)
         agrees = system.distance(system.linearise(passed.state.value)) <= tolerance
         # Where every layer determines its inputs, there is nothing that all of them together would add.
         if agrees or passed.certain[0] == 0:

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+LARGEST = 2**25
+"""Entries of the Jacobians of all starts together, a quarter of a GiB."""
+
 
 @runtime_checkable
 class LeastSquares(Protocol):
@@ -21,6 +24,11 @@ class LeastSquares(Protocol):
 
     def normal(self, t: Float[Tensor, "s d"]) -> tuple[Float[Tensor, "s d"], Float[Tensor, "s d d"]]:
         """J' r and J' J."""
+
+
+def affordable(starts: int, entries: int) -> int:
+    """How many starts are taken at once where the Jacobian of one has so many entries: no fewer than eight."""
+    return min(starts, max(8, LARGEST // entries))
 
 
 def levenberg_marquardt(

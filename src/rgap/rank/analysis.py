@@ -15,7 +15,7 @@ from rgap.rank.batch import LargestBatch, largest_batch
 from rgap.rank.counts import LayerRank, Measured, count
 from rgap.rank.estimated import estimate
 from rgap.rank.measured import Free, Rows
-from rgap.rank.sequence import LayerSequence, layer_sequence
+from rgap.rank.sequence import LayerSequence, layer_sequence, passed
 from rgap.rank.summary import Group, names, summarise
 from rgap.target import Target
 
@@ -273,13 +273,8 @@ def rank_analysis(
 
 def _largest_batch(target: Target) -> LargestBatch | None:
     """By count; None where the closed form cannot pass the model."""
-    if any(obstacle.kind is not Kind.PASSED for obstacle in target.obstacles):
-        return None
-    try:
-        network = target.network
-    except NotImplementedError:
-        return None
-    return largest_batch(network, target.loss)
+    network = passed(target)
+    return None if network is None else largest_batch(network, target.loss)
 
 
 def _batch_size(target: Target, sample: Tensor | None, batch_size: int | None) -> int:

@@ -75,15 +75,20 @@ class LayerSequence:
             yield node_id, self.network.nodes[node_id].op
 
 
-def layer_sequence(target: Target) -> LayerSequence | None:
-    """The layers of a target; None where something else stands between them, or a gradient is not of one layer."""
+def passed(target: Target) -> Network | None:
+    """A target's network; None where an obstacle stops the closed form, or an operation is not known."""
     if any(obstacle.kind is not Kind.PASSED for obstacle in target.obstacles):
         return None
     try:
-        network = target.network
+        return target.network
     except NotImplementedError:
         return None
-    if any(node.reads != (at,) for at, node in enumerate(network.nodes)):
+
+
+def layer_sequence(target: Target) -> LayerSequence | None:
+    """The layers of a target; None where something else stands between them, or a gradient is not of one layer."""
+    network = passed(target)
+    if network is None or any(node.reads != (at,) for at, node in enumerate(network.nodes)):
         return None
     ops = [node.op for node in network.nodes]
     at = [node_id for node_id, op in enumerate(ops) if isinstance(op, Linear)]

@@ -157,7 +157,7 @@ class RowCondition(Condition):
 
     def noise(self, t: Float[Tensor, "s d"]) -> Float[Tensor, " s"]:
         h = self._behind(self.z(t))[-1].flatten(1)
-        size = h.square().sum(1) + float(self.second.biased) if self.first.biased else torch.ones_like(h[:, 0])
+        size = self._size(t, h) if self.first.biased else torch.ones_like(h[:, 0])
         return self.allowed(t) * size / h.shape[1]
 
     def normal(self, t: Float[Tensor, "s d"]) -> tuple[Float[Tensor, "s d"], Float[Tensor, "s d d"]]:
@@ -250,8 +250,7 @@ class CotangentCondition(Condition):
         z = self.z(t)
         k = self._k(z, self.labels)
         moved = (self._k(z + self.moved(t)[:, None], self.labels) - k).norm(dim=1)
-        right = torch.linalg.solve(self.first.core, (k @ self.first.u).mT).mT
-        wide = self.first.noise * right.norm(dim=1)
+        wide = self.first.cotangent_uncertainty(k)
         size = k.square().sum(1).clamp(min=torch.finfo(k.dtype).tiny)
         share: Tensor = (moved.square() + wide.square()) / size + 1e-16
         return share

@@ -37,6 +37,11 @@ class Samples:
     def __len__(self) -> int:
         return len(self.x)
 
+    def select(self, index: Sequence[int]) -> Samples:
+        """Some of them, before all are solved for at once."""
+        at = torch.tensor(index, dtype=torch.long, device=self.x.device)
+        return Samples(self.x[at], self.labels[at], self.share[at], tuple(self.others[each] for each in index))
+
     @staticmethod
     def none(like: Float[Tensor, "s n"]) -> Samples:
         nothing = like.new_zeros(0)
@@ -89,7 +94,7 @@ def _once(spaces: Spaces, found: Samples) -> Samples:
     for at in range(len(found)):
         if all(float(crossed[at, other]) < 0.5 for other in kept):
             kept.append(at)
-    return Samples(found.x[kept], found.labels[kept], found.share[kept], tuple(found.others[at] for at in kept))
+    return found.select(kept)
 
 
 def _identify(spaces: Spaces, x: Float[Tensor, "1 n"], count: int) -> Samples | None:
@@ -119,13 +124,12 @@ def _identify(spaces: Spaces, x: Float[Tensor, "1 n"], count: int) -> Samples | 
 def _off(spaces: Spaces, x: Float[Tensor, "1 n"], k: Float[Tensor, "s o"], labels: Float[Tensor, " s"]) -> Tensor:
     """By how much each k misses the column space, in units of what rounding explains; (s,)."""
     head, first = spaces.head, spaces.first
-    right = torch.linalg.solve(first.core, (k @ first.u).mT).mT
     a = first.row(x) @ first.v
     # The features are known as far as the row space is: what that does to k is seen by moving them once.
     shift = first.uncertainty(a)[:, None] * x.shape[1] ** -0.5
     wide = (x + shift).expand(len(labels), -1)
     moved = (head.k(head.values(wide), labels) - k).norm(dim=1)
-    allowed = SLACK * (first.noise * right.norm(dim=1) + moved + 1e-12 * k.norm(dim=1))
+    allowed = SLACK * (first.cotangent_uncertainty(k) + moved + 1e-12 * k.norm(dim=1))
     off: Tensor = first.outside(k).norm(dim=1) / allowed
     return off
 

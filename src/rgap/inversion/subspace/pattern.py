@@ -20,12 +20,10 @@ from torch import Tensor
 from rgap.inversion.subspace.head import Head, Spaces
 from rgap.inversion.subspace.identify import SLACK, Samples, identify
 from rgap.linalg import deadline
-from rgap.linalg.levenberg_marquardt import levenberg_marquardt
+from rgap.linalg.levenberg_marquardt import affordable, levenberg_marquardt
 from rgap.nn.activations import LeakyReLU, ReLU
 from rgap.nn.ops import Elementwise, Linear
 
-LARGEST = 2**25
-"""Entries of the Jacobians of all starts together, a quarter of a GiB."""
 NEAR = 0.1
 """A value that is farther from both values of a slope is neither."""
 
@@ -86,7 +84,7 @@ def by_patterns(spaces: Spaces, count: int, starts: int, rounds: int, seed: int 
     problem = TwoValues(first.u[used] / row[used][:, None], low)
     generator = torch.Generator(device=first.u.device).manual_seed(seed)
     patterns: list[Tensor] = []
-    starts = min(starts, max(8, LARGEST // problem.basis.numel()))
+    starts = affordable(starts, problem.basis.numel())
     # Near the middle of both values: from elsewhere many end at a vector that is nearly constant.
     constant = problem.basis.new_full((len(problem.basis), 1), (1 + low) / 2)
     middle = torch.linalg.lstsq(problem.basis, constant).solution.mT
@@ -115,6 +113,5 @@ def by_patterns(spaces: Spaces, count: int, starts: int, rounds: int, seed: int 
 def _lies(spaces: Spaces, k: Float[Tensor, " o"], used: Tensor) -> bool:
     """Whether a cotangent lies in the column space, as far as rounding lets it."""
     first = spaces.first
-    inside = k @ first.u
-    moved = first.noise * float(torch.linalg.solve(first.core, inside).norm())
+    moved = float(first.cotangent_uncertainty(k[None]))
     return float(first.outside(k[None])[0][used].norm()) <= SLACK * moved + 1e-9 * float(k.norm())

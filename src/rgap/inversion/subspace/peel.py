@@ -13,12 +13,10 @@ from rgap.inversion.subspace.condition import Condition, RowCondition
 from rgap.inversion.subspace.head import Spaces
 from rgap.inversion.subspace.identify import SLACK, Samples, identify, likeliest
 from rgap.linalg import deadline
-from rgap.linalg.levenberg_marquardt import levenberg_marquardt
+from rgap.linalg.levenberg_marquardt import affordable, levenberg_marquardt
 
 SAME = 1e-4
 """Two inputs that differ by less than this part of their size are one root."""
-LARGEST = 2**25
-"""Entries of the Jacobians of all starts together, a quarter of a GiB; of fewer starts where one's is larger."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Search:
             new = identify(spaces, x, count)
             failed = 0 if len(new) else failed + 1
             if len(new):
-                new = _fewest(new, spaces.left)
+                new = new.select(range(min(len(new), spaces.left)))
                 spaces = spaces.without(new.x, new.labels, new.share)
                 found.append(new)
             report(sum(map(len, found)), float("nan"))
@@ -64,7 +62,7 @@ class Search:
     def _roots(self, spaces: Spaces, generator: torch.Generator, starts: int) -> Float[Tensor, "s n"]:
         """Inputs that satisfy the condition as far as rounding lets them, each once, the best first."""
         wide = max(shape.numel() for shape in map(torch.Size, spaces.head.network.shapes[1:]))
-        starts = min(starts, max(8, LARGEST // (wide * max(1, spaces.left))))
+        starts = affordable(starts, wide * max(1, spaces.left))
         labels = _labels(spaces, starts, generator)
         condition = spaces.condition(labels)
         t = self._starts(condition, starts, generator)
@@ -157,8 +155,3 @@ def _distinct(x: Float[Tensor, "s n"], most: int) -> Float[Tensor, "a n"]:
         if len(kept) < most and not any(bool(near[at, other]) for other in kept):
             kept.append(at)
     return x[kept]
-
-
-def _fewest(found: Samples, most: int) -> Samples:
-    kept = slice(0, most)
-    return Samples(found.x[kept], found.labels[kept], found.share[kept], found.others[kept])

@@ -92,6 +92,11 @@ class Span:
         moved: Tensor = self.noise * torch.linalg.solve(self.core, a, left=False).norm(dim=1)
         return moved
 
+    def cotangent_uncertainty(self, k: Float[Tensor, "s o"]) -> Float[Tensor, " s"]:
+        """How far rounding of the column space moves cotangents in it."""
+        moved: Tensor = self.noise * torch.linalg.solve(self.core, (k @ self.u).mT).norm(dim=0)
+        return moved
+
     def error(self, k: Float[Tensor, "b o"]) -> Float[Tensor, " b"]:
         """How far rounding of G moves each value of the b inputs that solve G = sum over i of k_i (x_i, 1)'."""
         each = self.noise / (len(self.u) ** 0.5 + len(self.v) ** 0.5)

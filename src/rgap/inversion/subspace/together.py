@@ -22,11 +22,14 @@ from rgap.inversion.subspace.condition import CotangentCondition
 from rgap.inversion.subspace.head import Head, Spaces
 from rgap.inversion.subspace.identify import Samples
 from rgap.linalg import deadline
-from rgap.nn.network import Network
 from rgap.nn.ops import Linear
 
 LARGEST = 20_000_000
 """Entries of the Jacobian up to which all samples are solved for at once."""
+FIXED_POINT = 20
+"""Steps of X = (c K)^+ G, at the most."""
+ROUNDINGS = 10.0
+"""A gradient that is met agrees to so many roundings (root mean square)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,23 +76,19 @@ class HeadSystem:
     def _rounding(self, grad: Tensor) -> float:
         return self.eps * max(float(grad.square().mean().sqrt()), torch.finfo(grad.dtype).tiny)
 
-    @cached_property
-    def _behind(self) -> Network | None:
-        segments = self.head.network.segments[1:]
-        return self.head.network.part(segments) if segments else None
-
     def residual(self, t: Float[Tensor, "b d"]) -> Float[Tensor, " rows"]:
         """What is left of the gradients, in units of each layer's rounding."""
         condition, first, network = self._condition, self.spaces.first, self.head.network
+        behind = condition.behind
         values = [condition.z(t).reshape(-1, *network.shapes[1])]
-        if self._behind is not None:
-            values = self._behind.forward(values[0])
+        if behind is not None:
+            values = behind.forward(values[0])
         k_out = self.head.loss.output_gradient(values[-1].reshape(len(t), -1), self.labels)
         share = self.share.reshape(-1, *[1] * (values[-1].dim() - 1))
         end = k_out.reshape(values[-1].shape) * share
         ks: list[Tensor | None] = [end]
-        if self._behind is not None:
-            ks = self._behind.vjp(values, self._behind.slopes(values), {len(values) - 1: end})
+        if behind is not None:
+            ks = behind.vjp(values, behind.slopes(values), {len(values) - 1: end})
         assert ks[0] is not None
         given = first.u @ first.core
         rows = [(ks[0].flatten(1).mT @ condition.coordinates(t) - given).flatten() / self._rounding(given)]
@@ -194,12 +193,6 @@ def by_labels(spaces: Spaces, gradients: Mapping[str, Tensor], eps: float, count
         return None
     others = tuple((float(label), 1.0) for label in labels)
     return Samples(system.inputs(t), labels, share, others, system.error(t))
-
-
-FIXED_POINT = 20
-"""Steps of X = (c K)^+ G, at the most."""
-ROUNDINGS = 10.0
-"""A gradient that is met agrees to so many roundings (root mean square)."""
 
 
 def _counted(spaces: Spaces, gradients: Mapping[str, Tensor], count: int) -> Float[Tensor, " b"] | None:
