@@ -17,6 +17,7 @@ from rgap.nn.obstacles import NotAChain
 from rgap.nn.ops import Linear
 from rgap.rank import LayerRank, Measured, RankAnalysis, estimated, measured, plot, rank_analysis
 from rgap.rank.sequence import layer_sequence
+from rgap.rank.summary import summarise
 from rgap.reproductions import architectures
 
 CIFAR = (3, 32, 32)
@@ -780,3 +781,14 @@ def test_the_plot_of_a_deep_model_is_a_picture(tmp_path):
 def test_the_public_names_are_there():
     assert rgap.rank_analysis is rank_analysis
     assert rgap.RankAnalysis is RankAnalysis
+
+
+@pytest.mark.parametrize(("blocks", "times"), [(1, ""), (2, "2 x "), (9, "9 x ")])
+def test_the_same_obstacle_again_and_again_is_one_sentence(blocks: int, times: str) -> None:
+    body = [part for _ in range(blocks) for part in (nn.Conv1d(2, 2, 3, padding=1), nn.MaxPool1d(1))]
+    target = Target(nn.Sequential(*body, nn.Flatten(), nn.Linear(8, 3)).eval(), losses.CrossEntropy(3), (2, 4))
+    [told] = [group.sentence for group in summarise(target.obstacles)]
+    assert told.count("max_pool1d") == 1
+    assert times in told
+    assert told.count("Keeps only the maxima") == 1
+    assert len(told) < 150

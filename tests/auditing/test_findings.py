@@ -106,8 +106,8 @@ def test_what_leaked_is_the_headline_where_no_sample_was_recovered() -> None:
     assert found.read is not None
     assert (found.read.labels, found.read.features, found.read.values, found.read.layer) == (4, 4, 2, "3")
     assert found.verdict.headline == (
-        "None of the 4 samples was recovered by the attacks that were tried, but all 2 values that 3 reads and the "
-        "labels of all 4 samples were read off."
+        "All 2 values that 3 reads and the labels of all 4 samples were read off; none of the 4 samples was recovered "
+        "by the attacks that were tried."
     )
 
 

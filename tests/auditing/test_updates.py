@@ -72,7 +72,7 @@ def test_nothing_certain_is_said_so() -> None:
     target = chain()
     updates, truth = sent(target)
     found = audit_updates(target, updates, {"client-0": truth["client-0"]}, attacks=[Silent()])
-    assert found.verdict.headline.startswith("Of none of the 2 samples is it certain")
+    assert found.verdict.headline.startswith("None of the 2 samples was certainly recovered")
     assert found.summary == (
         "0 of 2 samples recovered exactly, 0 more recognisably, 1 not; of 1 nobody can say: "
         "there is nothing to compare with."

@@ -147,6 +147,20 @@ def test_a_page_never_scrolls_sideways(
         assert opened.page.evaluate(OUTSIDE) == []
 
 
+@pytest.mark.parametrize("title", ["rich", "partial", "closed"])
+def test_a_table_is_whole_on_a_desk_and_says_that_it_scrolls_on_a_phone(
+    title: str, browser: Browser, folder: Path
+) -> None:
+    for width, hidden in ((1280, False), (390, True)):
+        with Opened(browser, (folder / f"{title}.html").as_uri(), width) as opened:
+            opened.page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+            wide = "[...document.querySelectorAll('.scroll')].filter(each => each.scrollWidth > each.clientWidth + 1)"
+            assert opened.page.evaluate(f"{wide}.length > 0") is hidden
+            # A shadow that stays at the edge, and a cover that moves away from it with what scrolls.
+            moves = f"{wide}.map(each => getComputedStyle(each).backgroundAttachment)"
+            assert set(opened.page.evaluate(moves)) <= {"local, local, scroll, scroll"}
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("title", TITLES)
 def test_text_stands_out(title: str, scheme: str, browser: Browser, folder: Path) -> None:

@@ -20,6 +20,7 @@ from rgap.auditing.results import AttackRun, Level
 from rgap.auditing.verdict import Verdict, rank_sentence
 from rgap.files import plain
 from rgap.picture import is_picture
+from rgap.rank.summary import summarise
 from rgap.target import Target
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def document(audit: Audit) -> dict[str, Any]:
                 "fingerprint": target.fingerprint,
                 "parameters": sum(p.numel() for p in target.parameters.values()),
                 "layers": [] if target.obstacles else _layers(target),
-                "obstacles": [str(obstacle) for obstacle in target.obstacles],
+                "obstacles": [group.sentence for group in summarise(target.obstacles)],
             },
             "protocol": {
                 **asdict(audit.protocol),

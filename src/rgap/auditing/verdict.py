@@ -97,14 +97,14 @@ def verdict(
         headline = _many(seen, count, f"{how} what the update gives away")
     elif unknown:
         level = Level.NOTHING
-        headline = f"Of none of the {count} samples is it certain that the attacks that were tried recovered it."
+        headline = f"{_none(count)} certainly recovered: nobody here knows the sample{'s' if count > 1 else ''}."
     else:
         level = Level.NOTHING
-        headline = f"None of the {count} samples was recovered by the attacks that were tried."
+        headline = f"{_none(count)} recovered by the attacks that were tried."
     told, apart = "" if read is None else read.told, _told_apart(cases)
     read_off = apart or told
     if tried and level is Level.NOTHING and read_off:
-        headline = f"{headline[:-1]}, but {read_off} were read off."
+        headline = f"{read_off[0].upper()}{read_off[1:]} were read off; {headline[0].lower()}{headline[1:]}"
     return Verdict(
         level,
         _so_far(headline, ended, exact == count),
@@ -122,6 +122,10 @@ def _so_far(headline: str, ended: Ended, all_exact: bool) -> str:
         return headline
     how = "The time was up" if ended is Ended.TIME else "The audit was interrupted"
     return f"{how} before every attack had ended. So far: {headline[0].lower()}{headline[1:]}"
+
+
+def _none(count: int) -> str:
+    return f"None of the {count} samples was" if count > 1 else "The sample was not"
 
 
 def _many(some: int, count: int, what: str) -> str:

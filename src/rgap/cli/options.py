@@ -12,6 +12,7 @@ import click
 from rgap.protocol import Optimiser, Protocol, Sends
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from rgap.attacks import Attack
@@ -67,6 +68,14 @@ def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
     return low, high
 
 
+def _channels(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if value is None else tuple(float(part) for part in value.split(","))
+    except ValueError:
+        message = f"got {value!r}, expected a number for each channel, with commas, such as 0.485,0.456,0.406"
+        raise click.BadParameter(message, ctx, param) from None
+
+
 def _loss(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     if value is None or ":" in value or value in (*LOSSES, *TORCH_LOSSES):
         return value
@@ -79,8 +88,8 @@ target_options = options(
         "--model",
         default="cnn6",
         show_default=True,
-        help=f"{', '.join(MODELS)}, or PKG.MOD:FACTORY, called without arguments for a torch module. "
-        "Importing it is the only code of yours that runs.",
+        help=f"{', '.join(MODELS)}, or PKG.MOD:FACTORY, called for a torch module, without arguments or with "
+        "constants such as mynet:Net(classes=10). Importing and calling it is the only code of yours that runs.",
     ),
     click.option(
         "--weights",
@@ -113,6 +122,15 @@ target_options = options(
         show_default=True,
         help="Of an input's values, or none.",
     ),
+    click.option(
+        "--mean",
+        callback=_channels,
+        metavar="NUMBERS",
+        help="That clients subtract before the model, one for all channels or one for each. Inputs, their range and "
+        "pictures are those before it.",
+    ),
+    click.option("--std", callback=_channels, metavar="NUMBERS", help="That they divide by then."),
+    click.option("--device", metavar="NAME", help="To compute on: cpu, cuda, cuda:1. Default: where the model is."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of the model's initial weights."),
     click.option(
         "--training",
@@ -209,18 +227,37 @@ def make_target(
     value_range: tuple[float, float] | None,
     seed: int,
     training: bool,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    device: str | None,
     batch_size: int = 1,
 ) -> Target:
     """The target the options describe."""
     from rgap import losses
+    from rgap.models.normalised import normalised
     from rgap.reading import load_weights
     from rgap.target import Target
 
     module = _module(model, input_shape, seed)
     if weights is not None:
         load_weights(module, weights)
+    if mean is not None or std is not None:
+        normalised(module, mean or (0.0,), std or (1.0,), input_shape[0])
+    if device is not None:
+        module = module.to(_device(device))
     chosen = losses.for_model(module, input_shape, _named_loss(loss))
     return Target(module.train(training), chosen, input_shape, value_range, batch_size)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        message = f"--device: this machine has no {name!r} that torch can use ({str(error).splitlines()[0]})"
+        raise click.BadParameter(message) from error
 
 
 def _module(model: str, input_shape: tuple[int, ...], seed: int) -> nn.Module:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib
 import inspect
 import math
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -74,31 +77,74 @@ def imported(path: str, what: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module)
     except ImportError as error:
         raise ModelError(f"{what} {path}: cannot import {module} from here ({error})") from error
-    except AttributeError as error:
-        raise ModelError(f"{what} {path}: {module} has no {name}") from error
+    except Exception as error:  # of someone else's code
+        raise ModelError(f"{what} {path}: {module} cannot be imported: {_told(error)}") from error
+    if not hasattr(found, name):
+        raise ModelError(f"{what} {path}: {module} has no {name}")
+    return getattr(found, name)
 
 
 def own(path: str, **arguments: int) -> nn.Module:
     """What the function PKG.MOD:FACTORY makes, in evaluation mode; a module by that name is taken as it is.
 
     Args:
-        path: importable from the present folder, or installed. Importing it runs its code.
+        path: importable from the present folder, or installed. Importing it runs its code. It may be a call with
+            constants, such as mynet:Net(classes=10).
         arguments: those that the function has parameters for are passed on.
 
     Raises:
-        ModelError: there is no such function, or it makes no torch.nn.Module.
+        ModelError: there is no such function, it fails, or it makes no torch.nn.Module.
     """
     module, colon, factory = path.partition(":")
     if not colon or not module or not factory:
         known = ", ".join(BUILT_IN)
         raise ModelError(f"got the model {path!r}, expected {known}, or PKG.MOD:FACTORY such as mynet:make_model")
-    made = imported(path, "model")
+    name, given = _called(path)
+    made = imported(name, "model")
     if not isinstance(made, nn.Module):
-        takes = inspect.signature(made).parameters if arguments else {}
-        made = made(**{name: value for name, value in arguments.items() if name in takes})
+        made = _make(name, made, given, arguments)
     if not isinstance(made, nn.Module):
         raise ModelError(f"model {path}: got {type(made).__name__}, expected a torch.nn.Module")
     return made.eval()
+
+
+def _called(path: str) -> tuple[str, dict[str, Any]]:
+    """PKG.MOD:FACTORY and the constants that it is called with, of PKG.MOD:FACTORY(NAME=VALUE, ...)."""
+    name, bracket, _ = path.partition("(")
+    if not bracket:
+        return path, {}
+    try:
+        call = ast.parse(path.partition(":")[2], mode="eval").body
+        if isinstance(call, ast.Call) and not call.args:
+            return name, {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise ModelError(f"got the model {path!r}, expected constants by their names, such as {name}(classes=10)")
+
+
+def _make(path: str, factory: Any, given: Mapping[str, Any], arguments: Mapping[str, int]) -> Any:
+    """What a function of someone else's makes; whatever goes wrong in it is said in a line."""
+    takes: Mapping[str, inspect.Parameter] = {}
+    with contextlib.suppress(TypeError, ValueError):  # it is none, or is not written in Python
+        takes = inspect.signature(factory).parameters
+    missing = [
+        name
+        for name, each in takes.items()
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD) and name not in given
+    ]
+    own = {name: value for name, value in arguments.items() if name in takes}
+    if set(missing) - set(own):
+        raise ModelError(f"model {path}: it takes {', '.join(missing)}; expected all, as {path}({missing[0]}=...)")
+    try:
+        return factory(**{**own, **given})
+    except Exception as error:
+        raise ModelError(f"model {path}: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """What went wrong in code of someone else's, and where, in one line."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}, line {where.lineno})"

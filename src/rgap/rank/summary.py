@@ -31,6 +31,13 @@ class Group:
         times = f"{self.count} x " if self.count > 1 else ""
         return times + names(self.what)
 
+    @property
+    def sentence(self) -> str:
+        """What, where and what to do, for people."""
+        if self.count == 1:
+            return f"{self.where[0]}: {self.what[0]} ({self.kind.value}). {self.remedy}"
+        return f"{self} ({self.kind.value}), at {names(self.where)}. {self.remedy}"
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
