@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -25,7 +25,9 @@ MAKERS: dict[Optimiser, Callable[[list[nn.Parameter], float], torch.optim.Optimi
     Optimiser.SGD: lambda weights, rate: torch.optim.SGD(weights, lr=rate),
     Optimiser.MOMENTUM: lambda weights, rate: torch.optim.SGD(weights, lr=rate, momentum=0.9),
     Optimiser.ADAM: lambda weights, rate: torch.optim.Adam(weights, lr=rate),
+    Optimiser.ADAMW: lambda weights, rate: torch.optim.AdamW(weights, lr=rate, weight_decay=0.0),
 }
+ADAMS = (Optimiser.ADAM, Optimiser.ADAMW)
 every_optimiser = pytest.mark.parametrize("optimiser", list(Optimiser), ids=lambda optimiser: optimiser.value)
 
 
@@ -132,10 +134,10 @@ def test_one_step_undone_is_the_gradient(optimiser: Optimiser, summed: bool) -> 
     sent = capture(target, x, y, Protocol(DIFFERENCE, 1, 0.1, optimiser, summed))
     plain, assumptions = sent.to_gradient(target)
     # Adam's first step all but loses the size: eight digits go into 1 - |step|.
-    close(plain, gradients(target, x, y), 1e-5 if optimiser is Optimiser.ADAM else 1e-9)
+    close(plain, gradients(target, x, y), 1e-5 if optimiser in ADAMS else 1e-9)
     assert plain.header.protocol == Protocol()
     assert plain.header.batch_size == 2
-    assert (len(assumptions) > 0) is (optimiser is Optimiser.ADAM)
+    assert (len(assumptions) > 0) is (optimiser in ADAMS)
 
 
 def test_a_summed_gradient_undone_is_the_mean() -> None:
@@ -189,7 +191,7 @@ def test_equal_gradients_are_undone_exactly(
         weight.grad = size * mean if summed else mean.clone()
         optimise.step()
     found, assumptions = Protocol(DIFFERENCE, steps, rate, optimiser, summed).undo({"w": weight.detach()}, size)
-    torch.testing.assert_close(found["w"], mean, rtol=1e-4 if optimiser is Optimiser.ADAM else 1e-9, atol=1e-9)
+    torch.testing.assert_close(found["w"], mean, rtol=1e-4 if optimiser in ADAMS else 1e-9, atol=1e-9)
     assert any(f"{steps} local steps" in line for line in assumptions) is (steps > 1)
 
 
@@ -228,17 +230,45 @@ def test_several_steps_end_in_a_status_that_names_what_was_assumed(optimiser: Op
     found = Closed()(target, capture(target, x, y, Protocol(DIFFERENCE, 5, 0.5, optimiser)))
     assert "the 5 local steps are taken for 5 times the first" in found.assumptions
     assert found.status is not Status.EXACT
-    assert any("Adam" in note for note in found.assumptions) is (optimiser is Optimiser.ADAM)
+    assert any("Adam" in note for note in found.assumptions) is (optimiser in ADAMS)
 
 
 # What makes no sense.
+
+LOCAL: dict[str, object] = {"sends": DIFFERENCE, "learning_rate": 0.1}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 0}, "got steps=0, clients=1: expected 1 or more"),
-        ({"clients": 0}, "got steps=1, clients=0: expected 1 or more"),
+        *[({name: 0}, f"got {name}=0, expected a whole number from 1 on") for name in ("steps", "clients", "epochs")],
+        *[
+            ({**LOCAL, name: value}, f"got {name}={value}, expected a whole number from 1 on")
+            for name in ("steps", "clients", "epochs", "minibatch")
+            for value in (0, -1, -99)
+        ],
+        *[
+            ({**LOCAL, name: value}, f"got {name}={value}, expected a finite number from 0 on")
+            for name in ("momentum", "weight_decay", "proximal")
+            for value in (-0.1, math.nan, math.inf)
+        ],
+        *[
+            ({**LOCAL, "clip_norm": value}, f"got {value} in schedule or as clip_norm")
+            for value in (0.0, -1.0, math.nan)
+        ],
+        *[({**LOCAL, "schedule": (value,)}, f"got {value} in schedule or as") for value in (0.0, -1.0, math.inf)],
+        *[
+            ({name: value}, f"got {name}=.*takes no local steps")
+            for name, value in (("epochs", 2), ("minibatch", 4), ("weight_decay", 0.1), ("schedule", (1.0,)))
+        ],
+        ({**LOCAL, "schedule": (1.0, 0.1)}, "got a schedule of 2 factors, expected 1"),
+        ({**LOCAL, "epochs": 3, "schedule": (1.0, 0.1)}, "got a schedule of 2 factors, expected 3"),
+        ({**LOCAL, "steps": 2, "epochs": 2}, "got steps=2 with epochs or minibatches"),
+        ({**LOCAL, "steps": 2, "minibatch": 2}, "got steps=2 with epochs or minibatches"),
+        ({**LOCAL, "nesterov": True}, "nesterov=True without momentum"),
+        ({**LOCAL, "drop_last": True}, "drop_last=True without minibatches"),
+        *[({**LOCAL, "optimiser": adam, "momentum": 0.9}, "which has its own") for adam in ADAMS],
+        *[({"sends": DIFFERENCE, "learning_rate": value}, "needs a positive one") for value in (math.inf, -math.inf)],
         ({"steps": 2}, "takes no local steps"),
         ({"learning_rate": 0.1}, "takes no local steps"),
         ({"sends": DIFFERENCE}, "got learning_rate=None"),
@@ -253,8 +283,28 @@ def test_fields_that_contradict_each_other_are_refused(fields: dict[str, object]
         Protocol(**fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("size", "samples"), [(4, 3), (100, 99), (2, 1), (None, 0)])
+def test_a_minibatch_has_no_more_samples_than_the_client(size: int | None, samples: int) -> None:
+    protocol = Protocol(DIFFERENCE, learning_rate=0.1, minibatch=size)
+    with pytest.raises(ValueError, match=r"expected as many or fewer"):
+        protocol.minibatches(samples)
+    if samples > 1:
+        with pytest.raises(ValueError, match=rf"got minibatch={size} for a client of {samples} samples"):
+            Header(samples, protocol=protocol)
+
+
+@pytest.mark.parametrize("fields", [{"epochs": 10**6, "minibatch": 2}, {"steps": 10**12}, {"epochs": 10**9}])
+def test_more_steps_than_anyone_takes_are_refused_at_once(fields: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"local steps, expected 1000000 at the most"):
+        Protocol(DIFFERENCE, learning_rate=0.1, **fields).minibatches(4)  # type: ignore[arg-type]
+
+
 # In a file.
 
+FULL = Protocol(
+    DIFFERENCE, 1, 0.1, epochs=3, minibatch=4, shuffled=False, drop_last=True, momentum=0.8, nesterov=True,
+    weight_decay=1e-4, proximal=0.1, clip_norm=2.0, schedule=(1.0, 0.5, 0.1),
+)  # fmt: skip
 protocols = st.one_of(
     st.builds(Protocol, summed=st.booleans(), clients=st.integers(1, 99)),
     st.builds(
@@ -271,6 +321,7 @@ protocols = st.one_of(
 
 @settings(max_examples=40, deadline=None)
 @given(protocol=protocols, size=st.integers(1, 99))
+@example(protocol=FULL, size=10)
 def test_a_file_keeps_the_protocol(protocol: Protocol, size: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "protocol.safetensors"
     Update({"w": torch.ones(2)}, Header(size, protocol=protocol)).save(path)
@@ -279,11 +330,15 @@ def test_a_file_keeps_the_protocol(protocol: Protocol, size: int, tmp_path_facto
 
 def test_a_file_with_a_protocol_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "update.safetensors"
-    Update({"w": torch.ones(2)}, Header(protocol=Protocol(DIFFERENCE, 2, 0.5))).save(path)
+    Update({"w": torch.ones(2)}, Header(8, protocol=Protocol(DIFFERENCE, 2, 0.5))).save(path)
     written = path.read_bytes()
     for old, new in (
         (b'\\"steps\\": 2', b'\\"steps\\": 0'),
         (b'\\"optimiser\\": \\"sgd\\"', b'\\"optimiser\\": \\"sgx\\"'),
+        (b'\\"epochs\\": 1', b'\\"epochs\\":-1'),
+        (b'\\"minibatch\\": null', b'\\"minibatch\\": 9999'),
+        (b'\\"momentum\\": 0.0', b'\\"momentum\\": NaN'),
+        (b'\\"schedule\\": []', b'\\"schedule\\": 12'),
     ):
         assert old in written
         path.write_bytes(written.replace(old, new))

@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from rgap.client import sent_by
 from rgap.files import write_atomically
 from rgap.inversion.rounding import stored_precision
-from rgap.nn.outputs import outputs_of
-from rgap.protocol import ADAM_EPSILON, MOMENTUM, Optimiser, Protocol, Sends
+from rgap.protocol import Optimiser, Protocol, Sends
 from rgap.schema import nullable, validator
 from rgap.target import Target, fingerprint
 
-FORMAT = 1
-"""Version of the update file. A reader refuses versions it does not know."""
+FORMAT = 2
+"""Version of the update file. Version 1, whose protocols know neither epochs nor minibatches, is read too; others are
+refused."""
 
 
 PLAIN = Protocol()
@@ -54,6 +55,10 @@ class Header:
     """What lies between the gradient and what was sent."""
     precision: float | None = None
     """How far rounding may have moved the gradient, relative to its size; None: as far as its type rounds."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size != 1:  # else the client may just not say how many samples it has
+            self.protocol.minibatches(self.batch_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +130,11 @@ class Update:
     def samples(self, target: Target) -> int:
         """Over how many samples the gradient is averaged, all clients together: as the client says, else as the target
         expects."""
-        own = self.header.batch_size if self.header.batch_size != 1 else target.batch_size
-        return own * self.header.protocol.clients
+        return self.samples_of_one(target) * self.header.protocol.clients
+
+    def samples_of_one(self, target: Target) -> int:
+        """The samples of one client, as it says, else as the target expects."""
+        return self.header.batch_size if self.header.batch_size != 1 else target.batch_size
 
     def to_gradient(self, target: Target) -> tuple[Update, tuple[str, ...]]:
         """The gradient of the mean loss behind what was sent, and what had to be taken for granted to get it.
@@ -137,10 +145,8 @@ class Update:
         protocol = self.header.protocol
         if protocol.sends is Sends.GRADIENT and not protocol.summed:
             return self, ()
-        found, assumptions = protocol.undo(self.gradients, self.header.batch_size)
-        plain = replace(
-            protocol, sends=Sends.GRADIENT, steps=1, learning_rate=None, optimiser=Optimiser.SGD, summed=False
-        )
+        found, assumptions = protocol.undo(self.gradients, self.samples_of_one(target), target.parameters)
+        plain = Protocol(clients=protocol.clients)
         dtype = self.dtype
         kept = {name: t.to(dtype) for name, t in found.items()}
         precision = self.precision
@@ -248,7 +254,12 @@ PROTOCOL = validator(
             "clients": {"type": "integer"},
             "learning_rate": nullable("number"),
             "optimiser": {"enum": [optimiser.value for optimiser in Optimiser]},
-            "summed": {"type": "boolean"},
+            **{name: {"type": "boolean"} for name in ("summed", "shuffled", "drop_last", "nesterov")},
+            "epochs": {"type": "integer"},
+            "minibatch": nullable("integer"),
+            **{name: {"type": "number"} for name in ("momentum", "weight_decay", "proximal")},
+            "clip_norm": nullable("number"),
+            "schedule": {"type": "array", "items": {"type": "number"}},
         },
     }
 )
@@ -263,7 +274,7 @@ def _header(text: str | None, path: Path) -> Header:
         raise UpdateError(f"{path}: the header is not JSON ({error})") from error
     if not isinstance(found, dict):
         raise UpdateError(f"{path}: the header is {type(found).__name__}, expected an object")
-    if found.get("format") != FORMAT:
+    if found.get("format") not in (1, FORMAT):
         raise UpdateError(
             f"{path}: got update format {found.get('format')!r}, expected {FORMAT}; read it with the version of rgap "
             "that wrote it"
@@ -275,7 +286,12 @@ def _header(text: str | None, path: Path) -> Header:
     header = {name: found[name] for name in HEADER.schema["properties"] if found.get(name) is not None}
     if "input_shape" in header:
         header["input_shape"] = tuple(header["input_shape"])
-    return Header(**header, protocol=_protocol(found["kind"], found.get("protocol", {}), path))
+    try:
+        return Header(**header, protocol=_protocol(found["kind"], found.get("protocol", {}), path))
+    except UpdateError:
+        raise
+    except ValueError as error:
+        raise UpdateError(f"{path}: {error}") from error
 
 
 def _protocol(kind: str, spec: Any, path: Path) -> Protocol:
@@ -285,10 +301,9 @@ def _protocol(kind: str, spec: Any, path: Path) -> Protocol:
     if not PROTOCOL.is_valid(spec):
         raise UpdateError(f"{path}: a field of the protocol has the wrong type or value: {str(spec)[:200]}")
     fields = {name: spec[name] for name in PROTOCOL.schema["properties"] if name in spec}
-    try:
-        return Protocol(Sends(kind), **fields | {"optimiser": Optimiser(spec.get("optimiser", Optimiser.SGD.value))})
-    except ValueError as error:
-        raise UpdateError(f"{path}: {error}") from error
+    if "schedule" in fields:
+        fields["schedule"] = tuple(fields["schedule"])
+    return Protocol(Sends(kind), **fields | {"optimiser": Optimiser(spec.get("optimiser", Optimiser.SGD.value))})
 
 
 def _listed(names: list[str]) -> str:
@@ -301,6 +316,7 @@ def capture(
     x: Tensor | NDArray[Any],
     y: Tensor | NDArray[Any] | Sequence[float | int],
     protocol: Protocol = PLAIN,
+    generator: torch.Generator | None = None,
 ) -> Update:
     """What clients whose batches are x, y would send, computed in the model's own precision.
 
@@ -310,10 +326,11 @@ def capture(
         x: (batch, *input_shape), of all clients one after another.
         y: (batch,), in the loss's labels, such as {-1, 1} for the binary losses.
         protocol: by default one client that sends the gradient of the mean loss.
+        generator: draws the order of the samples, as torch's DataLoader does; None: one with the seed 0.
 
     Raises:
-        ValueError: shapes or labels do not fit, or the batch cannot be shared out evenly among the clients; says what
-            was got and what was expected.
+        ValueError: shapes or labels do not fit, or the samples cannot be shared out evenly among the clients or are
+            fewer than a minibatch; says what was got and what was expected.
     """
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     expected = ", ".join(map(str, target.input_shape))
@@ -330,39 +347,8 @@ def capture(
     if len(x) % protocol.clients:
         raise ValueError(f"got {len(x)} samples for {protocol.clients} clients, expected the same number for each")
     model, own = target.model, len(x) // protocol.clients
-    sent = [_one_client(target, x[at : at + own], y[at : at + own], protocol) for at in range(0, len(x), own)]
+    generator = generator or torch.Generator().manual_seed(0)
+    sent = [sent_by(target, x[at : at + own], y[at : at + own], protocol, generator)[0] for at in range(0, len(x), own)]
     mean = {name: torch.stack([each[name] for each in sent]).mean(0) for name in sent[0]} if len(sent) > 1 else sent[0]
     header = Header(own, target.loss.name, target.input_shape, fingerprint(model), model.training, protocol)
     return Update(mean, header)
-
-
-def _one_client(target: Target, x: Tensor, y: Tensor, protocol: Protocol) -> dict[str, Tensor]:
-    """The gradient, or the weight difference, of one client."""
-    model = target.model
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {name: t.detach().clone() for name, t in tensors.items()}
-    trained = list(target.parameters)
-    for name in trained:
-        state[name].requires_grad_()
-    like, scale = state[trained[0]], len(x) if protocol.summed else 1
-
-    def gradient() -> dict[str, Tensor]:
-        outputs = outputs_of(torch.func.functional_call(model, state, (x.to(like),)))
-        loss = scale * target.loss(outputs, y.to(like.device))
-        found = torch.autograd.grad(loss, [state[name] for name in trained], allow_unused=True)
-        return {n: torch.zeros_like(state[n]) if g is None else g for n, g in zip(trained, found, strict=True)}
-
-    if protocol.sends is Sends.GRADIENT or protocol.learning_rate is None:
-        return gradient()
-    weights = [state[name] for name in trained]
-    optimiser: torch.optim.Optimizer
-    if protocol.optimiser is Optimiser.ADAM:
-        optimiser = torch.optim.Adam(weights, lr=protocol.learning_rate, eps=ADAM_EPSILON)
-    else:
-        momentum = MOMENTUM if protocol.optimiser is Optimiser.MOMENTUM else 0.0
-        optimiser = torch.optim.SGD(weights, lr=protocol.learning_rate, momentum=momentum)
-    for _ in range(protocol.steps):
-        for name, found in gradient().items():
-            state[name].grad = found
-        optimiser.step()
-    return {name: state[name].detach() - tensors[name].detach() for name in trained}

@@ -378,14 +378,49 @@ def test_weight_differences_on_the_command_line(capsys: pytest.CaptureFixture[st
     code, out, _ = tiny(capsys, *sends)
     assert code == 0
     assert "2 of 2 samples recovered exactly" in " ".join(out.split())
-    assert read(open_network)["protocol"] == {
+    assert read(open_network)["protocol"].items() >= {
         "sends": "difference", "steps": 1, "learning_rate": 0.1, "optimiser": "momentum", "summed": False, "clients": 1,
-    }  # fmt: skip
+        "momentum": 0.9,
+    }.items()  # fmt: skip
     # Another protocol is another audit.
     code, _, err = tiny(capsys)
     assert code == 1
     assert "other settings" in " ".join(err.split())
     assert tiny(capsys, "--fresh")[0] == 0
+
+
+def test_local_epochs_on_the_command_line_and_in_toml(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
+    toml = ("sends = 'difference'", "learning-rate = 0.1", "epochs = 2", "minibatch = 2", "schedule = '1,0.5'")
+    Path("own.toml").write_text("\n".join((*toml, "momentum = 0.5", "nesterov = true", "clip-norm = 3.0")))
+    options = ("--config", "own.toml", "--batch-size", 2, "--in-order", "--weight-decay", 0.1, "--proximal", 0.2)
+    code, _, err = run(capsys, "audit", *TINY, *options, "--attack", "idlg", "--iterations", 1)
+    assert code == 0, err
+    assert read(open_network)["protocol"] == {
+        "sends": "difference", "steps": 1, "learning_rate": 0.1, "optimiser": "sgd", "summed": False, "clients": 1,
+        "epochs": 2, "minibatch": 2, "shuffled": False, "drop_last": False, "momentum": 0.5, "nesterov": True,
+        "weight_decay": 0.1, "proximal": 0.2, "clip_norm": 3.0, "schedule": [1.0, 0.5],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--epochs", -1), "-1 is not in the range"),
+        (("--minibatch", 8, "--batch-size", 4), "got minibatch=8 for a client of 4 samples"),
+        (("--learning-rate", 0), "0.0 is not in the range"),
+        (("--momentum", "nan"), "got momentum=nan, expected a finite number from 0 on"),
+        (("--nesterov",), "nesterov=True without momentum"),
+        (("--schedule", "1,x"), "got '1,x', expected numbers with commas"),
+        (("--schedule", "1,2"), "got a schedule of 2 factors, expected 1"),
+    ],
+)
+def test_protocols_that_make_no_sense_get_one_line(
+    options: tuple[object, ...], message: str, capsys: pytest.CaptureFixture[str], open_network: Path
+) -> None:
+    sends = ("--sends", "difference", *(() if "--learning-rate" in options else ("--learning-rate", 0.1)))
+    code, _, err = run(capsys, "audit", *TINY, *sends, *options)
+    assert code in (1, 2)
+    assert message in " ".join(err.split())
 
 
 def test_batches_and_clients(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:

@@ -34,6 +34,7 @@ ABOUT_ATTACKS = (
 )
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
+POSITIVE = click.FloatRange(min=0)
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -55,6 +56,14 @@ def _shape(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     if not sizes or min(sizes) < 1:
         raise click.BadParameter(f"got {value!r}, expected positive sizes with commas, such as 3,32,32", ctx, param)
     return sizes
+
+
+def _factors(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in value.split(",")) if value else ()
+    except ValueError:
+        message = f"got {value!r}, expected numbers with commas, such as 1,0.5,0.1"
+        raise click.BadParameter(message, ctx, param) from None
 
 
 def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, float] | None:
@@ -161,6 +170,22 @@ protocol_options = options(
     ),
     click.option("--summed", is_flag=True, help="The loss is summed over a batch, not averaged."),
     click.option("--clients", type=COUNT, default=1, show_default=True, help="Averaged by the server."),
+    click.option("--epochs", type=COUNT, default=1, show_default=True, help="Local passes over a client's samples."),
+    click.option("--minibatch", type=COUNT, help="Samples of a local step; default: all of --batch-size."),
+    click.option("--in-order", is_flag=True, help="Minibatches are taken in the samples' order, not shuffled."),
+    click.option("--drop-last", is_flag=True, help="A last minibatch with too few samples is left out."),
+    click.option("--momentum", type=POSITIVE, default=0.0, help="Of SGD."),
+    click.option("--nesterov", is_flag=True, help="Its momentum is Nesterov's."),
+    click.option("--weight-decay", type=POSITIVE, default=0.0, help="Of the local steps."),
+    click.option("--proximal", type=POSITIVE, default=0.0, help="FedProx's mu."),
+    click.option("--clip-norm", type=POSITIVE, help="Each local step's gradient is clipped to this norm."),
+    click.option(
+        "--schedule",
+        callback=_factors,
+        metavar="FACTORS",
+        default="",
+        help="What the learning rate is multiplied by in each epoch, such as 1,0.5,0.1.",
+    ),
 )
 """What a client does between its data and what it sends, as `make_protocol` takes it."""
 
@@ -205,16 +230,14 @@ def make_attack(attack: str, iterations: int | None, restarts: int | None, polis
         raise click.BadParameter(f"--iterations and --restarts: {error}") from error
 
 
-def make_protocol(
-    sends: str, local_steps: int, learning_rate: float | None, optimiser: str, summed: bool, clients: int
-) -> Protocol:
-    """The protocol that the options describe.
+def make_protocol(sends: str, local_steps: int, optimiser: str, in_order: bool, **fields: Any) -> Protocol:
+    """The protocol that the options describe; all others are its fields.
 
     Raises:
         click.BadParameter: the options contradict each other.
     """
     try:
-        return Protocol(Sends(sends), local_steps, learning_rate, Optimiser(optimiser), summed, clients)
+        return Protocol(Sends(sends), local_steps, optimiser=Optimiser(optimiser), shuffled=not in_order, **fields)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
 
@@ -291,7 +314,10 @@ def taken(named: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 ATTACK = ("attack", "iterations", "restarts", "polish")
-PROTOCOL = ("sends", "local_steps", "learning_rate", "optimiser", "summed", "clients")
+PROTOCOL = (
+    "sends", "local_steps", "learning_rate", "optimiser", "summed", "clients", "epochs", "minibatch", "in_order",
+    "drop_last", "momentum", "nesterov", "weight_decay", "proximal", "clip_norm", "schedule",
+)  # fmt: skip
 """Names of the options of `make_attack` and `make_protocol`."""
 
 

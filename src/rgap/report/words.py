@@ -130,11 +130,25 @@ def protocol(spec: dict[str, Any], batch_size: int) -> str:
     else:
         rate = "" if spec["learning_rate"] is None else f" with a learning rate of {number(spec['learning_rate'])}"
         optimiser = name(spec["optimiser"])
-        steps = several(spec["steps"], "step")
-        where = "on a batch" if spec["steps"] == 1 else "each on the same batch"
+        size, epochs = spec.get("minibatch"), max(spec["steps"], spec.get("epochs", 1))
+        if size is None:
+            steps, where = several(epochs, "step"), "on a batch" if epochs == 1 else "each on the same batch"
+        else:
+            steps, where = several(epochs, "epoch"), f"in minibatches of {count(size)} out of"
         text = (
-            f"Each client sends how far its weights have moved after {steps} of {optimiser}{rate}, {where} of {batch}."
+            f"Each client sends how far its weights have moved after {steps} of {optimiser}{rate}, {where} "
+            f"{'of ' if size is None else ''}{batch}."
         )
+        others = [
+            f"{label} {number(spec[key])}"
+            for key, label in (
+                ("momentum", "momentum"), ("weight_decay", "weight decay"), ("proximal", "a proximal term of"),
+                ("clip_norm", "gradients clipped to a norm of"),
+            )
+            if spec.get(key)
+        ]  # fmt: skip
+        if others:
+            text += f" Its steps have {', '.join(others)}."
     if spec["summed"]:
         text += " The loss is summed over the batch, not averaged."
     if spec["clients"] > 1:
