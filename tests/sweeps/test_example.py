@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from pathlib import Path
-from typing import Any
+
+from benchmark import load
 
 from rgap.sweeps import Plan, SweepStore, sweep
 
@@ -25,11 +25,6 @@ def test_the_example_runs(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_makes_the_jobs_it_says(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("sweep_benchmark", ROOT / "benchmarks" / "sweep.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    path, jobs = module.plan(tmp_path, 150, 8)
+    path, jobs = load("sweep").plan(tmp_path, 150, 8)
     assert jobs == 200
     assert len({job.key for job in Plan.load(path).jobs()}) == jobs
