@@ -10,9 +10,10 @@ import rgap
 ROOT = Path(rgap.__file__).parent
 # From the ground up: a part may import those before it.
 ORDER = [
-    "files", "memory", "schema", "report", "store", "linalg", "nn", "inversion", "losses", "models", "data", "tables",
-    "metrics", "training", "target", "protocol", "client", "update", "tensorfiles", "reading", "federation", "watching",
-    "defences", "checks", "rank", "attacks", "picture", "auditing", "reproductions", "sweeps", "integrations", "cli",
+    "files", "printable", "memory", "schema", "report", "store", "linalg", "nn", "inversion", "losses", "models",
+    "data", "tables", "metrics", "training", "target", "protocol", "client", "update", "tensorfiles", "reading",
+    "federation", "watching", "defences", "checks", "rank", "attacks", "picture", "auditing", "reproductions", "sweeps",
+    "integrations", "cli",
 ]  # fmt: skip
 
 

@@ -651,7 +651,7 @@ def test_what_matched_says() -> None:
 
 def test_names_that_would_upset_a_terminal_are_quoted() -> None:
     text = str(match({**GRADIENTS, "\x1b[2J": torch.ones(1), "x" * 5000: torch.ones(1)}))
-    assert text.splitlines()[1] == f"left over: '\\x1b[2J', {'x' * 100}..."
+    assert text.splitlines()[1] == f"left over: [U+001B][2J, {'x' * 50} … 4,900 characters left out … {'x' * 50}"
 
 
 def test_unfit_shapes_and_types_are_refused() -> None:

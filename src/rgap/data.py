@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from rgap.losses import CrossEntropy, Loss
+from rgap.printable import line
 
 # Files inside scikit-image's wheel, each in the public domain or CC0. They are read from there by path:
 # `skimage.data` would download a file that it cannot find.
@@ -24,6 +26,10 @@ _PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "ret
 # across: 0 at the top or left, 1 at the other end.
 _CROPS = ((1.0, 0.5, 0.5), (0.6, 0.0, 0.3), (0.6, 0.3, 0.9), (0.5, 0.8, 0.4), (0.5, 0.5, 0.6))
 _EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# Pillow goes by a file's content, and has other programs open some formats.
+_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+PIXELS = 50_000_000
+"""Of a larger picture nothing is decoded."""
 _MODES = {1: ("1", "L", "LA", "I;16", "I;16B", "I;16L"), 3: ("RGB", "RGBA", "P", "CMYK", "YCbCr")}
 _KIND = {1: "grey", 3: "colour"}
 
@@ -171,8 +177,8 @@ def folder(
         pictures.append(picture)
     return Images(
         _stack([_array(picture) for picture in pictures]),
-        tuple(file.relative_to(root).as_posix() for file, _ in found),
-        tuple(name for _, name in found),
+        tuple(line(file.relative_to(root).as_posix()) for file, _ in found),
+        tuple(line(name) for _, name in found),
     )
 
 
@@ -188,7 +194,7 @@ def picture(path: str | os.PathLike[str], size: int | tuple[int, int] | None = N
     if not file.is_file():
         raise DataError(f"{file} does not exist: expected a picture file")
     found = _converted(_open(file), file, channels)
-    return Images(_stack([_array(found if size is None else _cut(found, _size(size)))]), (file.name,), ("",))
+    return Images(_stack([_array(found if size is None else _cut(found, _size(size)))]), (line(file.name),), ("",))
 
 
 def _shipped(name: str) -> Path:
@@ -241,15 +247,20 @@ def _is_picture(file: Path, root: Path) -> bool:
 
 def _open(file: Path) -> Image.Image:
     """The picture, with its pixels read, since Pillow notices most damage only then."""
-    try:
-        with Image.open(file) as picture:
-            picture.load()
-            return picture
-    # Pillow's decoders report a damaged file by any of these.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"cannot read {file} as an image: {error}; expected a whole picture file, remove or replace it"
-        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(file, formats=_FORMATS) as picture:
+                if picture.width * picture.height > PIXELS:
+                    raise ValueError(f"it says that it is {_dimensions(picture)}, more than {PIXELS:,} pixels")
+                picture.load()
+                return picture
+        except Exception as error:  # Pillow's decoders report a damaged file by any of them
+            reason = line(str(error) or type(error).__name__, 200)
+            raise DataError(
+                f"cannot read {file} as an image: {reason}; expected a whole picture file ({', '.join(_FORMATS)}) of "
+                f"at most {PIXELS:,} pixels, remove or replace it"
+            ) from error
 
 
 def _converted(picture: Image.Image, file: Path, channels: int) -> Image.Image:

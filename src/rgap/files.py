@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,28 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+LARGEST_TOML = 2**18
+"""Bytes; what people write is shorter."""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds.
+
+    Raises:
+        ValueError: it cannot be read, is larger than anyone writes, or is not TOML; says which.
+    """
+    try:
+        if path.is_file() and path.stat().st_size > LARGEST_TOML:
+            raise ValueError(f"{path}: {path.stat().st_size:,} bytes, expected at most {LARGEST_TOML:,}")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a TOML file") from error
+    except RecursionError:
+        raise ValueError(f"{path}: not TOML (nested too deep)") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML ({error})") from error
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:

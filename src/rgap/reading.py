@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rgap.printable import listed, shown
 from rgap.protocol import Protocol, Sends
 from rgap.target import Target
-from rgap.tensorfiles import LARGEST, NESTS, ReadError, guarded, listed, read, shown, tensors
+from rgap.tensorfiles import LARGEST, NESTS, ReadError, Room, guarded, read, tensors
 from rgap.update import PLAIN, Header, Update, UpdateError
 
 __all__ = [
@@ -170,7 +171,7 @@ def read_update(
     protocol: Protocol = PLAIN,
     batch_size: int = 1,
     partial: bool = False,
-    largest: int = LARGEST,
+    largest: int | None = None,
 ) -> Update:
     """An update from a file: one that `Update.save` wrote, or any that `tensors` reads.
 
@@ -180,13 +181,13 @@ def read_update(
             taken at its word; if what is given here is another than the default and contradicts it, a `HeaderWins`
             warning says so.
         partial: take what is there if parameters are missing: frozen or withheld layers.
-        largest: as for `tensors`.
+        largest: how many bytes the file may hold, or claim to hold; None: what is ample for the model.
 
     Raises:
         UpdateError: the file cannot be read or does not fit the target: names, shapes, types, values.
     """
     path = Path(path)
-    found, own = read(path, largest)
+    found, own = read(path, Room.of(_state(target.model), largest))
     if own:
         with guarded(path, "update"):
             update = Update.load(path)
@@ -216,7 +217,7 @@ def read_pair(
     protocol: Protocol,
     batch_size: int = 1,
     partial: bool = False,
-    largest: int = LARGEST,
+    largest: int | None = None,
 ) -> Update:
     """The weight difference between two files: what a client sent less what it was given.
 
@@ -245,8 +246,8 @@ def read_pair(
         return Update(values, _header(protocol, batch_size))
 
 
-def _weights(path: Path, target: Target, partial: bool, largest: int) -> dict[str, Tensor]:
-    found, own = read(path, largest)
+def _weights(path: Path, target: Target, partial: bool, largest: int | None) -> dict[str, Tensor]:
+    found, own = read(path, Room.of(_state(target.model), largest))
     with _named(path):
         _refuse_update(own)
         return dict(_fitting(matched(found, target, "weight"), target, partial))
@@ -285,7 +286,7 @@ def _check_weights(weights: Mapping[str, Tensor], target: Target) -> None:
         )
 
 
-def load_weights(module: nn.Module, path: str | Path, largest: int = LARGEST) -> None:
+def load_weights(module: nn.Module, path: str | Path, largest: int | None = None) -> None:
     """Load a state dict from a file into a module, all of it. Nothing in the file is executed.
 
     Names are matched as by `matched`, buffers included. If the file is refused, the module stays as it was.
@@ -294,7 +295,7 @@ def load_weights(module: nn.Module, path: str | Path, largest: int = LARGEST) ->
         UpdateError: the file cannot be read; names are missing or unexpected; a shape or type does not fit.
     """
     path = Path(path)
-    found, own = read(path, largest)
+    found, own = read(path, Room.of(_state(module), largest))
     with _named(path):
         _refuse_update(own)
         load_tensors(module, found)

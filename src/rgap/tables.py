@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from torch import Tensor
 
 from rgap.data import DataError, Images
 from rgap.losses import Loss
+from rgap.printable import line, listed, shown
 
 INPUTS, LABELS = ("x", "X", "inputs", "data", "images"), ("y", "Y", "labels", "targets")
 """Names under which arrays are looked for in a file of several."""
 FILES = (".csv", ".npy", ".npz")
+LARGEST = 2**28
+"""Bytes of the rows that are read from one array."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,28 +85,64 @@ def read(path: Path, label_column: str | None = None, limit: int | None = None) 
     if path.suffix == ".csv":
         return _table(path, label_column, limit)
     try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"cannot read {path} as arrays: {error}; expected numbers as numpy.save writes them") from error
-    if isinstance(found, np.ndarray):
-        return _numbered(torch.as_tensor(found[:limit]), None)
-    inputs = next((found[name] for name in INPUTS if name in found), None)
-    labels = next((found[name] for name in LABELS if name in found), None)
-    if inputs is None:
-        raise DataError(f"{path} holds {', '.join(found)}: expected one of {', '.join(INPUTS)} among them")
-    told = None if labels is None else np.asarray(labels).reshape(-1)[:limit].tolist()
-    return _numbered(torch.as_tensor(inputs[:limit]), told)
+        if path.suffix == ".npy":
+            with path.open("rb") as file:
+                return _numbered(_rows(file, path.stat().st_size, limit), None)
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            found = [next((members[name] for name in names if name in members), None) for names in (INPUTS, LABELS)]
+            if found[0] is None:
+                names = f"{path} holds {listed(members)}: expected one of {', '.join(INPUTS)} among them"
+                raise DataError(names)
+            arrays = []
+            for member in filter(None, found):
+                with archive.open(member) as file:
+                    arrays.append(_rows(file, member.file_size, limit))
+    except DataError:
+        raise
+    except Exception as error:  # numpy and zipfile report a damaged file by any of them
+        reason = line(f"{type(error).__name__}: {error}", 200)
+        raise DataError(
+            f"cannot read {path} as arrays ({reason}); expected numbers as numpy.save and numpy.savez write them"
+        ) from error
+    return _numbered(arrays[0], arrays[1].flatten().tolist() if len(arrays) > 1 else None)
+
+
+def _rows(file: Any, size: int, limit: int | None) -> Tensor:
+    """The first rows of an array, and nothing of the others.
+
+    Args:
+        size: bytes that are there, unpacked.
+    """
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = header(file)
+    if dtype.kind not in "biuf" or not shape:
+        raise ValueError(f"an array of {dtype} and shape {shape}, expected rows of numbers")
+    row = math.prod(shape[1:]) * dtype.itemsize
+    # By columns the first rows lie all over the file.
+    rows = shape[0] if by_columns or limit is None else min(limit, shape[0])
+    if min(shape) < 0 or size < row * shape[0] or row * rows > LARGEST:
+        raise ValueError(
+            f"shape {shape} of {dtype}, {row * rows:,} bytes in {rows:,} rows, expected at most {LARGEST:,}, and what "
+            "it says to be there"
+        )
+    values = np.frombuffer(file.read(row * rows), dtype).reshape((rows, *shape[1:]), order="F" if by_columns else "C")
+    return torch.tensor(values[:limit].astype(dtype.newbyteorder("=")))
 
 
 def _table(path: Path, label_column: str | None, limit: int | None) -> Samples:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
-        header = next(reader, [])
-        rows = [row for row in islice(reader, limit) if row]
+        try:
+            header = next(reader, [])
+            rows = [row for row in islice(reader, limit) if row]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {path} as a table ({line(str(error), 200)}); expected UTF-8 text") from error
     if not rows:
         raise DataError(f"{path} has no rows: expected a header and one row for each sample")
     if label_column is not None and label_column not in header:
-        raise DataError(f"{path} has no column {label_column!r}: expected one of {', '.join(header)}")
+        raise DataError(f"{path} has no column {label_column!r}: expected one of {listed(header)}")
     at = None if label_column is None else header.index(label_column)
     values = [
         [_number(path, line, header, column, cell) for column, cell in enumerate(row) if column != at]
@@ -121,8 +161,8 @@ def _number(path: Path, line: int, header: Sequence[str], column: int, cell: str
     except ValueError as error:
         name = header[column] if column < len(header) else str(column + 1)
         raise DataError(
-            f"{path}, line {line}, column {name}: got {cell!r}, expected a number; name the label's column "
-            "(--label-column), and encode or leave out other words"
+            f"{path}, line {line}, column {shown(name)}: got {shown(cell)!r}, expected a number; name the label's "
+            "column (--label-column), and encode or leave out other words"
         ) from error
 
 

@@ -10,8 +10,9 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,17 @@ import safetensors
 import torch
 from torch import Tensor
 
+from rgap.printable import line, listed, shown
 from rgap.update import UpdateError
 
 LARGEST = 16 * 2**30
-"""How many bytes a file may hold, or claim to hold, unless the caller says otherwise."""
+"""How many bytes a file may hold, or claim to hold, where neither a model nor the caller says otherwise."""
+MOST = 10_000
+"""The same of tensors."""
+SPELT = 2048
+"""Bytes that the name, shape and place of one tensor may take."""
+COPIES = 8
+"""Checkpoints hold moments of an optimizer, averaged weights and the like beside the weights."""
 
 NESTS = ("state_dict", "model", "model_state_dict", "gradients")
 """Under which of its keys a pickled dict may hold the dict of tensors."""
@@ -38,6 +46,56 @@ _MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 class ReadError(UpdateError):
     """A file of tensors that cannot be read, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a file may hold: whatever is read of it takes no more, in time and memory, than what it is for.
+
+    Args:
+        size: bytes of the file, packed or unpacked.
+        values: bytes of the tensors that are taken from it.
+        tensors: how many there may be.
+    """
+
+    size: int = LARGEST
+    values: int = LARGEST
+    tensors: int = MOST
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], largest: int | None) -> Room:
+        """For a model's tensors, in double precision at most; or as many bytes as the caller says."""
+        tensors = 100 + COPIES * len(state)
+        values = 2 * sum(8 * max(t.numel(), 1) for t in state.values()) + SPELT * tensors
+        return cls(largest or COPIES * values, largest or values, tensors)
+
+    @property
+    def spelt(self) -> int:
+        """Bytes of the names, shapes and places of all tensors."""
+        return SPELT * self.tensors
+
+    def check_size(self, path: Path, size: int, doing: str) -> None:
+        self._check(path, size, self.size, doing)
+
+    def check_values(self, path: Path, size: int) -> None:
+        self._check(path, size, self.values, "claims tensors of")
+
+    def check_count(self, path: Path, count: int) -> None:
+        if count > self.tensors:
+            raise ReadError(f"{path}: got {count:,} tensors, expected at most {self.tensors:,} for this model")
+
+    def check_spelt(self, path: Path, size: int) -> None:
+        if size > self.spelt:
+            raise ReadError(
+                f"{path}: names and shapes of its tensors take {size:,} bytes, expected at most {self.spelt:,} for "
+                "this model"
+            )
+
+    def _check(self, path: Path, size: int, most: int, doing: str) -> None:
+        if size > most:
+            raise ReadError(
+                f"{path}: {doing} {size:,} bytes, expected at most {most:,}; if that is right, pass a larger `largest`"
+            )
 
 
 def tensors(path: str | Path, largest: int = LARGEST) -> dict[str, Tensor]:
@@ -55,10 +113,10 @@ def tensors(path: str | Path, largest: int = LARGEST) -> dict[str, Tensor]:
     Raises:
         ReadError: no such file, damaged, of another kind, too large, or with anything but tensors in it.
     """
-    return read(Path(path), largest)[0]
+    return read(Path(path), Room(largest, largest))[0]
 
 
-def read(path: Path, largest: int) -> tuple[dict[str, Tensor], bool]:
+def read(path: Path, room: Room) -> tuple[dict[str, Tensor], bool]:
     """The tensors, and whether the file is an update that rgap wrote."""
     if not path.is_file():
         raise ReadError(f"{path}: no such file; expected {_FORMATS}")
@@ -66,14 +124,14 @@ def read(path: Path, largest: int) -> tuple[dict[str, Tensor], bool]:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(32)
-    _allow(path, size, largest, "is a file of")
+    room.check_size(path, size, "is a file of")
     own = False
     if head.startswith(b"PK\x03\x04"):
-        found = _zipped(path, largest)
+        found = _zipped(path, room)
     elif head[:1] == b"\x80" and _MAGIC in head:
-        found = _pickled(path, size, largest, zipped=False)
+        found = _pickled(path, size, room, zipped=False)
     elif head[8:9] == b"{":
-        found, own = _safetensors(path, size)
+        found, own = _safetensors(path, size, room)
     else:
         raise ReadError(f"{path}: got {_looks_like(head)}, expected {_FORMATS}; it may be truncated. {_SAVE}")
     if not found:
@@ -87,13 +145,6 @@ def _looks_like(head: bytes) -> str:
     if head[:1] == b"\x80":
         return "a bare pickle, which is not opened: it could run code"
     return f"a file of another kind that begins with {head[:8]!r}" if head else "an empty file"
-
-
-def _allow(path: Path, size: int, largest: int, doing: str) -> None:
-    if size > largest:
-        raise ReadError(
-            f"{path}: {doing} {size:,} bytes, expected at most {largest:,}; if that is right, pass a larger `largest`"
-        )
 
 
 @contextmanager
@@ -115,10 +166,10 @@ def guarded(path: Path, kind: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {line(lines[0], 200)}" if lines else type(error).__name__
 
 
-def _safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], bool]:
+def _safetensors(path: Path, size: int, room: Room) -> tuple[dict[str, Tensor], bool]:
     with guarded(path, "safetensors"):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -127,17 +178,23 @@ def _safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], bool]:
                 f"{path}: not a whole safetensors file, it may be truncated or changed: its header claims "
                 f"{length:,} bytes, {size - 8:,} are there; {_AGAIN}"
             )
+        room.check_spelt(path, length)
+        room.check_values(path, size - length)
         # The library compares the sizes of the tensors with the file's before it makes any.
         with safetensors.safe_open(path, framework="pt") as opened:
-            own = "rgap" in (opened.metadata() or {})
+            own, names = "rgap" in (opened.metadata() or {}), sorted(opened.keys())
+            room.check_count(path, len(names))
             # Cloned: what it gives is a view of the file.
-            return {name: opened.get_tensor(name).clone() for name in sorted(opened.keys())}, own
+            return {name: opened.get_tensor(name).clone() for name in names}, own
 
 
-def _zipped(path: Path, largest: int) -> dict[str, Tensor]:
+def _zipped(path: Path, room: Room) -> dict[str, Tensor]:
     """What numpy.savez or torch.save wrote."""
+    with guarded(path, "zip"):
+        # Of a member that has no tensor torch.save writes a few.
+        room.check_count(path, _members(path) - 10)
     with guarded(path, "zip"), zipfile.ZipFile(path) as archive:
-        kind = _checked(path, archive, largest)
+        kind = _checked(path, archive, room)
         if kind == "npz":
             for member in archive.infolist():
                 with archive.open(member) as file:
@@ -148,16 +205,17 @@ def _zipped(path: Path, largest: int) -> dict[str, Tensor]:
     if path.suffix.lower() == ".safetensors":
         # torch.load would go by the name.
         raise ReadError(f"{path}: got a torch.save file of another name, expected .pt; rename it")
-    return _pickled(path, path.stat().st_size, largest, zipped=True)
+    return _pickled(path, path.stat().st_size, room, zipped=True)
 
 
-def _checked(path: Path, archive: zipfile.ZipFile, largest: int) -> str:
+def _checked(path: Path, archive: zipfile.ZipFile, room: Room) -> str:
     """Which kind of zip file it is: "npz" or "pt". It is whole, of allowed size, and its checksums are right."""
     members = archive.infolist()
     names = [member.filename for member in members]
-    if _members(path) not in (len(members), 0xFFFF):  # that many stands for more
+    if _members(path) != len(members):
         raise ReadError(f"{path}: not a whole zip file: the number of its members is wrong; {_AGAIN}")
-    _allow(path, sum(member.file_size for member in members), largest, "holds, unpacked,")
+    unpacked = sum(member.file_size for member in members)
+    room.check_size(path, unpacked, "holds, unpacked,")
     if len(set(names)) < len(names):
         raise ReadError(f"{path}: got two members of one name, expected each name once. {_SAVE}")
     ends = {name.split("/")[-1] for name in names}
@@ -165,8 +223,10 @@ def _checked(path: Path, archive: zipfile.ZipFile, largest: int) -> str:
         raise ReadError(f"{path}: got a TorchScript archive, which is a program, expected tensors alone. {_SAVE}")
     if "data.pkl" in ends:
         kind, ways = "pt", [zipfile.ZIP_STORED]
+        room.check_spelt(path, sum(m.file_size for m in members if m.filename.split("/")[-1] == "data.pkl"))
     elif all(name.endswith(".npy") for name in names):
         kind, ways = "npz", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
+        room.check_values(path, unpacked)
     else:
         raise ReadError(f"{path}: got a zip file with {listed(names)}, expected {_FORMATS}. {_SAVE}")
     packed = [member.filename for member in members if member.compress_type not in ways]
@@ -211,7 +271,7 @@ def _from_numpy(array: Any) -> Tensor:
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
-def _pickled(path: Path, size: int, largest: int, zipped: bool) -> dict[str, Tensor]:
+def _pickled(path: Path, size: int, room: Room, zipped: bool) -> dict[str, Tensor]:
     """What torch.save wrote.
 
     A zipped file is mapped, so that a tensor that claims more than is there cannot reach beyond the file; an older one
@@ -227,7 +287,7 @@ def _pickled(path: Path, size: int, largest: int, zipped: bool) -> dict[str, Ten
                 raise
             got = f"a pickle that asks for {shown(asked[1] or asked[2])}"
             raise ReadError(f"{path}: got {got}, expected tensors alone; nothing was executed. {_SAVE}") from error
-        return _owned(path, _flat(path, found), size, largest)
+        return _owned(path, _flat(path, found), size, room)
 
 
 def _flat(path: Path, found: Any) -> dict[str, Tensor]:
@@ -256,14 +316,14 @@ def _plain(value: Any) -> bool:
     )
 
 
-def _owned(path: Path, found: dict[str, Tensor], size: int, largest: int) -> dict[str, Tensor]:
+def _owned(path: Path, found: dict[str, Tensor], size: int, room: Room) -> dict[str, Tensor]:
     """Copies of what the tensors see of their storage; one that repeats a number keeps doing so."""
     spans = {
         name: 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
         for name, t in found.items()
     }
-    claimed = sum(max(spans[name], t.numel()) * t.element_size() for name, t in found.items())
-    _allow(path, claimed, largest, "claims tensors of")
+    room.check_count(path, len(found))
+    room.check_values(path, sum(max(spans[name], t.numel()) * t.element_size() for name, t in found.items()))
     large = [name for name, t in found.items() if t.untyped_storage().nbytes() > size]
     if large:
         raise ReadError(f"{path}: {shown(large[0])} claims more than the {size:,} bytes that the file has")
@@ -272,16 +332,3 @@ def _owned(path: Path, found: dict[str, Tensor], size: int, largest: int) -> dic
         flat = t.detach().as_strided((spans[name],), (1,), t.storage_offset()).clone()
         kept[name] = flat.as_strided(t.shape, t.stride(), 0)
     return kept
-
-
-def shown(name: str) -> str:
-    """A name from a file, without what would upset a terminal."""
-    name = name if len(name) <= 100 else f"{name[:100]}..."
-    return name if name.isprintable() else repr(name)
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names in one line, the first eight of many."""
-    names = list(names)
-    text = ", ".join(map(shown, names[:8]))
-    return text if len(names) <= 8 else f"{text} and {len(names) - 8} more"

@@ -20,6 +20,7 @@ from torch import Tensor
 from rgap.client import sent_by
 from rgap.files import write_atomically
 from rgap.inversion.rounding import stored_precision
+from rgap.printable import line, listed
 from rgap.protocol import Optimiser, Protocol, Sends
 from rgap.schema import nullable, validator
 from rgap.target import Target, fingerprint
@@ -167,10 +168,10 @@ class Update:
         missing = [] if partial else [name for name in target.parameters if name not in self.gradients]
         extra = [name for name in self.gradients if name not in target.parameters]
         if missing or extra:
-            parts = [f"missing {_listed(missing)}"] * bool(missing) + [f"unknown {_listed(extra)}"] * bool(extra)
+            parts = [f"missing {listed(missing)}"] * bool(missing) + [f"unknown {listed(extra)}"] * bool(extra)
             raise UpdateError(
                 f"the update's names do not fit the model: {'; '.join(parts)}. Expected one gradient for each of "
-                f"{_listed(list(target.parameters))}."
+                f"{listed(list(target.parameters))}."
             )
         for name, gradient in self.gradients.items():
             got, expected = tuple(gradient.shape), tuple(target.parameters[name].shape)
@@ -217,7 +218,9 @@ class Update:
                 header_text = (file.metadata() or {}).get("rgap")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except safetensors.SafetensorError as error:
-            raise UpdateError(f"{path}: not a whole safetensors file, it may be truncated ({error})") from error
+            raise UpdateError(
+                f"{path}: not a whole safetensors file, it may be truncated ({line(str(error), 200)})"
+            ) from error
         header = _header(header_text, path)
         try:
             update = cls(tensors, header)
@@ -271,7 +274,7 @@ def _header(text: str | None, path: Path) -> Header:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UpdateError(f"{path}: the header is not JSON ({error})") from error
+        raise UpdateError(f"{path}: the header is not JSON ({line(str(error), 200)})") from error
     if not isinstance(found, dict):
         raise UpdateError(f"{path}: the header is {type(found).__name__}, expected an object")
     if found.get("format") not in (1, FORMAT):
@@ -282,7 +285,7 @@ def _header(text: str | None, path: Path) -> Header:
     if found.get("kind") not in [sends.value for sends in Sends]:
         raise UpdateError(f"{path}: got an update of kind {found.get('kind')!r}, expected 'gradient' or 'difference'")
     if not HEADER.is_valid(found):
-        raise UpdateError(f"{path}: a field of the header has the wrong type: {text[:200]}")
+        raise UpdateError(f"{path}: a field of the header has the wrong type: {line(text, 200)}")
     header = {name: found[name] for name in HEADER.schema["properties"] if found.get(name) is not None}
     if "input_shape" in header:
         header["input_shape"] = tuple(header["input_shape"])
@@ -299,16 +302,11 @@ def _protocol(kind: str, spec: Any, path: Path) -> Protocol:
     if not isinstance(spec, dict):
         raise UpdateError(f"{path}: the protocol is {type(spec).__name__}, expected an object")
     if not PROTOCOL.is_valid(spec):
-        raise UpdateError(f"{path}: a field of the protocol has the wrong type or value: {str(spec)[:200]}")
+        raise UpdateError(f"{path}: a field of the protocol has the wrong type or value: {line(str(spec), 200)}")
     fields = {name: spec[name] for name in PROTOCOL.schema["properties"] if name in spec}
     if "schedule" in fields:
         fields["schedule"] = tuple(fields["schedule"])
     return Protocol(Sends(kind), **fields | {"optimiser": Optimiser(spec.get("optimiser", Optimiser.SGD.value))})
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:8])
-    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
 
 
 def capture(

@@ -540,9 +540,9 @@ def test_a_file_can_say_when_to_fail(capsys: pytest.CaptureFixture[str], open_ne
         ("count = true\n", "--count"),
         ('loss = "mine"\n', "'mine' is not one of"),
         ('defence = ["Nonsense"]\n', "Nonsense"),
-        ('defence = "Sign"\n', "Value must be an iterable"),
+        ("defence = [[1]]\n", "got --defence a list, expected text or a number"),
         ('fail-if = "psnr"\n', "expected one of psnr"),
-        ("input-shape = [1, 8, 8]\n", "expected positive sizes with commas"),
+        ("input-shape = [1, 8, 8]\n", "got --input-shape a list, expected text or a number"),
         ("count = \n", "not TOML"),
     ],
 )

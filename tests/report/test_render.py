@@ -23,6 +23,7 @@ from sample_audits import AUDITS, HOSTILE, Audit, closed, empty, hostile, partia
 
 import rgap.report
 from rgap.auditing.results import EXACT_PSNR
+from rgap.printable import visible
 from rgap.report import ReportError, charts, digest, reading, render, words, write
 
 VOID = {"meta", "link", "img", "br", "line", "rect", "circle"}
@@ -313,13 +314,13 @@ def test_no_text_becomes_markup(text: str, plain_tags: list[tuple[str, tuple[str
     assert page.open == []
     assert page.tags == plain_tags
     html.encode()
-    shown = " ".join(reading.visible(text).split())
+    shown = " ".join(visible(text).split())
     assert shown in page.text
 
 
 @given(st.text(st.characters(codec=None), max_size=3000))
 def test_text_is_made_visible(text: str) -> None:
-    shown = reading.visible(text)
+    shown = visible(text)
     assert len(shown) <= 8 * reading.LONGEST + 100
     assert not re.search("[\u202a-\u202e\u2066-\u2069\ud800-\udfff\x00-\x08\x7f-\x9f]", shown)
     assert len(words.name(shown)) <= max(words.NAME, len("(no name)"))

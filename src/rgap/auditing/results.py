@@ -101,8 +101,8 @@ class Result:
     def free_share(self) -> float:
         """The share of dimensions that no constraint decides, so that a prior filled them; 0 if none was counted."""
         if self.joint is not None:
-            return self.joint.free / self.joint.unknowns
-        return max((layer.free / layer.unknowns for layer in self.layers), default=0.0)
+            return self.joint.free / max(self.joint.unknowns, 1)
+        return max((layer.free / max(layer.unknowns, 1) for layer in self.layers), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the inputs, ready for JSON."""

@@ -80,6 +80,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.start = time.perf_counter()
+        if self.budget is not None and not self.budget >= 0:
+            raise ValueError(f"got budget={self.budget}, expected 0 seconds or more, or None")
         self.updates = [each.update for each in self.observed]
         self.group = max(each.samples for each in self.observed)
         self.obstacles = [obstacle_of(attack, self.target, self.group) for attack in self.attacks]
@@ -181,11 +183,11 @@ class Run:
     def results(self, attack: Attack, updates: Mapping[int, Update], defence: str = "") -> dict[int, list[Result]]:
         """One attack on updates by their number, from the store those that are there; fewer if the time is up."""
         keys = {at: _key(attack, at, defence) for at in updates}
-        for key in keys.values():
+        for at, key in keys.items():
             if key not in self.found and self.store is not None and key in self.store.rows:
-                row = self.store.rows[key]
-                results = enumerate(row.values["results"])
-                self.found[key] = [Result.from_dict(each, row.tensors.get(str(n))) for n, each in results]
+                kept = self._kept(self.store.rows[key], self.observed[at].samples)
+                if kept is not None:
+                    self.found[key] = kept
         left = [at for at, key in keys.items() if key not in self.found]
         for start in range(0, len(left), CHUNK):
             if self.late or used() >= 1:
@@ -202,6 +204,17 @@ class Run:
                     tensors = {str(n): result.inputs for n, result in enumerate(own) if result.inputs is not None}
                     self.store.add(keys[at], Row({"results": [result.to_dict() for result in own]}, tensors))
         return {at: self.found[key] for at, key in keys.items() if key in self.found}
+
+    def _kept(self, row: Row, samples: int) -> list[Result] | None:
+        """What the store has of one update; None if that is no result of this audit: it is done again."""
+        shape = (1, *self.target.input_shape)
+        if any(inputs.shape != shape or not inputs.is_floating_point() for inputs in row.tensors.values()):
+            return None
+        try:
+            found = [Result.from_dict(each, row.tensors.get(str(n))) for n, each in enumerate(row.values["results"])]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
+        return found if len(found) == samples else None
 
     def _judged(self, observed: Observed, found: Reconstruction) -> list[Result]:
         if observed.truth is None or observed.labels is None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from typing import Any
 
 import click
+
+from rgap.cli.console import say
 
 # torch takes seconds to import: a command's module is imported when the command runs, not for --help.
 COMMANDS = {
@@ -55,9 +58,11 @@ def main(arguments: list[str] | None = None) -> Any:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        say(shown.getvalue().rstrip(), err=True)
         sys.exit(error.exit_code)
     except (ValueError, OSError) as error:
-        click.echo(f"rgap: {error}", err=True)
+        say(f"rgap: {error}", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -14,6 +14,7 @@ from rgap.cli import options
 from rgap.cli.capture import sample
 from rgap.cli.console import number, report, status
 from rgap.files import write_atomically
+from rgap.printable import visible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +122,7 @@ def _show(found: Reconstruction, scored: dict[str, float] | None, written: Seque
     known = found.labels if found.answers else None if found.features is None else found.features.labels
     label = "" if known is None else ", label " + ", ".join(f"{label:+g}" for label in known.tolist())
     twins = f", {len(found.twins)} twin(s)" if found.twins else ""
-    console.print(Text.assemble("\n", (found.status.value, "bold"), f"{label}{twins}: {found.reason}"))
+    console.print(Text.assemble("\n", (found.status.value, "bold"), visible(f"{label}{twins}: {found.reason}")))
     if scored is not None:
         figures = (number(scored["psnr"], ".1f"), number(scored["ssim"], ".2f"), number(scored["mse"], ".1e"))
         console.print("Beside the true picture: PSNR {} dB, SSIM {}, mean squared error {}".format(*figures))

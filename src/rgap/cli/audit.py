@@ -35,9 +35,9 @@ DEFENCES = (
     metavar="NAME",
     help=f"Sweep this defence over its strengths; may be given several times, or all: {', '.join(DEFENCES)}.",
 )
-@click.option("--dp-rate", type=click.FloatRange(0, 1), help="Share of clients in a round, to count DPSGD's epsilon.")
+@click.option("--dp-rate", type=options.Number(0, 1), help="Share of clients in a round, to count DPSGD's epsilon.")
 @click.option("--dp-steps", type=options.COUNT, help="Rounds of the training, to count DPSGD's epsilon.")
-@click.option("--dp-delta", type=click.FloatRange(0, 1), default=1e-5, show_default=True)
+@click.option("--dp-delta", type=options.Number(0, 1), default=1e-5, show_default=True)
 @click.option(
     "--data",
     "folder",

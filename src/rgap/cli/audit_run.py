@@ -15,11 +15,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from rgap.cli.condition import Condition, condition
-from rgap.cli.console import bar
-from rgap.cli.options import ATTACK, F, attack_options, make_attack, options, output_options, taken
+from rgap.cli.console import bar, report
+from rgap.cli.options import ATTACK, F, Number, attack_options, make_attack, options, output_options, taken
 
 if TYPE_CHECKING:
     from rgap.attacks import Attack
@@ -40,7 +39,7 @@ def audit_options(of: str, json_help: str) -> Callable[[F], F]:
         attack_options(default=None),
         click.option(
             "--budget",
-            type=click.FloatRange(min=0),
+            type=Number(min=0),
             default=120.0,
             show_default=True,
             help=f"Seconds for {of}, shared out among the attacks; one that takes longer is cut off, and named.",
@@ -95,7 +94,7 @@ class AuditRun:
 
         self.out.mkdir(parents=True, exist_ok=True)
         interrupted = False
-        with bar(Console(stderr=True), self.as_json) as step, ended_by_termination():
+        with bar(report(stderr=True), self.as_json) as step, ended_by_termination():
             try:
                 result = audit(
                     attacks=self.attacks,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rgap.cli.options import PATH, make_target, target_options
+from rgap.cli.console import say
+from rgap.cli.options import PATH, Number, make_target, target_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command("capture")
 @click.argument("picture", type=PATH)
-@click.option("--label", type=float, required=True, help="-1 or 1; for cross-entropy the class, from 0.")
+@click.option("--label", type=Number(), required=True, help="-1 or 1; for cross-entropy the class, from 0.")
 @target_options
 @click.option("--out", type=PATH, default="update.safetensors", show_default=True, help="File to write.")
 def command(picture: Path, label: float, out: Path, **named: Any) -> None:
@@ -33,7 +34,7 @@ def command(picture: Path, label: float, out: Path, **named: Any) -> None:
     misfit = range_misfit(target, [x])
     if misfit is not None:
         click.echo(f"Check this: {misfit}", err=True)
-    click.echo(f"{out}: gradient of {len(target.parameters)} tensors, model {target.fingerprint[:12]}")
+    say(f"{out}: gradient of {len(target.parameters)} tensors, model {target.fingerprint[:12]}")
 
 
 def sample(target: Target, picture: Path, remedy: str) -> Tensor:

@@ -5,26 +5,45 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from rgap.printable import visible
 
 if TYPE_CHECKING:
     from rgap.attacks.progress import Tick
 
 WIDE = 160
 """Columns of text that goes to a file: there is no window that it must fit."""
+LONGEST = 10_000
+"""Characters of a text; of a longer one the middle is left out."""
 NONE = "-"
 """In the place of a number that is not there."""
 
 
-def report() -> Console:
-    """The standard output. Names are printed as they are, whatever brackets stand in them."""
-    console = Console(highlight=False, markup=False)
-    if console.is_terminal:
+class _Harmless(Console):
+    """All text that it prints, in tables too, may be foreign."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(visible(text, LONGEST), **how)
+
+
+def report(**how: Any) -> Console:
+    """The standard output. Names are printed as they are, whatever brackets stand in them, but for what would act on a
+    terminal."""
+    console = _Harmless(highlight=False, markup=False, **how)
+    if console.is_terminal or console.stderr:
         return console
-    return Console(highlight=False, markup=False, width=WIDE, soft_wrap=True)
+    return _Harmless(highlight=False, markup=False, width=WIDE, soft_wrap=True)
+
+
+def say(text: str, err: bool = False) -> None:
+    """One line, or several, that may be foreign."""
+    click.echo(visible(text, LONGEST), err=err)
 
 
 def table(title: str, text: tuple[str, ...], numbers: tuple[str, ...] = ()) -> Table:
@@ -53,7 +72,7 @@ def status(quiet: bool = False) -> Iterator[None]:
     """Show how far an attack has come, for as long as it runs."""
     from rgap.attacks.progress import watching
 
-    console = Console(stderr=True, quiet=quiet)
+    console = report(stderr=True, quiet=quiet)
     with console.status("attacking") as shown, watching(lambda tick: shown.update(tick_line(tick))):
         yield
 
@@ -70,14 +89,15 @@ def bar(console: Console, quiet: bool) -> Iterator[Callable[[str, int, int, str]
 
     from rgap.attacks.progress import watching
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    description = TextColumn("{task.description}", markup=False)
+    columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
         present = ""
 
         def step(what: str, done: int, total: int, note: str) -> None:
             nonlocal present
-            present = what
+            present = what = visible(what)
             if note and not quiet:
                 progress.console.print(note, highlight=False, markup=False, soft_wrap=not console.is_terminal)
             if progress.tasks[0].total is None:  # what was done before took no time now

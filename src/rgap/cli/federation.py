@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rgap.cli.audit_run import AuditRun, audit_options
-from rgap.cli.console import report
+from rgap.cli.console import report, say
 from rgap.cli.options import PATH, config_option, make_target, target_options
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def command(folder: Path, wanted: int | None, **named: Any) -> None:
         seen = True
         for each in found.nodes:
             if each.failed:
-                click.echo(f"{found.name}: node {each.node} sent no update: {each.failed}", err=True)
+                say(f"{found.name}: node {each.node} sent no update: {each.failed}", err=True)
         for at, (given, updates) in enumerate(found.by_target(target)):
             name = found.name if at == 0 else f"{found.name}-{at + 1}"
             clients = {f"node {node}": update for node, update in sorted(updates.items())}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from rgap.files import read_toml
+from rgap.printable import listed
 from rgap.protocol import Optimiser, Protocol, Sends
 
 if TYPE_CHECKING:
@@ -17,6 +19,17 @@ if TYPE_CHECKING:
 
     from rgap.attacks import Attack
     from rgap.target import Target
+
+
+class Number(click.FloatRange):
+    """A number, and so neither NaN nor infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found: float = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"got {found}, expected a finite number", param, ctx)
+        return found
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,7 +47,8 @@ ABOUT_ATTACKS = (
 )
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
-POSITIVE = click.FloatRange(min=0)
+POSITIVE = Number(min=0)
+SEED = click.IntRange(-(2**63), 2**63 - 1)
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -71,8 +85,10 @@ def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[floa
         return None
     try:
         low, high = (float(part) for part in value.split(","))
+        if not low < high or not math.isfinite(high - low):
+            raise ValueError
     except ValueError:
-        message = f"got {value!r}, expected two numbers with a comma, such as 0,1, or none"
+        message = f"got {value!r}, expected two numbers with a comma, the smaller first, such as 0,1, or none"
         raise click.BadParameter(message, ctx, param) from None
     return low, high
 
@@ -140,7 +156,7 @@ target_options = options(
     ),
     click.option("--std", callback=_channels, metavar="NUMBERS", help="That they divide by then."),
     click.option("--device", metavar="NAME", help="To compute on: cpu, cuda, cuda:1. Default: where the model is."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of the model's initial weights."),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="Of the model's initial weights."),
     click.option(
         "--training",
         is_flag=True,
@@ -160,7 +176,7 @@ protocol_options = options(
         help="A gradient, or the difference of its weights after local steps.",
     ),
     click.option("--local-steps", type=COUNT, default=1, show_default=True),
-    click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Of the local steps."),
+    click.option("--learning-rate", type=Number(min=0, min_open=True), help="Of the local steps."),
     click.option(
         "--optimiser",
         type=click.Choice([optimiser.value for optimiser in Optimiser]),
@@ -339,16 +355,49 @@ def _configured(ctx: click.Context, param: click.Parameter, value: Path | None) 
     if not value.is_file():
         raise click.BadParameter(f"{value}: no such file", ctx, param)
     try:
-        entries = tomllib.loads(value.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{value}: not TOML ({error})", ctx, param) from error
-    names = {name.lstrip("-"): each.name for each in ctx.command.params for name in each.opts if name.startswith("--")}
-    unknown = [name for name in entries if name not in names or name == "config"]
+        entries = read_toml(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from error
+    known = {name.lstrip("-"): each for each in ctx.command.params for name in each.opts if name.startswith("--")}
+    del known["config"]
+    unknown = [name for name in entries if name not in known]
     if unknown:
-        known = ", ".join(sorted(set(names) - {"config"}))
-        raise click.BadParameter(f"{value}: unknown {', '.join(unknown)}; expected some of {known}", ctx, param)
-    whole = {each.name for each in ctx.command.params if isinstance(each.type, click.types.IntParamType)}
+        expected = ", ".join(sorted(known))
+        raise click.BadParameter(f"{value}: unknown {listed(unknown)}; expected some of {expected}", ctx, param)
+    ctx.default_map = {}
     for name, entry in entries.items():
-        if names[name] in whole and isinstance(entry, (bool, float)):
-            raise click.BadParameter(f"{value}: got --{name} {entry!r}, expected a whole number", ctx, param)
-    ctx.default_map = {str(names[name]): entry for name, entry in entries.items()}
+        try:
+            ctx.default_map[str(known[name].name)] = _typed(known[name], entry)
+        except ValueError as error:
+            raise click.BadParameter(f"{value}: got --{name} {error}", ctx, param) from error
+
+
+def _typed(option: click.Parameter, entry: Any) -> str | bool | list[str]:
+    """What TOML has, as the command line would have it.
+
+    Raises:
+        ValueError: it is nothing that the option takes; says what.
+    """
+    if isinstance(option, click.Option) and option.multiple:
+        return [_text(option, each) for each in (entry if isinstance(entry, list) else [entry])]
+    flag = isinstance(option, click.Option) and option.is_flag
+    if flag != isinstance(entry, bool):
+        raise ValueError(f"{_told(entry)}, expected {'true or false' if flag else _EXPECTED[_whole(option)]}")
+    return entry if isinstance(entry, bool) else _text(option, entry)
+
+
+_EXPECTED = {True: "a whole number", False: "text or a number"}
+
+
+def _text(option: click.Parameter, entry: Any) -> str:
+    if isinstance(entry, bool) or not isinstance(entry, (str, int) if _whole(option) else (str, int, float)):
+        raise ValueError(f"{_told(entry)}, expected {_EXPECTED[_whole(option)]}")
+    return str(entry)
+
+
+def _whole(option: click.Parameter) -> bool:
+    return isinstance(option.type, click.types.IntParamType)
+
+
+def _told(entry: Any) -> str:
+    return repr(entry) if isinstance(entry, (bool, int, float)) else f"a {type(entry).__name__}"

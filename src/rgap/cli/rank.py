@@ -44,7 +44,7 @@ def command(measure: bool, batch_size: int | None, sample: Path | None, out: Pat
 
     target = make_target(**named)
     values = None if sample is None else read_sample(target, sample, "leave --sample out")
-    console = Console(stderr=True)
+    console = report(stderr=True)
     with _progress(len(target.graph.uses), console, not as_json and console.is_terminal) as step:
         analysis = rank_analysis(target, values, batch_size, measure, progress=step)
     out.mkdir(parents=True, exist_ok=True)

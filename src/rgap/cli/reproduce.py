@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from rgap.cli.console import bar, report, table
-from rgap.cli.options import COUNT, PATH, output_options
+from rgap.cli.options import COUNT, PATH, SEED, output_options
 
 NAMES = {
     "table1": "Table 1: mean MSE of R-GAP, DLG and H-GAP (50 pictures)",
@@ -48,7 +47,7 @@ class _WithNames(click.Command):
     "built-in photographs.",
 )
 @click.option("--count", type=COUNT, help="How many pictures, or what else NAME counts; see below.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of weights, starts and noise.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of weights, starts and noise.")
 @click.option("--fresh", is_flag=True, help="Start over; else a run that was interrupted goes on where it was.")
 @output_options()
 def command(name: str | None, out: Path, fresh: bool, as_json: bool, **named: Any) -> None:
@@ -63,7 +62,7 @@ def command(name: str | None, out: Path, fresh: bool, as_json: bool, **named: An
         _list(as_json)
         return
     chosen, options, folder = by_name(name), Options(**named), out / name
-    with bar(Console(stderr=True), as_json) as step:
+    with bar(report(stderr=True), as_json) as step:
         rows = reproduce(chosen, options, folder, fresh, lambda what, done, total: step(what, done, total, ""))
     if as_json:
         click.echo(json.dumps(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))))

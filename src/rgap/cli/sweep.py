@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from rgap.cli.console import NONE, number, report, table
+from rgap.cli.console import NONE, number, report, say, table
 from rgap.cli.options import COUNT, PATH
 from rgap.files import plain
 from rgap.sweeps.job import AXES
@@ -91,7 +91,7 @@ def run(
         return
     # Dask leaves tasks behind when a worker dies; what becomes of their jobs is in the store.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    console = Console(stderr=True)
+    console = report(stderr=True)
     with _progress(console, as_json) as (step, notice):
         found = sweep(chosen, kept, workers, scheduler, retry, step, notice)
     with SweepStore(kept, make=False) as opened:
@@ -131,9 +131,9 @@ def show(store: Path, by: str | None, plot: Path | None, x: str | None, y: str, 
         return
     _report(rows, axes)
     for line, times in failures:
-        click.echo(f"failed {times} times: {line}")
+        say(f"failed {times} times: {line}")
     if plot is not None:
-        click.echo(f"Plot: {plot}")
+        say(f"Plot: {plot}")
 
 
 @command.command("export")
@@ -146,7 +146,7 @@ def export_command(store: Path, file: Path) -> None:
 
     with SweepStore(store, make=False) as opened:
         number = export(opened.rows(), file)
-    click.echo(f"{file}: {number} rows")
+    say(f"{file}: {number} rows")
 
 
 def _count(plan: Plan, store: Path, as_json: bool) -> None:
@@ -161,7 +161,7 @@ def _count(plan: Plan, store: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"store": str(store), "jobs": len(keys), "done": done}))
     else:
-        click.echo(f"{len(keys)} jobs, {done} of them done in {store}")
+        say(f"{len(keys)} jobs, {done} of them done in {store}")
 
 
 @contextmanager
@@ -242,7 +242,7 @@ def _ended(found: Summary, store: Path, failures: list[tuple[str, int]]) -> None
         f"{found.before} were done before, {found.failed} failed"
     )
     for line, times in failures:
-        click.echo(f"- failed {times} times: {line}")
+        say(f"- failed {times} times: {line}")
     if found.failed:
-        click.echo(f"Do them once more with --retry; every failure is in {store} in full.")
-    click.echo(f"Store: {store}")
+        say(f"Do them once more with --retry; every failure is in {store} in full.")
+    say(f"Store: {store}")

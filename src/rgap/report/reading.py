@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jsonschema.exceptions import best_match
 
+from rgap.printable import LONGEST, visible
 from rgap.schema import validator
 
 FORMAT = 2
 """The format of audit.json that this version reads."""
 KIND = "rgap-audit"
 
-LONGEST = 1000
-"""Characters of one text that are shown; the middle of a longer one is left out."""
 LONGEST_COMMAND = 20_000
 _SHOWN = 200
 """Characters of a wrong value in an error message."""
-# They change the order in which the characters around them are shown: a name can pose as another one.
-_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 class ReportError(ValueError):
@@ -59,7 +55,7 @@ def check(audit: Any) -> None:
 
 
 def clean(value: Any, longest: int = LONGEST) -> Any:
-    """A copy in which every text can be shown as it is: see `visible`."""
+    """A copy in which every text can be shown as it is: see `rgap.printable.visible`."""
     if isinstance(value, str):
         return visible(value, longest)
     if isinstance(value, dict):
@@ -71,21 +67,6 @@ def clean(value: Any, longest: int = LONGEST) -> Any:
     if isinstance(value, list):
         return [clean(entry, longest) for entry in value]
     return value
-
-
-def visible(text: str, longest: int = LONGEST) -> str:
-    """Characters that would hide, reorder or break what is around them are spelt out; endless text is cut."""
-    if len(text) > longest:
-        half = longest // 2
-        left_out = f"… {len(text) - 2 * half:,} characters left out …"
-        return f"{visible(text[:half], half)} {left_out} {visible(text[-half:], half)}"
-    return "".join(f"[U+{ord(each):04X}]" if _hides(each) else each for each in text)
-
-
-def _hides(character: str) -> bool:
-    # Controls, halves of a surrogate pair (a file name that is not UTF-8 has them), and line separators.
-    category = unicodedata.category(character)
-    return (category in ("Cc", "Cs", "Zl", "Zp") and character not in "\n\t") or character in _DIRECTIONS
 
 
 def _refuse(constant: str) -> None:

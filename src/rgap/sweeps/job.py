@@ -46,12 +46,17 @@ class Job:
     @cached_property
     def key(self) -> str:
         """SHA-256 over the specification."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        return digest(self.text)
 
     @property
     def network(self) -> str:
         """Jobs that agree in this need the same network."""
-        return hashlib.sha256(canonical(self.spec.get("target")).encode()).hexdigest()
+        return digest(canonical(self.spec.get("target")))
+
+
+def digest(text: str) -> str:
+    """SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def canonical(value: Any) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from rgap import data, defences, losses, reading
 from rgap.data import Images
+from rgap.files import read_toml
 from rgap.losses import Loss
 from rgap.models.named import ModelError
+from rgap.printable import line
+from rgap.schema import validator
 from rgap.sweeps.job import AXES, Job, canonical
 from rgap.sweeps.work import Supplies, attack_of, make
 
@@ -36,6 +37,7 @@ class PlanError(ValueError):
 
 _NUMBER: dict[str, Any] = {"type": "number"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 1}
+_SEED: dict[str, Any] = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 _NONE: dict[str, Any] = {"type": "null"}
 """From Python alone: TOML has no such value."""
@@ -58,7 +60,7 @@ _TARGET = {
 SCHEMA = _table(
     ("models", "attacks"),
     models=_list({"oneOf": [_TEXT, _table(("name",), name=_TEXT, weights=_TEXT, **_TARGET)]}),
-    seeds=_list({"type": "integer"}),
+    seeds=_list(_SEED),
     widths=_list({"oneOf": [_COUNT, _NONE]}),
     stages=_list({"type": "integer", "minimum": 0}),
     attacks=_list({"oneOf": [_TEXT, _table(
@@ -67,7 +69,7 @@ SCHEMA = _table(
     defences=_list({"oneOf": [_TEXT, _table(
         ("name",), name=_TEXT, strengths={"oneOf": [{"const": "all"}, _list(_NUMBER)]},
     )]}),
-    noise_seed={"type": "integer"},
+    noise_seed=_SEED,
     images=_table(data={"oneOf": [_TEXT, _NONE]}, count=_COUNT),
     training=_table(rate={"type": "number", "exclusiveMinimum": 0}, batch=_COUNT, images=_COUNT),
     **_TARGET,
@@ -111,13 +113,9 @@ class Plan:
         """
         path = Path(path)
         try:
-            spec = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path}: not TOML ({error})") from error
-        except OSError as error:
-            raise PlanError(
-                f"{path}: cannot be read ({error.strerror}); expected a plan, see docs/sweeps.md"
-            ) from error
+            spec = read_toml(path)
+        except ValueError as error:
+            raise PlanError(f"{error}; expected a plan, see docs/sweeps.md") from error
         try:
             return cls.of(spec, path.parent)
         except PlanError as error:
@@ -131,11 +129,15 @@ class Plan:
             PlanError: against the schema, or a name that is not known.
         """
         # Through JSON: what a plan may hold is what its jobs can be made of.
-        spec = json.loads(json.dumps(dict(spec), default=str))
-        error = best_match(Draft202012Validator(SCHEMA).iter_errors(spec))
+        try:
+            spec = json.loads(json.dumps(dict(spec), default=str))
+            error = best_match(validator(SCHEMA).iter_errors(spec))
+        except RecursionError:
+            raise PlanError("nested too deep; the fields of a plan are in docs/sweeps.md") from None
         if error is not None:
             place = error.json_path.removeprefix("$.").removeprefix("$") or "the plan"
-            raise PlanError(f"{place}: {error.message}; the fields of a plan are in docs/sweeps.md")
+            message = line(error.message, 200)
+            raise PlanError(f"{line(place, 200)}: {message}; the fields of a plan are in docs/sweeps.md")
         whole = {**DEFAULTS, **spec}
         whole["images"] = {**IMAGES, **whole["images"]}
         whole["training"] = {**TRAINING, **whole["training"]}

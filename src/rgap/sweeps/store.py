@@ -20,7 +20,8 @@ from typing import Any
 
 import psutil
 
-from rgap.sweeps.job import AXES, FIGURES, Failure, Job
+from rgap.printable import line
+from rgap.sweeps.job import AXES, FIGURES, Failure, Job, digest
 from rgap.sweeps.lanes import Lanes
 
 FORMAT = 1
@@ -56,6 +57,10 @@ CREATE INDEX by_state ON jobs (state, run);
 CREATE TABLE runs (id TEXT PRIMARY KEY, host TEXT, pid INTEGER, began REAL, beat REAL) WITHOUT ROWID;
 CREATE TABLE plans (plan TEXT PRIMARY KEY, first_run TEXT) WITHOUT ROWID;
 """
+_KINDS: dict[str, Any] = {
+    "TEXT": (str, type(None)), "INTEGER": (int, type(None)), "REAL": (int, float, type(None)),
+}  # fmt: skip
+"""What SQLite gives for a column's type: whatever was put in, it keeps."""
 ROW = ("key", *AXES, "state", *FIGURES, "failure", "attempts", "finished")
 """The columns of a table of results."""
 
@@ -189,7 +194,11 @@ class SweepStore(AbstractContextManager["SweepStore"]):
                         (self._run, job),
                     ).fetchall()
                     if found:
-                        taken.append((lane, job, json.loads(found[0][0])))
+                        spec = str(found[0][0])
+                        # It names code of one's own: nobody else may say which.
+                        if digest(spec) != job:
+                            raise self._changed("the specification of a job is not the plan's")
+                        taken.append((lane, job, json.loads(spec)))
                         break  # else another run was faster
         return taken
 
@@ -225,9 +234,7 @@ class SweepStore(AbstractContextManager["SweepStore"]):
 
     def _look(self) -> None:
         self._left.fill(
-            self._base.execute(
-                "SELECT key, network FROM mine JOIN jobs USING (key) WHERE state = 'waiting' ORDER BY position"
-            ).fetchall()
+            self._all("SELECT key, network FROM mine JOIN jobs USING (key) WHERE state = 'waiting' ORDER BY position")
         )
 
     def _finish(self, key: str, outcome: Mapping[str, Any] | Failure) -> None:
@@ -281,26 +288,35 @@ class SweepStore(AbstractContextManager["SweepStore"]):
     def counts(self) -> Counts:
         """Jobs of the plan by their state; of the whole file if there is no plan."""
         where = "" if self._run is None else "WHERE key IN (SELECT key FROM mine)"
-        found = self._base.execute(f"SELECT state, count(*) FROM jobs {where} GROUP BY state").fetchall()
+        found = self._all(f"SELECT state, count(*) FROM jobs {where} GROUP BY state")
         return {state: 0 for state in ("waiting", "taken", "done", "failed")} | dict(found)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every job as a row, by the names in `ROW`, in the order of the plans."""
-        found = self._base.execute(f"SELECT {', '.join(ROW)} FROM jobs ORDER BY position, key")
-        for values in found:
+        for values in self._all(f"SELECT {', '.join(ROW)} FROM jobs ORDER BY position, key"):
             row = dict(zip(ROW, values, strict=True))
+            for name, value in row.items():
+                kind = COLUMNS.get(name, "INTEGER" if name == "attempts" else "TEXT")
+                if not isinstance(value, _KINDS[kind]):
+                    raise self._changed(f"{name} of a job is of type {type(value).__name__}")
             if row["labels_right"] is not None:
                 row["labels_right"] = bool(row["labels_right"])
             yield row
 
     def failures(self, most: int = 5) -> list[tuple[str, int]]:
         """What went wrong, the last line of each, and how often; the most frequent first."""
-        found = self._base.execute("SELECT failure FROM jobs WHERE state = 'failed'").fetchall()
-        lines = ((text or "").strip().rpartition("\n")[2] for (text,) in found)
+        found = self._all("SELECT failure FROM jobs WHERE state = 'failed'")
+        lines = (line(str(text or "").strip().rpartition("\n")[2]) for (text,) in found)
         return Counter(lines).most_common(most)
 
+    def _all(self, query: str, *values: Any) -> list[Any]:
+        try:
+            return self._base.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._told(error) from error
+
     def _one(self, query: str, *values: Any) -> Any:
-        return self._base.execute(query, values).fetchone()[0]
+        return self._all(query, *values)[0][0]
 
     @contextmanager
     def _change(self) -> Iterator[None]:
@@ -320,13 +336,19 @@ class SweepStore(AbstractContextManager["SweepStore"]):
         finally:
             self.seconds += time.perf_counter() - start
 
+    def _changed(self, what: str) -> SweepError:
+        return SweepError(
+            f"{self.path}: {what}, which no sweep writes: the file is damaged, or was changed. Expected a store of "
+            "sweeps, or another --store."
+        )
+
     def _told(self, error: sqlite3.Error) -> SweepError:
-        reason = str(error)
+        reason = line(str(error))
         if "full" in reason or "disk I/O" in reason:
             left = "Make room and run the same command again: what is in the store stays, and is not done again"
         elif "locked" in reason:
             left = f"Another process has been writing for {PATIENCE:.0f} s: end it, and run the same command again"
-        elif "not a database" in reason or "malformed" in reason:
+        elif any(words in reason for words in ("not a database", "malformed", "no such", "corrupt", "decode")):
             left = "It is no SQLite file, or a damaged one: expected a store of sweeps, or another --store"
         else:
             left = "Check that its folder exists and can be written to, or pass another --store"
