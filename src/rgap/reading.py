@@ -27,8 +27,14 @@ __all__ = [
     "read_pair", "read_update", "tensors",
 ]  # fmt: skip
 
-WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "_module.")
-"""What DataParallel, torch.compile, Lightning, Opacus and habit put before a parameter's name."""
+WRAPPERS = (
+    "module.", "_orig_mod.", "model.", "net.", "_module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.",
+    "base_model.",
+)  # fmt: skip
+"""What DataParallel, torch.compile, Lightning, Opacus, FSDP, adapters and habit put before a parameter's name."""
+
+INNER = re.compile(r"(?<=\.)(?:module|_orig_mod|_module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
+"""What they put into the middle of it where they wrap a part of the model."""
 
 _DEEPEST = 4
 """How many wrappers may stand before one name."""
@@ -69,9 +75,10 @@ class Matched:
 def matched(tensors: Mapping[str, Tensor], target: Target, what: str = "gradient") -> Matched:
     """The tensors that belong to the target's trained parameters.
 
-    By name; if no name fits, by name after one prefix made of `WRAPPERS` is taken off all names (of the file, of the
-    model, or of both); if none fits then, by order, if number and shapes agree one by one with the trained
-    parameters or with the whole state dict.
+    By name, wrappers inside of names left out where more fit then; if no name fits, by name after one prefix made of
+    `WRAPPERS` is taken off all names (of the file, of the model, or of both); if none fits then, by order, if number
+    and shapes agree one by one with the trained parameters or with the state dict, whole or without counts of batches.
+    A tensor that the model has under several names may have any of them.
 
     Args:
         tensors: by the file's names, in the file's order.
@@ -80,7 +87,7 @@ def matched(tensors: Mapping[str, Tensor], target: Target, what: str = "gradient
     Raises:
         ReadError: a shape or a type does not fit, or two prefixes fit equally well.
     """
-    names = _match(tensors, target.parameters, _state(target.model))
+    names = _match(tensors, target.parameters, target.model)
     for ours, theirs in names.items():
         got, expected = tensors[theirs], target.parameters[ours]
         if got.shape != expected.shape:
@@ -101,18 +108,51 @@ def matched(tensors: Mapping[str, Tensor], target: Target, what: str = "gradient
     )
 
 
-def _match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, str]:
+def _match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
     """For each wanted name that the file has, the file's name for it."""
-    exact = {name: name for name in wanted if name in found}
-    return exact or _by_prefix(found, wanted) or _by_order(found, wanted, state)
+    tied = {name: others for name, others in _tied(model).items() if name in wanted}
+    names = _by_name(found, dict.fromkeys([*wanted, *(other for others in tied.values() for other in others)]))
+    for name, others in tied.items():
+        there = next((names[each] for each in (name, *others) if each in names), None)
+        if there is not None:
+            names[name] = there
+    names = {name: names[name] for name in wanted if name in names}
+    return names or _by_order(found, wanted, _state(model))
 
 
-def _by_prefix(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, str]:
+def _by_name(found: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    theirs, ours = _plain(found), _plain(wanted)
+    exact = {name: name for name in wanted if name in set(found)}
+    plain = {name: theirs[short] for short, name in ours.items() if short in theirs}
+    if exact or plain:
+        return plain if len(plain) > len(exact) else exact
+    return {ours[short]: theirs[other] for short, other in _by_prefix(theirs, ours).items()}
+
+
+def _plain(names: Iterable[str]) -> dict[str, str]:
+    """Names by themselves without what wraps parts of a model; those that are another's then stay as they are."""
+    found: dict[str, str] = {}
+    for name in names:
+        short = INNER.sub("", name)
+        found[name if short in found else short] = name
+    return found
+
+
+def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The other names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(same) for same in names.values() if len(same) > 1 for name in same}
+
+
+def _by_prefix(found: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    there = set(found)
     options = [
         {
             name: theirs + name[len(ours) :]
             for name in wanted
-            if name.startswith(ours) and theirs + name[len(ours) :] in found
+            if name.startswith(ours) and theirs + name[len(ours) :] in there
         }
         for theirs in _prefixes(found)
         for ours in _prefixes(wanted)
@@ -141,11 +181,17 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 
 def _by_order(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, str]:
     names = _in_order(list(found))
-    shapes = [found[name].shape for name in names]
-    for expected in (wanted, state):
-        if shapes == [t.shape for t in expected.values()]:
+    shapes = [found[name].shape or (1,) for name in names]  # servers make one number an array of one
+    uncounted = {name: t for name, t in state.items() if not _counts(name)}
+    for expected in (wanted, state, uncounted):
+        if shapes == [t.shape or (1,) for t in expected.values()]:
             return {ours: theirs for ours, theirs in zip(expected, names, strict=True) if ours in wanted}
     return {}
+
+
+def _counts(name: str) -> bool:
+    """Whether it is a number of batches that batch norm has seen, which no model needs."""
+    return name.split(".")[-1] == "num_batches_tracked"
 
 
 def _in_order(names: list[str]) -> list[str]:
@@ -286,10 +332,15 @@ def _check_weights(weights: Mapping[str, Tensor], target: Target) -> None:
         )
 
 
-def load_weights(module: nn.Module, path: str | Path, largest: int | None = None) -> None:
+def load_weights(
+    module: nn.Module, path: str | Path, largest: int | None = None, ignore: tuple[str, ...] = ()
+) -> None:
     """Load a state dict from a file into a module, all of it. Nothing in the file is executed.
 
     Names are matched as by `matched`, buffers included. If the file is refused, the module stays as it was.
+
+    Args:
+        ignore: beginnings of names in the file that belong to no part of the model, such as a metric's.
 
     Raises:
         UpdateError: the file cannot be read; names are missing or unexpected; a shape or type does not fit.
@@ -298,16 +349,20 @@ def load_weights(module: nn.Module, path: str | Path, largest: int | None = None
     found, own = read(path, Room.of(_state(module), largest))
     with _named(path):
         _refuse_update(own)
-        load_tensors(module, found)
+        load_tensors(module, found, ignore=ignore)
 
 
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], partial: bool = False) -> tuple[str, ...]:
+def load_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], partial: bool = False, ignore: tuple[str, ...] = ()
+) -> tuple[str, ...]:
     """Load a state dict into a module. If it is refused, the module stays as it was.
+
+    A count of batches may be a fraction, an array of one, or missing: servers average it as if it were a weight.
 
     Args:
         tensors: buffers included; names are matched as by `matched`.
-        partial: take what a server sent: what is missing stays as it was, and the count of batches, which servers
-            average as if it were a weight, may be a fraction.
+        partial: take what a server sent: what is missing stays as it was.
+        ignore: beginnings of names in the file that belong to no part of the model.
 
     Returns:
         The names that are missing.
@@ -316,25 +371,27 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], partial: bool
         ReadError: names are missing or unexpected; a shape or type does not fit.
     """
     state = _state(module)
-    names = _match(tensors, state, state)
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(ignore)}
+    names = _match(tensors, state, module)
     used = set(names.values())
-    missing = [name for name in state if name not in names]
+    missing = [name for name in state if name not in names and not _counts(name)]
     extra = [name for name in tensors if name not in used]
     parts = [f"missing {listed(missing)}"] * (bool(missing) and not partial)
     parts += [f"unexpected {listed(extra)}"] * bool(extra)
     values = {ours: tensors[theirs] for ours, theirs in names.items()}
     for ours, theirs in names.items():
-        if partial and ours.split(".")[-1] == "num_batches_tracked":
-            values[ours] = values[ours].to(state[ours].dtype)
+        if _counts(ours) and values[ours].numel() == 1:
+            values[ours] = values[ours].to(state[ours].dtype).reshape(())
         got, expected = values[ours], state[ours]
         if got.shape != expected.shape:
             parts.append(f"{_both(ours, theirs)} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
         elif (got.dtype in _FLOATING) != expected.is_floating_point() or got.is_complex():
             parts.append(f"{_both(ours, theirs)} has type {got.dtype}, expected {expected.dtype}")
     if parts:
-        raise ReadError(f"does not fit the model: {'; '.join(parts)}. Expected its whole state dict.")
+        more = ". What belongs to no part of the model --ignore leaves out" if extra else ""
+        raise ReadError(f"does not fit the model: {'; '.join(parts)}. Expected its whole state dict{more}.")
     try:
-        module.load_state_dict(values, strict=not partial)
+        module.load_state_dict(values, strict=False)  # what is missing and what is too much was told above
     except RuntimeError as error:
         raise ReadError(f"does not fit the model: {error}") from error
     return tuple(missing)

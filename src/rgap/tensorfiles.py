@@ -291,15 +291,22 @@ def _pickled(path: Path, size: int, room: Room, zipped: bool) -> dict[str, Tenso
 
 
 def _flat(path: Path, found: Any) -> dict[str, Tensor]:
-    """The dict of tensors in what was unpickled."""
-    expected = f"expected a dict of tensors by name, by itself or under one of {', '.join(NESTS)}. {_SAVE}"
+    """The dict of tensors in what was unpickled; a list of them by their numbers."""
+    expected = (
+        f"expected a dict of tensors by name or a list in the model's order, by itself or under one of "
+        f"{', '.join(NESTS)}. {_SAVE}"
+    )
+    if isinstance(found, (list, tuple)):
+        found = {str(at): value for at, value in enumerate(found)}
     if not isinstance(found, dict):
         raise ReadError(f"{path}: got a {type(found).__name__}, {expected}")
-    nests = [key for key in NESTS if isinstance(found.get(key), dict)]
+    nests = [key for key in NESTS if isinstance(found.get(key), (dict, list, tuple))]
     if len(nests) > 1:
         raise ReadError(f"{path}: got dicts under {' and '.join(nests)}, expected one. {_SAVE}")
     within = f" under {nests[0]}" if nests else ""
     values = found[nests[0]] if nests else found
+    if not isinstance(values, dict):
+        values = {str(at): value for at, value in enumerate(values)}
     wrong = [f"{key!r} ({type(v).__name__})" for key, v in values.items() if not (isinstance(key, str) and _plain(v))]
     if wrong:
         raise ReadError(f"{path}: got a dict{within} with {listed(wrong)}, {expected}")

@@ -122,6 +122,12 @@ target_options = options(
         help="The model's state dict: safetensors, npz, or tensors alone as torch.save writes them.",
     ),
     click.option(
+        "--ignore",
+        multiple=True,
+        metavar="NAME",
+        help="Beginning of names in --weights that belong to no part of the model; may be given several times.",
+    ),
+    click.option(
         "--loss",
         callback=_loss,
         metavar="NAME",
@@ -261,6 +267,7 @@ def make_protocol(sends: str, local_steps: int, optimiser: str, in_order: bool, 
 def make_target(
     model: str,
     weights: Path | None,
+    ignore: tuple[str, ...],
     loss: str | None,
     input_shape: tuple[int, ...],
     value_range: tuple[float, float] | None,
@@ -279,7 +286,7 @@ def make_target(
 
     module = _module(model, input_shape, seed)
     if weights is not None:
-        load_weights(module, weights)
+        load_weights(module, weights, ignore=ignore)
     if mean is not None or std is not None:
         normalised(module, mean or (0.0,), std or (1.0,), input_shape[0])
     if device is not None:
