@@ -56,6 +56,10 @@ def logarithm(z: Tensor) -> Tensor:
         (Net(1), nn.MSELoss(), 0.25, lambda o: (o - 0.25).square().mean()),
         (Net(2), nn.BCEWithLogitsLoss(), 2.0,
          lambda o: functional.binary_cross_entropy_with_logits(o, torch.tensor([[0.0, 1.0]]).double())),
+        (Net(1, lambda z: z.squeeze()), nn.BCEWithLogitsLoss(), 1.0,
+         lambda o: functional.binary_cross_entropy_with_logits(o, torch.ones(()).double())),
+        (Net(1, lambda z: {"out": z.view(-1).squeeze()}), "logistic", 1.0,
+         lambda o: functional.softplus(-o["out"])),
         (Net(1), nn.SoftMarginLoss, -1.0, lambda o: functional.soft_margin_loss(o, torch.tensor([[-1.0]]).double())),
     ],
 )  # fmt: skip
@@ -89,6 +93,13 @@ def test_a_loss_is_what_torch_computes_and_is_attacked_up_to_what_its_ending_tak
         ("nll", Net(3), "expected a model that ends in log_softmax"),
         (nn.BCELoss(), Net(1, lambda z: 5 * z), "expected a model that ends in a sigmoid"),
         ("mine", Net(3), "unknown loss 'mine'"),
+        (
+            "cross-entropy",
+            Net(12, lambda z: z.reshape(len(z), 3, 2, 2)),
+            "returns .3, 2, 2. for a sample, classes",
+        ),
+        (None, Net(8, lambda z: z.reshape(len(z), 2, 4)), "a label for each place is not attacked"),
+        (nn.CrossEntropyLoss(), Net(8, lambda z: z.reshape(len(z), 2, 4)), "expected one for the sample"),
     ],
 )
 def test_what_is_no_loss_of_this_model_is_refused_with_the_reason(asked: Any, model: Net, message: str) -> None:
@@ -109,3 +120,9 @@ def test_what_is_no_loss_of_this_model_is_refused_with_the_reason(asked: Any, mo
 )
 def test_one_loss_by_many_names(asked: Any, kind: type[losses.Loss]) -> None:
     assert type(losses.for_model(Net(1), SHAPE, asked)) is kind
+
+
+@pytest.mark.parametrize("asked", ["cross-entropy", "bce", "mse", nn.CrossEntropyLoss(), nn.MSELoss, None])
+def test_a_wrong_shape_is_the_cause_that_is_named_whatever_the_loss(asked: Any) -> None:
+    with pytest.raises(ValueError, match=r"does not take an input of shape \(\d, 7\): mat1 and mat2.*input_shape is"):
+        Target(Net(3), asked, (7,))

@@ -218,7 +218,7 @@ def test_a_tensor_may_be_called_like_a_nest(tmp_path: Path) -> None:
         ({"net": {"w": torch.ones(1)}}, "got a dict with 'net' (dict), expected a dict"),
         ({"model": {"a": {"w": torch.ones(1)}}}, "got a dict under model with 'a' (dict), expected a dict"),
         ({"model": {}, "gradients": {}}, "got dicts under model and gradients, expected one. Save the tensors"),
-        ({"w": torch.eye(2).to_sparse()}, "got a dict with 'w' (Tensor), expected a dict"),
+        ({"w": torch.eye(2).to_sparse()}, "got a dict with 'w' (a sparse tensor: save its to_dense()), expected"),
         ({}, "got 0 tensors, expected one for each parameter"),
         ({"model": {}}, "got 0 tensors, expected one for each parameter"),
     ],

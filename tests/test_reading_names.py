@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import Target, losses, reading
+from rgap.protocol import Protocol, Sends
 from rgap.update import UpdateError
 
 Named = dict[str, Tensor]
@@ -153,3 +154,18 @@ def test_what_belongs_to_no_part_of_the_model_is_ignored_on_demand(tmp_path: Pat
         reading.load_weights(Parts(), path)
     reading.load_weights(model := Parts(), path, ignore=("metric", "loss."))
     assert all(torch.equal(t, wanted[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [lambda v: v, np.atleast_1d, lambda v: v.astype(np.float32)])
+def test_arrays_before_and_after_training_are_a_difference(
+    change: Callable[[np.ndarray], np.ndarray], tmp_path: Path
+) -> None:
+    """As a server keeps them: the whole state, in its order, without names."""
+    before, after = Parts(), Parts(seed=1)
+    for name, model in (("before", before), ("after", after)):
+        np.savez(tmp_path / f"{name}.npz", *(change(t.numpy()) for t in model.state_dict().values()))
+    target = Target(before.eval(), losses.CrossEntropy(4), (1, 6))
+    protocol = Protocol(Sends.DIFFERENCE, learning_rate=0.5)
+    update = reading.read_pair(tmp_path / "before.npz", tmp_path / "after.npz", target, protocol)
+    wanted = dict(after.named_parameters())
+    assert all(torch.allclose(t + target.parameters[name], wanted[name]) for name, t in update.gradients.items())

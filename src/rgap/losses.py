@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rgap.nn.export import CannotBeTraced, export
 from rgap.nn.losses import (
+    SEVERAL,
     BinaryCrossEntropy,
     BinaryCrossEntropyOfProbabilities,
     CrossEntropy,
@@ -25,7 +26,7 @@ from rgap.nn.losses import (
     SquaredHinge,
     by_name,
 )
-from rgap.nn.outputs import outputs_of
+from rgap.nn.outputs import outputs_of, wrong_shape
 
 __all__ = [
     "BinaryCrossEntropy",
@@ -94,14 +95,14 @@ def for_model(model: nn.Module, input_shape: tuple[int, ...], loss: Any = None) 
     """
     if isinstance(loss, Loss):
         return loss
-    outputs = _outputs(model, input_shape)
+    outputs, refused = _outputs(model, input_shape)
     count = None if outputs is None else outputs[:1].numel()
     if isinstance(loss, str) and loss in BY_TORCH_NAME:
         loss = getattr(nn, loss)
     if isinstance(loss, type) and issubclass(loss, (Loss, nn.Module)):
         loss = loss()
     if isinstance(loss, nn.Module) and type(loss).__module__.startswith("torch."):
-        return _of_torch(loss, count)
+        return _of_torch(loss, outputs, wrong_shape((2, *input_shape), refused))
     if callable(loss):
         return loss if isinstance(loss, Loss) else OfFunction(loss, count or 1)
     probabilities = outputs is not None and bool(((outputs >= 0) & (outputs <= 1)).all())
@@ -109,11 +110,31 @@ def for_model(model: nn.Module, input_shape: tuple[int, ...], loss: Any = None) 
         return BinaryCrossEntropyOfProbabilities(count)
     if loss is None:
         loss = "logistic" if count in (None, 1) else "cross-entropy"
+    if count is None and loss in SEVERAL:
+        raise ValueError(wrong_shape((2, *input_shape), refused))
+    if loss in ("cross-entropy", "nll") and outputs is not None:
+        _check_classes(outputs)
     return by_name(loss, count)
 
 
-def _of_torch(loss: nn.Module, outputs: int | None) -> Loss:
-    """A loss of torch.nn as it is here."""
+def _check_classes(outputs: Tensor) -> None:
+    """Refuse classes for each place of a map."""
+    sizes = [size for size in outputs.shape[1:] if size > 1]
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the model returns {tuple(outputs.shape[1:])} for a sample, classes for each place: a label for each "
+            "place is not attacked, expected one for the sample; a loss of your own may take it (--loss PKG.MOD:LOSS)"
+        )
+
+
+def _of_torch(loss: nn.Module, found: Tensor | None, wrong: str) -> Loss:
+    """A loss of torch.nn as it is here.
+
+    Args:
+        found: the model's outputs; None if it does not take the shape.
+        wrong: what is said then.
+    """
+    outputs = None if found is None else found[:1].numel()
     kind, name = TORCH.get(type(loss)), type(loss).__name__
     if kind is None:
         raise ValueError(
@@ -128,9 +149,10 @@ def _of_torch(loss: nn.Module, outputs: int | None) -> Loss:
         raise ValueError(f"got {name} with pos_weight or ignore_index, expected neither: pass a function of your own")
     if issubclass(kind, MarginLoss):
         return kind()
-    if outputs is None:
-        raise ValueError(f"{name} needs the number of outputs, and the model does not take inputs of this shape")
+    if outputs is None or found is None:
+        raise ValueError(wrong)
     if issubclass(kind, CrossEntropy):
+        _check_classes(found)
         weight = getattr(loss, "weight", None)
         weights = None if weight is None else tuple(float(w) for w in weight)
         return kind(outputs, float(getattr(loss, "label_smoothing", 0.0)), weights)
@@ -140,18 +162,18 @@ def _of_torch(loss: nn.Module, outputs: int | None) -> Loss:
     return made
 
 
-def _outputs(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor | None:
-    """Of two samples of noise, (2, ...); None if the model does not take the shape, which `Target` explains."""
+def _outputs(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[Tensor | None, str]:
+    """Of two samples of noise, (2, ...); None and the reason if the model does not take the shape."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     noise = torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
     try:
         with torch.no_grad(), torch.random.fork_rng():
             outputs = outputs_of(model(noise))
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return None
-    if not isinstance(outputs, Tensor) or not outputs.numel():
-        return None
-    return outputs.reshape(2, -1) if outputs.numel() % 2 == 0 else None
+    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not isinstance(outputs, Tensor) or not outputs.numel() or outputs.numel() % 2:
+        return None, "it returns something else than outputs for each sample"
+    return (outputs if len(outputs.shape) > 1 and len(outputs) == 2 else outputs.reshape(2, -1)), ""
 
 
 def _ending(model: nn.Module, input_shape: tuple[int, ...]) -> str:

@@ -56,12 +56,14 @@ class Matched:
         missing: trained parameters that the file does not have.
         left_over: names in the file that belong to no trained parameter, such as buffers.
         renamed: by parameter name, the file's name where it is another one.
+        by_order: whether the file's names say nothing, and what is left over are the model's buffers.
     """
 
     values: Mapping[str, Tensor]
     missing: tuple[str, ...]
     left_over: tuple[str, ...]
     renamed: Mapping[str, str]
+    by_order: bool = False
 
     def __str__(self) -> str:
         lines = [f"{len(self.values)} of {len(self.values) + len(self.missing)} parameters are there"]
@@ -87,7 +89,7 @@ def matched(tensors: Mapping[str, Tensor], target: Target, what: str = "gradient
     Raises:
         ReadError: a shape or a type does not fit, or two prefixes fit equally well.
     """
-    names = _match(tensors, target.parameters, target.model)
+    names, by_order = _match(tensors, target.parameters, target.model)
     for ours, theirs in names.items():
         got, expected = tensors[theirs], target.parameters[ours]
         if got.shape != expected.shape:
@@ -105,11 +107,12 @@ def matched(tensors: Mapping[str, Tensor], target: Target, what: str = "gradient
         tuple(name for name in target.parameters if name not in names),
         tuple(name for name in tensors if name not in used),
         {ours: theirs for ours, theirs in names.items() if ours != theirs},
+        by_order,
     )
 
 
-def _match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
-    """For each wanted name that the file has, the file's name for it."""
+def _match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, str], bool]:
+    """For each wanted name that the file has, the file's name for it; and whether they were matched by order."""
     tied = {name: others for name, others in _tied(model).items() if name in wanted}
     names = _by_name(found, dict.fromkeys([*wanted, *(other for others in tied.values() for other in others)]))
     for name, others in tied.items():
@@ -117,7 +120,7 @@ def _match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: nn.
         if there is not None:
             names[name] = there
     names = {name: names[name] for name in wanted if name in names}
-    return names or _by_order(found, wanted, _state(model))
+    return (names, False) if names else (_by_order(found, wanted, _state(model)), True)
 
 
 def _by_name(found: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
@@ -372,7 +375,7 @@ def load_tensors(
     """
     state = _state(module)
     tensors = {name: t for name, t in tensors.items() if not name.startswith(ignore)}
-    names = _match(tensors, state, module)
+    names, _ = _match(tensors, state, module)
     used = set(names.values())
     missing = [name for name in state if name not in names and not _counts(name)]
     extra = [name for name in tensors if name not in used]
@@ -430,7 +433,9 @@ def _fitting(found: Matched, target: Target, partial: bool) -> Mapping[str, Tens
     unknown = [
         name
         for name in found.left_over
-        if name.split(".")[-1] not in STATISTICS and not any(name.removeprefix(p) in known for p in prefixes)
+        if not found.by_order
+        and name.split(".")[-1] not in STATISTICS
+        and not any(name.removeprefix(p) in known for p in prefixes)
     ]
     if not found.values or unknown or (found.missing and not partial):
         hint = " If layers were frozen or withheld, pass partial=True." if found.values and not unknown else ""

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from rgap.losses import for_model
 from rgap.nn.graph import Graph
+from rgap.nn.kernels import differentiable
 from rgap.nn.losses import Loss, MarginLoss
 from rgap.nn.network import Network
 from rgap.nn.obstacles import Obstacle
-from rgap.nn.outputs import outputs_of
+from rgap.nn.outputs import outputs_of, wrong_shape
 from rgap.nn.trace import follow
+
+GradientFunction = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +100,7 @@ class Target:
             reason = self._refuses(state)
             if not reason:
                 return state
-        shape = ", ".join(map(str, self.input_shape))
-        raise ValueError(
-            f"the model does not take an input of shape ({self.batch_size}, {shape}): {reason}. "
-            "input_shape is one sample's shape without the batch: check it against the model."
-        )
+        raise ValueError(wrong_shape((self.batch_size, *self.input_shape), reason))
 
     def _state_in(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """The same in another type, if the model runs with it."""
@@ -121,7 +120,7 @@ class Target:
             samples or self.batch_size, *self.input_shape, dtype=floating.dtype, device=floating.device
         )
         try:
-            with torch.no_grad(), torch.random.fork_rng(), self._mode():
+            with torch.no_grad(), torch.random.fork_rng(), self._mode(), differentiable():
                 outputs_of(torch.func.functional_call(self.model, _copies(state), (sample,)))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             return str(error).strip().splitlines()[0] or type(error).__name__
@@ -137,8 +136,14 @@ class Target:
         program = self.graph.program
         if program is None:
             raise NotImplementedError("; ".join(str(each) for each in self.graph.obstacles))
-        network = program.network(self._tensors, frozenset(self.parameters))
-        self._check(network)
+        try:
+            network = program.network(self._tensors, frozenset(self.parameters))
+            self._check(network)
+        except NotImplementedError:
+            raise
+        except Exception as error:  # of operations that no tracing can run again
+            reason = str(error).strip().splitlines()[0]
+            raise NotImplementedError(f"forward: the traced operations do not run by themselves: {reason}") from error
         return network
 
     def _check(self, network: Network) -> None:
@@ -217,7 +222,7 @@ class Target:
 
     def _run(self, state: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """The model with these tensors, in the mode it had when the target was made."""
-        with self._mode():
+        with self._mode(), differentiable():
             result = torch.func.functional_call(
                 self.model, dict(state), (inputs.to(state[next(iter(self.parameters))]),)
             )
@@ -247,8 +252,9 @@ class Target:
         rows = [self.gradient(x[None], y[None]) for x, y in zip(inputs, labels, strict=True)]
         return {name: torch.stack([row[name] for row in rows]) for name in self.parameters}
 
-    def gradient_function(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-        """The gradient of the mean loss as a pure function, which torch.func can differentiate and batch.
+    def gradient_function(self, dtype: torch.dtype, plain: bool = False) -> GradientFunction:
+        """The gradient of the mean loss as a pure function, which can be differentiated: by torch.func, which batches
+        it too, or by plain automatic differentiation.
 
         It takes inputs (b, *input_shape) and label weights (b, labels), each row a distribution over the loss's
         labels, and computes in ``dtype`` where the model allows it.
@@ -265,8 +271,13 @@ class Target:
             return self.loss.expected(self._run({**buffers, **parameters}, inputs), weights.to(own))
 
         def gradient(inputs: Tensor, weights: Tensor) -> dict[str, Tensor]:
-            found: dict[str, Tensor] = torch.func.grad(loss)(trained, inputs, weights)
-            return found
+            if not plain:
+                found: dict[str, Tensor] = torch.func.grad(loss)(trained, inputs, weights)
+                return found
+            own = {name: t.detach().clone().requires_grad_() for name, t in trained.items()}
+            value = loss(own, inputs, weights)
+            slopes = torch.autograd.grad(value, list(own.values()), create_graph=True, allow_unused=True)
+            return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(own.items(), slopes, strict=True)}
 
         return gradient
 

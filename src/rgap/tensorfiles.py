@@ -307,10 +307,15 @@ def _flat(path: Path, found: Any) -> dict[str, Tensor]:
     values = found[nests[0]] if nests else found
     if not isinstance(values, dict):
         values = {str(at): value for at, value in enumerate(values)}
-    wrong = [f"{key!r} ({type(v).__name__})" for key, v in values.items() if not (isinstance(key, str) and _plain(v))]
+    wrong = [f"{key!r} ({_kind(v)})" for key, v in values.items() if not (isinstance(key, str) and _plain(v))]
     if wrong:
         raise ReadError(f"{path}: got a dict{within} with {listed(wrong)}, {expected}")
     return dict(values)
+
+
+def _kind(value: Any) -> str:
+    sparse = isinstance(value, Tensor) and value.layout is not torch.strided
+    return "a sparse tensor: save its to_dense()" if sparse else type(value).__name__
 
 
 def _plain(value: Any) -> bool:

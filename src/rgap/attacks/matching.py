@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,8 +24,9 @@ from rgap.attacks.lbfgs import LBFGS
 from rgap.attacks.minimise import Adam, Minimiser
 from rgap.attacks.result import Answer, Outcome, Status
 from rgap.attacks.search import Found, Search
+from rgap.attacks.slopes import slopes
 from rgap.attacks.start import Normal, Start, Uniform
-from rgap.target import Target
+from rgap.target import GradientFunction, Target
 from rgap.update import Update
 
 UNIFORM, NORMAL = Uniform(), Normal()
@@ -85,28 +86,31 @@ class Matching(BatchAttack):
     def obstacle(self, target: Target, samples: int) -> str | None:
         if not target.loss.labels and (self.optimise_label or samples > 1):
             return f"the labels of the {target.loss.name} loss cannot be listed, so that none can be chosen"
-        return self._not_batched(target)
+        return self._not_differentiated(target)
 
-    def _not_batched(self, target: Target) -> str | None:
-        """Why torch.func does not take the model; None if it does."""
+    def _not_differentiated(self, target: Target) -> str | None:
+        """Why no second derivative of the model's loss can be had; None if it can."""
         try:
             self._step(target, 1)
         except (RuntimeError, NotImplementedError) as error:
-            return f"torch.func does not take this model: {str(error).strip().splitlines()[0]}"
+            return f"torch cannot differentiate this model twice: {str(error).strip().splitlines()[0]}"
         return None
 
     def _step(self, target: Target, systems: int) -> float:
         """Seconds of one evaluation of so many systems."""
-        gradient = target.gradient_function(self.dtype)
         like, labels = torch.zeros((), dtype=self.dtype, device=target.device), len(target.loss.labels) or 1
-        x = like.new_zeros(systems, target.batch_size, *target.input_shape)
-        weights = like.new_full((systems, target.batch_size, labels), 0.5)
+        weights = like.new_full((target.batch_size, labels), 0.5)
 
-        def size(x: Tensor, weights: Tensor) -> Tensor:
-            return torch.stack([g.square().sum() for g in gradient(x, weights).values()]).sum()
+        def size_of(gradient: GradientFunction) -> Callable[..., Tensor]:
+            def size(point: Tensor) -> Tensor:
+                found = gradient(point.reshape(target.batch_size, *target.input_shape), weights)
+                return torch.stack([g.square().sum() for g in found.values()]).sum()
 
+            return size
+
+        step = slopes(target, self.dtype, size_of, (), systems)
         start = time.perf_counter()
-        torch.func.vmap(torch.func.grad(size), randomness="different")(x, weights)
+        step(like.new_zeros(systems, target.batch_size * math.prod(target.input_shape)))
         return time.perf_counter() - start
 
     def estimate(self, target: Target, updates: int) -> float | None:

@@ -15,7 +15,8 @@ from rgap.attacks.distance import Gradients, total_variation
 from rgap.attacks.labels import candidates, one_hot
 from rgap.attacks.minimise import Minima, Termination
 from rgap.attacks.progress import Reporter
-from rgap.target import Target
+from rgap.attacks.slopes import slopes
+from rgap.target import GradientFunction, Target
 from rgap.update import Update
 
 if TYPE_CHECKING:
@@ -96,27 +97,24 @@ class Search:
     def _objective(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Values and gradients of the systems whose numbers are given."""
         attack, values, shape = self.attack, self.values, self.shape
-        gradient = self.target.gradient_function(attack.dtype)
         given = {
             name: torch.stack([update.gradients[name].to(self.target.device, attack.dtype) for update in self.updates])
             for name in self.updates[0].gradients
         }
 
-        def loss(point: Tensor, known: Tensor, given: Gradients) -> Tensor:
-            x = point[:values].reshape(shape)
-            chosen = point[values:].reshape(shape[0], -1).softmax(1) if attack.optimise_label else known
-            found = gradient(x, chosen)
-            apart = attack.distance({name: found[name] for name in given}, given)
-            return apart + self.variation * total_variation(x) if self.variation else apart
+        def loss_of(gradient: GradientFunction) -> Callable[..., Tensor]:
+            def loss(point: Tensor, known: Tensor, given: Gradients) -> Tensor:
+                x = point[:values].reshape(shape)
+                chosen = point[values:].reshape(shape[0], -1).softmax(1) if attack.optimise_label else known
+                found = gradient(x, chosen)
+                apart = attack.distance({name: found[name] for name in given}, given)
+                return apart + self.variation * total_variation(x) if self.variation else apart
+
+            return loss
 
         # One update is shared by all systems, several are handed out to theirs.
         single = len(self.updates) == 1
-        batched = torch.func.vmap(
-            torch.func.grad_and_value(loss),
-            in_dims=(0, 0, None if single else 0),
-            chunk_size=attack.at_once,
-            randomness="different",
-        )
+        batched = slopes(self.target, attack.dtype, loss_of, (False, single), attack.at_once)
 
         def objective(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
             own = {name: g[0] if single else g[self.owned[which]] for name, g in given.items()}

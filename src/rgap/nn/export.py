@@ -97,6 +97,7 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
     module, signature = program.graph_module, program.graph_signature
     returned = next(node for node in module.graph.nodes if node.op == "output").args[0]
     one_tensor = _outputs_alone(module.graph, program.call_spec.out_spec)
+    _as_batch(module.graph)
     detached = inline(module)
     graph = module.graph
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -126,6 +127,17 @@ def _outputs_alone(graph: torch.fx.Graph, structure: TreeSpec | None) -> bool:
         return False
     output.args = ((chosen,),)
     return True
+
+
+def _as_batch(graph: torch.fx.Graph) -> None:
+    """Take away what turns one sample's single output into a value without a batch, as squeeze does."""
+    [output] = [node for node in graph.nodes if node.op == "output"]
+    values = output.all_input_nodes
+    while len(values) == 1 and values[0].op == "call_function" and operation(values[0]) in VIEWS:
+        if values[0].meta["val"].dim():
+            return
+        values = values[0].all_input_nodes
+        output.args = ((values[0],),)
 
 
 def _example(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:

@@ -326,7 +326,7 @@ class BinaryCrossEntropyOfProbabilities(BinaryCrossEntropy):
 
 
 _MARGIN = {kind.name: kind for kind in (Logistic, Exponential, Hinge, SquaredHinge)}
-_SEVERAL = {kind.name: kind for kind in (CrossEntropy, NegativeLogLikelihood, MeanSquaredError, BinaryCrossEntropy)}
+SEVERAL = {kind.name: kind for kind in (CrossEntropy, NegativeLogLikelihood, MeanSquaredError, BinaryCrossEntropy)}
 
 
 def by_name(name: str, classes: int | None = None) -> Loss:
@@ -340,8 +340,8 @@ def by_name(name: str, classes: int | None = None) -> Loss:
     """
     if name in _MARGIN:
         return _MARGIN[name]()
-    if name not in _SEVERAL:
-        raise ValueError(f"unknown loss {name!r}: expected one of {', '.join(sorted(_MARGIN | _SEVERAL))}")
+    if name not in SEVERAL:
+        raise ValueError(f"unknown loss {name!r}: expected one of {', '.join(sorted(_MARGIN | SEVERAL))}")
     if classes is None:
         raise ValueError(f"{name} needs the number of classes: pass classes, the model's outputs")
-    return _SEVERAL[name](classes)
+    return SEVERAL[name](classes)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgap.nn.activations import Activation
+from rgap.nn.kernels import differentiable
 from rgap.nn.layers import Layer
 
 
@@ -296,10 +297,11 @@ class Other(Op):
             return self.function(*(each[None] for each in x))[0]
 
         run: Callable[..., Tensor] = torch.func.vmap(one, randomness="different")
-        try:
-            return run(*xs)
-        except RuntimeError:  # no rule to run several samples at once
-            return torch.stack([one(*sample) for sample in zip(*xs, strict=True)])
+        with differentiable():
+            try:
+                return run(*xs)
+            except RuntimeError:  # no rule to run several samples at once
+                return torch.stack([one(*sample) for sample in zip(*xs, strict=True)])
 
     def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.detached:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NAMES = ("logits", "out", "outputs", "output")
@@ -29,3 +29,11 @@ def outputs_of(result: Any) -> Any:
     if isinstance(result, (tuple, list)) and len(result):
         return outputs_of(result[0])
     return outputs_of(result.logits) if hasattr(result, "logits") else result
+
+
+def wrong_shape(shape: Sequence[int], reason: str) -> str:
+    """That a model does not take a batch of this shape, for people."""
+    return (
+        f"the model does not take an input of shape ({', '.join(map(str, shape))}): {reason}. "
+        "input_shape is one sample's shape without the batch: check it against the model."
+    )
