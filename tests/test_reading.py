@@ -767,7 +767,7 @@ def test_our_own_file_must_fit(tmp_path: Path) -> None:
     refused(f"{path}: the update's names do not fit the model: missing 0.weight", lambda: read_update(path, TARGET))
     assert same(read_update(path, TARGET, partial=True).gradients, some)
     save_file(GRADIENTS, path, metadata={"rgap": "{}"})
-    refused(f"{path}: got update format None, expected 1", lambda: read_update(path, TARGET))
+    refused(f"{path}: got update format None, expected", lambda: read_update(path, TARGET))
 
 
 # Pairs.

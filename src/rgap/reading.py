@@ -335,9 +335,7 @@ def _check_weights(weights: Mapping[str, Tensor], target: Target) -> None:
         )
 
 
-def load_weights(
-    module: nn.Module, path: str | Path, largest: int | None = None, ignore: tuple[str, ...] = ()
-) -> None:
+def load_weights(module: nn.Module, path: str | Path, largest: int | None = None, ignore: tuple[str, ...] = ()) -> None:
     """Load a state dict from a file into a module, all of it. Nothing in the file is executed.
 
     Names are matched as by `matched`, buffers included. If the file is refused, the module stays as it was.
