@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rgap.nn.export import CannotBeTraced, export
+from rgap.nn.kernels import differentiable
 from rgap.nn.losses import (
     SEVERAL,
     BinaryCrossEntropy,
@@ -167,7 +168,7 @@ def _outputs(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[Tensor | N
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     noise = torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(), differentiable():
             outputs = outputs_of(model(noise))
     except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
         return None, (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,6 +16,7 @@ from rgap.losses import for_model
 from rgap.nn.graph import Graph
 from rgap.nn.kernels import differentiable
 from rgap.nn.losses import Loss, MarginLoss
+from rgap.nn.models import unwrapped, used_in_place
 from rgap.nn.network import Network
 from rgap.nn.obstacles import Obstacle
 from rgap.nn.outputs import outputs_of, wrong_shape
@@ -63,6 +64,7 @@ class Target:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
+        put(self, "model", unwrapped(self.model))
         put(self, "input_shape", tuple(int(size) for size in self.input_shape))
         put(self, "loss", for_model(self.model, self.input_shape, self.loss))
         if not self.input_shape or min(self.input_shape) < 1:
@@ -85,6 +87,7 @@ class Target:
         if not self.graph.uses:
             # Tracing checks shapes; where it failed, only a run of the model tells whether the shape was wrong.
             self._state  # noqa: B018
+        used_in_place(self.model, lambda: self._run(_copies(self._tensors), torch.zeros(1, *self.input_shape)))
         if type(self.loss).misfit is not Loss.misfit:
             noise = 3 * torch.randn(16, *self.input_shape, generator=torch.Generator().manual_seed(0))
             with torch.no_grad(), torch.random.fork_rng():

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import TreeSpec, tree_structure, tree_unflatten
 
 from rgap.nn.calls import BLOCKS, VIEWS, arguments, operation
+from rgap.nn.kernels import differentiable
 from rgap.nn.outputs import outputs_of
 
 _ONE_TENSOR = tree_structure(0)
@@ -90,7 +91,8 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
     """
     example = _example(model, input_shape)
     try:
-        program = torch.export.export(model, (example,), strict=False)
+        with differentiable():
+            program = torch.export.export(model, (example,), strict=False)
     except Exception as error:  # torch.export raises many kinds
         lines = str(error).strip().splitlines()
         raise CannotBeTraced(lines[0] if lines else type(error).__name__) from error

@@ -1,0 +1,57 @@
+"""What a model must be so that its gradient can be recomputed: unwrapped, with real values, used where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of DataParallel or torch.compile, which compute the same.
+
+    Raises:
+        ValueError: nobody can put other weights into it, or its weights are no real numbers; says what to do.
+    """
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        assert isinstance(inner, nn.Module)
+        inner.train(model.training)
+        model = inner
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("got a scripted model, expected the one before torch.jit.script: its weights can be replaced")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            continue
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device, where it has no values: load weights into the model first")
+        if parameter.requires_grad and parameter.is_complex():
+            raise ValueError(f"{name} holds complex numbers, expected real ones: write it as two real parameters")
+    return model
+
+
+def used_in_place(model: nn.Module, run: Callable[[], Tensor]) -> None:
+    """Refuse a model that uses parameters past their names, where no others can be put in their places.
+
+    Args:
+        run: its outputs with others in their places, of which none takes a gradient.
+
+    Raises:
+        ValueError: the outputs depend on the model's own all the same; names them.
+    """
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.enable_grad(), torch.random.fork_rng():
+        try:
+            outputs = run()
+        except (RuntimeError, ValueError, IndexError, TypeError):  # told elsewhere
+            return
+        if not outputs.requires_grad:
+            return
+        found = torch.autograd.grad(outputs.sum(), list(own.values()), allow_unused=True)
+    names = [name for name, slope in zip(own, found, strict=True) if slope is not None]
+    if names:
+        raise ValueError(
+            f"the model uses {', '.join(names[:3])} from a list or another place than their names, so that no other "
+            "values can be put there: keep them in an nn.ParameterList, nn.ParameterDict or nn.ModuleList"
+        )

@@ -1,0 +1,117 @@
+"""What a model must be so that its gradient can be recomputed, and what is taken off or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rgap import Target, Update, capture, losses
+from rgap.attacks import IDLG, Bias, Closed
+
+
+def plain() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).eval()
+
+
+class Kept(nn.Module):
+    """A part that is computed again in the backward pass."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, *rest = plain()
+        self.rest, self.reentrant = nn.Sequential(*rest), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.rest, self.first(x), use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+
+
+class Listed(nn.Module):
+    """Uses its parameters from a list, a dictionary or a function that has them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        first, last = plain()[0], plain()[2]
+        self.a, self.b = first.weight, last.weight
+        kept = [self.a, self.b]
+        self.use: Callable[[int], Tensor] = {
+            "list": lambda at: kept[at],
+            "one": lambda at: kept[0] if at == 0 else self.b,
+            "module": lambda at: (first, last)[at].weight,
+        }[how]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.use(0).T) @ self.use(1).T
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    ],
+    ids=["DataParallel", "compile", "both"],
+)
+def test_a_wrapped_model_is_the_model_inside(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = wrap(plain()).eval()
+    target = Target(model, losses.CrossEntropy(3), (6,), (0.0, 1.0))
+    assert list(target.parameters) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    x = torch.rand(1, 6)
+    update = capture(target, x, torch.tensor([1.0]))
+    expected = torch.autograd.grad(nn.functional.cross_entropy(model(x), torch.tensor([1])), list(model.parameters()))
+    for found, own in zip(update.gradients.values(), expected, strict=True):
+        torch.testing.assert_close(found.float(), own)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_parts_that_are_computed_again_are_computed_once(reentrant: bool) -> None:
+    model = Kept(reentrant).eval()
+    target = Target(model, losses.CrossEntropy(3), (6,), (0.0, 1.0))
+    x = torch.rand(1, 6, generator=torch.Generator().manual_seed(0))
+    nn.functional.cross_entropy(model(x), torch.tensor([1])).backward()
+    sent = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    update = Update(sent)
+    for name, found in target.gradient(x, torch.tensor([1.0])).items():
+        torch.testing.assert_close(found.float(), sent[name])
+    for attack in (Closed(), Bias(), IDLG(iterations=40)):
+        torch.testing.assert_close(attack(target, update).inputs.float(), x, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("how", ["list", "one"])
+def test_parameters_past_their_names_are_refused(how: str) -> None:
+    with pytest.raises(ValueError, match=r"the model uses a.* from a list.*nn.ParameterList"):
+        Target(Listed(how).eval(), losses.CrossEntropy(3), (6,))
+
+
+def meta() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Linear(6, 3)
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.f = nn.Parameter(torch.randn(4, dtype=torch.cfloat)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(torch.fft.irfft(torch.fft.rfft(x) * self.w, n=6))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (meta, "weight is on the meta device"),
+        (Complex, "w holds complex numbers, expected real ones"),
+        (lambda: torch.jit.script(plain()), "expected the one before torch.jit.script"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_what_has_no_real_weights_to_replace_is_refused(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Target(make(), losses.CrossEntropy(3), (6,))
