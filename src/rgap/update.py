@@ -236,7 +236,8 @@ def tolerated(precision: float) -> float:
     return min(math.sqrt(precision), LOOSEST)
 
 
-COUNT = {"type": "integer", "minimum": 1}
+WHOLE = {"type": "integer", "maximum": 2**31}
+COUNT = {**WHOLE, "minimum": 1}
 HEADER = validator(
     {
         "required": ["batch_size"],
@@ -253,13 +254,13 @@ HEADER = validator(
 PROTOCOL = validator(
     {
         "properties": {
-            "steps": {"type": "integer"},
-            "clients": {"type": "integer"},
+            "steps": WHOLE,
+            "clients": WHOLE,
             "learning_rate": nullable("number"),
             "optimiser": {"enum": [optimiser.value for optimiser in Optimiser]},
             **{name: {"type": "boolean"} for name in ("summed", "shuffled", "drop_last", "nesterov")},
-            "epochs": {"type": "integer"},
-            "minibatch": nullable("integer"),
+            "epochs": WHOLE,
+            "minibatch": nullable("integer", maximum=2**31),
             **{name: {"type": "number"} for name in ("momentum", "weight_decay", "proximal")},
             "clip_norm": nullable("number"),
             "schedule": {"type": "array", "items": {"type": "number"}},

@@ -26,7 +26,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "str | None": lambda value: value is None or isinstance(value, str),
     "bool": lambda value: isinstance(value, bool),
     "bool | None": lambda value: value is None or isinstance(value, bool),
-    "int": lambda value: _number(value) and isinstance(value, int) and value >= 0,
+    "int": lambda value: _number(value) and isinstance(value, int),
     "float": _number,
     "tuple[float, ...]": lambda value: _several(value, lambda each: each is None or _number(each)),
     "tuple[str, ...]": lambda value: _several(value, lambda each: isinstance(each, str)),

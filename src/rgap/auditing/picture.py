@@ -40,9 +40,11 @@ def side_by_side(audit: Audit, path: str | Path) -> None:
                 # Where no range is known, that of the original holds for both.
                 value_range = value_range or (float(inputs.min()), max(float(inputs.max()), float(inputs.min()) + 1e-9))
                 show(ax, inputs[0], value_range)
-        above.set_title(case.name[-20:], fontsize=7)
+        above.set_title(case.name[-20:], fontsize=7, parse_math=False)
         error = "" if best is None or math.isnan(best.mse) else f"\nMSE {best.mse:.0e}"
-        below.set_title(case.level.value if best is None else f"{best.status.value}{error}", fontsize=7)
+        below.set_title(
+            case.level.value if best is None else f"{best.status.value}{error}", fontsize=7, parse_math=False
+        )
     for row in range(2 * rows):
         left = axes[row][0]
         word = "from its gradient" if row % 2 else "original"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import re
 import sys
 from typing import Any
 
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> Any:
         say(shown.getvalue().rstrip(), err=True)
         sys.exit(error.exit_code)
     except (ValueError, OSError) as error:
-        say(f"rgap: {error}", err=True)
+        # One line, and one for each obstacle of a model.
+        say("rgap: " + re.sub(r"\n(?!  - )", " ", str(error)), err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from rgap.files import read_toml
-from rgap.printable import listed
+from rgap.printable import line, listed
 from rgap.protocol import Optimiser, Protocol, Sends
 
 if TYPE_CHECKING:
@@ -360,23 +360,23 @@ def _configured(ctx: click.Context, param: click.Parameter, value: Path | None) 
     if value is None:
         return
     if not value.is_file():
-        raise click.BadParameter(f"{value}: no such file", ctx, param)
+        raise click.BadParameter(line(f"{value}: no such file"), ctx, param)
     try:
         entries = read_toml(value)
     except ValueError as error:
-        raise click.BadParameter(str(error), ctx, param) from error
+        raise click.BadParameter(line(str(error)), ctx, param) from error
     known = {name.lstrip("-"): each for each in ctx.command.params for name in each.opts if name.startswith("--")}
     del known["config"]
     unknown = [name for name in entries if name not in known]
     if unknown:
         expected = ", ".join(sorted(known))
-        raise click.BadParameter(f"{value}: unknown {listed(unknown)}; expected some of {expected}", ctx, param)
+        raise click.BadParameter(line(f"{value}: unknown {listed(unknown)}; expected some of {expected}"), ctx, param)
     ctx.default_map = {}
     for name, entry in entries.items():
         try:
             ctx.default_map[str(known[name].name)] = _typed(known[name], entry)
         except ValueError as error:
-            raise click.BadParameter(f"{value}: got --{name} {error}", ctx, param) from error
+            raise click.BadParameter(line(f"{value}: got --{name} {error}"), ctx, param) from error
 
 
 def _typed(option: click.Parameter, entry: Any) -> str | bool | list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from rgap.files import write_atomically
+from rgap.printable import shown
 from rgap.sweeps.summary import MEASURES, NUMERIC, Group, Row, axes_of, grouped
 
 MARKERS = "osv^D"
@@ -115,5 +116,6 @@ def _named(by: Sequence[str], values: Sequence[Any]) -> str:
     for name, value in zip(by, values, strict=True):
         if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
-        words.append(f"{name} {value:g}" if isinstance(value, (int, float)) else str(value))
+        text = f"{name} {value:g}" if isinstance(value, (int, float)) else shown(str(value))
+        words.append(text.replace("$", r"\$"))  # else what follows is taken for mathematics
     return ", ".join(words) or "all"

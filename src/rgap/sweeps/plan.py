@@ -147,6 +147,10 @@ class Plan:
 
     def _check(self) -> None:
         """Refuse names that are not known before anything runs."""
+        for model in self.models:
+            value_range = model["value-range"]
+            if value_range != "none" and not value_range[0] < value_range[1]:
+                raise PlanError(f"value-range is {value_range}: expected [low, high] with low < high, or none")
         try:
             for model, width in itertools.product(self.models, self.spec["widths"]):
                 make(model["name"], tuple(model["input-shape"]), self.spec["seeds"][0], width)

@@ -14,7 +14,8 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ class SweepStore(AbstractContextManager["SweepStore"]):
             raise SweepError(
                 f"{self.path}: got a store of format {version}, expected {FORMAT}; use the version of rgap that made it"
             )
+        if _tables(self._base) != _expected():  # a view can be endless, a trigger write anything
+            raise self._changed("it has other tables")
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -338,7 +341,7 @@ class SweepStore(AbstractContextManager["SweepStore"]):
 
     def _changed(self, what: str) -> SweepError:
         return SweepError(
-            f"{self.path}: {what}, which no sweep writes: the file is damaged, or was changed. Expected a store of "
+            f"{self.path}: {what}, as no sweep writes: the file is damaged, or was changed. Expected a store of "
             "sweeps, or another --store."
         )
 
@@ -353,6 +356,18 @@ class SweepStore(AbstractContextManager["SweepStore"]):
         else:
             left = "Check that its folder exists and can be written to, or pass another --store"
         return SweepError(f"{self.path}: {reason}. {left}.")
+
+
+def _tables(base: sqlite3.Connection) -> list[Any]:
+    return base.execute("SELECT type, name, sql FROM sqlite_schema ORDER BY name").fetchall()
+
+
+@cache
+def _expected() -> list[Any]:
+    """`_tables` of a new store."""
+    with closing(sqlite3.connect(":memory:")) as base:
+        base.executescript(_SCHEMA)
+        return _tables(base)
 
 
 Counts = dict[str, int]
