@@ -16,6 +16,8 @@ FORMAT = 2
 """The format of audit.json that this version reads."""
 KIND = "rgap-audit"
 
+LARGEST = 2**28
+"""Bytes of an audit.json."""
 LONGEST_COMMAND = 20_000
 _SHOWN = 200
 """Characters of a wrong value in an error message."""
@@ -32,6 +34,9 @@ def load(path: Path) -> Any:
         ReportError: the file is not JSON.
         OSError: it cannot be read.
     """
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ReportError(f"{path}: {size:,} bytes, expected at most {LARGEST:,}")
     try:
         return json.loads(path.read_bytes(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
