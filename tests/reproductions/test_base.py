@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pickle
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +22,7 @@ from rich.table import Table
 
 from rgap.attacks import DLG
 from rgap.attacks.distance import cosine
+from rgap.cli import main
 from rgap.reproductions import NAMES, Job, Options, Reproduction, ReproductionError, by_name, reproduce
 from rgap.reproductions.base import labels
 from rgap.store import Row, Store, StoreError
@@ -86,6 +89,67 @@ def test_a_run_that_was_interrupted_goes_on_where_it_was(tmp_path: Path) -> None
     assert [float(row.tensors["x"][0, 0]) for row in found.values()] == [0.0, 1.0, 2.0, 3.0]
     reproduce(Squares(ran=ran), Options(), tmp_path, before=lambda *each: told.append(each))
     assert (len(ran), len(told)) == (4, 2)
+
+
+def killed(call: str, at: int, run: Callable[[], object]) -> bool:
+    """Whether a process that does this, and is killed (SIGKILL) at its so-manyth call of `os.call`, came so far."""
+    pid = os.fork()
+    if pid:
+        return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    original, calls = getattr(os, call), 0
+
+    def counting(*arguments: object, **named: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+
+    setattr(os, call, counting)
+    try:
+        run()
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "fdopen"])
+def test_a_run_that_was_killed_goes_on_where_it_was(call: str, tmp_path: Path) -> None:
+    """At whichever of its writes."""
+    reproduce(Squares(), Options(), tmp_path / "whole")
+    expected = (tmp_path / "whole" / "squares.json").read_bytes()
+    at = 0
+    while True:
+        at += 1
+        folder = tmp_path / str(at)
+        if not killed(call, at, lambda folder=folder: reproduce(Squares(), Options(), folder)):  # type: ignore[misc]
+            break
+        assert list(reproduce(Squares(), Options(), folder)) == KEYS
+        assert (folder / "squares.json").read_bytes() == expected
+    assert at > 4
+
+
+def test_a_command_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["reproduce", "figure1", "--count", "2", "--json"]
+    assert killed("fsync", 3, lambda: main(asked))
+    kept = (tmp_path / "rgap-out" / "figure1" / "rows.jsonl").read_bytes()
+    assert kept
+    with pytest.raises(SystemExit) as ended:
+        main(asked)
+    assert ended.value.code == 0
+    assert (tmp_path / "rgap-out" / "figure1" / "rows.jsonl").read_bytes().startswith(kept)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"square": "x"}, {"square": None}, {"square": [1]}, {"other": 1}], ids=lambda values: str(values)
+)
+def test_rows_that_no_run_wrote_are_refused_in_one_line(values: dict[str, Any], tmp_path: Path) -> None:
+    reproduce(Squares(), Options(), tmp_path)
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    changed = json.dumps(json.loads(lines[0]) | {"values": values})
+    (tmp_path / "rows.jsonl").write_text("\n".join([changed, *lines[1:]]) + "\n")
+    with pytest.raises(ReproductionError, match="holds rows that squares never wrote: pass --fresh"):
+        reproduce(Squares(), Options(), tmp_path)
 
 
 def test_what_is_written_says_all_there_is_to_know(tmp_path: Path) -> None:

@@ -157,16 +157,33 @@ def reproduce(
     }
     jobs = reproduction.jobs(options, count)
     store = Store(folder, settings, fresh)
-    document, picture = (folder / f"{reproduction.name}.{kind}" for kind in ("json", "png"))
+    kept = set(store.rows)
     if fresh:  # of the run that is forgotten
-        document.unlink(missing_ok=True)
-        picture.unlink(missing_ok=True)
+        for path in _written(reproduction, folder):
+            path.unlink(missing_ok=True)
     for at, job in enumerate(jobs):
         if job.key not in store.rows:
             if before is not None:
                 before(job.key, at, len(jobs))
             store.add(job.key, job.run())
     rows = {job.key: store.rows[job.key] for job in jobs}
+    try:
+        _write(reproduction, options, folder, settings, rows)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if not kept:
+            raise
+        raise ReproductionError(
+            f"{folder} holds rows that {reproduction.name} never wrote: pass --fresh to start over"
+        ) from error
+    return rows
+
+
+def _write(
+    reproduction: Reproduction, options: Options, folder: Path, settings: Mapping[str, Any], rows: Mapping[str, Row]
+) -> None:
+    """NAME.json and NAME.png, of rows of which a table can be made."""
+    document, picture = _written(reproduction, folder)
+    reproduction.table(rows)
     written = {
         "format": 1,
         "kind": "rgap-reproduction",
@@ -180,7 +197,10 @@ def reproduce(
     }
     write_atomically(document, json.dumps(plain(written), indent=1).encode())
     save(reproduction.draw(rows), picture)
-    return rows
+
+
+def _written(reproduction: Reproduction, folder: Path) -> tuple[Path, Path]:
+    return folder / f"{reproduction.name}.json", folder / f"{reproduction.name}.png"
 
 
 def _described(value: Any) -> Any:
