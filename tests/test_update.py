@@ -582,6 +582,7 @@ def test_a_gradient_that_overflows_is_refused() -> None:
 
 def test_printed_it_is_one_line_without_values() -> None:
     update = Update({"w": torch.ones(2, 3), "b": torch.zeros(2)}, Header(4, "logistic"))
+    assert repr(update) == str(update)
     assert str(update) == "Update: gradient of 4 sample(s), logistic loss; 2 tensors, 8 values in float32, norm 2.45"
     protocol = Protocol(Sends.DIFFERENCE, learning_rate=0.1)
     assert str(Update({"w": torch.ones(1)}, Header(protocol=protocol))).startswith("Update: weight difference of 1")

@@ -62,7 +62,7 @@ class Header:
             self.protocol.minibatches(self.batch_size)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Update:
     """Named gradients, or weight differences, frozen.
 
@@ -98,6 +98,8 @@ class Update:
         of = f"{header.batch_size} sample(s)" + (f", {header.loss} loss" if header.loss else "")
         size = f"{len(self.gradients)} tensors, {values:,} values in {str(self.dtype).removeprefix('torch.')}"
         return f"Update: {kind} of {of}; {size}, norm {self.norm:.3g}"
+
+    __repr__ = __str__
 
     @property
     def dtype(self) -> torch.dtype:

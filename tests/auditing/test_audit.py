@@ -531,4 +531,5 @@ def test_the_default_attacks_come_in_the_order_of_their_cost() -> None:
 
 def test_printed_it_is_its_verdict() -> None:
     found = audit(open_target(), pictures(1), attacks=[Bias()], about=ABOUT)
+    assert repr(found) == str(found)
     assert str(found).splitlines() == [found.verdict.headline, *found.verdict.sentences]

@@ -20,6 +20,7 @@ from rgap.auditing import Audit, Ended, Step
 from rgap.cli.audit_run import ended_by_termination
 from rgap.inversion import joint
 from rgap.linalg.deadline import OutOfTime, check, within
+from rgap.protocol import Protocol, Sends
 from rgap.report import render
 from rgap.update import Update
 
@@ -156,6 +157,35 @@ def test_it_is_told_before_it_begins_what_will_be_tried_and_how_long_that_takes(
         steps: list[Step] = []
         audit(open_target(), pictures(2), attacks=attacks, budget=7.0, progress=steps.append)
         assert all(word in steps[0].note for word in words)
+
+
+@pytest.mark.parametrize(
+    ("samples", "protocol", "told"),
+    [
+        (32, Protocol(), "Each update is of 32 samples. Attacks"),
+        (
+            40,
+            Protocol(Sends.DIFFERENCE, learning_rate=0.1, epochs=2, minibatch=20),
+            "of 40 samples after 4 local steps",
+        ),
+        (2, Protocol(Sends.DIFFERENCE, steps=32, learning_rate=0.1), "of 2 samples after 32 local steps"),
+        (2, Protocol(Sends.DIFFERENCE, steps=3, learning_rate=0.1), ""),
+    ],
+)
+def test_a_client_of_much_data_gets_a_word_before_minutes_are_spent(
+    samples: int, protocol: Protocol, told: str
+) -> None:
+    steps: list[Step] = []
+    audit(
+        open_target(samples),
+        pictures(samples),
+        attacks=[IDLG(iterations=1)],
+        protocol=protocol,
+        budget=0.0,
+        progress=steps.append,
+    )
+    assert ("Each update is of" in steps[0].note) is bool(told)
+    assert told in steps[0].note
 
 
 @pytest.mark.parametrize("restarts", [1, 3])

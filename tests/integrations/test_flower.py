@@ -374,6 +374,20 @@ def test_where_the_client_does_not_say_the_batch_size_is_the_targets(tmp_path: P
     assert all(n.update is not None and n.update.header.batch_size == 3 for n in counted(tmp_path)[0].nodes)
 
 
+def test_strategies_of_the_older_api_are_refused() -> None:
+    """In a process of its own, where no types are checked before."""
+    code = (
+        "from unittest import mock; from flwr.server import strategy; from rgap.integrations.flower import Capture\n"
+        "for older in (strategy.FedAvg, strategy.FedMedian, strategy.Krum):\n"
+        "    try:\n        Capture(older(), None, None, None)\n"
+        "    except TypeError as error:\n        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    told = done.stdout.splitlines()
+    assert [line.split(",")[0] for line in told] == ["got FedAvg", "got FedMedian", "got Krum"]
+    assert all("expected a strategy of Flower's Message API, such as" in line for line in told)
+
+
 def test_a_batch_size_must_make_sense() -> None:
     with pytest.raises(ValueError, match="got batch_size=0"):
         Capture(FedAvg(), make_target(), None, DIFFERENCE, batch_size=0)

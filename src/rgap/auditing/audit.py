@@ -33,7 +33,7 @@ ATTACKS: tuple[Attack, ...] = (Bias(), Closed(), IDLG(iterations=500), Inverting
 NO_DEFENCE = "defences: none was asked for; a sweep measures what it takes to close the leak"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Audit:
     """What the attacks read out of each sample's update."""
 
@@ -83,6 +83,8 @@ class Audit:
         """The verdict in a few lines."""
         found = self.verdict
         return "\n".join((found.headline, *found.findings, *found.sentences))
+
+    __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, pictures included, as audit.json has it; see ``rgap/report/schema.json``."""

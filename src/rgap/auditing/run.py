@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ RESULTS = 3
 CHUNK = 8
 """Updates of one call of an attack: what an interruption can cost."""
 LATE, CUT_OFF = "the time was up", "cut off when the time was up"
+MANY = 32
+"""Samples, or local steps, of one update that most attacks cannot take apart."""
 QUICK = 10.0
 """Seconds for what is told before any attack."""
 
@@ -177,8 +180,21 @@ class Run:
         count = sum(each.samples for each in self.observed)
         what = f"{', '.join(parts)} on {count} sample{'s' if count > 1 else ''} in {self.target.mode} mode"
         if self.budget is None:
-            return f"Trying {what}, as long as that takes."
-        return f"Trying {what}, for {_rounded(self.budget)} at the most (--budget)."
+            return f"Trying {what}, as long as that takes.{self._large()}"
+        return f"Trying {what}, for {_rounded(self.budget)} at the most (--budget).{self._large()}"
+
+    def _large(self) -> str:
+        """What to expect of updates of many samples or steps; empty of few."""
+        own = max(1, self.group // self.protocol.clients)
+        steps = self.protocol.passes * math.ceil(own / (self.protocol.minibatch or own))
+        if self.group < MANY and steps < MANY:
+            return ""
+        after = f" after {steps} local steps" if steps > 1 else ""
+        return (
+            f"\nEach update is of {self.group} samples{after}. Attacks by optimisation mix so many, and the closed "
+            "form tells apart up to the number that rgap rank counts, after few steps: for what a single sample gives "
+            "away audit a smaller client too (--batch-size 1, one step)."
+        )
 
     def results(self, attack: Attack, updates: Mapping[int, Update], defence: str = "") -> dict[int, list[Result]]:
         """One attack on updates by their number, from the store those that are there; fewer if the time is up."""

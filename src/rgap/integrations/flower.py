@@ -74,6 +74,7 @@ class Capture(Strategy):
         after: is given each round that brought something, after it was kept and before it is aggregated.
 
     Raises:
+        TypeError: the strategy is of Flower's older API.
         ValueError: batch_size is below 1.
         OSError: the folder cannot be made.
     """
@@ -89,6 +90,11 @@ class Capture(Strategy):
         arrays_key: str | None = None,
         after: Callable[[Round], object] | None = None,
     ):
+        if not hasattr(strategy, "configure_train"):
+            raise TypeError(
+                f"got {type(strategy).__name__}, expected a strategy of Flower's Message API, such as "
+                "flwr.serverapp.strategy.FedAvg: an older one shows the server no message"
+            )
         if batch_size is not None and batch_size < 1:
             raise ValueError(
                 f"got batch_size={batch_size}, expected 1 or more, or None and the key of a client's metric"
