@@ -110,9 +110,10 @@ def test_the_file_holds_no_data(count: int, tmp_path: Path) -> None:
 
 def test_an_update_holds_no_tensor_but_its_gradients() -> None:
     update = capture(small_target(), sample(), LABEL)
-    assert {f.name for f in dataclasses.fields(update)} == {"gradients", "header"}
+    assert {f.name for f in dataclasses.fields(update)} == {"gradients", "header", "buffers"}
+    assert not update.buffers
     assert not any(isinstance(value, torch.Tensor) for value in vars(update.header).values())
-    assert set(vars(update)) == {"gradients", "header"}
+    assert set(vars(update)) == {"gradients", "header", "buffers"}
 
 
 # Frozen.

@@ -77,5 +77,5 @@ def sent_by(
             differentiate(which)
             optimiser.step()
         sent = [weight.detach() - w0 for weight, w0 in zip(weights, first, strict=True)]
-    buffers = {name: state[name] for name, _ in model.named_buffers()}
+    buffers = {name: state[name] for name in target.buffers}
     return dict(zip(trained, sent, strict=True)), buffers

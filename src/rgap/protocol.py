@@ -65,6 +65,7 @@ class Protocol:
         proximal: FedProx's mu: mu / 2 times the squared distance from the first weights is added to the loss.
         clip_norm: the norm to which each step's gradient is clipped, as torch.nn.utils.clip_grad_norm_ does.
         schedule: what the learning rate is multiplied by in each epoch; empty: 1.
+        buffers: whether the buffers are sent too, such as running statistics: a whole state dict.
 
     Raises:
         ValueError: a field makes no sense, or fields contradict each other.
@@ -86,6 +87,7 @@ class Protocol:
     proximal: float = 0.0
     clip_norm: float | None = None
     schedule: tuple[float, ...] = ()
+    buffers: bool = False
 
     def __post_init__(self) -> None:
         if self.optimiser is Optimiser.MOMENTUM and self.momentum == 0:

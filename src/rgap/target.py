@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rgap.losses import for_model
+from rgap.nn.batch_norm import statistics
+from rgap.nn.build import Batch
 from rgap.nn.graph import Graph
 from rgap.nn.kernels import differentiable
 from rgap.nn.losses import Loss, MarginLoss
@@ -57,6 +60,8 @@ class Target:
     """SHA-256 over the names, types, shapes and values of the parameters."""
     parameters: Mapping[str, Tensor] = field(init=False, repr=False)
     """Every parameter that is trained, by name, as it was when the target was made."""
+    buffers: Mapping[str, Tensor] = field(init=False, repr=False)
+    """Those of its state dict, likewise."""
     graph: Graph = field(init=False, repr=False)
     """Every use of a Linear or convolutional layer, and what stands in the recursion's way."""
     _tensors: Mapping[str, Tensor] = field(init=False, repr=False)
@@ -83,6 +88,8 @@ class Target:
         put(self, "_tensors", {name: t.detach().clone() for name, t in tensors.items()})
         trained = {name: self._tensors[name] for name, p in self.model.named_parameters() if p.requires_grad}
         put(self, "parameters", trained)
+        kept = self.model.state_dict()
+        put(self, "buffers", {name: self._tensors[name] for name, _ in self.model.named_buffers() if name in kept})
         put(self, "graph", follow(self.model, self.input_shape, self.loss.outputs, self.loss.ending))
         if not self.graph.uses:
             # Tracing checks shapes; where it failed, only a run of the model tells whether the shape was wrong.
@@ -148,6 +155,27 @@ class Target:
             reason = str(error).strip().splitlines()[0]
             raise NotImplementedError(f"forward: the traced operations do not run by themselves: {reason}") from error
         return network
+
+    def of_batch(
+        self, after: Mapping[str, Tensor], gradients: Mapping[str, Tensor], samples: int
+    ) -> tuple[Target, float]:
+        """The same target, whose network takes batch norms in training mode as they were in the batch of one update.
+
+        Args:
+            after: the buffers after the step.
+            gradients: of the mean loss over the batch.
+            samples: of the batch.
+
+        Returns:
+            The target, and how far the rounding of the buffers may have moved its values, relatively.
+        """
+        found, program = copy(self), self.graph.program
+        with self._mode():
+            known = statistics(self.model, self.buffers, after, samples)
+        if program is not None and known:
+            batch = Batch(known, {name: g.to(self.device) for name, g in gradients.items()})
+            vars(found)["network"] = program.network(self._tensors, frozenset(self.parameters), batch)
+        return found, max((each.precision for each in known.values()), default=0.0)
 
     def _check(self, network: Network) -> None:
         """Raise NotImplementedError if the operations do not compute what the model does.

@@ -70,10 +70,12 @@ class Update:
         gradients: by parameter name, with the parameters' shapes; what the client sent, be it a gradient or, as the
             header's protocol says, a weight difference.
         header: what the client says about them.
+        buffers: those that were sent beside them, as they are after the local steps: running statistics and the like.
     """
 
     gradients: Mapping[str, Tensor]
     header: Header = field(default_factory=Header)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.gradients:
@@ -90,6 +92,8 @@ class Update:
                 )
             kept[name] = gradient.detach().clone()
         object.__setattr__(self, "gradients", MappingProxyType(kept))
+        buffers = {name: t.detach().clone() for name, t in self.buffers.items()}
+        object.__setattr__(self, "buffers", MappingProxyType(buffers))
 
     def __str__(self) -> str:
         """What it is, in one line, without its values."""
@@ -156,7 +160,18 @@ class Update:
         if protocol.sends is Sends.DIFFERENCE and self.norm > 0:
             weights = math.sqrt(sum(float(target.parameters[n].double().square().sum()) for n in self.gradients))
             precision = max(precision, float(torch.finfo(dtype).eps) * (1 + weights / self.norm))
-        return Update(kept, replace(self.header, protocol=plain, precision=precision)), assumptions
+        one_step = len(protocol.minibatches(self.samples_of_one(target))) == 1
+        buffers = self.buffers if one_step else {}  # else those of several batches
+        return Update(kept, replace(self.header, protocol=plain, precision=precision), buffers), assumptions
+
+    def with_batch(self, target: Target) -> tuple[Target, Update]:
+        """The target as its network was in this update's batch, as far as the buffers that were sent tell, and the
+        update as precise as these are."""
+        protocol, own = self.header.protocol, self.samples_of_one(target)
+        if not self.buffers or protocol.clients > 1 or len(protocol.minibatches(own)) > 1:
+            return target, self
+        seen, precision = target.of_batch(self.buffers, self.gradients, own)
+        return seen, replace(self, header=replace(self.header, precision=max(self.precision, precision)))
 
     def check(self, target: Target, partial: bool = False) -> None:
         """Refuse an update that is not one of this target's model.
@@ -179,6 +194,11 @@ class Update:
             got, expected = tuple(gradient.shape), tuple(target.parameters[name].shape)
             if got != expected:
                 raise UpdateError(f"{name}: got a gradient of shape {got}, expected {expected} as the model has it")
+        for name, value in self.buffers.items():
+            own = target.buffers.get(name)
+            if own is None or own.shape != value.shape:
+                there = "no buffer of this name" if own is None else f"{tuple(own.shape)} as the model has it"
+                raise UpdateError(f"{name}: got a buffer of shape {tuple(value.shape)}, expected {there}")
         if self.header.fingerprint not in (None, target.fingerprint):
             raise UpdateError(
                 f"the update belongs to another model or another checkpoint: got fingerprint "
@@ -192,13 +212,15 @@ class Update:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with a JSON header, in one step: the file is there whole or not at all."""
-        tensors = {name: g.cpu().contiguous() for name, g in self.gradients.items()}
+        tensors = {name: t.cpu().contiguous() for name, t in {**self.gradients, **self.buffers}.items()}
         header = asdict(self.header)
         protocol = header.pop("protocol")
         if header["precision"] is None:
             del header["precision"]
         kind, optimiser = protocol.pop("sends").value, protocol.pop("optimiser").value
         fields = {"format": FORMAT, "kind": kind, **header, "protocol": {**protocol, "optimiser": optimiser}}
+        if self.buffers:
+            fields["buffers"] = list(self.buffers)
         content = to_bytes(tensors, metadata={"rgap": json.dumps(fields)})
         write_atomically(path, content)
 
@@ -223,9 +245,13 @@ class Update:
             raise UpdateError(
                 f"{path}: not a whole safetensors file, it may be truncated ({line(str(error), 200)})"
             ) from error
-        header = _header(header_text, path)
+        header, names = _header(header_text, path)
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise UpdateError(f"{path}: the buffers {listed(missing)} are not in the file, expected all in its header")
+        buffers = {name: tensors.pop(name) for name in names}
         try:
-            update = cls(tensors, header)
+            update = cls(tensors, header, buffers)
             if target is not None:
                 update.check(target)
         except UpdateError as error:
@@ -250,6 +276,7 @@ HEADER = validator(
             "training": nullable("boolean"),
             "precision": nullable("number", minimum=0),
             "input_shape": nullable("array", items={"type": "integer"}),
+            "buffers": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
         },
     }
 )
@@ -260,7 +287,7 @@ PROTOCOL = validator(
             "clients": WHOLE,
             "learning_rate": nullable("number"),
             "optimiser": {"enum": [optimiser.value for optimiser in Optimiser]},
-            **{name: {"type": "boolean"} for name in ("summed", "shuffled", "drop_last", "nesterov")},
+            **{name: {"type": "boolean"} for name in ("summed", "shuffled", "drop_last", "nesterov", "buffers")},
             "epochs": WHOLE,
             "minibatch": nullable("integer", maximum=2**31),
             **{name: {"type": "number"} for name in ("momentum", "weight_decay", "proximal")},
@@ -271,7 +298,8 @@ PROTOCOL = validator(
 )
 
 
-def _header(text: str | None, path: Path) -> Header:
+def _header(text: str | None, path: Path) -> tuple[Header, list[str]]:
+    """What the client says, and the names of the buffers in the file."""
     if text is None:
         raise UpdateError(f"{path}: no rgap header; expected an update written by rgap.Update.save")
     try:
@@ -292,8 +320,9 @@ def _header(text: str | None, path: Path) -> Header:
     header = {name: found[name] for name in HEADER.schema["properties"] if found.get(name) is not None}
     if "input_shape" in header:
         header["input_shape"] = tuple(header["input_shape"])
+    buffers = header.pop("buffers", [])
     try:
-        return Header(**header, protocol=_protocol(found["kind"], found.get("protocol", {}), path))
+        return Header(**header, protocol=_protocol(found["kind"], found.get("protocol", {}), path)), buffers
     except UpdateError:
         raise
     except ValueError as error:
@@ -349,7 +378,15 @@ def capture(
         raise ValueError(f"got {len(x)} samples for {protocol.clients} clients, expected the same number for each")
     model, own = target.model, len(x) // protocol.clients
     generator = generator or torch.Generator().manual_seed(0)
-    sent = [sent_by(target, x[at : at + own], y[at : at + own], protocol, generator)[0] for at in range(0, len(x), own)]
-    mean = {name: torch.stack([each[name] for each in sent]).mean(0) for name in sent[0]} if len(sent) > 1 else sent[0]
+    each = [sent_by(target, x[at : at + own], y[at : at + own], protocol, generator) for at in range(0, len(x), own)]
+    gradients, buffers = _mean([found for found, _ in each]), _mean([found for _, found in each])
     header = Header(own, target.loss.name, target.input_shape, fingerprint(model), model.training, protocol)
-    return Update(mean, header)
+    return Update(gradients, header, buffers if protocol.buffers else {})
+
+
+def _mean(sent: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Of several clients' tensors by name; counts are rounded."""
+    if len(sent) == 1:
+        return sent[0]
+    found = {name: torch.stack([each[name] for each in sent]) for name in sent[0]}
+    return {n: t.mean(0) if t.is_floating_point() else t.double().mean(0).round().to(t) for n, t in found.items()}

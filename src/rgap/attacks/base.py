@@ -84,7 +84,7 @@ class Attack(ABC):
         found = []
         for update in updates:
             start = time.perf_counter()
-            outcome = self.run(target, update)
+            outcome = self.run(*update.with_batch(target))
             found.append((outcome, time.perf_counter() - start))
         return found
 
@@ -105,6 +105,8 @@ class BatchAttack(Attack):
         return self.run_many(target, [update])[0]
 
     def _timed(self, target: Target, updates: Sequence[Update]) -> list[tuple[Outcome, float]]:
+        if any(update.buffers for update in updates):  # each was in a network of its own
+            return super()._timed(target, updates)
         start = time.perf_counter()
         found = self.run_many(target, updates) if updates else []
         each = (time.perf_counter() - start) / max(1, len(updates))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rgap.inversion.batch_norm import before_batch_norm
 from rgap.inversion.block_solve import BlockInput, solve_jointly
 from rgap.inversion.history import Paths
 from rgap.inversion.layer import LayerRows, LayerSolution, LayerSystem, Rhs
@@ -20,6 +21,7 @@ from rgap.inversion.report import LayerReport, layer_report
 from rgap.inversion.rounding import rounding
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.nn.activations import NonMonotone
+from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network, Node
 from rgap.nn.ops import Affine, Concat, Elementwise, Linear, Norm, Op, Other, Sum
 
@@ -120,9 +122,13 @@ class BlockValues:
 
     def _k(self, value: int) -> None:
         """Eq. 6, once k of everything that reads the value is known."""
-        k = self.network.cotangent_of(value, self.ks.get, self.slopes)
+        k = self.network.cotangent_of(value, self.ks.get, self.slopes, self._known)
         if k is not None:
             self.ks[value] = k
+
+    def _known(self, value: int) -> Tensor | None:
+        found = self.values.get(value)
+        return found.value if found is not None and found.full else None
 
     def _forward(self, node_id: int) -> None:
         """What is computed from known values is known."""
@@ -149,6 +155,32 @@ class BlockValues:
             self._solve(value, rows, inverted)
         elif inverted is not None:
             self.values[value] = inverted
+        if value not in self.values:
+            self._before_batch_norm(value)
+
+    def _before_batch_norm(self, value: int) -> None:
+        """A value from the gradient of a layer that reads it, where a batch norm in training mode follows."""
+        for node_id in self.network.readers[value]:
+            op, behind = self.network.nodes[node_id].op, self.network.readers[node_id + 1]
+            norm = self.network.nodes[behind[0]].op if len(behind) == 1 else None
+            if not isinstance(op, Linear) or not op.has_gradient or not isinstance(norm, BatchNorm):
+                continue
+            layer, k = op.layer, self.ks.get(behind[0] + 1)
+            if k is None or layer.weight_name not in self.observed.gradients:
+                continue
+            grad = layer.pack_weight(self.observed.gradients[layer.weight_name])
+            found = before_batch_norm(layer, norm, k, grad, self.observed.rank_tolerance)
+            if found is None:
+                continue
+            noise = self._draw(grad) * rounding(grad, self.observed.eps)
+            error = found.system.apply_inverse(torch.zeros_like(found.system.k), noise).square().mean().sqrt()
+            x = layer.unpack_input(found.solution.x).reshape(1, *self.network.shapes[value])
+            self.values[value] = Estimate(x, None, error.reshape(1, *[1] * (x.dim() - 1)))
+            nothing = torch.zeros_like(found.system.k)
+            self.reports[node_id] = layer_report(
+                layer, found.system.k, nothing, found.solution, 0, float(error), None, True
+            )
+            return
 
     def _inverted(self, value: int) -> Iterator[Estimate]:
         """From each operation without weights that reads the value, what its output tells of it."""

@@ -184,7 +184,8 @@ def _inverted(op: Op, state: State, observed: Observation, of: Tensor) -> State 
     value = op.invert(state.value)
     if value is None:
         return None
-    k = op.vjp(state.cotangent, (value,))[0]
+    k, more = op.vjp(state.cotangent, (value,))[0], op.source(value)
+    k = k if more is None else k + more
     std = state.std.expand(state.value.shape)
     if isinstance(op, Affine):
         row_weight, std = state.row_weight, std / op.scale.abs()

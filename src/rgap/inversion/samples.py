@@ -62,7 +62,8 @@ def layer_by_layer(
             value, moved = op.invert(state.value), op.invert(state.value + state.std)
             if value is None or moved is None:
                 return replace(passed, stop=Stop(op, Cause.LOSSY, op.loses))
-            state = State(value, op.vjp(state.cotangent, (value,))[0], None, (moved - value).abs())
+            k, more = op.vjp(state.cotangent, (value,))[0], op.source(value)
+            state = State(value, k if more is None else k + more, None, (moved - value).abs())
         determined = all(layer.open_since is None for layer in passed.layers)
         certain = (segment.entry, state) if determined else passed.certain
         passed = replace(passed, state=state, certain=certain)

@@ -23,6 +23,7 @@ from torch import Tensor
 from rgap.inversion.rounding import rounding
 from rgap.inversion.state import State
 from rgap.nn.activations import Identity
+from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
@@ -129,8 +130,10 @@ class ConstraintSystem:
         return any(activation.kinked for _, activation in self.network.activations)
 
     def curved_after(self, node: int) -> bool:
-        """Whether the cotangent there depends on the inputs: a slope behind it does."""
-        return any(at > node and not isinstance(activation, Identity) for at, activation in self.network.activations)
+        """Whether the cotangent there depends on the inputs: a slope behind it does, or a batch norm's sums."""
+        sums = any(isinstance(each.op, BatchNorm) for each in self.network.nodes[node + 1 :])
+        slopes = self.network.activations
+        return sums or any(at > node and not isinstance(activation, Identity) for at, activation in slopes)
 
     def linearise(self, x: Float[Tensor, "b ..."], guess: Mapping[int, Tensor] | None = None) -> Linearisation:
         """Values, slopes and cotangents of every node.
@@ -153,7 +156,7 @@ class ConstraintSystem:
 
     def cotangents(self, values: list[Tensor], slopes: Mapping[int, Tensor]) -> list[Tensor | None]:
         """The gradient of the loss with respect to every value (Eq. 6)."""
-        return self.network.vjp(values, slopes, {len(values) - 1: self.output.cotangent})
+        return self.network.cotangents(values, slopes, self.output.cotangent)
 
     def with_slopes(self, at: Linearisation, slopes: dict[int, Tensor]) -> Linearisation:
         """The same values, with other slopes behind them."""

@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 
 from rgap.nn import calls
 from rgap.nn.activations import Activation
+from rgap.nn.batch_norm import BatchNorm, BatchStatistics
 from rgap.nn.graph import Use
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network, Node
@@ -33,6 +34,19 @@ _SCALABLE = {
     "mean", "sum", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d", "upsample_bilinear2d", "amax",
     "upsample_linear1d", "upsample_bicubic2d", "upsample_trilinear3d", "max_pool2d_with_indices", "abs",
 }  # fmt: skip
+
+
+STATISTICS = "running statistics before and after one step would tell them, and were not sent with all gradients"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What an update tells of the very batch behind it."""
+
+    statistics: Mapping[str, BatchStatistics]
+    """Of batch norms in training mode, by the name of the running mean."""
+    gradients: Mapping[str, Tensor]
+    """Of the mean loss over the batch, by parameter name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,24 +69,25 @@ class Program:
     dropped: frozenset[Traced]
     """Operations that do nothing, such as dropout in evaluation mode."""
 
-    def network(self, tensors: Mapping[str, Tensor], trained: frozenset[str]) -> Network:
+    def network(self, tensors: Mapping[str, Tensor], trained: frozenset[str], batch: Batch | None = None) -> Network:
         """The operations with their weights, in float64.
 
         Args:
             tensors: parameters and buffers by name.
             trained: the names of the parameters whose gradients are shared.
+            batch: what is known of the very batch behind an update, for batch norm in training mode.
 
         Raises:
             NotImplementedError: an operation does something that a value cannot hold; says what.
         """
-        return _Build(self, tensors, trained).run()
+        return _Build(self, tensors, trained, batch or Batch({}, {})).run()
 
 
 class _Build:
     """One pass over the traced operations."""
 
-    def __init__(self, program: Program, tensors: Mapping[str, Tensor], trained: frozenset[str]):
-        self.program, self.trained = program, trained
+    def __init__(self, program: Program, tensors: Mapping[str, Tensor], trained: frozenset[str], batch: Batch):
+        self.program, self.trained, self.batch = program, trained, batch
         # Copies: the model's code may write to its buffers.
         self.tensors = {n: t.double().clone() if t.is_floating_point() else t.clone() for n, t in tensors.items()}
         self.known: dict[Traced, Any] = {}  # what does not depend on the input
@@ -176,6 +191,10 @@ class _Build:
             trained = self.layer(node, data) if node in self.program.uses else None
             if trained is not None:
                 return [trained]
+            mean = self.program.names.get(arguments["running_mean"]) if name == "batch_norm" else None
+            if mean is not None and mean in self.batch.statistics:
+                told = self.of_batch(where, arguments, self.batch.statistics[mean], node.meta["val"].shape)
+                return [told] if told is not None else [self.other(node, where, name, arguments, data)]
             if name == "batch_norm" and not arguments["training"]:
                 return [self.normalised(where, arguments)]
             if name in ("layer_norm", "group_norm") or (name == "instance_norm" and arguments["use_input_stats"]):
@@ -191,11 +210,20 @@ class _Build:
                 and all(e in self.value_ids for e in arguments["tensors"])
             ):
                 return [Concat(where, dim - 1)]
+        return [self.other(node, where, name, arguments, data)]
+
+    def other(self, node: Traced, where: str, name: str, arguments: dict[str, Any], data: list[Traced]) -> Other:
+        """What no closed form passes."""
         trains = arguments.get("train") or arguments.get("training") or arguments.get("use_input_stats")
-        mode = " in training mode (call model.eval() first)" if trains else ""
+        mode = " in training mode" if trains else ""
         function = self.function(node, data)
         sizes = sum(each.meta["val"].numel() for each in data), node.meta["val"].numel()
-        return [Other(where, name + mode, function, *sizes, name in _SCALABLE, node not in self.program.with_gradient)]
+        lost = ""
+        if name == "batch_norm":
+            channels = node.meta["val"].shape[1]
+            lost = f"leaves mean and size of {channels} channels free, {2 * channels} dimensions: {STATISTICS}"
+        detached = node not in self.program.with_gradient
+        return Other(where, name + mode, function, *sizes, name in _SCALABLE, detached, lost)
 
     def call(self, node: Traced, values: Mapping[Traced, Any]) -> Any:
         def value(argument: Traced) -> Any:
@@ -258,6 +286,24 @@ class _Build:
         full = shift.numel() == math.prod(arguments["input"].meta["val"].shape)
         name = self.trained_name(arguments.get("bias")) if full else None
         return Affine(where, scale.reshape(shape), shift.reshape(shape), name)
+
+    def of_batch(
+        self, where: str, arguments: dict[str, Any], told: BatchStatistics, shape: torch.Size
+    ) -> BatchNorm | None:
+        """Batch norm in training mode; None if the gradients of its weight and bias are not known."""
+        names = [self.trained_name(arguments.get(role)) for role in ("weight", "bias")]
+        if any(name not in self.batch.gradients for name in names):
+            return None
+        gamma, beta = (self.known[arguments[role]] for role in ("weight", "bias"))
+        if not bool((gamma != 0).all()):
+            return None
+        count = told.samples * math.prod(shape[2:])
+        scale = gamma * (told.variance * (count - 1) / count + float(arguments["eps"])).rsqrt()
+        along, mean_k = (self.batch.gradients[str(name)].double() / count for name in names)
+        wide = (1, -1, *[1] * (len(shape) - 2))
+        parts = (scale, beta - told.mean * scale, mean_k, along / gamma, beta)
+        scale, shift, mean_k, along, beta = (part.reshape(wide) for part in parts)
+        return BatchNorm(where, scale, shift, mean_k=mean_k, along=along, beta=beta)
 
     def norm(self, where: str, name: str, arguments: dict[str, Any], shape: torch.Size) -> Norm:
         """A norm that is taken of each sample."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +85,20 @@ class Exported:
         return True
 
 
+@contextmanager
+def _with_momenta(model: nn.Module) -> Iterator[None]:
+    """Batch norms that average over all batches read their count, which is not followed, and does nothing here."""
+    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    cumulative = [each for each in norms if each.momentum is None]
+    for each in cumulative:
+        each.momentum = 0.0
+    try:
+        yield
+    finally:
+        for each in cumulative:
+            each.momentum = None
+
+
 def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
     """One sample's way through the model.
 
@@ -91,7 +107,7 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
     """
     example = _example(model, input_shape)
     try:
-        with differentiable():
+        with differentiable(), _with_momenta(model):
             program = torch.export.export(model, (example,), strict=False)
     except Exception as error:  # torch.export raises many kinds
         lines = str(error).strip().splitlines()

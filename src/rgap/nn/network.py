@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rgap.nn.activations import Activation
+from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.layers import Layer
 from rgap.nn.ops import Elementwise, Linear, Op
 
@@ -147,6 +148,15 @@ class Network:
                 ks[value_id] = more if there is None else there + more
         return ks
 
+    def cotangents(self, values: list[Tensor], slopes: Slopes, k: Tensor) -> list[Tensor | None]:
+        """The cotangents of all values at the true inputs, from that of the output; see `vjp`."""
+        starts = {len(values) - 1: k}
+        for node in self.nodes:
+            more = node.op.source(values[node.reads[0]])
+            if more is not None:
+                starts[node.reads[0]] = starts.get(node.reads[0], 0) + more
+        return self.vjp(values, slopes, starts)
+
     @cached_property
     def readers(self) -> tuple[tuple[int, ...], ...]:
         """Of every value, the ids of the nodes that read it."""
@@ -156,17 +166,27 @@ class Network:
                 found[value_id].append(node_id)
         return tuple(map(tuple, found))
 
-    def cotangent_of(self, value_id: int, behind: Callable[[int], Tensor | None], slopes: Slopes) -> Tensor | None:
+    def cotangent_of(
+        self,
+        value_id: int,
+        behind: Callable[[int], Tensor | None],
+        slopes: Slopes,
+        known: Callable[[int], Tensor | None] = lambda _: None,
+    ) -> Tensor | None:
         """The cotangent of one value (Eq. 6); None if it is not known behind one of the operations that read it.
 
         Args:
             behind: the cotangent of another value, by its id.
             slopes: of elementwise operations, as far as they are known.
+            known: a value, by its id.
         """
         total: Tensor | None = None
         for node_id in self.readers[value_id]:
             op, reads = self.nodes[node_id].op, self.nodes[node_id].reads
-            k = behind(node_id + 1) if op.linear or node_id in slopes else None
+            k, x = (behind(node_id + 1) if op.linear or node_id in slopes else None), known(reads[0])
+            if isinstance(op, BatchNorm) and x is not None:
+                k = behind(node_id + 1)
+                total = op.source(x) if total is None else total + op.source(x)
             if k is None:
                 return None
             if node_id in slopes:

@@ -46,6 +46,10 @@ class Op(ABC):
         tangent: Tensor = torch.func.jvp(self.forward, wide, tangents)[1]
         return tangent
 
+    def source(self, x: Tensor) -> Tensor | None:
+        """What the cotangent of its input x has beside what `vjp` brings there; None: nothing."""
+        return None
+
     def invert(self, y: Tensor) -> Tensor | None:
         """The only input for this output; None if the operation does not have one."""
         return None
@@ -290,6 +294,8 @@ class Other(Op):
     scalable: bool = False
     detached: bool = False
     """Whether it lets no gradient through, as under no_grad."""
+    lost: str = ""
+    """What of its input is not in its output, where that is known."""
 
     def forward(self, *xs: Float[Tensor, "s ..."]) -> Tensor:
         # The traced operation may have a batch of one in its arguments.
@@ -310,6 +316,8 @@ class Other(Op):
 
     @property
     def loses(self) -> str:
+        if self.lost:
+            return f"{self.what} {self.lost}"
         if self.outputs < self.inputs:
             return f"{self.what} makes {self.outputs} values of {self.inputs}"
         return f"{self.what} is not inverted"

@@ -1,0 +1,75 @@
+"""Batch norm in training mode, as far as a client's running statistics tell what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rgap.nn.ops import Affine
+
+
+@dataclass(frozen=True, eq=False)
+class BatchStatistics:
+    """What one batch norm made of one batch."""
+
+    mean: Float[Tensor, " c"]
+    variance: Float[Tensor, " c"]
+    """As running_var has it: over the number of values less one."""
+    samples: int
+    """Of the batch."""
+    precision: float
+    """How far the running statistics' rounding may have moved what the norm puts out, relative to its spread."""
+
+
+def statistics(
+    model: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor], samples: int
+) -> dict[str, BatchStatistics]:
+    """Those of one step's batch, by the name of the running mean, from the running statistics around the step.
+
+    after = (1 - momentum) before + momentum * (the batch's), where momentum None stands for one over the number of
+    batches. Layers whose statistics did not run, such as frozen ones, are left out.
+    """
+    found = {}
+    for prefix, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or not module.training:
+            continue
+        start = f"{prefix}." if prefix else ""
+        mean, var, count = (start + name for name in ("running_mean", "running_var", "num_batches_tracked"))
+        momentum = module.momentum
+        if momentum is None and count in before:
+            momentum = 1 / (float(before[count]) + 1)
+        if not momentum or mean not in after or var not in after or mean not in before or var not in before:
+            continue
+        told = [
+            (after[name].double() - (1 - momentum) * before[name].to(after[name].device).double()) / momentum
+            for name in (mean, var)
+        ]
+        if not bool((told[1] > 0).all()):
+            continue
+        rounded = torch.finfo(after[mean].dtype).eps / momentum
+        moved = (after[mean].double().square() / told[1] + (after[var].double() / told[1] / 2).square()).mean().sqrt()
+        found[mean] = BatchStatistics(told[0], told[1], samples, rounded * float(moved))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm(Affine):
+    """y = scale * x + shift with the statistics of the very batch.
+
+    With u = (y - beta) / gamma, the gradient of x is scale * (k - mean k - u * mean(k u)), the means over all samples
+    and positions of a channel. Their sums are the gradients of beta and gamma: `source` is what they put in.
+    """
+
+    mean_k: Tensor | float = 0.0
+    """The gradient of beta over the number of values, broadcast over the value."""
+    along: Tensor | float = 0.0
+    """That of gamma over the number of values, over gamma."""
+    beta: Tensor | float = 0.0
+    linear = False
+
+    def source(self, x: Tensor) -> Tensor:
+        return -self.scale * (self.mean_k + (self.forward(x) - self.beta) * self.along)

@@ -1,0 +1,98 @@
+"""Back through batch norm in training mode: with its running statistics, and without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rgap import Protocol, Target, Update, UpdateError, capture, losses
+from rgap.attacks import Closed, Reconstruction, Status
+from rgap.models.resnet import Block
+from rgap.protocol import Sends
+
+SENT = {
+    "gradient": Protocol(buffers=True),
+    "difference": Protocol(Sends.DIFFERENCE, learning_rate=0.1, buffers=True),
+}
+
+
+def make_target(samples: int, *inner: nn.Module, momentum: float | None = 0.1) -> Target:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 16, 3, 2, 1), nn.BatchNorm2d(16, momentum=momentum), nn.LeakyReLU(0.2), *inner, nn.Flatten(),
+            nn.Linear(16 * 16, 10),
+        ).double()  # fmt: skip
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.2)
+                module.momentum = momentum
+    return Target(model.train(), losses.CrossEntropy(10), (2, 8, 8), (0.0, 1.0), samples)
+
+
+def attacked(target: Target, protocol: Protocol) -> tuple[Reconstruction, Tensor, Update]:
+    samples = target.batch_size
+    x = torch.rand(samples, 2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    update = capture(target, x, torch.arange(samples), protocol)
+    return Closed()(target, update), x, update
+
+
+@pytest.mark.parametrize("sent", SENT)
+@pytest.mark.parametrize("samples", [1, 2, 4])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_with_statistics_every_sample_comes_back(samples: int, sent: str, momentum: float | None) -> None:
+    found, x, _ = attacked(make_target(samples, momentum=momentum), SENT[sent])
+    assert found.status is Status.EXACT, found
+    near = torch.cdist(found.inputs.flatten(1), x.flatten(1)).min(0)
+    assert float(near.values.max()) < 1e-5
+    assert found.labels[near.indices].tolist() == list(range(samples))
+
+
+@pytest.mark.parametrize("sent", SENT)
+def test_a_residual_block_is_passed(sent: str) -> None:
+    block = Block(16, 16, activation=lambda: nn.LeakyReLU(0.2))
+    found, x, _ = attacked(make_target(1, block), SENT[sent])
+    assert found.status is Status.EXACT, found
+    assert float((found.inputs - x).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4])
+def test_without_statistics_contrast_and_brightness_are_counted_as_free(samples: int) -> None:
+    found, _, _ = attacked(make_target(samples), Protocol())
+    assert found.status not in (Status.EXACT, Status.REPRODUCED)
+    assert "batch_norm in training mode leaves mean and size of 16 channels free, 32 dimensions" in found.reason
+
+
+@pytest.mark.parametrize("protocol", [SENT["gradient"], SENT["difference"]])
+def test_a_file_keeps_the_buffers(protocol: Protocol, tmp_path: Path) -> None:
+    target = make_target(2)
+    _, _, update = attacked(target, protocol)
+    update.save(tmp_path / "u")
+    read = Update.load(tmp_path / "u", target)
+    assert set(read.buffers) == {f"1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert all(torch.equal(read.buffers[name], t) for name, t in update.buffers.items())
+    assert set(read.gradients) == set(target.parameters)
+    assert read.header == update.header
+
+
+@pytest.mark.parametrize("name", ["extra", "1.running_var", "0.weight"])
+def test_buffers_of_another_model_are_refused(name: str) -> None:
+    target = make_target(1)
+    gradients = {each: torch.ones_like(p) for each, p in target.parameters.items()}
+    with pytest.raises(UpdateError, match=rf"{name}: got a buffer of shape \(3,\), expected"):
+        Update(gradients, buffers={name: torch.ones(3)}).check(target)
+
+
+@pytest.mark.parametrize("fields", [{"steps": 2}, {"epochs": 3}, {"minibatch": 1, "epochs": 1}, {"clients": 2}])
+def test_statistics_of_several_batches_are_not_taken_for_those_of_one(fields: dict[str, int]) -> None:
+    target = make_target(2)
+    protocol = Protocol(Sends.DIFFERENCE, learning_rate=0.1, buffers=True, **fields)  # type: ignore[arg-type]
+    x = torch.rand(4 if "clients" in fields else 2, 2, 8, 8, dtype=torch.float64)
+    update = capture(target, x, torch.arange(len(x)), protocol)
+    assert set(update.buffers) == set(target.buffers)
+    plain, _ = update.to_gradient(target)
+    assert plain.with_batch(target)[0] is target
