@@ -141,6 +141,11 @@ class Protocol:
         return self.optimiser in (Optimiser.SGD, Optimiser.MOMENTUM)
 
     @property
+    def local(self) -> bool:
+        """Whether the client may take several local steps."""
+        return self.sends is Sends.DIFFERENCE and (self.passes > 1 or self.minibatch is not None)
+
+    @property
     def passes(self) -> int:
         """How often the client goes over its samples, be it told as epochs or as steps."""
         return max(self.steps, self.epochs)

@@ -260,18 +260,34 @@ class Target:
         outputs: Tensor = outputs_of(result)
         return outputs
 
-    def gradient(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    def network_at(self, weights: Mapping[str, Tensor]) -> Network:
+        """The same operations as `network`, with other values of some parameters."""
+        program = self.graph.program
+        if program is None:
+            return self.network
+        return program.network({**self._tensors, **weights}, frozenset(self.parameters))
+
+    def gradient(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        dtype: torch.dtype = torch.float64,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """The gradient of the mean loss of a batch, recomputed through the model itself.
 
         Args:
             inputs: (b, *input_shape); labels: (b,).
             dtype: to compute in, where the model allows it.
+            weights: other values of some parameters, as they are after local steps.
 
         Returns:
             By parameter name, in the parameter's shape.
         """
         names = list(self.parameters)
         state = _copies(self._state_in(dtype))
+        for name, value in (weights or {}).items():
+            state[name] = value.detach().to(state[name], copy=True)
         for name in names:
             state[name].requires_grad_()
         loss = self.loss(self._run(state, inputs), labels.to(self.device))

@@ -58,26 +58,46 @@ class Attack(ABC):
         """
         for update in updates:
             update.check(target, partial=self.partial)
+        followed = [self._followed(target, update) for update in updates]
         start = time.perf_counter()
         plain = [update.to_gradient(target) for update in updates]
         checks = [preflight(target, update) for update, _ in plain]
         before = (time.perf_counter() - start) / max(1, len(updates))
-        outcomes = self._timed(target, [update for update, _ in plain])
-        return tuple(
-            Reconstruction(
-                attack=self.name,
-                status=outcome.status,
-                reason=outcome.reason,
-                answers=outcome.answers,
-                assumptions=tuple(dict.fromkeys((*assumptions, *outcome.assumptions))),
-                preflight=check,
-                tolerance=update.tolerance,
-                value_range=target.value_range,
-                seconds=before + seconds,
-                features=outcome.features,
+        left = [at for at, (outcome, _) in enumerate(followed) if outcome is None or not outcome.answers]
+        timed = dict(zip(left, self._timed(target, [plain[at][0] for at in left]), strict=True))
+        found = []
+        for at, (update, assumptions) in enumerate(plain):
+            steps, own = followed[at]
+            outcome, seconds = timed.get(at, (steps, 0.0))
+            assert outcome is not None
+            found.append(
+                Reconstruction(
+                    attack=self.name,
+                    status=outcome.status,
+                    reason=outcome.reason,
+                    answers=outcome.answers,
+                    assumptions=tuple(dict.fromkeys((*(assumptions if at in timed else ()), *outcome.assumptions))),
+                    preflight=checks[at],
+                    tolerance=update.tolerance,
+                    value_range=target.value_range,
+                    seconds=before + own + seconds,
+                    features=outcome.features,
+                    steps=outcome.steps,
+                    bound=outcome.bound if steps is None else steps.bound,
+                )
             )
-            for (outcome, seconds), (update, assumptions), check in zip(outcomes, plain, checks, strict=True)
-        )
+        return tuple(found)
+
+    def follow_steps(self, target: Target, update: Update) -> Outcome | None:
+        """What the attack finds in an update as it was sent, by following the client's local steps one by one. Where
+        that has no answer, and says why, or does not apply, `run` takes them for so many times the first."""
+        return None
+
+    def _followed(self, target: Target, update: Update) -> tuple[Outcome | None, float]:
+        """The same, and how long it took."""
+        start = time.perf_counter()
+        outcome = self.follow_steps(target, update) if update.header.protocol.local else None
+        return outcome, time.perf_counter() - start
 
     def _timed(self, target: Target, updates: Sequence[Update]) -> list[tuple[Outcome, float]]:
         """Every update's outcome, and how long it took."""

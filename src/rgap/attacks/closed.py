@@ -11,6 +11,7 @@ from rgap.attacks.base import MIXTURE, BatchAttack
 from rgap.attacks.batch import invert_batch
 from rgap.attacks.capacity import updates_at_once
 from rgap.attacks.last_layer import Begun, begin, obstacle, saturated
+from rgap.attacks.local_steps import invert_steps
 from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Outcome, Status
 from rgap.attacks.verdict import answer, judge, range_misfit
@@ -187,6 +188,9 @@ class Closed(Recursive):
                 late = used() >= 1 and outcome.status is not Status.EXACT
                 outcomes[at] = replace(outcome, status=Status.CUT_OFF) if late else outcome
         return [outcomes[at] for at in range(len(updates))]
+
+    def follow_steps(self, target: Target, update: Update) -> Outcome | None:
+        return invert_steps(target, update, self.search, self.visible)
 
     def finish(self, target: Target, observed: Observation, candidate: Candidate) -> Candidate:
         """Solve jointly from the input to the last value that is known for certain; nothing if the input is."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.checks import Preflight
+from rgap.inversion.local_steps import Bound
 from rgap.inversion.report import JointReport, LayerReport
 
 
@@ -107,6 +108,10 @@ class Outcome:
     """Everything the attack took for granted or inferred."""
     features: BatchFeatures | None = None
     """Of a batch that was told apart."""
+    steps: tuple[tuple[int, ...], ...] = ()
+    """Of a client that took several local steps, the samples of each of them, by their numbers in the first answer."""
+    bound: Bound | None = None
+    """Why its steps were not followed to the end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +134,11 @@ class Reconstruction:
     seconds: float = 0.0
     features: BatchFeatures | None = None
     """Of a batch that was told apart: labels and features of every sample that was found, with inputs or without."""
+    steps: tuple[tuple[int, ...], ...] = ()
+    """Of a client that took several local steps, the samples of each of them: their numbers in `inputs`, which stand in
+    the order of the first epoch. Empty where the steps were not followed one by one."""
+    bound: Bound | None = None
+    """Why the steps were not followed one by one, or not to the end: which limit, and the numbers on both sides."""
 
     @property
     def inputs(self) -> Float[Tensor, "b ..."]:
@@ -174,6 +184,7 @@ class Reconstruction:
 
     def __str__(self) -> str:
         lines = [f"{self.attack}: {self.status.value}, {self.reason}"]
+        lines += [f"  local steps: {self.bound}"] if self.bound is not None else []
         lines += [f"  assumed: {assumption}" for assumption in self.assumptions]
         lines += [f"  warning: {finding}" for finding in self.preflight.findings]
         return "\n".join(lines)

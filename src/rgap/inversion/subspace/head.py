@@ -44,7 +44,7 @@ class Head:
 
     def cotangents(self, values: list[Tensor], labels: Float[Tensor, " s"]) -> list[Tensor | None]:
         """The gradient of each sample's own loss with respect to all values (Eq. 6)."""
-        outputs = values[-1].reshape(len(values[-1]), -1)
+        outputs = values[-1].flatten(1)
         k = self.loss.output_gradient(outputs, labels.to(outputs)).reshape(values[-1].shape)
         return self.network.vjp(values, self.network.slopes(values), {len(values) - 1: k})
 
@@ -124,14 +124,14 @@ def spaces(network: Network, loss: Loss, gradients: Mapping[str, Tensor], eps: f
         return spans[segment.entry]
 
     for at, segment in enumerate(network.segments):
-        if not _told(network, segment, gradients):
+        if not told(network, segment, gradients):
             continue
         first, behind = span(segment), network.segments[at + 1 :]
         if first.full or first.rank == 0:
             continue
         part = network.part(network.segments[at:])
         head = Head(part, loss, segment.entry, part.scalable)
-        following = next((each for each in behind if _told(network, each, gradients)), None)
+        following = next((each for each in behind if told(network, each, gradients)), None)
         if following is not None:
             second, plain = span(following), [each for each in behind if each.entry < following.entry]
             # As many equations as unknowns at least are left beside the second row space.
@@ -161,7 +161,7 @@ def largest_batches(network: Network, loss: Loss) -> dict[int, int]:
     gradients = {
         name: torch.empty(0) for layer in network.layers for name in (layer.weight_name, layer.bias_name) if name
     }
-    told = [at for at, each in enumerate(network.segments) if _told(network, each, gradients)]
+    told = [at for at, each in enumerate(network.segments) if told(network, each, gradients)]
     found = {}
     for at, following in zip(told, [*told[1:], None], strict=True):
         segment = network.segments[at]
@@ -195,7 +195,7 @@ def _rank(network: Network, segment: Segment, loss: Loss) -> int:
     return _layer(network, segment).outputs - (1 if not last or isinstance(loss, CrossEntropy) else 0)
 
 
-def _told(network: Network, segment: Segment, gradients: Mapping[str, Tensor]) -> bool:
+def told(network: Network, segment: Segment, gradients: Mapping[str, Tensor]) -> bool:
     """Whether it is one Linear layer whose gradient was sent and is its own."""
     op = network.nodes[segment.nodes[-1]].op
     return (

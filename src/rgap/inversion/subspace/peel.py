@@ -91,8 +91,8 @@ class Search:
     def _starts(self, condition: Condition, starts: int, generator: torch.Generator) -> Float[Tensor, "s d"]:
         rows = condition.origin.new_zeros(0, condition.unknowns)
         if isinstance(condition, RowCondition) and condition.unknowns:
-            rows = _rows(condition, starts // 2)
-        random = _random(condition, starts - len(rows), generator)
+            rows = row_starts(condition, starts // 2)
+        random = random_starts(condition, starts - len(rows), generator)
         return torch.cat([rows, random])
 
 
@@ -103,7 +103,7 @@ def _labels(spaces: Spaces, starts: int, generator: torch.Generator) -> Float[Te
     return labels.repeat(-(-starts // len(labels)))[:starts][order].to(spaces.first.v.device)
 
 
-def _rows(condition: RowCondition, most: int) -> Float[Tensor, "s d"]:
+def row_starts(condition: RowCondition, most: int) -> Float[Tensor, "s d"]:
     """The rows of the gradient, each over its bias's gradient: the inputs of the samples for which the unit fires, in
     part. A unit that fires for one of them gives that one away (J. Geiping et al., arXiv:2003.14053, Prop. 3.1)."""
     first = condition.first
@@ -121,7 +121,7 @@ def _rows(condition: RowCondition, most: int) -> Float[Tensor, "s d"]:
     return _distinct(t[order], most)
 
 
-def _random(condition: Condition, count: int, generator: torch.Generator) -> Float[Tensor, "s d"]:
+def random_starts(condition: Condition, count: int, generator: torch.Generator) -> Float[Tensor, "s d"]:
     """In random directions, at distances that the samples' own may have.
 
     The shortest a with a last coordinate of 1 is some mean of the samples: they are as far from it as it is long, and

@@ -1,0 +1,195 @@
+"""Clients that take several local steps: how many samples are certified, how near they are, whether the order is right.
+
+    python benchmarks/local_steps.py --data FOLDER [--only TEXT] [--clients 1] [--out FILE]
+
+FOLDER holds `cifar10`, with one subfolder of pictures for each class. Every client starts from float32 weights drawn as
+torch draws them and sends the float32 difference of its weights after the last step; what is told is the protocol and,
+but for the rows that say so, the number of samples. A sample is right where its picture has a mean squared error below
+1e-4 with the right label; one that is certified and is not right is wrong. A step is right where it is on the client's
+own samples. Seconds of the process on one thread, the largest of a row's clients; `wall` is what passed meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from rgap import Protocol, Target, Update, attacks, capture, data, losses
+from rgap.protocol import Sends
+
+RIGHT = 1e-4
+WIDTHS = (3072, 512, 256, 10)
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "ReLU": nn.ReLU,
+    "LeakyReLU": lambda: nn.LeakyReLU(0.2),
+    "tanh": nn.Tanh,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    activation: str
+    samples: int
+    minibatch: int
+    rate: float
+    epochs: int = 1
+    more: dict[str, Any] = field(default_factory=dict)
+    known: bool = True
+    """Whether the number of samples is told."""
+
+    def __str__(self) -> str:
+        about = f"{self.activation} N={self.samples} in {self.minibatch}s rate {self.rate:g} epochs {self.epochs}"
+        about += "".join(f" {name} {value:g}" for name, value in self.more.items())
+        return about + ("" if self.known else " N unknown")
+
+    @property
+    def protocol(self) -> Protocol:
+        return Protocol(
+            Sends.DIFFERENCE, learning_rate=self.rate, epochs=self.epochs, minibatch=self.minibatch, **self.more
+        )
+
+
+ROWS = [
+    *(
+        Row(activation, samples, minibatch, rate, epochs)
+        for samples, minibatch in ((16, 4), (32, 8))
+        for activation in ACTIVATIONS
+        for rate in (0.1, 0.01)
+        for epochs in (1, 2, 3, 5)
+    ),
+    Row("ReLU", 16, 4, 0.1, 2, {"momentum": 0.9}),
+    Row("ReLU", 16, 4, 0.1, 2, {"weight_decay": 5e-4}),
+    Row("ReLU", 16, 4, 0.1, 2, {"proximal": 0.1}),
+    Row("ReLU", 16, 4, 0.05, 2, {"momentum": 0.9, "weight_decay": 5e-4, "proximal": 0.1}),
+    Row("ReLU", 18, 4, 0.1, 2),
+    Row("ReLU", 16, 4, 0.1, 2, known=False),
+    Row("LeakyReLU", 30, 8, 0.1, 2, {"momentum": 0.9, "weight_decay": 5e-4}, known=False),
+]
+
+
+def perceptron(activation: str) -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in pairwise(WIDTHS):
+        layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])
+
+
+def client(row: Row, pictures: data.Images, seed: int) -> tuple[Target, Update, Tensor, Tensor, list[set[int]]]:
+    """A client of its own draw, with torch's optimiser, and which samples each of its steps was on."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(pictures), generator=generator)[: row.samples]
+    x = pictures.inputs[chosen].float()
+    labels = torch.randint(10, (row.samples,), generator=generator)
+    model, protocol = perceptron(row.activation), row.protocol
+    target = Target(model, losses.CrossEntropy(10), tuple(x.shape[1:]), (0.0, 1.0), batch_size=row.samples)
+    header = capture(target, x, labels.float(), protocol).header
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimiser = torch.optim.SGD(
+        model.parameters(), lr=row.rate, momentum=protocol.momentum, weight_decay=protocol.weight_decay
+    )
+    steps = []
+    for _ in range(row.epochs):
+        for members in torch.randperm(row.samples, generator=generator).split(row.minibatch):
+            optimiser.zero_grad()
+            loss = nn.functional.cross_entropy(model(x[members]), labels[members])
+            for name, p in model.named_parameters():
+                loss = loss + protocol.proximal / 2 * (p - before[name]).square().sum()
+            loss.backward()
+            optimiser.step()
+            steps.append(set(members.tolist()))
+    sent = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    header = header if row.known else replace(header, batch_size=row.minibatch)
+    target = target if row.known else replace_batch(target, row.minibatch, before)
+    return target, Update(sent, header), x, labels, steps
+
+
+def replace_batch(target: Target, samples: int, before: dict[str, Tensor]) -> Target:
+    """The same with another number of samples expected, at the weights before the first step."""
+    with torch.no_grad():
+        for name, p in target.model.named_parameters():
+            p.copy_(before[name])
+    return Target(target.model, target.loss, target.input_shape, target.value_range, batch_size=samples)
+
+
+def run(row: Row, pictures: data.Images, clients: int) -> dict[str, Any]:
+    errors: list[float] = []
+    certified = wrong = labels_right = steps_right = 0
+    seconds, wall, statuses, roundings, stated = [], [], [], [], []
+    for seed in range(clients):
+        target, update, x, labels, steps = client(row, pictures, seed)
+        start, clock = time.process_time(), time.perf_counter()
+        found = attacks.Closed()(target, update)
+        seconds.append(time.process_time() - start)
+        wall.append(time.perf_counter() - clock)
+        statuses.append(f"{found.status.value}: {found.reason}")
+        if not found.answers or not found.samples:
+            continue
+        apart = torch.cdist(found.inputs.flatten(1), x.double().flatten(1)).square() / x[0].numel()
+        nearest = apart.argmin(1)
+        right = (apart.min(1).values < RIGHT) & (found.labels == labels.double()[nearest])
+        exact = torch.tensor([sample.status is attacks.Status.EXACT for sample in found.samples])
+        certified += int((right & exact).sum())
+        wrong += int((~right & exact).sum())
+        labels_right += len(set(nearest[right].tolist()))
+        errors += apart.min(0).values.tolist()
+        stated += [sample.error for sample in found.samples]
+        roundings.append(found.answers[0].unexplained)
+        steps_right += sum(
+            {int(nearest[each]) for each in own} == of for own, of in zip(found.steps, steps, strict=False)
+        )
+    total = clients * row.samples
+    return {
+        "client": str(row),
+        "certified": f"{certified} of {total}",
+        "found": f"{labels_right} of {total}",
+        "steps": f"{steps_right} of {clients * len(row.protocol.minibatches(row.samples))}",
+        "wrong": wrong,
+        "median MSE": statistics.median(errors) if errors else float("nan"),
+        "worst MSE": max(errors, default=float("nan")),
+        "roundings": max(roundings, default=float("nan")),
+        "stated error": max(stated, default=float("nan")),
+        "seconds": max(seconds),
+        "wall": max(wall),
+        "status": statuses,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", default="", help="rows that contain this")
+    parser.add_argument("--clients", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    pictures = data.folder(arguments.data / "cifar10", channels=3)
+    columns = ("certified", "found", "steps", "wrong", "median MSE", "worst MSE", "roundings", "seconds")
+    table, results = Table("client", *columns), []
+    for row in ROWS:
+        if arguments.only not in str(row):
+            continue
+        found = run(row, pictures, arguments.clients)
+        results.append(found)
+        print(json.dumps(found), flush=True)
+        shown = (found[name] for name in columns)
+        table.add_row(str(row), *(f"{each:.2g}" if isinstance(each, float) else str(each) for each in shown))
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=2))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

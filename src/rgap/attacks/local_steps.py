@@ -1,0 +1,146 @@
+"""The closed form on a weight difference of several local steps: every sample, and the order of the minibatches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rgap.attacks.progress import Reporter
+from rgap.attacks.result import Answer, Outcome, Sample, Status
+from rgap.attacks.verdict import EXPLAINED, range_misfit
+from rgap.inversion.local_steps import Bound, Limit, Recovered, recover
+from rgap.inversion.subspace.peel import Search
+from rgap.inversion.walk import Client, Difference, Plan, Weights
+from rgap.protocol import Protocol
+from rgap.target import Target
+from rgap.update import Update
+
+FOLLOWED = "the local steps are as the protocol says: {} steps by {} at rate {:g}"
+ORDER = "samples come in the order of the first epoch, and within a minibatch in the order in which they were found"
+COUNT = "the update says {} samples of a client, the rank of the first layer's difference is {}: so many are taken"
+MOST_STEPS = 2000
+"""Steps that are followed one by one; their gradients are kept."""
+
+
+def invert_steps(target: Target, update: Update, search: Search, visible: float) -> Outcome | None:
+    """The samples of a client, step by step; with a bound and no answer where they are not told apart; None where there
+    is one step only.
+
+    Args:
+        visible: as in `Recursive`.
+    """
+    protocol, told = update.header.protocol, update.samples_of_one(target)
+    told = max(told, protocol.minibatch or 1)
+    bound = _outside(protocol, told)
+    if bound is not None:
+        return _without(bound)
+    sent = {name: d.double().to(target.device) for name, d in update.gradients.items()}
+    if any(name not in sent for name in target.parameters) or not any(bool(d.any()) for d in sent.values()):
+        return None
+    try:
+        target.network  # noqa: B018
+    except NotImplementedError:
+        return None
+    weights = {name: w.double() for name, w in target.parameters.items()}
+    eps = max(float(torch.finfo(w.dtype).eps) for w in target.parameters.values())
+    own = max([float(torch.finfo(update.dtype).eps), update.header.precision or 0.0])
+    steps = len(protocol.minibatches(told))
+    difference = Difference.of(sent, weights, eps, own, steps)
+
+    def gradient(at: Weights, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return target.gradient(x, labels, weights=at)
+
+    client = Client(target.loss, target.input_shape, weights, target.network_at, gradient)
+    found = recover(client, lambda n: plan_of(protocol, n), told, difference, search, Reporter("Closed", told))
+    if found.stop is None and len(found.order) == 1:
+        return None
+    return _verdict(target, update, found, told, visible)
+
+
+def plan_of(protocol: Protocol, samples: int) -> Plan:
+    """The steps of a client of so many samples."""
+    sizes = protocol.minibatches(samples)
+    factors = [size if protocol.summed else 1 for size in sizes]
+
+    def expansion(before: int | None) -> tuple[float, tuple[float, ...]]:
+        decay, c = protocol.expansion(samples, before)
+        return decay, tuple(each * factor for each, factor in zip(c, factors, strict=False))
+
+    return Plan(
+        sizes,
+        len(sizes) // protocol.passes,
+        tuple(expansion(before) for before in (*range(len(sizes)), None)),
+        protocol.shuffled and protocol.minibatch is not None,
+        protocol.clip_norm,
+        protocol.proximal,
+    )
+
+
+def _outside(protocol: Protocol, samples: int) -> Bound | None:
+    """Why the steps of a protocol are not followed at all."""
+    if not protocol.linear:
+        return Bound(
+            Limit.SIZES,
+            f"{protocol.optimiser.value} divides every gradient by its own size: the difference has full rank, and "
+            "little but signs is left of a gradient; a client with sgd, with or without momentum, would be read",
+        )
+    if protocol.clients > 1:
+        return Bound(Limit.PLACE, f"the mean over {protocol.clients} clients mixes steps at different weights")
+    if protocol.clip_norm is not None and protocol.summed:
+        return Bound(Limit.SIZES, "the sum over a minibatch was clipped: the share of a sample in it is not known")
+    steps = len(protocol.minibatches(samples))
+    if steps > MOST_STEPS:
+        return Bound(Limit.WIDTH, f"{steps} local steps, of which {MOST_STEPS} would be followed")
+    return None
+
+
+def _without(bound: Bound) -> Outcome:
+    return Outcome(Status.NOT_CONVERGED, str(bound), bound=bound)
+
+
+def _verdict(target: Target, update: Update, found: Recovered, told: int, visible: float) -> Outcome:
+    if not len(found.x):
+        assert found.stop is not None
+        return _without(found.stop)
+    protocol = update.header.protocol
+    steps = len(protocol.minibatches(found.samples))
+    assumptions = [FOLLOWED.format(steps, protocol.optimiser.value, protocol.learning_rate or 0.0), ORDER]
+    if found.samples != told:
+        assumptions.append(COUNT.format(told, found.samples))
+    low, high = target.value_range or (float(found.x.min()), float(found.x.max()))
+    agrees = found.misfit <= EXPLAINED
+    samples = []
+    for at, label in enumerate(found.labels.tolist()):
+        status, reason = Status.EXACT, "all steps together give the difference that was sent"
+        if not agrees:
+            status, reason = Status.REPRODUCED, "it fits its step; all steps together do not give the difference"
+        elif not found.error[at] <= visible * (high - low):
+            status, reason = Status.ILL_CONDITIONED, "rounding may have moved it visibly"
+        elif range_misfit(found.x[at], target.value_range)[0]:
+            status, reason = Status.REPRODUCED, f"some of its values are outside the value range {target.value_range}"
+        elif not found.certain:
+            status, reason = Status.REPRODUCED, "another order of the samples fits the steps about as well"
+        samples.append(Sample(status, label, float(found.error[at]), reason))
+    certified = sum(sample.status is Status.EXACT for sample in samples)
+    size = sum(float(d.double().square().sum()) for d in update.gradients.values()) ** 0.5
+    rms = float(found.error.square().mean().sqrt())
+    answer = Answer(
+        found.x,
+        found.labels,
+        float("nan"),
+        found.missed / size if size else found.missed,
+        rms,
+        unexplained=found.misfit,
+        samples=tuple(samples),
+    )
+    of = f"{len(found.x)} of {found.samples} samples in {len(found.order)} of {steps} steps"
+    if found.stop is not None:
+        status, reason = Status.PARTIAL, f"{of}; {found.stop}"
+    elif certified == len(samples):
+        status = Status.EXACT
+        reason = f"{of}: what they make of the weights is what was sent, to {found.misfit:.1f} roundings"
+    else:
+        worst = next(sample for sample in samples if sample.status is not Status.EXACT)
+        status = Status.PARTIAL if certified else worst.status
+        reason = f"{of}: {worst.reason}; the difference is missed by {found.misfit:.1f} roundings"
+    return Outcome(status, reason, (answer,), tuple(assumptions), None, found.order, found.stop)

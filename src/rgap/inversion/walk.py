@@ -1,0 +1,164 @@
+"""A client's local steps: what they are by its protocol, and the weights on the way.
+
+    w_T - w_0 = a w_0 + sum over t of c_t g_t(w_t)
+
+with g_t the gradient of step t at the weights before it; a and the c_t follow from rate, momentum, weight decay and
+proximal term, in which the weights are linear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.nn.losses import Loss
+from rgap.nn.network import Network
+
+Weights = Mapping[str, Tensor]
+Order = Sequence[tuple[int, ...]]
+"""Of each step the numbers of its samples."""
+ROUNDED = 0.2124
+"""The standard deviation of a rounded value's error in units of its type's epsilon times its size: that of a uniform
+error of one unit in the last place, over values whose mantissas are distributed as those of products are."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps that a client takes, as its protocol has them."""
+
+    sizes: tuple[int, ...]
+    """Samples of each step."""
+    epoch: int
+    """Steps of each pass over the samples."""
+    expansion: tuple[tuple[float, tuple[float, ...]], ...]
+    """a and the c of the steps so far, before each step and after the last."""
+    shuffled: bool = True
+    """Whether each epoch takes the samples in an order of its own."""
+    clip_norm: float | None = None
+    proximal: float = 0.0
+    """Weight of the distance to the first weights, where it is part of what is clipped."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def samples(self) -> int:
+        return sum(self.sizes[: self.epoch])
+
+
+@dataclass(frozen=True, eq=False)
+class Client:
+    """What the server can compute for the client."""
+
+    loss: Loss
+    input_shape: tuple[int, ...]
+    weights: Weights
+    """Before the first step, in float64."""
+    network: Callable[[Weights], Network]
+    gradient: Callable[[Weights, Tensor, Tensor], dict[str, Tensor]]
+    """Of the mean loss at some weights, for inputs and labels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """The client's weights after some of its steps."""
+
+    client: Client
+    plan: Plan
+    gradients: tuple[Weights, ...] = ()
+    """Of the steps so far."""
+    factors: tuple[float, ...] = ()
+    """What clipping multiplied each of them by."""
+
+    @property
+    def step(self) -> int:
+        return len(self.gradients)
+
+    def moved(self, of: tuple[float, tuple[float, ...]], name: str) -> Tensor:
+        """A combination of the first weights and of the gradients that are known."""
+        found = of[0] * self.client.weights[name]
+        for c, gradient in zip(of[1], self.gradients, strict=False):
+            found = found + c * gradient[name]
+        return found
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        of = self.plan.expansion[self.step]
+        return {name: w + self.moved(of, name) for name, w in self.client.weights.items()}
+
+    def left(self, difference: Weights) -> dict[str, Tensor]:
+        """What the steps so far leave of the whole difference, in units of the next step's gradient."""
+        end = self.plan.expansion[-1]
+        return {name: (d - self.moved(end, name)) / end[1][self.step] for name, d in difference.items()}
+
+    def without_decay(self, difference: Weights) -> dict[str, Tensor]:
+        """The whole difference, less what is due to the first weights."""
+        decay = self.plan.expansion[-1][0]
+        return {name: d - decay * self.client.weights[name] for name, d in difference.items()}
+
+    @property
+    def end(self) -> dict[str, Tensor]:
+        """The difference after all steps."""
+        return {name: self.moved(self.plan.expansion[-1], name) for name in self.client.weights}
+
+    def then(self, x: Tensor, labels: Float[Tensor, " b"]) -> Walk:
+        """After one step more, on these samples."""
+        found, plan = self.client.gradient(self.weights, x, labels), self.plan
+        factor = 1.0
+        if plan.clip_norm is not None:
+            if plan.proximal:
+                found = {n: g + plan.proximal * (self.weights[n] - self.client.weights[n]) for n, g in found.items()}
+            size = math.sqrt(sum(float(g.square().sum()) for g in found.values()))
+            factor = min(1.0, plan.clip_norm / (size + 1e-6))
+            found = {n: g * factor for n, g in found.items()}
+        return replace(self, gradients=(*self.gradients, found), factors=(*self.factors, factor))
+
+    def all(self, x: Tensor, labels: Float[Tensor, " n"], order: Order) -> Walk:
+        """After the steps on the samples with these numbers."""
+        walk = self
+        for members in order:
+            walk = walk.then(x[list(members)], labels[list(members)])
+        return walk
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """What was sent, with the standard deviation of each value's rounding, by parameter."""
+
+    sent: Weights
+    noise: Mapping[str, float]
+
+    @classmethod
+    def of(cls, sent: Weights, weights: Weights, eps: float, own: float, steps: int) -> Difference:
+        """
+        Args:
+            weights: before the first step.
+            eps: relative rounding of the weights, which are rounded at every step.
+            own: relative rounding of what was sent.
+        """
+        noise = {}
+        for name, d in sent.items():
+            moved = float(d.square().mean().sqrt())
+            size = float(weights[name].square().mean().sqrt()) + moved
+            noise[name] = ROUNDED * ((eps * size) ** 2 * steps + (own * moved) ** 2) ** 0.5
+        return cls(sent, noise)
+
+    def misfit(self, walk: Walk) -> float:
+        """By how many roundings the steps of a walk miss what was sent, in the parameter that agrees least."""
+        found, worst = walk.end, 0.0
+        for name, d in self.sent.items():
+            wrong = float((found[name] - d).square().mean().sqrt())
+            worst = max(worst, wrong / self.noise[name] if wrong else 0.0)
+        return worst if worst == worst else torch.inf
+
+    def missed(self, walk: Walk) -> float:
+        """The norm of what the steps of a walk leave of it."""
+        found = walk.end
+        return math.sqrt(sum(float((found[name] - d).square().sum()) for name, d in self.sent.items()))

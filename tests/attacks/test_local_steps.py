@@ -1,0 +1,183 @@
+"""Clients that take several local steps: every sample, the order of the minibatches, and what is never certified."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rgap import Protocol, Target, Update, capture, losses
+from rgap.attacks import Closed, Reconstruction, Status
+from rgap.inversion.local_steps import Limit
+from rgap.protocol import Optimiser, Sends
+from tests.inversion.subspace.cases import perceptron
+
+CLASSES = 6
+WIDTHS = (30, 48, 40, CLASSES)
+RATE = 0.1
+
+
+def target_of(activation: str = "leaky", samples: int = 6, widths: tuple[int, ...] = WIDTHS) -> Target:
+    return Target(perceptron(widths, activation), losses.CrossEntropy(CLASSES), (widths[0],), (0.0, 1.0), samples)
+
+
+def draw(samples: int, seed: int = 0, inputs: int = WIDTHS[0]) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(samples, inputs, generator=generator)
+    return x, torch.randint(0, CLASSES, (samples,), generator=generator).float()
+
+
+def protocol(**arguments: Any) -> Protocol:
+    return Protocol(Sends.DIFFERENCE, **{"learning_rate": RATE, "shuffled": False, **arguments})
+
+
+def send(target: Target, x: Tensor, labels: Tensor, told: Protocol) -> Update:
+    return capture(target, x, labels, told)
+
+
+def matched(found: Reconstruction, x: Tensor, labels: Tensor) -> list[int]:
+    """Of each sample that was found the number of the one it is, each once."""
+    apart = torch.cdist(found.inputs.flatten(1), x.double().flatten(1))
+    at = apart.argmin(1)
+    assert sorted(at.tolist()) == list(range(len(x)))
+    assert found.labels.tolist() == labels.double()[at].tolist()
+    assert float(apart.min(1).values.max()) / x[0].numel() ** 0.5 < 1e-3
+    return at.tolist()
+
+
+def in_order(found: Reconstruction, x: Tensor, labels: Tensor, told: Protocol) -> None:
+    """Every sample, and each step's own samples, of a client that does not shuffle."""
+    at, start = matched(found, x, labels), 0
+    sizes = told.minibatches(len(x))
+    assert len(found.steps) == len(sizes)
+    for size, members in zip(sizes, found.steps, strict=True):
+        assert sorted(at[each] for each in members) == list(range(start, start + size))
+        start = (start + size) % len(x)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky", "tanh", "gelu"])
+def test_every_sample_and_the_order_of_the_minibatches(activation: str) -> None:
+    x, labels = draw(6)
+    target, told = target_of(activation), protocol(epochs=2, minibatch=2)
+    found = Closed()(target, send(target, x, labels, told))
+    assert found.status is Status.EXACT, str(found)
+    in_order(found, x, labels, told)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"momentum": 0.9, "weight_decay": 5e-2},
+        {"momentum": 0.5, "nesterov": True, "schedule": (1.0, 0.3)},
+        {"proximal": 0.5},
+        {"summed": True, "learning_rate": 0.05},
+        {"minibatch": 4},
+        {"minibatch": None, "epochs": 1, "steps": 3},
+    ],
+)
+def test_however_the_client_trains(arguments: dict[str, Any]) -> None:
+    x, labels = draw(6, seed=1)
+    target, told = target_of(), protocol(**{"epochs": 2, "minibatch": 2, **arguments})
+    found = Closed()(target, send(target, x, labels, told))
+    assert found.status is Status.EXACT, str(found)
+    in_order(found, x, labels, told)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"proximal": 0.5}, {"momentum": 0.5}])
+def test_clipped_steps_are_followed(arguments: dict[str, Any]) -> None:
+    """What clipping divides by depends on all samples of a step: the difference is met less well than it is known."""
+    x, labels = draw(6, seed=1)
+    target, told = target_of(), protocol(epochs=2, minibatch=2, clip_norm=0.5, **arguments)
+    found = Closed()(target, send(target, x, labels, told))
+    assert found.status in (Status.EXACT, Status.REPRODUCED), str(found)
+    in_order(found, x, labels, told)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_shuffled_client_s_later_epochs_are_recognised(seed: int) -> None:
+    x, labels = draw(6, seed)
+    target = target_of()
+    orders = [[0, 1], [2, 3], [4, 5], [5, 2], [0, 3], [1, 4]]
+    update = by_hand(target, x, labels, orders)
+    found = Closed()(target, update)
+    assert found.status is Status.EXACT, str(found)
+    at = matched(found, x, labels)
+    assert [sorted(at[each] for each in members) for members in found.steps] == [sorted(each) for each in orders]
+
+
+def by_hand(target: Target, x: Tensor, labels: Tensor, orders: list[list[int]]) -> Update:
+    """What torch's SGD makes of the model in steps on these samples, as two epochs of a shuffled client."""
+    told = protocol(epochs=2, minibatch=2, shuffled=True)
+    sent = capture(target, x, labels, told)
+    names, model = list(target.parameters), target.model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimiser = torch.optim.SGD(model.parameters(), lr=RATE)
+    for members in orders:
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x[members]), labels[members].long()).backward()
+        optimiser.step()
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(before[name])
+    return Update({name: after[name] - before[name] for name in names}, sent.header)
+
+
+@pytest.mark.parametrize("told", [2, 4])
+def test_the_rank_tells_how_many_samples_there_are(told: int) -> None:
+    x, labels = draw(6, seed=3)
+    target, does = target_of(), protocol(minibatch=2)
+    update = send(target, x, labels, does)
+    update = Update(update.gradients, replace(update.header, batch_size=told))
+    found = Closed()(target, update)
+    assert found.status is Status.EXACT, str(found)
+    in_order(found, x, labels, does)
+    assert "rank" in " ".join(found.assumptions)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 3},
+        {"epochs": 1},
+        {"learning_rate": 0.05},
+        {"momentum": 0.9},
+        {"minibatch": 3},
+        {"weight_decay": 0.1},
+        {"minibatch": None, "epochs": 1, "steps": 2},
+    ],
+)
+def test_what_another_protocol_says_is_not_certified(wrong: dict[str, Any]) -> None:
+    x, labels = draw(6, seed=4)
+    target, does = target_of(), {"epochs": 2, "minibatch": 2}
+    update = send(target, x, labels, protocol(**does))
+    update = Update(update.gradients, replace(update.header, protocol=protocol(**{**does, **wrong})))
+    found = Closed()(target, update)
+    assert found.status is not Status.EXACT
+    assert not any(sample.status is Status.EXACT for sample in found.samples)
+
+
+@pytest.mark.parametrize(
+    ("limit", "arguments", "widths", "samples"),
+    [
+        (Limit.WIDTH, {"epochs": 9, "minibatch": 2}, WIDTHS, 6),
+        (Limit.WIDTH, {"epochs": 2, "minibatch": 2}, (30, 48, 10, CLASSES), 6),
+        (Limit.SIZES, {"epochs": 2, "minibatch": 2, "optimiser": Optimiser.ADAM}, WIDTHS, 6),
+        (Limit.PRECISION, {"epochs": 2, "minibatch": 2, "learning_rate": 1e-7}, WIDTHS, 6),
+        (Limit.PLACE, {"epochs": 2, "minibatch": 2}, (30, CLASSES), 4),
+    ],
+)
+def test_where_it_ends_the_numbers_are_told(
+    limit: Limit, arguments: dict[str, Any], widths: tuple[int, ...], samples: int
+) -> None:
+    x, labels = draw(samples)
+    target = target_of(samples=samples, widths=widths)
+    found = Closed()(target, send(target, x, labels, protocol(**arguments)))
+    assert found.bound is not None
+    assert found.bound.limit is limit, str(found)
+    assert str(found.bound) in str(found)
+    assert found.status is not Status.EXACT
+    assert not any(sample.status is Status.EXACT for sample in found.samples)
