@@ -95,9 +95,10 @@ class Attack(ABC):
 
     def _followed(self, target: Target, update: Update) -> tuple[Outcome | None, float]:
         """The same, and how long it took."""
+        if not update.header.protocol.local:
+            return None, 0.0
         start = time.perf_counter()
-        outcome = self.follow_steps(target, update) if update.header.protocol.local else None
-        return outcome, time.perf_counter() - start
+        return self.follow_steps(target, update), time.perf_counter() - start
 
     def _timed(self, target: Target, updates: Sequence[Update]) -> list[tuple[Outcome, float]]:
         """Every update's outcome, and how long it took."""
