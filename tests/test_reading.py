@@ -947,3 +947,19 @@ def test_warnings_of_libraries_do_not_come_through(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert "got a pickle that asks for torch._utilt._rebuild_tensor_v2, expected tensors" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_a_whole_state_dict_brings_its_buffers(prefix: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2)).train()
+    target = Target(model, losses.CrossEntropy(2), (1, 4, 4), None)
+    before = {prefix + name: t.clone() for name, t in model.state_dict().items()}
+    after = {name: t + 1 for name, t in before.items()}
+    save_file(before, tmp_path / "before.safetensors")
+    save_file(after, tmp_path / "after.safetensors")
+    protocol = Protocol(Sends.DIFFERENCE, learning_rate=0.1)
+    update = read_pair(tmp_path / "before.safetensors", tmp_path / "after.safetensors", target, protocol)
+    assert set(update.gradients) == set(target.parameters)
+    assert set(update.buffers) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert all(torch.equal(t, after[prefix + name]) for name, t in update.buffers.items())
+    update.check(target)

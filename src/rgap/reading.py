@@ -111,6 +111,13 @@ def matched(tensors: Mapping[str, Tensor], target: Target, what: str = "gradient
     )
 
 
+def buffers_in(tensors: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
+    """The target's buffers among the tensors of a whole state dict, by the model's names; see `matched`."""
+    names = _match(tensors, target.buffers, target.model)[0] if target.buffers else {}
+    found = {ours: tensors[theirs] for ours, theirs in names.items()}
+    return {name: t for name, t in found.items() if t.shape == target.buffers[name].shape}
+
+
 def _match(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, str], bool]:
     """For each wanted name that the file has, the file's name for it; and whether they were matched by order."""
     tied = {name: others for name, others in _tied(model).items() if name in wanted}
@@ -268,7 +275,7 @@ def read_pair(
     partial: bool = False,
     largest: int | None = None,
 ) -> Update:
-    """The weight difference between two files: what a client sent less what it was given.
+    """The weight difference between two files: what a client sent less what it was given, and its buffers.
 
     The difference is taken in float64 and kept in the files' own type, the coarser one if they have two.
 
@@ -287,19 +294,22 @@ def read_pair(
             "got the protocol of a client that sends a gradient, expected that of one that sends a weight difference: "
             "Protocol(Sends.DIFFERENCE, steps, learning_rate)"
         )
-    old, new = (_weights(Path(path), target, partial, largest) for path in (before, after))
+    (old, _), (new, buffers) = (_weights(Path(path), target, partial, largest) for path in (before, after))
     with _named(Path(before)):
         _check_weights(old, target)
     with _named(Path(after)):
         values = {name: _difference(old[name], t) for name, t in new.items() if name in old}
-        return Update(values, _header(protocol, batch_size))
+        return Update(values, _header(protocol, batch_size), buffers)
 
 
-def _weights(path: Path, target: Target, partial: bool, largest: int | None) -> dict[str, Tensor]:
+def _weights(
+    path: Path, target: Target, partial: bool, largest: int | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The trained parameters in a file, and the buffers."""
     found, own = read(path, Room.of(_state(target.model), largest))
     with _named(path):
         _refuse_update(own)
-        return dict(_fitting(matched(found, target, "weight"), target, partial))
+        return dict(_fitting(matched(found, target, "weight"), target, partial)), buffers_in(found, target)
 
 
 def _refuse_update(own: bool) -> None:

@@ -638,3 +638,58 @@ def test_reading_needs_no_flower(tmp_path: Path) -> None:
         f"print(len(list(federation.read({str(tmp_path)!r}))), 'flwr' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["1", "False"]
+
+
+# What clients reply with.
+
+
+def changed(change: Callable[[dict[str, Tensor]], None]) -> dict[int, ClientApp]:
+    return dict.fromkeys(NODES, make_app(train=lambda message, context: trained(message, context, change)))
+
+
+def test_buffers_that_came_are_kept_as_they_are(tmp_path: Path) -> None:
+    federate(Capture(FedAvg(), make_target(), tmp_path, DIFFERENCE), rounds=1)
+    for node in counted(tmp_path)[0].nodes:
+        assert node.update is not None
+        assert set(node.update.buffers) == set(STATISTICS)
+        assert int(node.update.buffers[STATISTICS[2]]) == 1
+        assert not torch.equal(node.update.buffers[STATISTICS[0]], node.weights[STATISTICS[0]])
+
+
+@pytest.mark.parametrize("missing", ["3.bias", "0.weight", "1.weight"])
+def test_layers_that_were_not_sent_have_not_moved_where_clients_do_so(missing: str, tmp_path: Path) -> None:
+    apps = changed(lambda state: state.__delitem__(missing))
+    federate(Capture(FedAvg(), make_target(), tmp_path / "partial", DIFFERENCE, partial=True), apps, rounds=1)
+    federate(Capture(FedAvg(), make_target(), tmp_path / "whole", DIFFERENCE), rounds=1)
+    federate(Capture(FedAvg(), make_target(), tmp_path / "refused", DIFFERENCE), apps, rounds=1)
+    partial, whole = (counted(tmp_path / name)[0].nodes for name in ("partial", "whole"))
+    for a, b in zip(partial, whole, strict=True):
+        assert a.update is not None
+        assert b.update is not None
+        for name, t in b.update.gradients.items():
+            assert torch.equal(a.update.gradients[name], torch.zeros_like(t) if name == missing else t)
+    assert all(f"missing: {missing}" in node.failed for node in counted(tmp_path / "refused")[0].nodes)
+
+
+def test_replies_may_be_differences(tmp_path: Path) -> None:
+    def subtract(state: dict[str, Tensor]) -> None:
+        first = make_model().state_dict()
+        state.update({name: t - first[name] for name, t in state.items()})
+
+    made = Capture(FedAvg(), make_target(), tmp_path / "differences", DIFFERENCE, differences=True)
+    federate(made, changed(subtract), rounds=1)
+    federate(Capture(FedAvg(), make_target(), tmp_path / "weights", DIFFERENCE), rounds=1)
+    one, two = (counted(tmp_path / name)[0].nodes for name in ("differences", "weights"))
+    for a, b in zip(one, two, strict=True):
+        assert a.update is not None
+        assert b.update is not None
+        assert all(torch.equal(a.update.gradients[name], t) for name, t in b.update.gradients.items())
+
+
+def test_a_client_with_fewer_samples_than_a_minibatch_takes_one_of_all(tmp_path: Path) -> None:
+    protocol = Protocol(Sends.DIFFERENCE, learning_rate=RATE, minibatch=3)
+    federate(Capture(FedAvg(), make_target(), tmp_path, protocol), rounds=1)
+    for node in counted(tmp_path)[0].nodes:
+        assert node.update is not None
+        header = node.update.header
+        assert header.protocol.minibatch == (None if header.batch_size < 3 else 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rgap.auditing.local_steps import obstacles, sent_buffers
 from rgap.auditing.observed import Observed
 from rgap.checks import changes_with_mode, range_misfit
 from rgap.target import Target
@@ -14,6 +15,10 @@ LOSSES = {
     "log_softmax": "NLLLoss (--loss nll)",
 }
 """What a client usually takes of a model that ends in such a function."""
+
+
+MOST = 12
+"""Sentences: clients whose updates differ a little need not all be told of."""
 
 
 def findings(target: Target, observed: Sequence[Observed]) -> tuple[str, ...]:
@@ -34,7 +39,11 @@ def findings(target: Target, observed: Sequence[Observed]) -> tuple[str, ...]:
     outside = range_misfit(target, known) if known else None
     if outside is not None:
         found.append(outside)
-    return tuple(found)
+    for each in observed:
+        found += obstacles(target, each.update)
+        buffers = sent_buffers(target, each.update)
+        found += [buffers] if buffers else []
+    return tuple(dict.fromkeys(found))[:MOST]
 
 
 def mode(target: Target) -> str:

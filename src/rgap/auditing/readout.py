@@ -81,6 +81,9 @@ def read_out(target: Target, observed: Sequence[Observed]) -> ReadOut:
 
 def _labels(target: Target, observed: Observed) -> int:
     """How many labels of one update are certain, and right where they are known."""
+    steps = observed.update.header.protocol.minibatches(observed.update.samples_of_one(target))
+    if len(steps) > 1:
+        return 0  # the labels that several steps taken for one give are an estimate
     update, _ = observed.update.to_gradient(target)
     try:
         possible = candidates(target, update).labels if update.norm > 0 else ()

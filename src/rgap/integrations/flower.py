@@ -13,6 +13,7 @@ import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from rgap.defences import Defence
 from rgap.federation import Received, Round, with_weights, write
 from rgap.protocol import Protocol, Sends
-from rgap.reading import STATISTICS, matched
+from rgap.reading import STATISTICS, buffers_in, matched
 from rgap.target import Target, fingerprint
 from rgap.update import Header, Update, UpdateError
 
@@ -67,10 +68,12 @@ class Capture(Strategy):
         folder: where the rounds are kept, see `rgap.federation`; None: nowhere.
         protocol: how the clients train. If they send weight differences, what is kept is the difference between the
             weights that came and those that were sent; if gradients, what came is taken for one.
-        batch_size: of each of a client's steps; None: what its metrics say under ``size_key``, else the target's.
-        size_key: of the number of samples of a client's data, which is the batch size if each step is on all of them,
-            as a `Protocol` has it.
+        batch_size: how many samples a client has; None: what its metrics say under ``size_key``, else the target's.
+        size_key: of the number of samples of a client's data. With fewer than a minibatch it takes one of them all.
         arrays_key: of the record of arrays in messages and replies; None: the only one there is.
+        differences: whether clients reply with weight differences, not with weights.
+        partial: whether replies may lack layers, as those of clients that send only what changed: what is not there
+            has not moved.
         after: is given each round that brought something, after it was kept and before it is aggregated.
 
     Raises:
@@ -89,6 +92,8 @@ class Capture(Strategy):
         size_key: str = "num-examples",
         arrays_key: str | None = None,
         after: Callable[[Round], object] | None = None,
+        differences: bool = False,
+        partial: bool = False,
     ):
         if not hasattr(strategy, "configure_train"):
             raise TypeError(
@@ -104,6 +109,7 @@ class Capture(Strategy):
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.batch_size, self.size_key, self.arrays_key, self.after = batch_size, size_key, arrays_key, after
+        self.differences, self.partial = differences, partial
         self._configure, self._aggregate = strategy.configure_train, strategy.aggregate_train
         self._sent: dict[int, Mapping[str, Tensor]] = {}
 
@@ -160,15 +166,15 @@ class Capture(Strategy):
                 raise UpdateError("it was sent no weights in this round")
             if id(weights) not in prints:
                 prints[id(weights)] = fingerprint(with_weights(self.target, weights))
-            header = Header(
-                self._size(metrics),
-                self.target.loss.name,
-                self.target.input_shape,
-                prints[id(weights)],
-                None,
-                self.protocol,
-            )
-            update = Update(self._change(_tensors(_arrays(reply, self.arrays_key)[1]), weights), header)
+            size, loss, shape = self._size(metrics), self.target.loss.name, self.target.input_shape
+            protocol = self.protocol
+            if protocol.minibatch is not None and protocol.minibatch > size and not protocol.drop_last:
+                protocol = replace(protocol, minibatch=None)
+            header = Header(size, loss, shape, prints[id(weights)], None, protocol)
+            came = _tensors(_arrays(reply, self.arrays_key)[1])
+            whole = self.protocol.sends is Sends.DIFFERENCE and not self.differences
+            buffers = buffers_in(came, self.target) if whole else {}
+            update = Update(self._change(came, weights), header, buffers)
         except Exception as error:
             return Received(str(node), weights, None, f"{type(error).__name__}: {error}", metrics)
         return Received(str(node), weights, update, metrics=metrics)
@@ -184,12 +190,15 @@ class Capture(Strategy):
     def _change(self, came: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the client sent as an update: by the model's names, in the type in which it came."""
         found = matched(came, self.target, "weight" if self.protocol.sends is Sends.DIFFERENCE else "gradient")
-        if found.missing:
+        if found.missing and not (self.partial and found.values):
             raise UpdateError(f"its arrays do not fit the model: {str(found).replace(chr(10), '; ')}")
-        if self.protocol.sends is Sends.GRADIENT:
-            return dict(found.values)
+        like = next(iter(found.values.values()))
+        still = {name: torch.zeros_like(self.target.parameters[name]).to(like) for name in found.missing}
+        if self.protocol.sends is Sends.GRADIENT or self.differences:
+            return {**found.values, **still}
         before = matched(weights, self.target, "weight").values
-        return {name: (after.double() - before[name].double()).to(after) for name, after in found.values.items()}
+        moved = {name: (after.double() - before[name].double()).to(after) for name, after in found.values.items()}
+        return moved | still
 
     # All else is the strategy's own.
 
