@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rgap.attacks import Reconstruction
     from rgap.auditing import Audit, audit, audit_updates
     from rgap.checks import preflight
+    from rgap.embedding import tokens
     from rgap.metrics import score
     from rgap.nn.obstacles import NotAChain
     from rgap.protocol import Protocol
@@ -35,6 +36,7 @@ _HOME = {
     "preflight": "rgap.checks",
     "rank_analysis": "rgap.rank",
     "score": "rgap.metrics",
+    "tokens": "rgap.embedding",
     "watch": "rgap.watching",
 }
 _MODULES = ("attacks", "data", "losses", "models", "rank")
@@ -59,6 +61,7 @@ __all__ = [
     "rank",
     "rank_analysis",
     "score",
+    "tokens",
     "watch",
 ]
 

@@ -32,8 +32,16 @@ def outputs_of(result: Any) -> Any:
 
 
 def wrong_shape(shape: Sequence[int], reason: str) -> str:
-    """That a model does not take a batch of this shape, for people."""
-    return (
-        f"the model does not take an input of shape ({', '.join(map(str, shape))}): {reason}. "
-        "input_shape is one sample's shape without the batch: check it against the model."
-    )
+    """That a model does not take a batch of this shape, and what to do, for people."""
+    if "'indices'" in reason:  # as torch's embeddings refuse real numbers
+        return (
+            "the model takes whole numbers, which its embedding looks up: there is no input of real numbers to solve "
+            "for. What leaks is which rows of the embedding have a gradient; rgap.tokens tells that set, exactly. To "
+            "attack what is behind it, give the part of the model that takes embedded vectors"
+        )
+    wrong = f"the model does not take an input of shape ({', '.join(map(str, shape))}): {reason}. "
+    if "required positional argument" in reason:
+        return (
+            f"{wrong}Of several inputs one is attacked: give a module of one input that fixes or splits off the others"
+        )
+    return f"{wrong}input_shape is one sample's shape without the batch: check it against the model."
