@@ -44,14 +44,14 @@ def _attacked(attack: Attack, target: Target, update: object, x: torch.Tensor, s
     """How it ended, with the PSNR, and why."""
     obstacle = attack.obstacle(target, 1)
     if obstacle is not None:
-        return "-", obstacle
+        return "-", obstacle.removeprefix("the recursion cannot pass this model: ")
     try:
         with within(seconds):
             found = attack(target, update)  # type: ignore[arg-type]
     except OutOfTime:
         return "time up", "the time was up"
     psnr = f", {score(found, truth=x).mean_psnr:.0f} dB" if found.answers else ""
-    return f"{found.status.value}{psnr}", found.reason
+    return f"{found.status.value}{psnr}", found.reason.split(";")[0]
 
 
 def _rank(target: Target, seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
     """
     example = _example(model, input_shape)
     try:
-        with differentiable(), _with_momenta(model):
+        with differentiable(), _with_momenta(model), warnings.catch_warnings(action="ignore"):  # of torch's own
             program = torch.export.export(model, (example,), strict=False)
     except Exception as error:  # torch.export raises many kinds
         lines = str(error).strip().splitlines()

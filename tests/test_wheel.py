@@ -1,0 +1,50 @@
+"""What is installed is whole: the wheel holds everything that the package reads, and runs by itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's files, in a folder of their own."""
+    pytest.importorskip("hatchling", reason="the wheel's builder is not installed: pip install -e '.[test]'")
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_every_file_of_the_package_is_in_the_wheel(site: Path) -> None:
+    def files(folder: Path) -> set[str]:
+        found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        return {str(path) for path in found if "__pycache__" not in path.parts}
+
+    assert files(site / "rgap") == files(ROOT / "src" / "rgap")
+    assert (site / "rgap" / "py.typed").exists()
+
+
+def test_an_audit_runs_from_the_wheel(site: Path, tmp_path: Path) -> None:
+    code = "from rgap.cli import main; import rgap; print(rgap.__file__); main()"
+    size = ("--model", "fcn3", "--input-shape", "1,12,12", "--count", "1", "--attack", "recursive")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "audit", *size, "--out", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(site) in done.stdout
+    assert (tmp_path / "audit.html").exists()
