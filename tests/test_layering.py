@@ -11,8 +11,8 @@ ROOT = Path(rgap.__file__).parent
 # From the ground up: a part may import those before it.
 ORDER = [
     "files", "printable", "memory", "schema", "report", "store", "linalg", "nn", "inversion", "losses", "models",
-    "data", "tables", "metrics", "training", "target", "protocol", "client", "update", "embedding", "tensorfiles", "reading",
-    "federation", "watching", "defences", "checks", "rank", "attacks", "picture", "auditing", "reproductions", "sweeps",
+    "data", "tables", "metrics", "training", "target", "protocol", "client", "update", "embedding", "tensorfiles",
+    "reading", "federation", "watching", "defences", "checks", "rank", "attacks", "picture", "auditing", "reproductions", "sweeps",
     "integrations", "cli",
 ]  # fmt: skip
 
