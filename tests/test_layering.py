@@ -12,8 +12,8 @@ ROOT = Path(rgap.__file__).parent
 ORDER = [
     "files", "printable", "memory", "schema", "report", "store", "linalg", "nn", "inversion", "losses", "models",
     "data", "tables", "metrics", "training", "target", "protocol", "client", "update", "embedding", "tensorfiles",
-    "reading", "federation", "watching", "defences", "checks", "rank", "attacks", "picture", "auditing", "reproductions", "sweeps",
-    "integrations", "cli",
+    "reading", "federation", "watching", "defences", "checks", "rank", "attacks", "picture", "auditing",
+    "reproductions", "sweeps", "integrations", "cli",
 ]  # fmt: skip
 
 
