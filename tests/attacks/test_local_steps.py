@@ -106,6 +106,8 @@ def test_a_shuffled_client_s_later_epochs_are_recognised(seed: int) -> None:
     assert found.status is Status.EXACT, str(found)
     at = matched(found, x, labels)
     assert [sorted(at[each] for each in members) for members in found.steps] == [sorted(each) for each in orders]
+    assert all(f"{step}: {', '.join(map(str, each))}" in str(found) for step, each in enumerate(found.steps, 1))
+    assert found.preflight.passed
 
 
 def by_hand(target: Target, x: Tensor, labels: Tensor, orders: list[list[int]]) -> Update:

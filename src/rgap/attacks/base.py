@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.attacks.result import Outcome, Reconstruction
-from rgap.checks import preflight
+from rgap.checks import Preflight, preflight
 from rgap.target import Target
 from rgap.update import Update
 
@@ -77,7 +77,8 @@ class Attack(ABC):
                     reason=outcome.reason,
                     answers=outcome.answers,
                     assumptions=tuple(dict.fromkeys((*(assumptions if at in timed else ()), *outcome.assumptions))),
-                    preflight=checks[at],
+                    # Where the steps were followed, that they moved the weights is no news.
+                    preflight=checks[at] if at in timed else Preflight((), ()),
                     tolerance=update.tolerance,
                     value_range=target.value_range,
                     seconds=before + own + seconds,

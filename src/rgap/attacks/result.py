@@ -177,6 +177,13 @@ class Reconstruction:
             raise LookupError(f"{self.attack} has no answer: {self.status.value}, {self.reason}")
         return self.answers[0]
 
+    @property
+    def step_notes(self) -> list[str]:
+        """Of a client's local steps, which samples each was on, by their numbers, and what ended it."""
+        took = "; ".join(f"{at}: {', '.join(map(str, step))}" for at, step in enumerate(self.steps, 1))
+        notes = [f"samples of each step, {took}"] if took else []
+        return notes + ([str(self.bound)] if self.bound is not None else [])
+
     def _repr_html_(self) -> str:
         """For notebooks: what `str` says, as a list."""
         first, *rest = (html.escape(line.strip()) for line in str(self).splitlines())
@@ -184,7 +191,7 @@ class Reconstruction:
 
     def __str__(self) -> str:
         lines = [f"{self.attack}: {self.status.value}, {self.reason}"]
-        lines += [f"  local steps: {self.bound}"] if self.bound is not None else []
+        lines += [f"  local steps: {each}" for each in self.step_notes]
         lines += [f"  assumed: {assumption}" for assumption in self.assumptions]
         lines += [f"  warning: {finding}" for finding in self.preflight.findings]
         return "\n".join(lines)

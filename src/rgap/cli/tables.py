@@ -83,7 +83,8 @@ def audit_notes(audit: Audit) -> list[str]:
 
 def attack_notes(found: Reconstruction) -> list[str]:
     """What a reader must know beside the numbers."""
-    return [f"assumed: {a}" for a in found.assumptions] + [f"warning: {w}" for w in found.preflight.findings]
+    notes = [f"assumed: {a}" for a in found.assumptions] + [f"warning: {w}" for w in found.preflight.findings]
+    return notes + [f"local steps: {each}" for each in found.step_notes]
 
 
 def samples(samples: Sequence[Sample]) -> Table:
