@@ -48,7 +48,7 @@ def range_misfit(target: Target, samples: Sequence[Tensor]) -> str | None:
     return (
         f"The samples' values go from {least:.3g} to {most:.3g}, and the value range is {low:g} to {high:g}: attacks "
         "that keep to it cannot find them, and what is recovered is judged by it. Give the range that the model's "
-        f"inputs have (--value-range {least:.3g},{most:.3g}), or write the normalisation into the model."
+        f"inputs have (--value-range {least:.3g},{most:.3g}), or what clients do before the model (--mean, --std)."
     )
 
 

@@ -152,3 +152,21 @@ def test_verdict_and_ranks_tell_one_story(seed: int) -> None:
         assert document["verdict"]["layer"] is None or document["verdict"]["layer"]["role"] == "gives away"
     else:
         assert document["verdict"]["layer"] is None or document["verdict"]["layer"]["role"] == "protects"
+
+
+@pytest.mark.parametrize(("scale", "told"), [(1e5, True), (3e4, True), (1.0, False)])
+def test_inputs_that_saturate_the_loss_are_told(scale: float, told: bool) -> None:
+    target = Target(seeded(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), losses.CrossEntropy(3), (4,))
+    x = scale * torch.rand(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    largest = [float(target.outputs(each[None]).argmax()) for each in x]
+    found = audit(target, (x, largest), attacks=[Bias()])
+    assert any("saturate the loss" in finding and "--mean and --std" in finding for finding in found.findings) is told
+
+
+@pytest.mark.parametrize(
+    ("outputs", "loss", "told"), [(4, "mse", True), (3, "mse", False), (4, "cross-entropy", False)]
+)
+def test_a_model_that_may_give_back_its_input_is_told(outputs: int, loss: str, told: bool) -> None:
+    target = Target(seeded(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, outputs)), loss, (4,))  # type: ignore[arg-type]
+    found = audit(target, torch.rand(1, 4), attacks=[Bias()])
+    assert any("as an autoencoder" in finding for finding in found.findings) is told

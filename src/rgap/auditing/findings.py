@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rgap.auditing.local_steps import obstacles, sent_buffers
 from rgap.auditing.observed import Observed
 from rgap.checks import changes_with_mode, range_misfit
+from rgap.losses import MeanSquaredError
 from rgap.target import Target
 
 LOSSES = {
@@ -17,6 +19,8 @@ LOSSES = {
 """What a client usually takes of a model that ends in such a function."""
 
 
+LARGE = 10.0
+"""Inputs above it are not scaled as people scale them."""
 MOST = 12
 """Sentences: clients whose updates differ a little need not all be told of."""
 
@@ -39,11 +43,36 @@ def findings(target: Target, observed: Sequence[Observed]) -> tuple[str, ...]:
     outside = range_misfit(target, known) if known else None
     if outside is not None:
         found.append(outside)
+    found += [each for each in (_unscaled(observed), _own_target(target)) if each]
     for each in observed:
         found += obstacles(target, each.update)
         buffers = sent_buffers(target, each.update)
         found += [buffers] if buffers else []
     return tuple(dict.fromkeys(found))[:MOST]
+
+
+def _unscaled(observed: Sequence[Observed]) -> str:
+    """What large inputs did to the loss; empty if nothing."""
+    zero = [each.truth for each in observed if each.truth is not None and each.update.norm == 0]
+    largest = max((float(x.abs().max()) for x in zero), default=0.0)
+    if largest <= LARGE:
+        return ""
+    return (
+        f"{len(zero)} of {len(observed)} gradients are zero: inputs of size {largest:.3g} saturate the loss. A client "
+        "that trains scales them first; say how (--mean and --std, a number for each column), or scale the data."
+    )
+
+
+def _own_target(target: Target) -> str:
+    """Of a model that may be meant to give back its input."""
+    values = math.prod(target.input_shape)
+    if not isinstance(target.loss, MeanSquaredError) or values < 2 or target.loss.outputs != values:
+        return ""
+    return (
+        f"The model has as many outputs as inputs, {values}, and the loss compares them with a class. A client that "
+        "trains it to give back its input, as an autoencoder, sends another gradient: then what stands here is of "
+        "another client."
+    )
 
 
 def mode(target: Target) -> str:
