@@ -161,9 +161,9 @@ def largest_batches(network: Network, loss: Loss) -> dict[int, int]:
     gradients = {
         name: torch.empty(0) for layer in network.layers for name in (layer.weight_name, layer.bias_name) if name
     }
-    told = [at for at, each in enumerate(network.segments) if told(network, each, gradients)]
+    places = [at for at, each in enumerate(network.segments) if told(network, each, gradients)]
     found = {}
-    for at, following in zip(told, [*told[1:], None], strict=True):
+    for at, following in zip(places, [*places[1:], None], strict=True):
         segment = network.segments[at]
         first, part = _layer(network, segment), network.part(network.segments[at:])
         most = [0]
