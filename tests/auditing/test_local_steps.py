@@ -98,3 +98,12 @@ def test_an_audit_names_bounds_and_buffers_and_claims_no_labels_of_several_steps
     assert "3 buffers were sent that have moved" in text
     assert found.read is not None
     assert found.read.labels == 0
+
+
+@pytest.mark.parametrize("samples", [300, 500])
+def test_a_client_of_much_data_is_audited_at_once(samples: int) -> None:
+    target = make_target(samples, pool=True)
+    found = audit_updates(target, {"one": sent(target, minibatch=32)}, attacks=["idlg", "inverting-gradients"])
+    assert found.complete
+    assert all("samples in one update are not sought together" in str(run.obstacle) for run in found.attacks)
+    assert f"{samples} samples x 1 epochs = {samples} against the width 20 of " in str(found)

@@ -392,13 +392,25 @@ def test_weight_differences_on_the_command_line(capsys: pytest.CaptureFixture[st
 def test_local_epochs_on_the_command_line_and_in_toml(capsys: pytest.CaptureFixture[str], open_network: Path) -> None:
     toml = ("sends = 'difference'", "learning-rate = 0.1", "epochs = 2", "minibatch = 2", "schedule = '1,0.5'")
     Path("own.toml").write_text("\n".join((*toml, "momentum = 0.5", "nesterov = true", "clip-norm = 3.0")))
-    options = ("--config", "own.toml", "--batch-size", 2, "--in-order", "--weight-decay", 0.1, "--proximal", 0.2)
+    options = (
+        "--config",
+        "own.toml",
+        "--batch-size",
+        2,
+        "--in-order",
+        "--weight-decay",
+        0.1,
+        "--proximal",
+        0.2,
+        "--buffers",
+    )
     code, _, err = run(capsys, "audit", *TINY, *options, "--attack", "idlg", "--iterations", 1)
     assert code == 0, err
     assert read(open_network)["protocol"] == {
         "sends": "difference", "steps": 1, "learning_rate": 0.1, "optimiser": "sgd", "summed": False, "clients": 1,
         "epochs": 2, "minibatch": 2, "shuffled": False, "drop_last": False, "momentum": 0.5, "nesterov": True,
         "weight_decay": 0.1, "proximal": 0.2, "clip_norm": 3.0, "schedule": [1.0, 0.5],
+        "buffers": True,
     }  # fmt: skip
 
 

@@ -36,6 +36,10 @@ AT_ONCE = 1.0
 SIGNED_ADAM = Adam(rate=0.025, signed=True, decay=(3 / 8, 5 / 8, 7 / 8))
 
 
+MANY = 256
+"""Samples of one update that an audit still has sought together; the largest batches that were published are of 100."""
+
+
 @dataclass(frozen=True)
 class Matching(BatchAttack):
     """Minimise the distance between the update and the gradient at a guess, over the guess.
@@ -84,6 +88,8 @@ class Matching(BatchAttack):
                 raise ValueError(f"{name} is {value}: expected 1 or more")
 
     def obstacle(self, target: Target, samples: int) -> str | None:
+        if samples > MANY:
+            return f"{samples} samples in one update are not sought together: of more than {MANY} none comes back"
         if not target.loss.labels and (self.optimise_label or samples > 1):
             return f"the labels of the {target.loss.name} loss cannot be listed, so that none can be chosen"
         return self._not_differentiated(target)

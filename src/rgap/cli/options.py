@@ -201,6 +201,7 @@ protocol_options = options(
     click.option("--weight-decay", type=POSITIVE, default=0.0, help="Of the local steps."),
     click.option("--proximal", type=POSITIVE, default=0.0, help="FedProx's mu."),
     click.option("--clip-norm", type=POSITIVE, help="Each local step's gradient is clipped to this norm."),
+    click.option("--buffers", is_flag=True, help="Running statistics and other buffers are sent too."),
     click.option(
         "--schedule",
         callback=_factors,
@@ -340,6 +341,7 @@ ATTACK = ("attack", "iterations", "restarts", "polish")
 PROTOCOL = (
     "sends", "local_steps", "learning_rate", "optimiser", "summed", "clients", "epochs", "minibatch", "in_order",
     "drop_last", "momentum", "nesterov", "weight_decay", "proximal", "clip_norm", "schedule",
+    "buffers",
 )  # fmt: skip
 """Names of the options of `make_attack` and `make_protocol`."""
 
