@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rgap import Target, Update, UpdateError, capture, losses
+from rgap.checks import preflight
 from rgap.protocol import Optimiser, Protocol, Sends
 from rgap.reading import HeaderWins, Matched, load_weights, matched, read_pair, read_update, tensors
 from rgap.update import Header
@@ -791,7 +792,7 @@ def test_a_pair_is_its_difference(write: Callable[..., None], prefix: str, dtype
     write(before, tmp_path / "before")
     write(prefixed(prefix, after), tmp_path / "after")
     update = read_pair(tmp_path / "before", tmp_path / "after", target, DIFFERENCE, batch_size=2)
-    assert update.header == Header(2, protocol=DIFFERENCE)
+    assert replace(update.header, training=None) == Header(2, protocol=DIFFERENCE)
     expected = {name: (after[name].double() - before[name].double()).to(dtype) for name in NAMES}
     assert same(update.gradients, expected)
 
@@ -963,3 +964,33 @@ def test_a_whole_state_dict_brings_its_buffers(prefix: str, tmp_path: Path) -> N
     assert set(update.buffers) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
     assert all(torch.equal(t, after[prefix + name]) for name, t in update.buffers.items())
     update.check(target)
+
+
+# The client's mode.
+
+
+def batch_norm(kind: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        norm = {"one": nn.BatchNorm1d(4), "two": nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4)), "none": nn.Tanh()}
+        return nn.Sequential(nn.Linear(4, 4), norm[kind], nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("kind", ["one", "two", "none"])
+@pytest.mark.parametrize("client", ["training", "evaluation"])
+@pytest.mark.parametrize("told", ["training", "evaluation"])
+def test_statistics_that_moved_tell_the_clients_mode(kind: str, client: str, told: str, tmp_path: Path) -> None:
+    before, model = batch_norm(kind), batch_norm(kind).train(client == "training")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    nn.functional.cross_entropy(model(torch.eye(4)[:2]), torch.tensor([0, 1])).backward()
+    optimizer.step()
+    as_pt(before.state_dict(), tmp_path / "before.pt")
+    as_safetensors(prefixed("module.", model.state_dict()), tmp_path / "after")
+    target = Target(before.train(told == "training"), losses.CrossEntropy(4), (4,), batch_size=2)
+    update = read_pair(tmp_path / "before.pt", tmp_path / "after", target, DIFFERENCE, 2)
+    moved = client == "training" and kind != "none"
+    assert update.header.training is (True if moved else None)
+    found = [text for text in preflight(target, update).findings if "mode" in text]
+    assert ["the client was in training mode: batch norm" in text for text in found] == (
+        [True] if moved and told == "evaluation" else []
+    )

@@ -317,3 +317,160 @@ def test_a_training_that_steps_within_the_pass_is_seen_as_it_was_before() -> Non
         loss_of(model, x, y).backward()
     assert fingerprint(model) != before == seen.updates[0].header.fingerprint
     assert all(torch.equal(g, e) for g, e in zip(seen.updates[0].gradients.values(), expected, strict=True))
+
+
+# Optimizers and models as people have them.
+
+
+class Around:
+    """An optimizer around another one, without what the base class sets up."""
+
+    def __init__(self, base: Any):
+        self.base, self.param_groups = base, base.param_groups
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> object:
+        return self.base.step(closure)
+
+    def zero_grad(self) -> None:
+        self.base.zero_grad()
+
+
+class Lookahead(Around, Optimizer):
+    pass
+
+
+WRAPPED: dict[str, Callable[[Optimizer], Any]] = {
+    "itself": lambda base: base,
+    "around it": Around,
+    "an optimizer around it": Lookahead,
+    "three around it": lambda base: Lookahead(Around(Lookahead(base))),
+}
+STEPS: dict[str, Callable[[Any], Optimizer]] = {
+    "SGD": lambda parameters: SGD(parameters, 0.1),
+    "Adam": lambda parameters: Adam(parameters, 0.01),
+    "LBFGS": lambda parameters: torch.optim.LBFGS(parameters, max_iter=3),
+}
+
+
+def plain_model() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+
+
+@pytest.mark.parametrize("how", ["step()", "step(closure)", "step(closure=closure)"])
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_each_step_has_its_own_gradient(wrap: str, name: str, how: str) -> None:
+    """Whatever is around the optimizer, and whoever asks for the gradient."""
+    if (name, how) == ("LBFGS", "step()"):
+        return  # it needs a closure
+    model = plain_model()
+    optimizer = WRAPPED[wrap](STEPS[name](model.parameters()))
+    expected: list[dict[str, Tensor]] = []
+    with watch(optimizer, model=model) as seen:
+        for x, y in batches(3):
+            first = True
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                nonlocal first
+                optimizer.zero_grad()
+                loss = loss_of(model, x, y)
+                loss.backward()
+                if first:
+                    expected.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+                first = False
+                return loss
+
+            if how == "step()":
+                closure()
+                optimizer.step()
+            elif how == "step(closure)":
+                optimizer.step(closure)
+            else:
+                optimizer.step(closure=closure)
+    assert (seen.steps, seen.failed) == (3, [])
+    for update, own in zip(seen.updates, expected, strict=True):
+        assert all(torch.equal(update.gradients[n], g) for n, g in own.items())
+
+
+AROUND = {"parallel": nn.DataParallel, "compiled": lambda model: torch.compile(model, backend="eager")}
+
+
+@pytest.mark.parametrize("through", ["optimizer", "model"])
+@pytest.mark.parametrize("kind", AROUND)
+@pytest.mark.parametrize("told", [True, False])
+def test_names_are_those_of_the_model_inside(kind: str, told: bool, through: str) -> None:
+    inner = plain_model()
+    model: Any = AROUND[kind](inner)
+    optimizer = SGD(model.parameters(), 0.1)
+    target = Target(plain_model(), losses.Logistic(), (4,)) if told else None
+    with watch(model if through == "model" else optimizer, target, model) as seen:
+        train(model, optimizer, 2)
+    assert seen.failed == []
+    assert [list(update.gradients) for update in seen.updates] == [[n for n, _ in inner.named_parameters()]] * 2
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = plain_model()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.module(x)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_model_whose_layers_are_in_a_module_keeps_its_names(told: bool) -> None:
+    model = Holder()
+    optimizer = SGD(model.parameters(), 0.1)
+    target = Target(Holder(), losses.Logistic(), (4,)) if told else None
+    with watch(optimizer, target, model) as seen:
+        train(model, optimizer, 1)
+    assert list(seen.updates[0].gradients) == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("through", ["optimizer", "model"])
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_kept_dense(layer: Any, through: str) -> None:
+    model = nn.Sequential(layer(9, 4, sparse=True), nn.Linear(4, 2))
+    optimizer = SGD(model.parameters(), 0.1)
+    with watch(optimizer if through == "optimizer" else model, model=model) as seen:
+        optimizer.zero_grad()
+        model(torch.tensor([[1, 2]])).sum().backward()
+        optimizer.step()
+    assert seen.failed == []
+    assert model[0].weight.grad.is_sparse
+    assert torch.equal(seen.updates[0].gradients["0.weight"], model[0].weight.grad.to_dense())
+
+
+class Unkept(nn.Sequential):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no\x1b[2J weights\ntoday")
+
+
+@pytest.mark.parametrize("through", ["optimizer", "model"])
+@pytest.mark.parametrize("fault", ["state", "memory", "type"])
+def test_a_training_never_ends_because_it_is_watched(fault: str, through: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Unkept(*plain_model()) if fault == "state" else plain_model()
+    optimizer = SGD(model.parameters(), 0.1)
+
+    def fails(*_: object) -> None:
+        raise MemoryError if fault == "memory" else TypeError("no such type")
+
+    if fault != "state":
+        monkeypatch.setattr("rgap.watching.Update", fails)
+    before = [p.detach().clone() for p in model.parameters()]
+    with watch(optimizer if through == "optimizer" else model, model=model) as seen:
+        train(model, optimizer, 2)
+    assert seen.steps == 2
+    assert seen.updates == []
+    assert [text.split(":")[0] for text in seen.failed] == ["step 1", "step 2"]
+    assert "\x1b" not in "".join(seen.failed)
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("watched", [object(), {}, "an optimizer", None])
+def test_what_is_neither_a_model_nor_an_optimizer(watched: Any) -> None:
+    with pytest.raises(ValueError, match="expected a model, or an optimizer"), watch(watched):
+        pass

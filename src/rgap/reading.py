@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -277,7 +277,8 @@ def read_pair(
 ) -> Update:
     """The weight difference between two files: what a client sent less what it was given, and its buffers.
 
-    The difference is taken in float64 and kept in the files' own type, the coarser one if they have two.
+    The difference is taken in float64 and kept in the files' own type, the coarser one if they have two. Running
+    statistics that moved say that the client was in training mode: so does the header then.
 
     Args:
         before: the weights the client was given; they must be the target's, up to the rounding of their type.
@@ -294,12 +295,14 @@ def read_pair(
             "got the protocol of a client that sends a gradient, expected that of one that sends a weight difference: "
             "Protocol(Sends.DIFFERENCE, steps, learning_rate)"
         )
-    (old, _), (new, buffers) = (_weights(Path(path), target, partial, largest) for path in (before, after))
+    (old, held), (new, buffers) = (_weights(Path(path), target, partial, largest) for path in (before, after))
     with _named(Path(before)):
         _check_weights(old, target)
     with _named(Path(after)):
         values = {name: _difference(old[name], t) for name, t in new.items() if name in old}
-        return Update(values, _header(protocol, batch_size), buffers)
+        statistics = [name for name in buffers if name in held and name.split(".")[-1] in STATISTICS]
+        moved = any(not torch.equal(held[name], buffers[name]) for name in statistics)
+        return Update(values, replace(_header(protocol, batch_size), training=True if moved else None), buffers)
 
 
 def _weights(

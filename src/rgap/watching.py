@@ -14,9 +14,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rgap.federation import given
+from rgap.printable import line
 from rgap.target import Target, fingerprint
 from rgap.update import Header, Update, UpdateError
 
+DEEPEST = 4
+"""Optimizers around an optimizer."""
+INSIDE = ("_orig_mod", "module", "_module")
+"""Where torch.compile, DataParallel and Opacus keep the model."""
 Take = Callable[[Mapping[str, Tensor]], None]
 """Keeps a step that was begun, given its gradients by name; those that are not there are zero."""
 
@@ -55,7 +60,7 @@ class Watched:
 
 @contextmanager
 def watch(
-    watched: nn.Module | Optimizer,
+    watched: Any,
     target: Target | None = None,
     model: nn.Module | None = None,
     batch_size: int | None = None,
@@ -66,13 +71,14 @@ def watch(
     An optimizer is watched at each step: what it gets is the gradient with all that was done to it, accumulated over
     several passes, clipped, without the scale of mixed precision. A model is watched at each backward pass: what that
     pass adds is kept, as it comes, a scaled loss and accumulation notwithstanding. An optimizer that takes a closure
-    calls for the gradient itself: watch its model.
+    calls for the gradient itself: the one of its first call in a step is kept. Of an optimizer that wraps another the
+    inner one is watched, and names are those of the model without DataParallel or the like around it.
 
     Parameters that get no gradient have zeros; frozen ones, and those the optimizer does not have, are left out. A step
-    whose gradient is not finite is named in ``failed`` and not kept.
+    whose gradient is not finite, or cannot be kept, is named in ``failed``: no training ends because it is watched.
 
     Args:
-        watched: an optimizer or a model.
+        watched: a model, an optimizer, or what wraps one.
         target: for the update's header, and for `Watched.target`.
         model: that the optimizer trains, which gives the parameters their names; by default the target's.
         batch_size: of one step, for the header; by default the target's, else 1.
@@ -81,7 +87,8 @@ def watch(
     Raises:
         ValueError: an optimizer without a model, or a model that does not hold its parameters.
     """
-    module = _module(watched, target, model)
+    watched = watched if isinstance(watched, nn.Module) else _inner(watched)
+    module = _plain(_module(watched, target, model), target)
     trained = _trained(watched, module)
     seen = Watched(target, keep)
     size = batch_size or (target.batch_size if target is not None else 1)
@@ -93,19 +100,35 @@ def watch(
         weights = {name: t.detach().clone() for name, t in state if isinstance(t, Tensor)}
 
         def take(found: Mapping[str, Tensor]) -> None:
-            seen.steps += 1
-            values = {name: found[name] if name in found else torch.zeros_like(p) for name, p in trained.items()}
-            try:
-                seen._kept.append((Update(values, header), weights))
-            except UpdateError as error:
-                seen.failed.append(f"step {seen.steps}: {error}")
+            values = {n: _dense(found[n]) if n in found else torch.zeros_like(p) for n, p in trained.items()}
+            seen._kept.append((Update(values, header), weights))
 
         return take
 
+    def started() -> Take:
+        """The same, but nothing that it raises reaches the training."""
+        begun: Take | Exception
+        try:
+            begun = begin()
+        except Exception as error:
+            begun = error
+
+        def finish(found: Mapping[str, Tensor]) -> None:
+            seen.steps += 1
+            try:
+                if isinstance(begun, Exception):
+                    raise begun
+                begun(found)
+            except Exception as error:
+                reason = str(error) if isinstance(error, UpdateError) else f"{type(error).__name__}: {line(str(error))}"
+                seen.failed.append(f"step {seen.steps}: {reason}")
+
+        return finish
+
     if isinstance(watched, Optimizer):
-        handles = [watched.register_step_pre_hook(_step(trained, begin))]
+        handles = [watched.register_step_pre_hook(_step(trained, started))]
     else:
-        handles = _passes(trained, begin)
+        handles = _passes(trained, started)
     try:
         yield seen
     finally:
@@ -124,6 +147,19 @@ def _module(watched: nn.Module | Optimizer, target: Target | None, model: nn.Mod
     raise ValueError("an optimizer has no names for its parameters: pass model=, the model that it trains, or target=")
 
 
+def _plain(module: nn.Module, target: Target | None) -> nn.Module:
+    """The model in whatever has the same parameters by longer names, as far as the target's names go."""
+    known = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while target is None or not set(target.parameters) <= {name for name, _ in module.named_parameters()}:
+        inner = next((each for name in INSIDE if isinstance(each := getattr(module, name, None), nn.Module)), None)
+        if inner is None or not (target or isinstance(module, known) or inner is getattr(module, "_orig_mod", None)):
+            break
+        if [id(p) for p in inner.parameters()] != [id(p) for p in module.parameters()]:
+            break
+        module = inner
+    return module
+
+
 def _trained(watched: nn.Module | Optimizer, module: nn.Module) -> dict[str, nn.Parameter]:
     """Its parameters by name, as far as they are trained."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -138,11 +174,49 @@ def _trained(watched: nn.Module | Optimizer, module: nn.Module) -> dict[str, nn.
     return trained
 
 
-def _step(trained: Mapping[str, nn.Parameter], begin: Callable[[], Take]) -> Callable[[Optimizer, Any, Any], None]:
-    def step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _inner(watched: Any) -> Optimizer:
+    """The optimizer itself, in whatever wraps it: one that lacks what optimizers are watched by holds another."""
+    found = watched
+    for _ in range(DEEPEST):
+        if isinstance(found, Optimizer) and hasattr(found, "_optimizer_step_pre_hooks"):
+            return found
+        inner = getattr(found, "__dict__", {}).values()
+        found = next((each for each in inner if isinstance(each, Optimizer) or hasattr(each, "param_groups")), None)
+        if found is None:
+            break
+    raise ValueError(f"got a {type(watched).__name__}, expected a model, or an optimizer of torch.optim or around one")
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
+def _step(trained: Mapping[str, nn.Parameter], begin: Callable[[], Take]) -> Callable[[Optimizer, Any, Any], Any]:
+    def present(optimizer: Optimizer) -> dict[str, Tensor]:
         scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer takes it off by itself
         found = {name: p.grad for name, p in trained.items() if p.grad is not None}
-        begin()(found if scale is None else {name: g / scale for name, g in found.items()})
+        return found if scale is None else {name: g / scale for name, g in found.items()}
+
+    def step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if not any(callable(each) and each is not optimizer for each in (*args, *kwargs.values())):
+            begin()(present(optimizer))
+            return None
+        called = False
+
+        def first(closure: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*inputs: Any, **named: Any) -> Any:
+                nonlocal called
+                take = None if called else begin()
+                called = True
+                loss = closure(*inputs, **named)
+                if take is not None:
+                    take(present(optimizer))
+                return loss
+
+            return call
+
+        wrapped = [first(each) if callable(each) and each is not optimizer else each for each in args]
+        return tuple(wrapped), {name: first(each) if callable(each) else each for name, each in kwargs.items()}
 
     return step
 
