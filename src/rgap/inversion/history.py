@@ -89,6 +89,8 @@ class Candidate:
     """What the value may be as well, each number on its own; None if it is decided."""
     known: Tensor | None = None
     """Which of its numbers are known at all; None means all of them."""
+    stopped: State | None = None
+    """What is known where the recursion stopped; None if it did not."""
 
     def scaled(self, factor: float, label: Tensor, margin: float) -> Candidate:
         """The same direction for another candidate, in a network that scales."""
@@ -162,6 +164,7 @@ class Paths:
                     stop,
                     twin=None if here.alternative is None else here.alternative.value,
                     known=None if here.row_weight is None else here.row_weight > 0,
+                    stopped=None if stop is None else here,
                 )
             )
         return found

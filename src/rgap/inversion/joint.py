@@ -11,7 +11,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from rgap.inversion.gauss_newton import CONTINUATION, Continuation, determine, gauss_newton
+from rgap.inversion.gauss_newton import CONTINUATION, Continuation, Solution, determine, gauss_newton
 from rgap.inversion.history import Candidate, Paths
 from rgap.inversion.jacobian import Jacobian
 from rgap.inversion.pattern import refine_sides
@@ -20,11 +20,13 @@ from rgap.inversion.recursion import recurse
 from rgap.inversion.report import JointReport
 from rgap.inversion.state import Observation, State
 from rgap.inversion.system import ConstraintSystem, Linearisation
+from rgap.inversion.unpool import MISSED, route_of, solve_route, zeros_behind
 from rgap.linalg.deadline import OutOfTime
 from rgap.linalg.least_squares import Direct, Iterative, Solver, probes
 from rgap.nn.activations import NonMonotone
 from rgap.nn.network import Network, Segment
 from rgap.nn.ops import Elementwise, Linear
+from rgap.nn.pools import MaxPool
 
 RANK_ROUNDINGS = 8
 """Singular values of the joint constraints below so many roundings of the gradient count as zero."""
@@ -80,7 +82,9 @@ class JointSolve:
         direct = Direct(RANK_ROUNDINGS * observed.eps)
         solver: Solver = Iterative() if iterative else direct
         try:
-            found = gauss_newton(system, solver, prior, tolerance, start, self.continuation)
+            found = _by_routes(network, candidate, system, gradients, prior.centre)
+            if found is None:
+                found = gauss_newton(system, solver, prior, tolerance, start, self.continuation)
             at, distance = system.linearise(found.x), found.distance
             if distance > tolerance:  # a last unit or two may still be on the wrong side
                 at = system.linearise(refine_sides(system, found.x, tolerance))
@@ -113,6 +117,23 @@ class JointSolve:
             f"unknowns, about {3 * 8 * count**2 / 2**30:.0f} GiB, more than is solved (largest={self.largest}): "
             "expected solver 'auto' or 'iterative'"
         )
+
+
+def _by_routes(
+    network: Network, candidate: Candidate, system: ConstraintSystem, gradients: dict[str, Tensor], centre: float
+) -> Solution | None:
+    """The input in front of the maximum at which the recursion stopped; None if it stopped elsewhere."""
+    if candidate.stop is None or candidate.stopped is None or not isinstance(candidate.stop.op, MaxPool):
+        return None
+    node = next(at for at, each in enumerate(network.nodes) if each.op is candidate.stop.op)
+    route = route_of(network, node, 0)
+    if route is None or route.weight_name not in gradients:
+        return None
+    maxima = route.maxima(candidate.stopped, gradients[route.weight_name], zeros_behind(network, node))
+    found = solve_route(route, maxima, MISSED * system.eps, centre, with_prior=True)
+    if found is None:
+        return None
+    return Solution(found.x, system.distance(system.linearise(found.x)), found.steps)
 
 
 def _names(front: Network) -> tuple[str, ...]:

@@ -26,11 +26,13 @@ from rgap.inversion.report import layer_report
 from rgap.inversion.rounding import rounding
 from rgap.inversion.sides import branches, choose_side, other_side
 from rgap.inversion.state import Cause, Observation, State, Stop
+from rgap.inversion.unpool import MISSED, before_pool
 from rgap.linalg import deadline
 from rgap.nn.activations import Activation, NonMonotone
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Elementwise, Linear, Norm, Op
+from rgap.nn.pools import MaxPool
 
 LEAST = 1e-6
 """However coarse the gradient, a cotangent above this part of its terms is not taken for their rounding."""
@@ -61,6 +63,8 @@ def recurse(
                 found = solve_layer(op, segment.exit, observed, paths)  # Eqs. 15 and 16; the cotangent W'k of Eq. 6
             case Elementwise():
                 found = invert_activation(op.activation, paths)  # z = f^-1(x), k = cotangent * f'(z) of Eq. 6
+            case MaxPool():
+                found = unpool(network, segment.exit - 1, observed, paths)
             case _:
                 behind = network.nodes[segment.entry - 1].op if segment.entry else None
                 found = invert(op, behind, observed, paths)
@@ -165,6 +169,22 @@ def invert_activation(activation: Activation, paths: Paths) -> Paths:
     k = found.state.cotangent * slope  # Eq. 6
     history = tuple(each.passed_activation(activation) for each in found.history)
     return replace(found, state=replace(found.state, cotangent=k), history=history)
+
+
+def unpool(network: Network, node: int, observed: Observation, paths: Paths) -> Paths | Stop:
+    """Through a maximum over windows, each candidate on its own."""
+    states, why = [], ""
+    for s in range(len(paths.history)):
+        gradients = {name: observed.gradient(name, paths.update[s : s + 1])[0] for name in observed.gradients}
+        found = before_pool(network, node, paths.state.one(s), gradients, MISSED * observed.eps)
+        if isinstance(found, str):
+            why = found
+        else:
+            states.append((s, found))
+    if not states:
+        return Stop(network.nodes[node].op, Cause.LOSSY, why)
+    kept = paths.select(torch.tensor([s for s, _ in states], device=paths.update.device))
+    return replace(kept, state=State.concatenate([state for _, state in states]))
 
 
 def invert(op: Op, behind: Op | None, observed: Observation, paths: Paths) -> Paths | Stop:

@@ -16,8 +16,10 @@ from rgap.inversion.layer import LayerSystem
 from rgap.inversion.report import LayerReport, layer_report
 from rgap.inversion.rounding import rounding
 from rgap.inversion.state import Cause, State, Stop
+from rgap.inversion.unpool import MISSED, before_pool
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
+from rgap.nn.pools import MaxPool
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,15 @@ def layer_by_layer(
         elif isinstance(op, Elementwise):
             inverse = op.activation.invert(state.value, state.std)
             std = state.std / inverse.slope.abs().clamp(min=1e-12)
-            state = State(inverse.z, state.cotangent * inverse.slope, inverse.weight, std)  # Eq. 6
+            weight = inverse.weight
+            if state.row_weight is not None:
+                weight = state.row_weight if weight is None else weight * state.row_weight
+            state = State(inverse.z, state.cotangent * inverse.slope, weight, std)  # Eq. 6
+        elif isinstance(op, MaxPool):
+            found = before_pool(network, segment.nodes[-1], state, gradients, MISSED * eps)
+            if isinstance(found, str):
+                return replace(passed, stop=Stop(op, Cause.LOSSY, found))
+            state = found
         else:
             value, moved = op.invert(state.value), op.invert(state.value + state.std)
             if value is None or moved is None:

@@ -80,11 +80,12 @@ class State:
 
     @staticmethod
     def concatenate(states: Sequence[State]) -> State:
-        """The candidates of several states that are known everywhere."""
+        """The candidates of several states."""
+        weights = [torch.ones_like(each.value) if each.row_weight is None else each.row_weight for each in states]
         return State(
             torch.cat([each.value for each in states]),
             torch.cat([each.cotangent for each in states]),
-            None,
+            None if all(each.row_weight is None for each in states) else torch.cat(weights),
             torch.cat([each.std.expand(each.value.shape) for each in states]),
         )
 

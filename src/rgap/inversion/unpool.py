@@ -1,0 +1,219 @@
+"""Back through a maximum over windows: from what is known behind it to what is known in front of it.
+
+The layer in front of the pool tells the routes (`rgap.inversion.routes`). Then the value that each window let through
+is known at its place, and of the others that they are no larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rgap.inversion.prior import Prior
+from rgap.inversion.routes import (
+    ANNEALING,
+    COLDER,
+    VALUES_ONLY,
+    Annealing,
+    Maxima,
+    Pooled,
+    Unpooled,
+    find_routes,
+)
+from rgap.inversion.state import State
+from rgap.nn.activations import Activation, Identity, NonMonotone, ReLU
+from rgap.nn.network import Network
+from rgap.nn.ops import Affine, Elementwise, Linear
+from rgap.nn.pools import MaxPool
+
+ENOUGH = 1.25
+"""Rows for each unknown with which routes are looked for."""
+MISSED = 200
+"""What right routes may miss, in roundings of the gradient."""
+LIMIT = 10.0
+"""Routes that miss more than this many times as much are not taken."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """A pool, and what it reads: a layer, norms with fixed statistics, an increasing activation."""
+
+    part: Pooled
+    activation: Activation
+    weight_name: str
+    scale: Tensor
+    """Of what follows the layer, one for each output, (o, 1)."""
+
+    def maxima(self, state: State, gradient: Tensor, bounded: bool) -> Maxima:
+        """What the pool lets through, as values of the layer.
+
+        Args:
+            state: behind the pool, (b, *shape).
+            gradient: of the layer's weight.
+            bounded: whether values that are not known do not exceed what stands there, as behind a ReLU's zeros.
+        """
+        inverse = self.activation.invert(state.value, state.std)
+        known = torch.ones_like(state.value, dtype=torch.bool)
+        if state.row_weight is not None:
+            known &= state.row_weight > 0
+        limit = torch.where(known, inverse.z, inverse.z if bounded else torch.inf)
+        if inverse.weight is not None:
+            zero = known & (inverse.weight == 0)
+            limit = torch.where(zero, 0.0 if isinstance(self.activation, ReLU) else torch.inf, limit)
+            known &= ~zero
+        layer = self.part.layer
+        shape = (len(state.value), layer.outputs, -1)
+        grad = layer.pack_weight(gradient[None])[0]
+        grad = grad / self.scale.reshape(layer.weight.shape[0], layer.weight.shape[1], 1)
+        k = torch.where(known, state.cotangent * inverse.slope, 0.0)
+        return Maxima(limit.reshape(shape), known.reshape(shape), k.reshape(shape), grad)
+
+
+def route_of(network: Network, node: int, first: int | None = None) -> Route | None:
+    """A pool with what it reads, if that is a layer whose gradient tells its routes.
+
+    Args:
+        node: of the pool.
+        first: the value from which on everything is unknown; what the layer reads if None.
+    """
+    pool = network.nodes[node].op
+    assert isinstance(pool, MaxPool)
+    activation: Activation = Identity()
+    affine: list[Affine] = []
+    at = node
+    while True:
+        reads = network.nodes[at].reads
+        if len(reads) != 1 or reads[0] == 0 or len(network.readers[reads[0]]) != 1:
+            return None
+        at = reads[0] - 1
+        op = network.nodes[at].op
+        if isinstance(op, Elementwise) and isinstance(activation, Identity) and not affine:
+            if isinstance(op.activation, NonMonotone):
+                return None  # the largest output need not be that of the largest value
+            activation = op.activation
+        elif isinstance(op, Affine):
+            affine.append(op)
+        elif isinstance(op, Linear):
+            break
+        else:
+            return None
+    layer = op.layer
+    if not op.has_gradient or layer.channels_last or pool.channels != layer.outputs:
+        return None
+    scale, offset = layer.weight.new_ones(layer.outputs, 1), layer.offset
+    for each in reversed(affine):
+        if each.scale.numel() not in (1, layer.outputs) or each.shift.numel() not in (1, layer.outputs):
+            return None
+        of, shift = each.scale.reshape(-1, 1), each.shift.reshape(-1, 1)
+        scale, offset = of * scale, of * offset + shift
+    if not bool((scale != 0).all()):
+        return None
+    weight = layer.weight * scale.reshape(*layer.weight.shape[:2], 1)
+    folded = replace(layer, weight=weight, bias=offset[:, 0])
+    entry = network.nodes[at].reads[0]
+    first = entry if first is None else first
+    front = _between(network, first, entry)
+    if front is None:
+        return None
+    return Route(Pooled(front, folded, pool), activation, layer.weight_name, scale)
+
+
+def _between(network: Network, first: int, last: int) -> Network | None:
+    """What leads from one value to another, through which everything passes."""
+    if first == last:
+        return Network((), network.shapes[first])
+    segments = [each for each in network.segments if first <= each.entry and each.exit <= last]
+    if not segments or segments[0].entry != first or segments[-1].exit != last:
+        return None
+    return network.part(segments)
+
+
+def solve_route(
+    route: Route,
+    maxima: Maxima,
+    agrees: float,
+    centre: float,
+    with_prior: bool = False,
+    report: Callable[[int, float], None] = lambda step, missed: None,
+) -> Unpooled | None:
+    """The input and the routes; None where the rows are too few to tell them.
+
+    Args:
+        agrees: what may be missed, relatively, for routes to be right.
+        centre: of the prior.
+        with_prior: whether the prior may decide what too few rows leave open.
+    """
+    shape = route.part.front.input_shape
+    start = maxima.value.new_full((len(maxima.value), *shape), centre)
+    known, unknowns = int(maxima.known.sum()), start.numel()
+    tries: list[Annealing] = []
+    if known >= ENOUGH * unknowns:
+        tries.append(VALUES_ONLY)
+    if with_prior or known + route.part.layer.gradient_rows >= ENOUGH * unknowns:
+        tries += [ANNEALING, COLDER]
+    found: Unpooled | None = None
+    for schedule in tries:
+        tried = find_routes(route.part, maxima, Prior(shape, centre), agrees, start, schedule, report)
+        found = tried if found is None or tried.missed < found.missed else found
+        if found.missed <= agrees:
+            break
+    return found
+
+
+def before_pool(
+    network: Network,
+    node: int,
+    state: State,
+    gradients: Mapping[str, Tensor],
+    agrees: float,
+    report: Callable[[int, float], None] = lambda step, missed: None,
+) -> State | str:
+    """The state in front of a pool, of b samples of one gradient; or why it is not known.
+
+    Args:
+        node: of the pool.
+        state: behind it, (b, *shape).
+        gradients: by parameter name, of the sum over the samples.
+        agrees: what may be missed, relatively, for routes to be right.
+    """
+    pool = network.nodes[node].op
+    assert isinstance(pool, MaxPool)
+    route = route_of(network, node)
+    if route is None or route.weight_name not in gradients:
+        return pool.loses
+    maxima = route.maxima(state, gradients[route.weight_name], zeros_behind(network, node))
+    known = maxima.value[maxima.known]
+    if not len(known):
+        return pool.loses
+    entry = float(known.abs().mean() / route.part.layer.weight.flatten(1).norm(dim=1).mean())
+    found = solve_route(route, maxima, agrees, entry, report=report)
+    if found is None:
+        return pool.loses
+    if found.missed > LIMIT * agrees:
+        return f"{pool.loses}, and which ones was not found (missed {found.missed:.0e})"
+    return _routed(pool, state, found.routes)
+
+
+def zeros_behind(network: Network, node: int) -> bool:
+    """Whether a ReLU reads the pool: what it made zero was not above it."""
+    behind = [network.nodes[each].op for each in network.readers[node + 1]]
+    return len(behind) == 1 and isinstance(behind[0], Elementwise) and isinstance(behind[0].activation, ReLU)
+
+
+def _routed(pool: MaxPool, state: State, routes: Tensor) -> State:
+    """The state in front of the pool, where each window's value came from."""
+    b = len(state.value)
+    windows = (b, pool.channels, -1, 1)
+    count = pool.scatter(routes)
+    reached = count > 0
+
+    def each(values: Tensor) -> Tensor:
+        spread = pool.scatter(routes * values.expand(state.value.shape).reshape(windows))
+        return torch.where(reached, spread / count.clamp(min=1.0), 0.0)
+
+    weight = torch.ones_like(state.value) if state.row_weight is None else state.row_weight
+    std = each(state.std)
+    return State(each(state.value), pool.against(state.cotangent, routes), each(weight), std)

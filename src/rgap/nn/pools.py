@@ -1,0 +1,150 @@
+"""Pools: the largest or the mean value of each of many windows, which are the same in all channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rgap.nn.ops import Op
+
+# m windows of one channel, w places of a window, n values of a channel.
+
+_MAXIMA = {"max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"}
+_ADAPTIVE_MAXIMA = {"adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"}
+
+
+@dataclass(frozen=True, eq=False)
+class MaxPool(Op):
+    """The largest value of every window.
+
+    It is linear once it is known which place of its window each value came from: its route. `routes` are weights of
+    the places, (s, channels, m, w); those of the largest value are 1 at its place.
+    """
+
+    name: str
+    what: str
+    """The operation, such as ``max_pool2d``."""
+    windows: Int[Tensor, "m w"]
+    """The values of a channel that each window reads; n where it reads padding."""
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    scalable = True
+
+    @property
+    def channels(self) -> int:
+        return math.prod(self.output_shape) // len(self.windows)
+
+    @property
+    def positions(self) -> int:
+        """Values of one channel, n."""
+        return math.prod(self.input_shape) // self.channels
+
+    def read(self, x: Tensor, padding: float = 0.0) -> Float[Tensor, "s c m w"]:
+        """The values in every window."""
+        flat = x.reshape(len(x), self.channels, self.positions)
+        found: Tensor = torch.nn.functional.pad(flat, (0, 1), value=padding)[..., self.windows]
+        return found
+
+    def scatter(self, places: Float[Tensor, "s c m w"]) -> Tensor:
+        """The adjoint of `read`, of the input's shape."""
+        flat = places.flatten(2)
+        total = flat.new_zeros(*flat.shape[:2], self.positions + 1)
+        total = total.scatter_add_(2, self.windows.flatten().expand_as(flat), flat)
+        return total[..., :-1].reshape(len(places), *self.input_shape)
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.read(xs[0], -math.inf).amax(-1).reshape(len(xs[0]), *self.output_shape)
+
+    def routes(self, x: Tensor) -> Float[Tensor, "s c m w"]:
+        """Where the largest values come from, the first of equal ones."""
+        places = self.read(x, -math.inf)
+        return torch.zeros_like(places).scatter_(3, places.argmax(3, keepdim=True), 1.0)
+
+    def along(self, tangent: Tensor, routes: Float[Tensor, "s c m w"]) -> Tensor:
+        """The tangent of the output for fixed routes."""
+        return (self.read(tangent) * routes).sum(-1).reshape(len(tangent), *self.output_shape)
+
+    def against(self, k: Tensor, routes: Float[Tensor, "s c m w"]) -> Tensor:
+        """The cotangent of the input for fixed routes."""
+        return self.scatter(k.reshape(len(k), self.channels, -1, 1) * routes)
+
+    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self.against(k, self.routes(xs[0])),)
+
+    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return self.along(tangents[0], self.routes(xs[0]))
+
+    @property
+    def loses(self) -> str:
+        return f"{self.what} makes {math.prod(self.output_shape)} values of {math.prod(self.input_shape)}"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
+
+
+def max_pool(
+    where: str, operation: str, arguments: dict[str, Any], input_shape: Sequence[int], output_shape: Sequence[int]
+) -> MaxPool | None:
+    """A traced maximum over windows; None if it is another operation.
+
+    Args:
+        arguments: as torch names them.
+        input_shape: of one sample.
+        output_shape: likewise.
+    """
+    if operation in _MAXIMA:
+        spatial = int(operation[len("max_pool")])
+    elif operation in _ADAPTIVE_MAXIMA:
+        spatial = int(operation[len("adaptive_max_pool")])
+    else:
+        return None
+    if len(input_shape) != spatial + 1:
+        return None
+    sizes, counts = input_shape[1:], output_shape[1:]
+    if operation in _MAXIMA:
+        kernel, padding, dilation = (
+            _spread(arguments[each], spatial) for each in ("kernel_size", "padding", "dilation")
+        )
+        stride = _spread(arguments["stride"] or kernel, spatial)
+        reads = [_strided(*each) for each in zip(sizes, counts, kernel, stride, padding, dilation, strict=True)]
+    else:
+        reads = [_adaptive(size, count) for size, count in zip(sizes, counts, strict=True)]
+    return MaxPool(where, operation, _table(reads, sizes), tuple(input_shape), tuple(output_shape))
+
+
+def _spread(value: Any, spatial: int) -> tuple[int, ...]:
+    """One number for each dimension, as torch reads one or several."""
+    values = [int(each) for each in value] if isinstance(value, Sequence) else [int(value)]
+    return tuple(values * spatial if len(values) == 1 else values)
+
+
+def _strided(size: int, count: int, kernel: int, stride: int, padding: int, dilation: int) -> list[list[int]]:
+    """Of each window along one dimension what it reads."""
+    starts = (at * stride - padding for at in range(count))
+    return [[i for i in range(start, start + kernel * dilation, dilation) if 0 <= i < size] for start in starts]
+
+
+def _adaptive(size: int, count: int) -> list[list[int]]:
+    return [list(range(at * size // count, -(-(at + 1) * size // count))) for at in range(count)]
+
+
+def _table(reads: Sequence[list[list[int]]], sizes: Sequence[int]) -> Int[Tensor, "m w"]:
+    """The windows of a channel, from those along each dimension."""
+    total, windows = math.prod(sizes), []
+    for window in product(*reads):
+        window_places = []
+        for place in product(*window):
+            at = 0
+            for index, size in zip(place, sizes, strict=True):
+                at = at * size + index
+            window_places.append(at)
+        windows.append(window_places)
+    width = max(map(len, windows))
+    return torch.tensor([each + [total] * (width - len(each)) for each in windows])
