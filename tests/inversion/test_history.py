@@ -59,7 +59,7 @@ def test_behind_an_open_layer_values_are_certain_and_before_it_least_squares() -
     assert float((found.value - x).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(2)], ids=["average", "maximum"])
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2)], ids=["average", "adaptive"])
 def test_a_stop_says_where_and_why_as_a_type(pool: nn.Module) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)

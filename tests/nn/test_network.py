@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rgap import Target, losses
 from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Concat, Elementwise, Gather, Linear, Other, Sum
+from rgap.nn.pools import MaxPool
 from tests.nn.modules import MODULES, SHAPE, Call, Skip, made
 
 every_module = pytest.mark.parametrize("name", MODULES)
@@ -108,7 +109,7 @@ def test_what_can_be_inverted_is(name: str) -> None:
 EXPECTED = {
     "reflected": [Linear], "upsampled, convolution": [Linear], "transposed": [Linear], "by hand": [Gather, Linear],
     "batch norm": [Affine], "scaled and shifted": [Affine] * 4, "padded with ones": [Gather, Affine],
-    "rolled and flipped": [Gather, Gather], "twice": [Sum], "dropout": [], "relu6": [Elementwise], "maximum": [Other],
+    "rolled and flipped": [Gather, Gather], "twice": [Sum], "dropout": [], "relu6": [Elementwise], "maximum": [MaxPool],
     "side by side": [Elementwise, Linear, Concat], "shifted": [Affine],
 }  # fmt: skip
 

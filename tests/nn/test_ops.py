@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from rgap.nn import activations, layers
 from rgap.nn.ops import Affine, Concat, Elementwise, Gather, Linear, Norm, Op, Other, Sum
+from rgap.nn.pools import MaxPool
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -38,6 +39,7 @@ def moved(function: Callable[[Tensor], Tensor], *shape: int) -> Gather:
 
 
 SCALE = normal(1, 3, 1) + 3
+WINDOWS = torch.tensor([[0, 1], [1, 2], [3, 4]])
 OPERATIONS: dict[str, tuple[Op, tuple[tuple[int, ...], ...], bool, bool]] = {
     # The operation, the shapes of its inputs, whether it is inverted, and whether it scales.
     "convolution": (convolution(False), ((2, 4, 5),), False, True),
@@ -68,6 +70,7 @@ OPERATIONS: dict[str, tuple[Op, tuple[tuple[int, ...], ...], bool, bool]] = {
     "side by side": (Concat("cat", 1), ((3, 1), (3, 4)), False, True),
     "softmax": (Other("softmax", "softmax", lambda x: x.softmax(-1), 12, 12), ((3, 4),), False, False),
     "maxima": (Other("pool", "max_pool1d", lambda x: functional.max_pool1d(x, 2), 12, 6, True), ((3, 4),), False, True),
+    "windows": (MaxPool("pool", "max_pool1d", WINDOWS, (3, 4), (3, 3)), ((3, 4),), False, True),
     "product": (Other("mul", "mul", lambda x, y: x * y, 24, 12), ((3, 4), (3, 4)), False, False),
 }  # fmt: skip
 every_operation = pytest.mark.parametrize("name", OPERATIONS)

@@ -380,6 +380,7 @@ class Row:
 
 
 STRIDED = "replace it by a strided convolution"
+ROUTES = "where its maxima come from is found if the layer in front has enough rows for it"
 FLATTENED = "replace it by a flatten and a Linear layer"
 REORDERED = "reordering is not followed; use flatten or reshape only"
 CALL = "write it as torch.nn.functional.linear"
@@ -397,8 +398,16 @@ OBSTACLES: dict[str, Row] = {
     "add": Row(lambda z: z + 1, "add", Kind.PASSED, PLAIN),
     "add of two": Row(lambda z: z + z.flatten(1).reshape(z.shape), "add of 2 values", Kind.PASSED, PLAIN),
     "cat": Row(lambda z: torch.cat([z, z.clone()], 1), "cat of 2 values", Kind.PASSED, PLAIN),
-    "max_pool1d": Row(lambda z: functional.max_pool1d(z.flatten(2), 2), "max_pool1d", Kind.NOT_YET, STRIDED),
-    "max_pool2d": Row(nn.MaxPool2d(2), "max_pool2d", Kind.NOT_YET, STRIDED),
+    "max_pool1d": Row(lambda z: functional.max_pool1d(z.flatten(2), 2), "max_pool1d", Kind.PASSED, ROUTES),
+    "max_pool2d": Row(nn.MaxPool2d(2), "max_pool2d", Kind.PASSED, ROUTES),
+    "max_pool3d": Row(lambda z: functional.max_pool3d(z[:, None], 2), "max_pool3d", Kind.PASSED, ROUTES),
+    "adaptive_max_pool1d": Row(
+        lambda z: functional.adaptive_max_pool1d(z.flatten(2), 2), "adaptive_max_pool1d", Kind.PASSED, ROUTES
+    ),
+    "adaptive_max_pool2d": Row(nn.AdaptiveMaxPool2d(2), "adaptive_max_pool2d", Kind.PASSED, ROUTES),
+    "adaptive_max_pool3d": Row(
+        lambda z: functional.adaptive_max_pool3d(z[:, None], 1), "adaptive_max_pool3d", Kind.PASSED, ROUTES
+    ),
     "avg_pool2d": Row(nn.AvgPool2d(2), "avg_pool2d", Kind.NOT_YET, STRIDED),
     "adaptive_avg_pool2d": Row(nn.AdaptiveAvgPool2d(1), "adaptive_avg_pool2d", Kind.NOT_YET, FLATTENED),
     "mean": Row(lambda z: z.mean((2, 3)), "mean", Kind.NOT_YET, FLATTENED),
@@ -610,7 +619,7 @@ ENDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[tuple[str, 
     "nothing but an obstacle": (
         lambda: nn.MaxPool2d(2),
         (4, 4, 4),
-        [("max_pool2d", "max_pool2d", Kind.NOT_YET, STRIDED)],
+        [("max_pool2d", "max_pool2d", Kind.PASSED, ROUTES)],
     ),
     "a pair without a usual name": (
         lambda: Model(lambda m, x: {"a": m.a(x), "b": m.b(x)}, a=nn.Linear(4, 1), b=nn.Linear(4, 1)),

@@ -121,14 +121,15 @@ def find_routes(
         OutOfTime: the time was up.
     """
     x, temperature, weight = start, schedule.temperature, schedule.prior
-    best, before, gradient_missed = Unpooled(x, torch.zeros(0), math.inf, 0), math.inf, 1.0
+    best: Unpooled | None = None
+    before, gradient_missed = math.inf, 1.0
     for step in range(schedule.max_steps):
         deadline.check()
         at = _Step(part, maxima, x, temperature, gradient_missed * schedule.gradient_share, schedule)
         hard = at.decided()
         if hard.missed < schedule.promising and step % schedule.every == 0:
             hard = _finish(hard)
-        if hard.missed < best.missed:
+        if best is None or hard.missed < best.missed:
             best = Unpooled(hard.x, hard.routes, hard.missed, step)
         report(step, hard.missed)
         if hard.missed <= agrees:
@@ -140,6 +141,7 @@ def find_routes(
         power = schedule.quick if at.missed < before / 2 else 1.0
         before = at.missed
         temperature, weight = temperature * schedule.cooling**power, weight * schedule.fading**power
+    assert best is not None
     return best
 
 

@@ -45,6 +45,7 @@ PASSED = (
     "ranks are measured where nothing but activations, batch norm and reordering stands between the layers",
 )
 """Of operations that the recursion passes."""
+ROUTES = (Kind.PASSED, "where its maxima come from is found if the layer in front has enough rows for it")
 FOLLOWED = {
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "relu6", "pixel_shuffle", "pixel_unshuffle", "flip",
     "slice", "select", "split", "chunk", "roll", "sub", "mul", "div", "upsample_nearest1d", "upsample_nearest2d",
@@ -54,8 +55,12 @@ FOLLOWED = {
 KNOWN: dict[str, tuple[Kind, str]] = {
     "add": PASSED,
     "cat": PASSED,
-    "max_pool1d": (Kind.NOT_YET, "keeps only the maxima; replace it by a strided convolution"),
-    "max_pool2d": (Kind.NOT_YET, "keeps only the maxima; replace it by a strided convolution"),
+    "max_pool1d": ROUTES,
+    "max_pool2d": ROUTES,
+    "max_pool3d": ROUTES,
+    "adaptive_max_pool1d": ROUTES,
+    "adaptive_max_pool2d": ROUTES,
+    "adaptive_max_pool3d": ROUTES,
     "avg_pool2d": (Kind.NOT_YET, "replace it by a strided convolution"),
     "adaptive_avg_pool2d": (Kind.NOT_YET, "replace it by a flatten and a Linear layer"),
     "mean": (Kind.NOT_YET, "replace it by a flatten and a Linear layer"),

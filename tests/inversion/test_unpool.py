@@ -1,0 +1,144 @@
+"""Through maximum pools: exactly where the rows are enough, and otherwise never called so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rgap import Target, capture, losses
+from rgap.attacks import Closed, Status
+from rgap.inversion.state import State
+from rgap.inversion.unpool import before_pool, route_of
+from rgap.nn.pools import MaxPool
+from tests.auditing.small_audits import seeded
+
+
+def pictures(count: int, channels: int, size: int, seed: int = 0) -> Tensor:
+    """Smooth pictures with edges and a little noise, so that no two values are equal, in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, channels, 4, 4, generator=generator)
+    smooth = nn.functional.interpolate(coarse, size, mode="bilinear")
+    return 0.9 * (smooth + 0.3 * (smooth > 0.6)).clamp(0, 1) + 0.1 * torch.rand(smooth.shape, generator=generator)
+
+
+def network(kind: str) -> tuple[nn.Module, int]:
+    """A network, and the channels of its pictures."""
+    behind = (nn.Flatten(), nn.LazyLinear(24), nn.ReLU(), nn.LazyLinear(10))
+    fronts: dict[str, tuple[nn.Module, ...]] = {
+        "relu, pool": (nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        "pool, relu": (nn.Conv2d(1, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()),
+        "leaky": (nn.Conv2d(1, 32, 3, padding=1), nn.LeakyReLU(0.2), nn.MaxPool2d(2)),
+        "tanh": (nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.Tanh(), nn.MaxPool2d(2)),
+        "overlapping": (nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        "batch norm": (nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        "two pools": (
+            *(nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        ),
+        "two layers, one pool": (
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ),
+    }
+    return nn.Sequential(*fronts[kind], *behind), 1
+
+
+KINDS = (
+    "relu, pool", "pool, relu", "leaky", "tanh", "overlapping", "batch norm", "two pools", "two layers, one pool",
+)  # fmt: skip
+
+
+def target_of(kind: str, size: int = 14) -> Target:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model, channels = network(kind)
+        model(torch.zeros(2, channels, size, size))
+        for part in model:
+            if isinstance(part, nn.BatchNorm2d):  # scales of either sign: a maximum becomes a minimum
+                part.weight.data.uniform_(-1, 1)
+                part.bias.data.uniform_(-0.3, 0.3)
+                part.running_var.uniform_(0.5, 1.5)
+    return Target(model.eval(), losses.CrossEntropy(10), (channels, size, size), (0.0, 1.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_with_pools_is_inverted_exactly(kind: str) -> None:
+    target, x = target_of(kind), pictures(1, 1, 14)
+    found = Closed()(target, capture(target, x, torch.tensor([3.0])))
+    assert found.status is Status.EXACT, found
+    assert float((found.inputs - x).square().mean()) < 1e-8
+
+
+@pytest.mark.parametrize("kind", ["relu, pool", "leaky", "pool, relu"])
+def test_routes_are_those_of_the_forward_pass(kind: str) -> None:
+    """Also of several samples whose gradients were added up."""
+    target, x = target_of(kind), pictures(2, 1, 14).double()
+    network = target.network
+    node = next(at for at, each in enumerate(network.nodes) if isinstance(each.op, MaxPool))
+    pool = network.nodes[node].op
+    assert isinstance(pool, MaxPool)
+    values = network.forward(x)
+    k = torch.randn(values[node + 1].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ks = network.vjp(values, {}, {node + 1: k})
+    gradients = {
+        layer.weight_name: grad.sum(0).reshape(target.parameters[layer.weight_name].shape)
+        for layer, grad in network.gradients(values, ks)
+    }
+    state = State(values[node + 1], k, None, torch.full_like(k, 1e-9))
+    found = before_pool(network, node, state, gradients, 1e-6)
+    assert isinstance(found, State), found
+    assert found.row_weight is not None
+    passed = found.row_weight > 0
+    torch.testing.assert_close(found.value[passed], values[node][passed], rtol=1e-6, atol=1e-6)
+    wanted = ks[node]
+    assert wanted is not None
+    slope = network.slopes(values).get(node - 1, torch.ones(1, dtype=torch.float64))
+    torch.testing.assert_close(found.cotangent * slope, wanted * slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (nn.GELU(), nn.MaxPool2d(2)),
+        (nn.LayerNorm(12), nn.MaxPool2d(2)),
+        (nn.MaxPool2d(2), nn.MaxPool2d(2)),
+    ],
+    ids=["not increasing", "a norm of the sample", "two pools in a row"],
+)
+def test_a_pool_whose_routes_no_layer_tells_has_none(parts: tuple[nn.Module, ...]) -> None:
+    convolution = nn.Conv2d(1, 4, 3)
+    size = nn.Sequential(convolution, *parts)(torch.zeros(1, 1, 14, 14))[0].numel()
+    model = seeded(convolution, *parts, nn.Flatten(), nn.Linear(size, 3))
+    network = Target(model, losses.CrossEntropy(3), (1, 14, 14)).network
+    node = max(at for at, each in enumerate(network.nodes) if isinstance(each.op, MaxPool))
+    assert route_of(network, node) is None
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_too_few_rows_are_said_and_not_called_exact(seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Conv2d(3, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)
+        )
+    target, x = Target(model, losses.CrossEntropy(4), (3, 10, 10), (0.0, 1.0)), pictures(1, 3, 10, seed)
+    found = Closed()(target, capture(target, x, torch.tensor([1.0])))
+    assert found.status in (Status.RANK_DEFICIENT, Status.NOT_CONVERGED), found
+    assert found.status is not Status.RANK_DEFICIENT or "dimensions free" in found.reason
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_gradient_of_another_picture_is_not_called_exact(seed: int) -> None:
+    """The pool's layer sends the gradient of another sample."""
+    target, x = target_of(KINDS[seed], 8), pictures(2, 1, 8, seed)
+    first, second = (capture(target, each[None], torch.tensor([3.0])) for each in x)
+    name = next(iter(first.gradients))
+    mixed = replace(first, gradients={**first.gradients, name: second.gradients[name]})
+    found = Closed()(target, mixed)
+    assert found.status is not Status.EXACT, found
