@@ -1,0 +1,151 @@
+"""Networks with ReLU and maximum pools: how many pictures come back exactly, one picture for each gradient.
+
+    python benchmarks/pools.py --data FOLDER [--only TEXT] [--pictures 20] [--out FILE]
+
+FOLDER holds `cifar10` and `mnist`, with one subfolder of pictures for each class. Weights are float32 as torch draws
+them, gradients float32, labels the pictures' own; nothing is told. *Best* is the best that was given, exact or not.
+Seconds of the process on one thread. A wrong picture that is called exact is counted: there should be none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from rgap import Target, attacks, capture, data, losses
+from rgap.linalg import deadline
+
+WRONG = 1e-4
+"""Mean squared error above which an exact picture is wrong."""
+
+
+def mcmahan(channels: int, size: int, padding: int = 2) -> nn.Sequential:
+    """The network of FedAvg (McMahan et al. 2017): two 5 x 5 convolutions of 32 and 64, each with a pool, 512 wide."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 32, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.LazyLinear(512), nn.ReLU(), nn.Linear(512, 10)),
+    )
+
+
+def example(channels: int, size: int) -> nn.Sequential:
+    """The network of PyTorch's MNIST example, its dropout off."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.LazyLinear(128), nn.ReLU(), nn.Linear(128, 10)),
+    )
+
+
+def quickstart(channels: int, size: int) -> nn.Sequential:
+    """The network of PyTorch's CIFAR-10 tutorial: 6 and 16 channels."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.LazyLinear(120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
+    )
+
+
+def stem(channels: int, size: int) -> nn.Sequential:
+    """A beginning as AlexNet's: overlapping pools of 3 with stride 2."""
+    return nn.Sequential(
+        *(nn.Conv2d(channels, 64, 7, stride=2, padding=3), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Flatten(), nn.LazyLinear(256), nn.ReLU(), nn.Linear(256, 10)),
+    )
+
+
+def le_net(activation: Callable[[], nn.Module]) -> Callable[[int, int], nn.Sequential]:
+    """LeNet-5 with average pooling."""
+
+    def make(channels: int, size: int) -> nn.Sequential:
+        return nn.Sequential(
+            *(nn.Conv2d(channels, 6, 5, padding=2), activation(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(6, 16, 5), activation(), nn.AvgPool2d(2), nn.Flatten()),
+            *(nn.LazyLinear(120), activation(), nn.Linear(120, 84), activation(), nn.Linear(84, 10)),
+        )
+
+    return make
+
+
+ROWS: dict[str, tuple[Callable[[int, int], nn.Sequential], str]] = {
+    "PyTorch's MNIST example": (example, "mnist"),
+    "FedAvg's network, MNIST": (mcmahan, "mnist"),
+    "FedAvg's network without padding, MNIST": (lambda c, s: mcmahan(c, s, 0), "mnist"),
+    "FedAvg's network, CIFAR-10": (mcmahan, "cifar10"),
+    "PyTorch's tutorial network, CIFAR-10": (quickstart, "cifar10"),
+    "AlexNet-like beginning, CIFAR-10": (stem, "cifar10"),
+    "LeNet-5, average pools, sigmoid, MNIST": (le_net(nn.Sigmoid), "mnist"),
+    "LeNet-5, average pools, tanh, MNIST": (le_net(nn.Tanh), "mnist"),
+    "LeNet-5, average pools, ReLU, MNIST": (le_net(nn.ReLU), "mnist"),
+}
+
+
+def run(name: str, pictures: Tensor, limit: float) -> dict[str, Any]:
+    make, _ = ROWS[name]
+    exact, wrong, errors, seconds, reasons = 0, 0, [], [], []
+    for at in range(len(pictures)):
+        x = pictures[at : at + 1]
+        torch.manual_seed(at)
+        model = make(x.shape[1], x.shape[-1])
+        model(torch.zeros_like(x))
+        target = Target(model.eval(), losses.CrossEntropy(10), tuple(x.shape[1:]), (0.0, 1.0))
+        update = capture(target, x, torch.tensor([float(at % 10)]))
+        start = time.process_time()
+        with deadline.within(limit):
+            found = attacks.Closed()(target, update)
+        seconds.append(time.process_time() - start)
+        reasons.append(f"{found.status.value}: {found.reason}")
+        error = float((found.inputs - x).square().mean()) if found.answers else float("nan")
+        errors += [error] if found.answers else []
+        certified = found.status is attacks.Status.EXACT
+        exact += int(certified)
+        wrong += int(certified and not error < WRONG)
+    return {
+        "network": name,
+        "exact": f"{exact} of {len(pictures)}",
+        "wrong": wrong,
+        "median MSE": statistics.median(errors) if errors else float("nan"),
+        "worst MSE": max(errors, default=float("nan")),
+        "seconds": statistics.median(seconds),
+        "most seconds": max(seconds),
+        "status": reasons,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", default="", help="rows that contain this")
+    parser.add_argument("--pictures", type=int, default=20)
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds for a picture")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    columns = ("exact", "wrong", "median MSE", "worst MSE", "seconds", "most seconds")
+    table, results = Table("network", *columns), []
+    for name, (_, kind) in ROWS.items():
+        if arguments.only not in name:
+            continue
+        images = data.folder(arguments.data / kind, channels=1 if kind == "mnist" else 3)
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: arguments.pictures]
+        found = run(name, images.inputs[chosen].float(), arguments.limit)
+        results.append(found)
+        print(json.dumps(found), flush=True)
+        shown = (found[each] for each in columns)
+        table.add_row(name, *(f"{each:.2g}" if isinstance(each, float) else str(each) for each in shown))
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=2))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
