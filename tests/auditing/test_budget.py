@@ -76,10 +76,10 @@ def test_a_search_that_was_cut_off_gives_the_best_that_it_had(attack: Matching) 
 
 
 def test_the_joint_solve_keeps_to_the_time_and_says_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(*arguments: object) -> None:
+    def late(*arguments: object, **named: object) -> None:
         raise OutOfTime
 
-    monkeypatch.setattr(joint, "gauss_newton", late)
+    monkeypatch.setattr(joint, "solve_route", late)
     found = Closed()(pooled(), _update(pooled()))
     assert found.status is Status.CUT_OFF
     assert "max_pool2d" in found.reason

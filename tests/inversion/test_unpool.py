@@ -142,3 +142,19 @@ def test_a_gradient_of_another_picture_is_not_called_exact(seed: int) -> None:
     mixed = replace(first, gradients={**first.gradients, name: second.gradients[name]})
     found = Closed()(target, mixed)
     assert found.status is not Status.EXACT, found
+
+
+@pytest.mark.parametrize("samples", [2, 4])
+def test_batches_come_back_through_a_pool(samples: int) -> None:
+    """Two Linear layers behind the pool tell the samples apart; their maxima share the layer's gradient."""
+    model = seeded(
+        *(nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(32 * 49, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)),
+    ).float()
+    target = Target(model, losses.CrossEntropy(10), (1, 14, 14), (0.0, 1.0), batch_size=samples)
+    x, labels = pictures(samples, 1, 14), torch.arange(samples).float()
+    found = Closed()(target, capture(target, x, labels))
+    assert found.status is Status.EXACT, found
+    apart = torch.cdist(x.flatten(1).double(), found.inputs.flatten(1)).square() / 196
+    assert float(apart.min(1).values.max()) < 1e-8
+    assert found.labels[apart.argmin(1)].tolist() == labels.tolist()

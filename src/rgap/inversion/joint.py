@@ -126,7 +126,8 @@ def _by_routes(
     if candidate.stop is None or candidate.stopped is None or not isinstance(candidate.stop.op, MaxPool):
         return None
     node = next(at for at, each in enumerate(network.nodes) if each.op is candidate.stop.op)
-    route = route_of(network, node, 0)
+    alone = any(segment.nodes == range(node, node + 1) for segment in network.segments)  # not within a block
+    route = route_of(network, node, 0) if alone else None
     if route is None or route.weight_name not in gradients:
         return None
     maxima = route.maxima(candidate.stopped, gradients[route.weight_name], zeros_behind(network, node))

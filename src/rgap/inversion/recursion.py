@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -64,7 +65,7 @@ def recurse(
             case Elementwise():
                 found = invert_activation(op.activation, paths)  # z = f^-1(x), k = cotangent * f'(z) of Eq. 6
             case MaxPool():
-                found = unpool(network, segment.exit - 1, observed, paths)
+                found = unpool(network, segment.exit - 1, observed, paths, partial(_missed, report, count))
             case _:
                 behind = network.nodes[segment.entry - 1].op if segment.entry else None
                 found = invert(op, behind, observed, paths)
@@ -72,6 +73,11 @@ def recurse(
             return paths.candidates(segment.exit, found)
         paths = found
     return paths.at(0).candidates(0)
+
+
+def _missed(report: Callable[[int, float], None], count: int, step: int, missed: float) -> None:
+    """Progress within one segment."""
+    report(count, missed)
 
 
 def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) -> Paths:
@@ -171,12 +177,18 @@ def invert_activation(activation: Activation, paths: Paths) -> Paths:
     return replace(found, state=replace(found.state, cotangent=k), history=history)
 
 
-def unpool(network: Network, node: int, observed: Observation, paths: Paths) -> Paths | Stop:
+def unpool(
+    network: Network,
+    node: int,
+    observed: Observation,
+    paths: Paths,
+    report: Callable[[int, float], None] = lambda step, missed: None,
+) -> Paths | Stop:
     """Through a maximum over windows, each candidate on its own."""
     states, why = [], ""
     for s in range(len(paths.history)):
         gradients = {name: observed.gradient(name, paths.update[s : s + 1])[0] for name in observed.gradients}
-        found = before_pool(network, node, paths.state.one(s), gradients, MISSED * observed.eps)
+        found = before_pool(network, node, paths.state.one(s), gradients, MISSED * observed.eps, report)
         if isinstance(found, str):
             why = found
         else:
