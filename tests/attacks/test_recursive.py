@@ -207,11 +207,11 @@ def test_what_is_no_chain_or_no_update_of_the_target_is_refused() -> None:
     with pytest.raises(UpdateError, match=r"names do not fit.*missing fc2\.weight"):
         Recursive()(target, Update({"fc1.weight": torch.zeros(6, 4)}))
     pooled = Target(
-        nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2, 1)), losses.Logistic(), (1, 4, 4)
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(2, 1)), losses.Logistic(), (1, 4, 4)
     )
     found = attack(pooled, torch.rand(1, 1, 4, 4), 1.0)
     assert (found.status, found.answers) == (Status.NOT_CONVERGED, ())
-    assert found.reason == "stops at 1: max_pool2d makes 2 values of 8"
+    assert found.reason == "stops at 1: avg_pool2d makes 2 values of 8"
     ended = Target(nn.Sequential(nn.Flatten(), nn.Linear(16, 1), nn.Tanh()), losses.Logistic(), (1, 4, 4))
     with pytest.raises(NotAChain, match="tanh after the last layer"):
         attack(ended, torch.rand(1, 1, 4, 4), 1.0)

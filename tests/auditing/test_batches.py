@@ -173,7 +173,7 @@ def test_pictures_that_a_pool_hides_leave_labels_and_features_in_the_verdict() -
     found = audit(pooled(), x, attacks=[Closed()])
     results: list[Result] = [case.best for case in found.cases if case.best is not None]
     assert [result.status for result in results] == [Status.PARTIAL] * 4
-    assert "the labels of all 4 samples, exactly, and all values that 1.fc1 reads of each" in found.verdict.headline
+    assert "The labels of all 4 samples, exactly, and all values that 1.fc1 reads of each" in found.verdict.headline
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])

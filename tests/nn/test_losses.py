@@ -248,7 +248,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
 
 
 def test_every_loss_is_covered() -> None:
-    every = {*losses._MARGIN.values(), *losses._SEVERAL.values()}
+    every = {*losses._MARGIN.values(), *losses.SEVERAL.values()}
     assert {type(row.ours) for row in LOSSES} | {type(loss) for loss in SEVERAL} | {
         losses.NegativeLogLikelihood
     } == every
