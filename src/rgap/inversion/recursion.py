@@ -188,7 +188,10 @@ def unpool(
     states, why = [], ""
     for s in range(len(paths.history)):
         gradients = {name: observed.gradient(name, paths.update[s : s + 1])[0] for name in observed.gradients}
-        found = before_pool(network, node, paths.state.one(s), gradients, MISSED * observed.eps, report)
+        try:
+            found = before_pool(network, node, paths.state.one(s), gradients, MISSED * observed.eps, report)
+        except deadline.OutOfTime:
+            found = "where its maxima come from was not found: the time was up"
         if isinstance(found, str):
             why = found
         else:

@@ -127,7 +127,7 @@ def find_routes(
         deadline.check()
         at = _Step(part, maxima, x, temperature, gradient_missed * schedule.gradient_share, schedule)
         hard = at.decided()
-        if hard.missed < schedule.promising and step % schedule.every == 0:
+        if hard.missed <= agrees or (hard.missed < schedule.promising and step % schedule.every == 0):
             hard = _finish(hard)
         if best is None or hard.missed < best.missed:
             best = Unpooled(hard.x, hard.routes, hard.missed, step)
