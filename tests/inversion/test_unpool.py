@@ -120,7 +120,7 @@ def test_a_pool_whose_routes_no_layer_tells_has_none(parts: tuple[nn.Module, ...
     assert route_of(network, node) is None
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_too_few_rows_are_said_and_not_called_exact(seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
