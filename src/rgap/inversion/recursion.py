@@ -162,9 +162,7 @@ def invert_activation(activation: Activation, paths: Paths) -> Paths:
     x = paths.state
     std = x.std.expand(x.value.shape)
     inverse = activation.invert(x.value, std)
-    row_weight = inverse.weight
-    if x.row_weight is not None:
-        row_weight = x.row_weight if row_weight is None else row_weight * x.row_weight
+    row_weight = x.weighed(inverse.weight)
     of, slope = branches(activation, x.value, inverse.slope, std)
     z = State(inverse.z, x.cotangent, row_weight, std / inverse.slope.abs().clamp(min=1e-12))
     if isinstance(activation, NonMonotone):
@@ -219,8 +217,7 @@ def _inverted(op: Op, state: State, observed: Observation, of: Tensor) -> State 
     value = op.invert(state.value)
     if value is None:
         return None
-    k, more = op.vjp(state.cotangent, (value,))[0], op.source(value)
-    k = k if more is None else k + more
+    k = op.cotangent(state.cotangent, value)
     std = state.std.expand(state.value.shape)
     if isinstance(op, Affine):
         row_weight, std = state.row_weight, std / op.scale.abs()

@@ -125,12 +125,12 @@ def find_routes(
     before, gradient_missed = math.inf, 1.0
     for step in range(schedule.max_steps):
         deadline.check()
-        at = _Step(part, maxima, x, temperature, gradient_missed * schedule.gradient_share, schedule)
+        at = _Step(_Point(part, maxima, x), temperature, gradient_missed * schedule.gradient_share, schedule)
         hard = at.decided()
         if hard.missed <= agrees or (hard.missed < schedule.promising and step % schedule.every == 0):
             hard = _finish(hard)
         if best is None or hard.missed < best.missed:
-            best = Unpooled(hard.x, hard.routes, hard.missed, step)
+            best = Unpooled(hard.point.x, hard.routes, hard.missed, step)
         report(step, hard.missed)
         if hard.missed <= agrees:
             break
@@ -148,47 +148,54 @@ def find_routes(
 def _finish(step: _Decided) -> _Decided:
     """As far as decided routes lead: each solve is exact where they are right."""
     while True:
-        tried = step.at(step.solve(None, 0.0)).decided()
+        tried = _Decided(_Point(step.point.part, step.point.maxima, step.solve(None, 0.0)), step.schedule)
         if not tried.missed < step.missed / 2:
             return step
         step = tried
 
 
-class _Step:
-    """All constraints at one input: routes as weights, rows and what they miss."""
+class _Point:
+    """An input, and what the layer and the pool make of it whatever the routes."""
 
-    def __init__(self, part: Pooled, maxima: Maxima, x: Tensor, temperature: float, floor: float, schedule: Annealing):
+    def __init__(self, part: Pooled, maxima: Maxima, x: Tensor):
         self.part, self.maxima, self.x = part, maxima, x
-        self.temperature, self.floor, self.schedule = temperature, floor, schedule
         layer, pool = part.layer, part.pool
         self.values = part.front.forward(x)
         self.slopes = part.front.slopes(self.values)
         self.read = layer.pack_input(self.values[-1])
-        z = layer.output(self.read) + layer.offset
-        places = pool.read(z, -math.inf)
-        self.spread = float(z.std())
-        top = places.amax(-1)
-        wanted = torch.where(maxima.known, maxima.value, torch.minimum(maxima.value, top))
-        size = float(maxima.value[maxima.known].norm())
-        self.missed = float((wanted - top).norm()) / size if size else 1.0
-        heat = temperature * self.spread * max(self.missed, floor) if temperature else 0.0
-        hard = pool.routes(z)
-        self.routes = torch.softmax(places / heat, -1) if heat > 0 else hard
-        self.k = pool.scatter(self.routes * maxima.cotangent[..., None]).reshape(z.shape)
         self.patches = layer.patches(self.read)
-        self.left = maxima.grad - layer.grad_weight(self.read, self.k).sum(0)
+        self.z = layer.output(self.read) + layer.offset
+        self.spread = float(self.z.std())
+        self.places = pool.read(self.z, -math.inf)
+        self.top = self.places.amax(-1)
+        self.largest = pool.routes(self.z)
+        wanted = torch.where(maxima.known, maxima.value, torch.minimum(maxima.value, self.top))
+        size = float(maxima.value[maxima.known].norm())
+        self.missed = float((wanted - self.top).norm()) / size if size else 1.0
+        """Of the maxima, relatively."""
+
+
+class _Step:
+    """All constraints at one input: routes as weights, rows and what they miss."""
+
+    def __init__(self, point: _Point, temperature: float, floor: float, schedule: Annealing):
+        self.point, self.schedule, self.missed = point, schedule, point.missed
+        layer, pool, maxima, places = point.part.layer, point.part.pool, point.maxima, point.places
+        heat = temperature * point.spread * max(self.missed, floor) if temperature else 0.0
+        self.routes = torch.softmax(places / heat, -1) if heat > 0 else point.largest
+        self.k = pool.scatter(self.routes * maxima.cotangent[..., None]).reshape(point.z.shape)
+        self.left = maxima.grad - layer.grad_weight(point.read, self.k).sum(0)
         total = float(maxima.grad.norm())
         self.gradient_missed = float(self.left.norm()) / total if total else 0.0
         # Of value rows: a window that exceeds its maximum does so at the place where it is largest.
-        exceeds = (top > maxima.value) | ~maxima.known
-        self.asked = torch.where(exceeds[..., None], hard, self.routes)
+        exceeds = (point.top > maxima.value) | ~maxima.known
+        self.asked = torch.where(exceeds[..., None], point.largest, self.routes)
         finite = places.masked_fill(places == -math.inf, 0.0)
         mean = (self.asked * finite).sum(-1)
         within = (self.asked * (finite - mean[..., None]).square()).sum(-1)
-        variance = (self.spread * max(self.missed, LEAST)) ** 2
-        self.weight = variance / (variance + within) * (maxima.known | (top > maxima.value))
+        self.variance = (point.spread * max(self.missed, LEAST)) ** 2
+        self.weight = self.variance / (self.variance + within) * (maxima.known | (point.top > maxima.value))
         self.wanted = maxima.value - mean
-        self.variance = variance
 
     @property
     def counts(self) -> bool:
@@ -197,29 +204,26 @@ class _Step:
 
     def decided(self) -> _Decided:
         """The same with each route where z is largest."""
-        return _Decided(self)
-
-    def at(self, x: Tensor) -> _Step:
-        return _Step(self.part, self.maxima, x, self.temperature, self.floor, self.schedule)
+        return _Decided(self.point, self.schedule)
 
     def solve(self, prior: Prior | None, weight: float) -> Tensor:
         """The next input: least squares of all rows as they stand."""
-        layer = self.part.layer
+        point, front, layer, pool = self.point, self.point.part.front, self.point.part.layer, self.point.part.pool
         apart = _Whitening(self) if self.counts else None
 
         def back(rows: Tensor, grad: Tensor) -> Tensor:
-            k = self.part.pool.scatter(self.asked * (self.weight * rows)[..., None]).reshape(self.k.shape)
+            k = pool.scatter(self.asked * (self.weight * rows)[..., None]).reshape(self.k.shape)
             weighted = None if apart is None else self.variance * apart(grad)
             cotangent = layer.unpack_input(layer.rows_adjoint(k, weighted, self.k))
-            last = len(self.values) - 1
-            found = self.part.front.vjp(self.values, self.slopes, {last: cotangent.reshape(self.values[-1].shape)})[0]
+            last = len(point.values) - 1
+            found = front.vjp(point.values, point.slopes, {last: cotangent.reshape(point.values[-1].shape)})[0]
             assert found is not None
             return found[None]
 
         def rows(move: Tensor) -> tuple[Tensor, Tensor]:
-            tangent = layer.pack_input(self.part.front.jvp(self.values, self.slopes, move[0])[-1])
+            tangent = layer.pack_input(front.jvp(point.values, point.slopes, move[0])[-1])
             z, grad = layer.rows(tangent, self.k)
-            return (self.part.pool.read(z) * self.asked).sum(-1), grad.sum(0)
+            return (pool.read(z) * self.asked).sum(-1), grad.sum(0)
 
         def normal(move: Tensor) -> Tensor:
             found = back(*rows(move))
@@ -227,14 +231,14 @@ class _Step:
 
         right = back(self.wanted, self.left)
         if prior is not None:
-            generator = torch.Generator(device=self.x.device).manual_seed(0)
-            drawn = torch.randn(self.x.shape, generator=generator, dtype=self.x.dtype, device=self.x.device)
+            generator = torch.Generator(device=point.x.device).manual_seed(0)
+            drawn = torch.randn(point.x.shape, generator=generator, dtype=point.x.dtype, device=point.x.device)
             size = float((self.weight.sqrt() * rows(drawn[None])[0]).square().sum()) / drawn.numel()
             pull = weight * size
-            right = right - pull * prior(self.x - prior.centre)[None]
+            right = right - pull * prior(point.x - prior.centre)[None]
         steps = self.schedule.solve_steps * (1 if prior is not None else 3)
         found = cg.solve(normal, right, self.schedule.solve_rtol, steps).x[0]
-        return self.x + found
+        return point.x + found
 
 
 class _Decided(_Step):
@@ -242,8 +246,8 @@ class _Decided(_Step):
 
     counts = True
 
-    def __init__(self, step: _Step):
-        super().__init__(step.part, step.maxima, step.x, 0.0, 0.0, step.schedule)
+    def __init__(self, point: _Point, schedule: Annealing):
+        super().__init__(point, 0.0, 0.0, schedule)
         self.missed = max(self.missed, self.gradient_missed)
 
 
@@ -251,14 +255,15 @@ class _Whitening:
     """The inverse covariance of each output's gradient rows."""
 
     def __init__(self, step: _Step):
-        layer, pool, k = step.part.layer, step.part.pool, step.maxima.cotangent
+        point, layer, pool = step.point, step.point.part.layer, step.point.part.pool
+        k = point.maxima.cotangent
         groups, outputs, reads = layer.weight.shape
         # What the input's own error does to the gradient rows.
-        error = float(step.read.square().mean()) * max(step.missed, LEAST) ** 2
+        error = float(point.read.square().mean()) * max(step.missed, LEAST) ** 2
         noise = k.square().sum((0, 2)) * error
-        noise = noise + (LEAST * step.maxima.grad.reshape(-1, reads).norm(dim=1)) ** 2 / reads
+        noise = noise + (LEAST * point.maxima.grad.reshape(-1, reads).norm(dim=1)) ** 2 / reads
         undecided = (step.routes.amax(-1) < 1 - step.schedule.decided) & (k != 0)
-        patches = torch.nn.functional.pad(step.patches, (0, 1))
+        patches = torch.nn.functional.pad(point.patches, (0, 1))
         self.solves: list[Callable[[Tensor], Tensor]] = []
         for output in range(groups * outputs):
             sample, window = undecided[:, output].nonzero(as_tuple=True)

@@ -59,10 +59,7 @@ def layer_by_layer(
         elif isinstance(op, Elementwise):
             inverse = op.activation.invert(state.value, state.std)
             std = state.std / inverse.slope.abs().clamp(min=1e-12)
-            weight = inverse.weight
-            if state.row_weight is not None:
-                weight = state.row_weight if weight is None else weight * state.row_weight
-            state = State(inverse.z, state.cotangent * inverse.slope, weight, std)  # Eq. 6
+            state = State(inverse.z, state.cotangent * inverse.slope, state.weighed(inverse.weight), std)  # Eq. 6
         elif isinstance(op, MaxPool):
             found = before_pool(network, segment.nodes[-1], state, gradients, MISSED * eps)
             if isinstance(found, str):
@@ -72,8 +69,7 @@ def layer_by_layer(
             value, moved = op.invert(state.value), op.invert(state.value + state.std)
             if value is None or moved is None:
                 return replace(passed, stop=Stop(op, Cause.LOSSY, op.loses))
-            k, more = op.vjp(state.cotangent, (value,))[0], op.source(value)
-            state = State(value, k if more is None else k + more, None, (moved - value).abs())
+            state = State(value, op.cotangent(state.cotangent, value), None, (moved - value).abs())
         determined = all(layer.open_since is None for layer in passed.layers)
         certain = (segment.entry, state) if determined else passed.certain
         passed = replace(passed, state=state, certain=certain)

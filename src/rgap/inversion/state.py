@@ -73,6 +73,12 @@ class State:
         """A single candidate's."""
         return self.select(torch.tensor([s], device=self.value.device))
 
+    def weighed(self, weight: Tensor | None) -> Tensor | None:
+        """Its row weights times others of the same values; None means 1 everywhere."""
+        if self.row_weight is None or weight is None:
+            return self.row_weight if weight is None else weight
+        return weight * self.row_weight
+
     @property
     def rms_std(self) -> Float[Tensor, " s"]:
         """The root mean square of the standard deviation."""

@@ -50,6 +50,11 @@ class Op(ABC):
         """What the cotangent of its input x has beside what `vjp` brings there; None: nothing."""
         return None
 
+    def cotangent(self, k: Tensor, x: Tensor) -> Tensor:
+        """The cotangent of its only input x from that of the output, k."""
+        found, more = self.vjp(k, (x,))[0], self.source(x)
+        return found if more is None else found + more
+
     def invert(self, y: Tensor) -> Tensor | None:
         """The only input for this output; None if the operation does not have one."""
         return None
