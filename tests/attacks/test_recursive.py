@@ -16,8 +16,8 @@ from torch import nn
 from rgap import NotAChain, Target, Update, UpdateError, attacks, capture, data, losses, models, score
 from rgap.attacks import Recursive, Status, capacity
 from rgap.attacks.progress import Tick, watching
-from rgap.inversion.layer import Solver
-from rgap.inversion.sides import choose_side
+from rgap.inversion.layer import LayerSystem, Solver
+from rgap.inversion.sides import choose_side, sides_agree
 from rgap.inversion.state import Observation, State
 from rgap.nn import layers
 from rgap.nn.ops import Linear
@@ -334,6 +334,19 @@ def test_sides_of_kinks_are_told_from_the_gradient(outputs: int, seed: int) -> N
     given_ = Observation({"w": grad}, 1e-16, 1e-9)
     found = choose_side(Linear(layer), front(here), front(there), grad, given_)
     assert torch.equal(layer.pack_output(found.cotangent), k)
+    solved = LayerSystem(layer, here, None, 1e-9).solve(z, grad).x
+    assert bool(sides_agree(layer, here, there, solved, grad, 1e-16)) == (not bool(wrong.any()))
+
+
+def test_sides_are_looked_for_only_where_the_gradient_contradicts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flat background puts thousands of values on their kinks, where no side changes the gradient."""
+    target = Target(models.cnn6(1, 16), losses.Logistic(), (1, 16, 16), (0.0, 1.0))
+    x = torch.zeros(1, 1, 16, 16)
+    x[..., 5:10, 6:9] = torch.rand(5, 3, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("rgap.inversion.recursion.choose_side", None)
+    found = Recursive()(target, capture(target, x, torch.tensor([1.0])))
+    assert found.status is Status.EXACT, found
+    assert score(found, x).mse[0] <= 1e-10
 
 
 def test_what_would_not_fit_into_memory_is_refused_before_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from rgap.inversion.block import solve_block
 from rgap.inversion.history import Candidate, Paths
-from rgap.inversion.layer import LayerSystem
+from rgap.inversion.layer import LayerSolution, LayerSystem
 from rgap.inversion.non_monotone import both_branches, choose_branch
 from rgap.inversion.norm import before_norm
 from rgap.inversion.report import layer_report
 from rgap.inversion.rounding import rounding
-from rgap.inversion.sides import branches, choose_side, other_side
+from rgap.inversion.sides import branches, choose_side, other_side, sides_agree
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.unpool import MISSED, before_pool
 from rgap.linalg import deadline
@@ -88,14 +88,17 @@ def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) 
     grad = torch.zeros_like(layer.weight).expand(count, *layer.weight.shape)
     if has_gradient:
         grad = layer.pack_weight(observed.gradient(layer.weight_name, paths.update))
-    if state.alternative is not None:
-        state = _choose(op, state, state.alternative, grad, observed)
-    k, z = layer.pack_output(state.cotangent), layer.pack_output(state.value)
+    other = state.alternative
+    if other is not None and bool((other.value != state.value).any()):
+        state, other = choose_branch(op, state, other, observed), None
+    system, solution = _solve(op, state, grad, has_gradient, observed)
+    if other is not None:  # of slopes
+        chosen = _sides(op, state, other, solution.x, grad, observed)
+        if chosen is not state:
+            state = chosen
+            system, solution = _solve(op, state, grad, has_gradient, observed)
+    k = layer.pack_output(state.cotangent)
     row_weight = None if state.row_weight is None else layer.pack_output(state.row_weight)
-    # Without gradient rows there are weight rows alone.
-    rows_k = k if has_gradient else torch.zeros_like(k)
-    system = LayerSystem(layer, rows_k, row_weight, observed.rank_tolerance, solver=observed.solver)
-    solution = system.solve(z - layer.offset, grad)
     # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
     z_std = layer.pack_output(state.std.expand(state.value.shape)).maximum(solution.weight_misfit[:, None, None])
     state = replace(state, std=layer.unpack_output(z_std).reshape(state.value.shape))
@@ -133,10 +136,29 @@ def _with_cotangent(op: Op, state: State, observed: Observation, of: Tensor) -> 
     return replace(state, cotangent=gradient.reshape(state.cotangent.shape))
 
 
-def _choose(op: Linear, state: State, other: State, grad: Float[Tensor, "s g j i"], observed: Observation) -> State:
-    """One of two states: of other values by the weight rows, of other slopes by the gradient rows."""
-    if bool((other.value != state.value).any()):
-        return choose_branch(op, state, other, observed)
+def _solve(
+    op: Linear, state: State, grad: Float[Tensor, "s g j i"], has_gradient: bool, observed: Observation
+) -> tuple[LayerSystem, LayerSolution]:
+    """K x = grad W and W x = z - b (Eqs. 15 and 16)."""
+    layer = op.layer
+    k, z = layer.pack_output(state.cotangent), layer.pack_output(state.value)
+    row_weight = None if state.row_weight is None else layer.pack_output(state.row_weight)
+    # Without gradient rows there are weight rows alone.
+    rows_k = k if has_gradient else torch.zeros_like(k)
+    system = LayerSystem(layer, rows_k, row_weight, observed.rank_tolerance, solver=observed.solver)
+    return system, system.solve(z - layer.offset, grad)
+
+
+def _sides(op: Linear, state: State, other: State, x: Tensor, grad: Tensor, observed: Observation) -> State:
+    """The state with the slopes that the gradient shows, the same one if it agrees with those taken.
+
+    Args:
+        x: solved for with the slopes taken.
+    """
+    layer = op.layer
+    k, there = layer.pack_output(state.cotangent), layer.pack_output(other.cotangent)
+    if bool(sides_agree(layer, k, there, x, grad, observed.eps).all()):
+        return state
     return choose_side(op, state, other, grad, observed)
 
 

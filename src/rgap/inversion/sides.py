@@ -6,12 +6,14 @@ from dataclasses import replace
 from itertools import product
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rgap.inversion.layer import LayerSystem
+from rgap.inversion.rounding import rounding
 from rgap.inversion.state import Observation, State
 from rgap.nn.activations import Activation, Inverse
+from rgap.nn.layers import Layer
 from rgap.nn.ops import Linear
 
 NEAR = 5.0
@@ -19,6 +21,9 @@ NEAR = 5.0
 BRANCHES, BRANCHED = 3, 20_000
 """How many of them are tried on both sides at once, and among how many values. Of more the sides are read off the
 gradient."""
+AGREES, VISIBLE = 0.05, 20.0
+"""A unit's gradient agrees with the sides of its values where it misses no more than this part of what the other side
+of one of them would do to it; of those whose effect is above so many roundings."""
 ROUGH = 1e-4
 """Singular values below this fraction of the largest are of no use where an input is wanted for its signs alone."""
 
@@ -60,6 +65,30 @@ def other_side(activation: Activation, x: State, inverse: Inverse) -> State | No
     return State(inverse.z, x.cotangent * torch.where(uncertain, there, inverse.slope), None, x.std)
 
 
+def sides_agree(
+    layer: Layer,
+    k: Float[Tensor, "s o p"],
+    there: Float[Tensor, "s o p"],
+    x: Float[Tensor, "s c n"],
+    grad: Float[Tensor, "s g j i"],
+    eps: float,
+) -> Bool[Tensor, " s"]:
+    """Whether the gradient that an input has leaves no doubt on which side of their kinks the values behind lie.
+
+    Where the rows of the units in doubt are not needed for the input, they agree with it on the right sides alone.
+
+    Args:
+        k: the cotangent on the sides taken, there: on the others.
+        x: solved for with the sides taken.
+        eps: relative rounding of the gradient.
+    """
+    missed = (grad - layer.grad_weight(x, k)).norm(dim=-1).reshape(*k.shape[:2], 1)
+    noise = rounding(grad, eps).norm(dim=-1).reshape(*k.shape[:2], 1)
+    effect = (there - k).abs() * layer.read(x)
+    contradicted: Tensor = ((effect > VISIBLE * noise) & (missed > AGREES * effect)).flatten(1).any(1)
+    return ~contradicted
+
+
 def choose_side(op: Linear, state: State, other: State, grad: Float[Tensor, "s g j i"], observed: Observation) -> State:
     """Of two sides of their kinks on which values may lie, the one with which the gradient agrees.
 
@@ -72,7 +101,8 @@ def choose_side(op: Linear, state: State, other: State, grad: Float[Tensor, "s g
     uncertain = k != there
     certain = ~uncertain.any(-1, keepdim=True)
     kept = grad * certain.reshape(len(k), layer.groups, -1, 1)
-    system = LayerSystem(layer, k * certain, row_weight, max(ROUGH, observed.rank_tolerance), solver=observed.solver)
+    tolerance = max(ROUGH, observed.rank_tolerance)
+    system = LayerSystem(layer, k * certain, row_weight, tolerance, solver=observed.solver, counted=0)
     x = system.solve(layer.pack_output(state.value) - layer.offset, kept).x
     residual = (grad - layer.grad_weight(x, k)).flatten(1, 2)
     patches = layer.patches(x)

@@ -139,15 +139,27 @@ class Layer:
 
     def patches(self, x: Float[Tensor, "*s c n"]) -> Float[Tensor, "*s g i p"]:
         """What each output position reads: the linear map U of the layer's geometry."""
-        gathered = torch.nn.functional.pad(x, (0, 1))[..., self.table.reshape(-1)]
-        return gathered.reshape(*x.shape[:-2], self.groups, self.weight.shape[-1], self.positions)
+        shape = (*x.shape[:-2], self.groups, self.weight.shape[-1], self.positions)
+        if self._each_reads_its_own:
+            return x.reshape(shape)
+        if self.grid is not None and max(self.grid.dilation) == 1:
+            return _windows(x, self.grid).reshape(shape)
+        return torch.nn.functional.pad(x, (0, 1))[..., self.table.reshape(-1)].reshape(shape)
 
     def scatter(self, patches: Float[Tensor, "*s g i p"]) -> Float[Tensor, "*s c n"]:
         """U', the adjoint of `patches`: adds every patch value to the pixel it was read from."""
         flat = patches.reshape(*patches.shape[:-3], self.channels, self.table.numel())
+        if self._each_reads_its_own:
+            return flat
         index = self.table.reshape(-1).expand_as(flat)
         out = flat.new_zeros(*flat.shape[:-1], self.pixels + 1)
         return out.scatter_add_(-1, index, flat)[..., :-1]
+
+    @cached_property
+    def _each_reads_its_own(self) -> bool:
+        """Whether each position reads the pixel of its own number and no other, as in a Linear layer."""
+        own = torch.arange(self.pixels, device=self.table.device)
+        return torch.equal(self.table, own[None])
 
     def output(self, x: Float[Tensor, "*s c n"], weight: Tensor | None = None) -> Float[Tensor, "*s o p"]:
         """W x, without the bias (Eq. 16)."""
@@ -284,3 +296,14 @@ class Layer:
 
     def __str__(self) -> str:
         return f"{self.name}: {list(self.input_shape)} -> {list(self.output_shape)}"
+
+
+def _windows(x: Float[Tensor, "*s c n"], grid: Grid) -> Tensor:
+    """(..., c, *kernel, *positions): a view that copies no value twice, which a gather by an index is slower than."""
+    dims = len(grid.size)
+    pads = [each for pair in reversed(grid.padding) for each in pair]
+    view = torch.nn.functional.pad(x.reshape(*x.shape[:-1], *grid.size), pads)
+    first = view.dim() - dims
+    for axis, (kernel, stride) in enumerate(zip(grid.kernel, grid.stride, strict=True)):
+        view = view.unfold(first + axis, kernel, stride)
+    return view.movedim(tuple(range(-dims, 0)), tuple(range(first, first + dims)))

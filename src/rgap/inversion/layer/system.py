@@ -59,6 +59,7 @@ class LayerSystem:
         others: Sequence[LayerRows] = (),
         observed_weight: Float[Tensor, "s c n"] | None = None,
         solver: Solver = "auto",
+        counted: int = COUNTED,
     ):
         """
         Args:
@@ -68,6 +69,7 @@ class LayerSystem:
             others: other layers that read the same input, with as many groups.
             observed_weight: how far each value of the input is known by itself.
             solver: for the trailing directions.
+            counted: unknowns up to which free dimensions are counted by a factor.
 
         Raises:
             ValueError: the layer is too large for the dense matrices of a direct solver.
@@ -100,7 +102,7 @@ class LayerSystem:
         if not dense:
             self._iterative = Iterative(self.rows, observed_weight, self._dominant, self._scale)
             lost = {s for s, full in enumerate(self._iterative.full_rank.tolist()) if not full}
-            if solver == "iterative" or not lost or layer.unknowns > COUNTED:
+            if solver == "iterative" or not lost or layer.unknowns > counted:
                 return
             # A factor counts the free dimensions exactly.
             self._trailing = [(s, g) for s, g in self._trailing if s in lost]
