@@ -6,23 +6,37 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_python_code_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+EXAMPLES = (
+    ("No layer protects the input", "2 of 2 samples recovered exactly"),  # a model of pictures
+    ("4 of 4 samples recovered exactly",),  # a table
+    ("Closed: exact", "Score("),  # an update of a training
+)
+"""What each of the examples prints, in their order."""
+
+
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert blocks
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), scope)
-    out = capsys.readouterr().out
-    assert "conv1: [3, 32, 32] -> [12, 17, 17]" in out
-    assert "Recursive: exact" in out
-    assert "No layer protects the input" in out
+    for block, expected in zip(blocks, EXAMPLES, strict=True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            exec(compile(block, str(README), "exec"), scope)
+        out = capsys.readouterr().out
+        assert all(each in out for each in expected)
+    assert (tmp_path / "audit.html").exists()
+
+
+def test_the_pictures_are_there_and_the_first_screen_has_one() -> None:
+    pictures = re.findall(r"!\[.+\]\((.*?)\)", README.read_text())
+    assert pictures
+    assert all((README.parent / path).is_file() for path in pictures)
+    assert re.search(r"!\[", "\n".join(README.read_text().splitlines()[:15]))
 
 
 @pytest.mark.parametrize("path", sorted((README.parent / "docs").glob("*.md")), ids=lambda path: path.name)
