@@ -58,6 +58,27 @@ class ByHand(nn.Module):
         return torch.addmm(self.bias, x, self.weight)
 
 
+class Written(nn.Module):
+    """Writes into a tensor of its own, or into its input's copy, part by part."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x) if self.how in ("halves", "frame") else x.clone()
+        if self.how == "halves":
+            out[:, ::2] = torch.tanh(x[:, ::2])
+            out[:, 1::2] = torch.sigmoid(x[:, 1::2])
+        elif self.how == "frame":
+            out[:, :, 1:-1] = x[:, :, 1:-1]
+        elif self.how == "one row":
+            out[:, :, 2] = 0.5
+        else:
+            out[:, 1:] += 2 * x[:, 1:]
+        return out
+
+
 class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).mT
@@ -122,6 +143,10 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "skip": lambda: Skip(nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 1)), act=nn.ELU()),
     "strided skip": lambda: Skip(nn.Conv2d(4, 6, 3, 2, 1), nn.Sequential(nn.Conv2d(4, 6, 1, 2), norm(6))),
     "side by side": lambda: Skip(nn.Sequential(nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1)), cat=True),
+    "written by halves": lambda: Written("halves"),
+    "written within a frame": lambda: Written("frame"),
+    "one row overwritten": lambda: Written("one row"),
+    "added in place": lambda: Written("added"),
     "nested": lambda: Skip(Skip(nn.Conv2d(4, 4, 3, padding=1), act=nn.ELU()), nn.Conv2d(4, 4, 1)),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from rgap.nn.ops import Affine, Concat, Elementwise, Gather, Linear, Other, Sum
 from rgap.nn.pools import MaxPool
 from tests.nn.modules import MODULES, SHAPE, Call, Skip, made
 
+WRITTEN = ("written by halves", "written within a frame", "one row overwritten", "added in place")
 every_module = pytest.mark.parametrize("name", MODULES)
 
 
@@ -87,7 +88,8 @@ def test_segments_cut_the_network_where_all_ways_meet(name: str) -> None:
 
 def test_blocks_are_what_branches() -> None:
     blocks = {name for name in MODULES if any(segment.block for segment in headed(name)[1].segments)}
-    assert blocks == {"gate", "skip", "strided skip", "side by side", "nested"}
+    branching = {"gate", "skip", "strided skip", "side by side", "nested"}
+    assert blocks == branching | {*WRITTEN} - {"written within a frame"}
 
 
 @every_module
@@ -100,7 +102,7 @@ def test_what_can_be_inverted_is(name: str) -> None:
             if found is not None:
                 torch.testing.assert_close(found, values[node.reads[0]], rtol=1e-12, atol=1e-12)
             else:
-                assert name in ("sliced", "split", "circular")
+                assert name in ("sliced", "split", "circular", *WRITTEN)
         elif isinstance(node.op, Other):
             assert node.op.invert(y) is None
             assert node.op.loses

@@ -626,10 +626,10 @@ ENDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[tuple[str, 
         (4,),
         [("forward", "returns 2 values", Kind.SETTING, "return one tensor of outputs")],
     ),
-    "linear across the batch": (
+    "linear without a batch": (
         lambda: Model(lambda m, x: m.a(x.squeeze(0)), a=nn.Linear(4, 1)),
         (4,),
-        [("a", "a Linear layer across the batch", Kind.SETTING, "flatten all dimensions but the batch")],
+        [("a", "a Linear layer whose first dimension is not the batch", Kind.SETTING, "keep the batch in front")],
     ),
 }
 
@@ -725,15 +725,20 @@ def test_code_that_takes_the_batch_for_something_else_is_refused(
     [
         lambda m, x: m.a(x) if x.sum() > 0 else m.a(-x),
         lambda m, x: m.a(x * int(x.sum())),
+        lambda m, x: m.a(x[:, : 1 + int(x.argmax())].sum(1, keepdim=True).expand(-1, 4)),
     ],
-    ids=["branch", "number"],
+    ids=["branch", "number", "size"],
 )
-def test_control_flow_on_the_values_is_refused(code: Callable[[Any, Tensor], Tensor]) -> None:
+def test_control_flow_on_the_values_is_refused(
+    code: Callable[[Any, Tensor], Tensor], capfd: pytest.CaptureFixture[str]
+) -> None:
     (found,) = obstacles(Model(code, a=nn.Linear(4, 1)), (4,))
     assert (found.where, found.kind) == ("forward", Kind.NOT_YET)
     assert found.what.startswith("cannot be traced: ")
     assert "\n" not in found.what
+    assert "guard" not in found.what
     assert "depends on the values of the input" in found.remedy
+    assert capfd.readouterr() == ("", "")
 
 
 def test_all_obstacles_of_a_model_are_listed_at_once() -> None:

@@ -28,6 +28,7 @@ _GATHERS = calls.VIEWS | {
     "pixel_unshuffle", "channel_shuffle", "split", "split_with_sizes", "chunk", "unbind", "expand", "repeat",
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "pad", "constant_pad_nd", "reflection_pad1d",
     "reflection_pad2d", "replication_pad1d", "replication_pad2d", "to", "_to_copy", "unsafe_split", "im2col", "unfold",
+    "slice_scatter", "select_scatter",
 }  # fmt: skip
 # Operations with f(a x) = a f(x) for a > 0.
 _SCALABLE = {

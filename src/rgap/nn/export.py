@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import TreeSpec, tree_structure, tree_unflatten
 
 from rgap.nn.calls import BLOCKS, VIEWS, arguments, operation
@@ -20,6 +23,10 @@ from rgap.nn.outputs import outputs_of
 _ONE_TENSOR = tree_structure(0)
 ENDINGS = ("sigmoid", "softmax", "log_softmax")
 """What a model may do last that belongs to a loss of probabilities."""
+
+
+FILLED = {"zeros_like": 0, "new_zeros": 0, "empty_like": 0, "new_empty": 0, "ones_like": 1, "new_ones": 1}
+"""Operations that take no more than the shape of what they are given, and what they put there."""
 
 
 class Parameters:
@@ -100,6 +107,18 @@ def _with_momenta(model: nn.Module) -> Iterator[None]:
             each.momentum = None
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what torch prints of code that it does not follow: the reason is given in a line."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.disabled = before
+
+
 def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
     """One sample's way through the model.
 
@@ -108,8 +127,12 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
     """
     example = _example(model, input_shape)
     try:
-        with differentiable(), _with_momenta(model), warnings.catch_warnings(action="ignore"):  # of torch's own
+        with differentiable(), _with_momenta(model), _quietly():
             program = torch.export.export(model, (example,), strict=False)
+            if _writes_through_views(program.graph):
+                program = program.run_decompositions({})
+    except GuardOnDataDependentSymNode as error:
+        raise CannotBeTraced("its code branches on values that depend on the input") from error
     except Exception as error:  # torch.export raises many kinds
         lines = str(error).strip().splitlines()
         raise CannotBeTraced(lines[0] if lines else type(error).__name__) from error
@@ -117,6 +140,7 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
     returned = next(node for node in module.graph.nodes if node.op == "output").args[0]
     one_tensor = _outputs_alone(module.graph, program.call_spec.out_spec)
     _as_batch(module.graph)
+    _simplify(module.graph)
     detached = inline(module)
     graph = module.graph
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -130,6 +154,39 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
         one_tensor,
         sum(isinstance(value, Node) for value in returned),
     )
+
+
+def _writes_through_views(graph: torch.fx.Graph) -> bool:
+    """Whether a value is changed in place by whoever does not go on with it: what it then is, no operation tells."""
+    changes = (node for node in graph.nodes if _mutates(node) and not node.users)
+    return any(node.args and isinstance(node.args[0], Node) and node.args[0].op == "call_function" for node in changes)
+
+
+def _mutates(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _simplify(graph: torch.fx.Graph) -> None:
+    """Take away what only asserts sizes and types, which are others where the operations are run again; let who reads a
+    copy of one value over another, which nobody else reads, read the one; and make constants that take a value's shape
+    alone depend on no value."""
+    for node in reversed(list(graph.nodes)):
+        name = operation(node) if node.op == "call_function" else ""
+        if name in FILLED:
+            with graph.inserting_before(node):
+                size, value = list(node.meta["val"].shape), node.meta["val"]
+                kind = {"dtype": value.dtype, "device": value.device}
+                constant = graph.call_function(torch.ops.aten.full.default, (size, FILLED[name]), kind)
+            constant.meta = dict(node.meta)
+            node.replace_all_uses_with(constant)
+            graph.erase_node(node)
+        elif name.startswith("_assert") and not node.users:
+            graph.erase_node(node)
+        elif name in ("copy", "copy_") and isinstance(node.args[1], Node):
+            target, source = node.all_input_nodes[0], node.args[1]
+            if len(target.users) == 1 and source.meta["val"].shape == node.meta["val"].shape:
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
 
 
 def _outputs_alone(graph: torch.fx.Graph, structure: TreeSpec | None) -> bool:
@@ -197,8 +254,7 @@ def needed(graph: torch.fx.Graph) -> set[Node]:
         if node.op == "call_function" and operation(node) in BLOCKS:
             found.add(node)
             continue
-        mutates = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        if node.op == "output" or mutates or node in found:
+        if node.op == "output" or _mutates(node) or node in found:
             found |= {node, *node.all_input_nodes}
     return found
 

@@ -39,7 +39,7 @@ def linear(node: Node, arguments: dict[str, Any]) -> LayerCall:
     shape = _shape(x)
     misuse = None
     if len(shape) < 2 or shape[0] != 1:
-        misuse = ("a Linear layer across the batch", "flatten all dimensions but the batch")
+        misuse = ("a Linear layer whose first dimension is not the batch", "keep the batch in front")
     make = partial(layers.linear, input_shape=shape[1:])
     return LayerCall(x, arguments["weight"], arguments.get("bias"), math.prod(shape), make, misuse)
 

@@ -49,7 +49,8 @@ ROUTES = (Kind.PASSED, "where its maxima come from is found if the layer in fron
 FOLLOWED = {
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "relu6", "pixel_shuffle", "pixel_unshuffle", "flip",
     "slice", "select", "split", "chunk", "roll", "sub", "mul", "div", "upsample_nearest1d", "upsample_nearest2d",
-    "upsample_nearest3d", "channel_shuffle", "mT", "t", "narrow", "unbind",
+    "upsample_nearest3d", "channel_shuffle", "mT", "t", "narrow", "unbind", "slice_scatter",
+    "select_scatter",
 }  # fmt: skip
 """Further operations that the recursion passes."""
 KNOWN: dict[str, tuple[Kind, str]] = {

@@ -18,6 +18,8 @@ from rgap.nn.activations import Activation
 from rgap.nn.kernels import differentiable
 from rgap.nn.layers import Layer
 
+torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]  # thousands of lines
+
 
 class Op(ABC):
     """One operation. Authors write `forward`, and more where more is known."""

@@ -131,7 +131,7 @@ class RankAnalysis:
         groups = sorted(summarise(stops or self.obstacles), key=lambda group: -group.count)
         more = f" and {len(groups) - NAMED} more kinds" if len(groups) > NAMED else ""
         named = ", ".join(str(group) for group in groups[:NAMED]) + more
-        why = f"the recursion cannot pass {named}" if stops else f"it is no plain chain, with {named}"
+        why = f"the recursion cannot pass this model ({named})" if stops else f"it is no plain chain, with {named}"
         return (
             f"{stated} This says nothing certain of the model's input: {why}, so ranks were not measured, and the "
             "counts take each layer alone, as if skip connections, normalisation and pooling were not there."
