@@ -404,4 +404,4 @@ def _fused(layer: Layer, before: Gather) -> Layer | None:
     if not bool((local == local[:1]).all() and ((local >= 0) & (local <= pixels)).all()):
         return None
     reads = torch.cat([local[0], local.new_tensor([pixels])]).to(layer.table.device)
-    return replace(layer, table=reads[layer.table], pixels=pixels, input_shape=before.input_shape)
+    return replace(layer, table=reads[layer.table], pixels=pixels, input_shape=before.input_shape, grid=None)
