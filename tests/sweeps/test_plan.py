@@ -24,6 +24,8 @@ WHOLE = """
 models = ["fcn3", {name = "cnn6", loss = "hinge"}]
 seeds = [1, 2]
 stages = [0, 3]
+batch-sizes = [1, 2]
+protocols = ["gradient", {sends = "difference", learning-rate = 0.1, local-steps = 3}]
 attacks = ["recursive", {name = "dlg", iterations = 7, polish = true}]
 defences = ["none", "top-k", {name = "GaussianNoise", strengths = [1e-3, 1]}]
 input-shape = [1, 16, 16]
@@ -43,18 +45,20 @@ def test_the_jobs_are_the_product(tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text(WHOLE)
     plan = Plan.load(tmp_path / "plan.toml")
     jobs = list(plan.jobs())
-    names = data.photographs(2, size=16, channels=1).names
+    first, second = data.photographs(2, size=16, channels=1).names
+    batches = [(first, 1), (second, 1), (f"{first} and 1 more", 2)]
+    protocols = ("gradient", "difference, learning-rate 0.1, local-steps 3")
     defences = [("none", None), ("TopK", 0.1), ("GaussianNoise", 1e-3), ("GaussianNoise", 1.0)]
     expected = [
-        (model, seed, None, stage, image, attack, *defence)
-        for model, seed, stage, image, attack, defence in itertools.product(
-            ("fcn3", "cnn6"), (1, 2), (0, 3), names, ("recursive", "dlg, iterations 7, polished"), defences
+        (model, seed, None, stage, *batch, 1, protocol, attack, *defence)
+        for model, seed, stage, batch, protocol, attack, defence in itertools.product(
+            ("fcn3", "cnn6"), (1, 2), (0, 3), batches, protocols, ("recursive", "dlg, iterations 7, polished"), defences
         )
     ]
     assert [tuple(job.axes[name] for name in AXES) for job in jobs] == expected
-    assert len({job.key for job in jobs}) == len(jobs) == 2 * 2 * 2 * 2 * 2 * 4
+    assert len({job.key for job in jobs}) == len(jobs) == 2 * 2 * 2 * 3 * 2 * 2 * 4
     assert {job.spec["target"]["loss"] for job in jobs} == {"logistic", "hinge"}
-    assert {job.spec["label"] for job in jobs} == {-1.0, 1.0}
+    assert {tuple(job.spec["labels"]) for job in jobs} == {(-1.0,), (1.0,), (-1.0, 1.0)}
     # Training belongs to what a trained network depends on, and to nothing else.
     assert {job.spec["target"]["training"] is None for job in jobs if job.axes["stage"] == 0} == {True}
     assert {job.spec["target"]["training"]["rate"] for job in jobs if job.axes["stage"]} == {0.01}
@@ -83,6 +87,10 @@ def test_a_job_keeps_its_name_in_every_plan(draw: st.DataObject) -> None:
         {"value-range": "none"},
         {"attacks": [{"name": "bias", "polish": True}]},
         {"defences": ["sign"]},
+        {"batch-sizes": [2], "images": {"count": 2}},
+        {"clients": [2], "images": {"count": 2}},
+        {"protocols": [{"sends": "difference", "learning-rate": 0.1}]},
+        {"protocols": [{"sends": "gradient", "summed": True}]},
     ],
     ids=str,
 )
@@ -120,7 +128,8 @@ def test_pictures_and_weights_are_named_by_their_values(tmp_path: Path) -> None:
     assert len(set(keys(both)) - set(keys(one))) == 1
     (tmp_path / "a.png").rename(tmp_path / "z.png")
     renamed = Plan.of({**base, "images": {"data": ".", "count": 2}}, tmp_path)
-    assert {job.spec["picture"] for job in renamed.jobs()} == {job.spec["picture"] for job in both.jobs()}
+    values = [{name for job in plan.jobs() for name in job.spec["pictures"]} for plan in (renamed, both)]
+    assert values[0] == values[1]
     for name, seed in (("w.safetensors", 3), ("v.safetensors", 4)):
         save_file(dict(models.fcn3(16, seed=seed).state_dict()), tmp_path / name)
     tables = [{"name": "fcn3", "weights": name} for name in ("w.safetensors", "v.safetensors")]
@@ -165,6 +174,14 @@ def test_all_strengths_of_a_defence() -> None:
         ('models = ["fcn3"]\nattacks = ["bias"]\ndefences = [{name = "sign", strengths = [2]}]', "either on or off"),
         ('models = ["fcn3"]\nattacks = ["bias"]\nloss = "regret"', "unknown loss 'regret'"),
         ('models = ["fcn3"]\nattacks = ["bias"]\n[images]\ncount = 26', "count is 26, but there are 25"),
+        ('models = ["fcn3"]\nattacks = ["bias"]\nbatch-sizes = [4]\nclients = [2]', "expected 8 or more"),
+        ('models = ["fcn3"]\nattacks = ["bias"]\nprotocols = [{sends = "difference"}]', "needs a positive one"),
+        ('models = ["fcn3"]\nattacks = ["bias"]\nprotocols = [{sends = "post"}]', "protocols[0]"),
+        (
+            'models = ["fcn3"]\nattacks = ["bias"]\n'
+            'protocols = [{sends = "difference", learning-rate = 1, minibatch = 2, drop-last = true}]',
+            "got minibatch=2 for a client of 1 samples",
+        ),
         ('models = ["fcn3"]\nattacks = ["bias"]\ninput-shape = [16]', "expected (1 or 3, height, width)"),
     ],
 )

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 from small_plans import home, spec_of
 
-from rgap import Target, capture, data, losses, models, score
+from rgap import Target, audit, capture, data, losses, models, score
 from rgap.attacks import Bias, Closed, Status
 from rgap.defences import GaussianNoise, gradient_error
+from rgap.protocol import Protocol, Sends
 from rgap.sweeps import Plan, Progress, SweepStore, engine, sweep, work
 from rgap.sweeps.engine import Here, Outcome
 from rgap.sweeps.job import FIGURES
@@ -75,6 +76,41 @@ def test_a_job_finds_what_the_attack_finds(folder: Path) -> None:
         assert row["gradient_error"] == pytest.approx(gradient_error(update, sent), rel=1e-6)
         assert row["labels_right"] == (answer.labels.tolist() == y.tolist())
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "clients", "protocol"),
+    [
+        (2, 1, Protocol()),
+        (1, 2, Protocol(clients=2)),
+        (2, 2, Protocol(clients=2, summed=True)),
+        (1, 1, Protocol(Sends.DIFFERENCE, 2, 0.05)),
+        (2, 1, Protocol(Sends.DIFFERENCE, learning_rate=0.05, minibatch=1)),
+    ],
+    ids=["batch", "clients", "both", "local steps", "minibatches"],
+)
+def test_batches_clients_and_protocols_are_axes(folder: Path, batch: int, clients: int, protocol: Protocol) -> None:
+    """As `rgap.audit` has it for the same samples: the best of them, and the shares of all."""
+    told: dict[str, Any] = {"sends": protocol.sends.value, "summed": protocol.summed, "local-steps": protocol.steps}
+    told |= {} if protocol.learning_rate is None else {"learning-rate": protocol.learning_rate}
+    told |= {} if protocol.minibatch is None else {"minibatch": protocol.minibatch}
+    axes = {"batch-sizes": [batch], "clients": [clients], "protocols": [{**told, "name": "ours"}]}
+    plan = Plan.of(spec_of(**axes, images={"count": 2 * batch * clients}))
+    assert sweep(plan, folder / "s.sqlite").failed == 0
+    import small_sweep_models
+
+    target = Target(small_sweep_models.make(0).eval(), losses.Logistic(), (1, 4, 4), (0.0, 1.0), batch)
+    images = data.photographs(2 * batch * clients, size=4, channels=1)
+    cases = audit(target, images, protocol=protocol, attacks=[Bias()]).cases
+    found, size = rows(folder / "s.sqlite"), batch * clients
+    assert [(row["batch"], row["clients"], row["protocol"]) for row in found] == 2 * [(batch, clients, "ours")]
+    for at, row in enumerate(found):
+        own = [case.results[0] for case in cases[at * size : (at + 1) * size] if case.results]
+        if not own:
+            assert row["status"] == "does not apply"
+            continue
+        assert row["mse"] == pytest.approx(min(each.mse for each in own), rel=1e-6, abs=1e-15)
+        assert row["exact"] == sum(each.level.value == "exact" for each in own) / size
 
 
 def test_a_trained_network_is_attacked_as_it_is_after_its_epochs(folder: Path) -> None:
@@ -202,7 +238,7 @@ def test_progress_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_job_needs_its_supplies() -> None:
     (job,) = Plan.of(spec_of()).jobs()
     with pytest.raises(work.NotSupplied):
-        work.do({**job.spec, "picture": "of nobody"})
+        work.do({**job.spec, "pictures": ["of nobody"]})
 
 
 def test_a_specification_is_plain_and_its_figures_have_columns() -> None:

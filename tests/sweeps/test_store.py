@@ -25,7 +25,14 @@ def job(number: int) -> Job:
 
 
 def found(number: int) -> dict[str, Any]:
-    return {**dict.fromkeys(FIGURES), "level": "exact", "status": "exact", "mse": number / 7}
+    return {
+        **dict.fromkeys(FIGURES),
+        "level": "exact",
+        "exact": 1.0,
+        "recognisable": 1.0,
+        "status": "exact",
+        "mse": number / 7,
+    }
 
 
 def taken_by(run: SweepStore, number: int) -> list[tuple[str, Any]]:
@@ -42,6 +49,7 @@ def test_what_was_found_comes_back_as_it_was(tmp_path: Path) -> None:
         "level": "recognisable", "status": "not converged", "reason": "gave 'up'; \u2603", "psnr": 21.123456789012345,
         "ssim": None, "mse": 1e-300, "gradient_residual": 0.1, "error": None, "gradient_error": 0.0,
         "labels_right": False, "twins": 3, "accuracy": 0.5, "seconds": 0.25,
+            "exact": 0.0, "recognisable": 0.75,
     }  # fmt: skip
     assert set(values) == set(FIGURES)
     with SweepStore(tmp_path / "s.sqlite") as kept:
@@ -207,9 +215,9 @@ def test_another_file_is_refused_and_left_alone(tmp_path: Path) -> None:
     newer = tmp_path / "newer.sqlite"
     SweepStore(newer).close()
     base = sqlite3.connect(newer)
-    base.execute("PRAGMA user_version = 2")
+    base.execute("PRAGMA user_version = 3")
     base.close()
-    with pytest.raises(SweepError, match="got a store of format 2, expected 1"):
+    with pytest.raises(SweepError, match="got a store of format 3, expected 2"):
         SweepStore(newer)
     with pytest.raises(SweepError, match="Check that its folder exists"):
         SweepStore(tmp_path / "no" / "folder.sqlite")

@@ -24,7 +24,9 @@ def row(**values: Any) -> dict[str, Any]:
         "defence": "none", "state": "done", "level": "exact", "status": "exact", "psnr": 100.0, "mse": 1e-10,
         "gradient_error": 0.0, "seconds": 0.5, "attempts": 1,
     }  # fmt: skip
-    return {**base, **values}
+    level = values.get("level", "exact")
+    shares = {"exact": float(level == "exact"), "recognisable": float(level in ("exact", "recognisable"))}
+    return {**base, **shares, **values}
 
 
 ROWS = [
@@ -45,6 +47,11 @@ def test_groups() -> None:
     assert (second.jobs, second.done, second.failed, second.applied) == (3, 1, 1, 0)
     assert math.isnan(second.exact)
     assert math.isnan(second.psnr)
+
+
+def test_shares_are_of_the_samples_of_batches() -> None:
+    (group,) = grouped([row(exact=0.25, recognisable=0.5), row(exact=0.75, recognisable=1.0)], ["batch"])
+    assert (group.exact, group.recognisable) == (0.5, 0.75)
 
 
 def test_no_answer_counts_as_the_worst() -> None:
@@ -110,7 +117,7 @@ def test_axes_and_words_are_in_the_figure(tmp_path: Path) -> None:
     [
         ({"path": "p.gif"}, "got the ending '.gif', expected .png, .svg or .pdf"),
         ({"y": "beauty"}, "got 'beauty', expected one of exact, recognisable"),
-        ({"x": "model"}, "got 'model', expected one of seed, width, stage, strength"),
+        ({"x": "model"}, "got 'model', expected one of seed, width, stage, batch, clients"),
         ({"rows": [row(level=None)]}, "nothing to draw: no job is done"),
     ],
     ids=str,

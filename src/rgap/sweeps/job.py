@@ -1,4 +1,4 @@
-"""One cell of a sweep: one picture's update, under one defence or none, against one attack."""
+"""One cell of a sweep: the update of one picture or batch, under one defence or none, against one attack."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-AXES = ("model", "seed", "width", "stage", "image", "attack", "defence", "strength")
+AXES = (
+    "model", "seed", "width", "stage", "image", "batch", "clients", "protocol", "attack", "defence", "strength",
+)  # fmt: skip
 """What the jobs of a sweep differ by, in the order in which they are done."""
 FIGURES = (
     "level", "status", "reason", "psnr", "ssim", "mse", "gradient_residual", "error", "gradient_error", "labels_right",
-    "twins", "accuracy", "seconds",
+    "twins", "accuracy", "seconds", "exact", "recognisable",
 )  # fmt: skip
-"""What a job finds."""
+"""What a job finds: of several samples the figures of the one that came back best, and which shares came back."""
 
 
 @dataclass(frozen=True)

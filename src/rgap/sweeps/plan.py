@@ -25,7 +25,8 @@ from rgap.models.named import ModelError
 from rgap.printable import line
 from rgap.schema import validator
 from rgap.sweeps.job import AXES, Job, canonical
-from rgap.sweeps.work import Supplies, attack_of, make
+from rgap.sweeps.schema import DEFAULTS, IMAGES, SCHEMA, TRAINING
+from rgap.sweeps.work import Supplies, attack_of, make, protocol_of
 
 VERSION = 1
 """Of what a job's result depends on beside its specification. Raised when results would differ: old rows stay."""
@@ -33,63 +34,6 @@ VERSION = 1
 
 class PlanError(ValueError):
     """A plan that makes no jobs; says where it is wrong and what was expected."""
-
-
-_NUMBER: dict[str, Any] = {"type": "number"}
-_COUNT: dict[str, Any] = {"type": "integer", "minimum": 1}
-_SEED: dict[str, Any] = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
-_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
-_NONE: dict[str, Any] = {"type": "null"}
-"""From Python alone: TOML has no such value."""
-
-
-def _list(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "minItems": 1, "items": items}
-
-
-def _table(required: Sequence[str] = (), **properties: dict[str, Any]) -> dict[str, Any]:
-    fields = {name.replace("_", "-"): entry for name, entry in properties.items()}
-    return {"type": "object", "required": list(required), "additionalProperties": False, "properties": fields}
-
-
-_TARGET = {
-    "input_shape": _list(_COUNT),
-    "value_range": {"oneOf": [{"const": "none"}, {**_list(_NUMBER), "minItems": 2, "maxItems": 2}]},
-    "loss": {"oneOf": [_TEXT, _NONE]},
-}
-SCHEMA = _table(
-    ("models", "attacks"),
-    models=_list({"oneOf": [_TEXT, _table(("name",), name=_TEXT, weights=_TEXT, **_TARGET)]}),
-    seeds=_list(_SEED),
-    widths=_list({"oneOf": [_COUNT, _NONE]}),
-    stages=_list({"type": "integer", "minimum": 0}),
-    attacks=_list({"oneOf": [_TEXT, _table(
-        ("name",), name=_TEXT, iterations=_COUNT, restarts=_COUNT, polish={"type": "boolean"},
-    )]}),
-    defences=_list({"oneOf": [_TEXT, _table(
-        ("name",), name=_TEXT, strengths={"oneOf": [{"const": "all"}, _list(_NUMBER)]},
-    )]}),
-    noise_seed=_SEED,
-    images=_table(data={"oneOf": [_TEXT, _NONE]}, count=_COUNT),
-    training=_table(rate={"type": "number", "exclusiveMinimum": 0}, batch=_COUNT, images=_COUNT),
-    **_TARGET,
-)  # fmt: skip
-"""Of a plan, as JSON Schema."""
-
-DEFAULTS: dict[str, Any] = {
-    "seeds": [0],
-    "widths": [None],
-    "stages": [0],
-    "defences": ["none"],
-    "noise-seed": 0,
-    "images": {},
-    "training": {},
-    "input-shape": [3, 32, 32],
-    "value-range": [0.0, 1.0],
-    "loss": None,
-}
-IMAGES = {"data": None, "count": 5}
-TRAINING = {"rate": 1e-3, "batch": 16, "images": 25}
 
 
 @dataclass(frozen=True)
@@ -159,6 +103,10 @@ class Plan:
             for each in self.defences:
                 if each is not None:
                     defences.by_name(each["name"], each["strength"])
+            for clients, protocol, size in itertools.product(
+                self.spec["clients"], self.protocols.values(), self.spec["batch-sizes"]
+            ):
+                protocol_of(protocol, clients, size).minibatches(size)
         except ModelError as error:
             raise PlanError(f"models: {error}") from error
         except (ValueError, TypeError) as error:
@@ -191,6 +139,12 @@ class Plan:
             levels = type(defence).levels if strengths == "all" else strengths
             found += [{"name": type(defence).__name__, "strength": float(level)} for level in levels]
         return found
+
+    @cached_property
+    def protocols(self) -> dict[str, dict[str, Any]]:
+        """By the name that is shown, what each says of a client."""
+        tables = [{"sends": each} if isinstance(each, str) else dict(each) for each in self.spec["protocols"]]
+        return {table.pop("name", "") or _shown(table): table for table in tables}
 
     @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -248,21 +202,31 @@ class Plan:
     def _cells(
         self, network: tuple[Any, ...], target: dict[str, Any], images: Images, labels: Sequence[float]
     ) -> Iterator[Job]:
-        """Every picture, attack and defence against one network."""
-        for at in range(self.spec["images"]["count"]):
-            picture = digest(images.inputs[at])
-            for attack, defence in itertools.product(self.attacks, self.defences):
-                shown = ("none", None) if defence is None else (defence["name"], defence["strength"])
-                axes = (*network, images.names[at], _named(attack), *shown)
-                spec = {
-                    "version": VERSION,
-                    "target": target,
-                    "picture": picture,
-                    "label": labels[at],
-                    "attack": attack,
-                    "defence": None if defence is None else {**defence, "seed": self.spec["noise-seed"] + at},
-                }
-                yield Job(dict(zip(AXES, axes, strict=True)), spec)
+        """Every batch of pictures, protocol, attack and defence against one network."""
+        count = self.spec["images"]["count"]
+        for size, clients in itertools.product(self.spec["batch-sizes"], self.spec["clients"]):
+            together = size * clients
+            if together > count:
+                raise PlanError(
+                    f"images.count is {count}, expected {together} or more: a batch of {size} of {clients} clients"
+                )
+            for at in range(0, count - together + 1, together):
+                pictures = [digest(each) for each in images.inputs[at : at + together]]
+                name = images.names[at] + (f" and {together - 1} more" if together > 1 else "")
+                for protocol, attack, defence in itertools.product(self.protocols, self.attacks, self.defences):
+                    shown = ("none", None) if defence is None else (defence["name"], defence["strength"])
+                    axes = (*network, name, size, clients, protocol, _named(attack), *shown)
+                    spec = {
+                        "version": VERSION,
+                        "target": target,
+                        "pictures": pictures,
+                        "labels": list(labels[at : at + together]),
+                        "clients": clients,
+                        "protocol": self.protocols[protocol],
+                        "attack": attack,
+                        "defence": None if defence is None else {**defence, "seed": self.spec["noise-seed"] + at},
+                    }
+                    yield Job(dict(zip(AXES, axes, strict=True)), spec)
 
     def _loss(self, model: Mapping[str, Any]) -> Loss:
         """By its name, or what fits the model's outputs."""
@@ -310,6 +274,11 @@ def _source(name: str) -> str | None:
         return None
     path = getattr(sys.modules[module], "__file__", None)  # imported when the plan was checked
     return None if path is None else _digest(Path(path).read_bytes())
+
+
+def _shown(protocol: Mapping[str, Any]) -> str:
+    """A protocol in words, such as ``difference, local-steps 4``."""
+    return ", ".join([protocol["sends"], *(f"{name} {value}" for name, value in protocol.items() if name != "sends")])
 
 
 def _named(attack: Mapping[str, Any]) -> str:

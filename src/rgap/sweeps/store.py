@@ -25,7 +25,7 @@ from rgap.printable import line
 from rgap.sweeps.job import AXES, FIGURES, Failure, Job, digest
 from rgap.sweeps.lanes import Lanes
 
-FORMAT = 1
+FORMAT = 2
 _KIND = 0x72676170
 """In the file's header, which says that it is one of these: "rgap"."""
 BEAT = 5.0
@@ -36,11 +36,11 @@ PATIENCE = 60.0
 """Seconds to wait for another process that is writing."""
 
 COLUMNS = {
-    "model": "TEXT", "seed": "INTEGER", "width": "INTEGER", "stage": "INTEGER", "image": "TEXT", "attack": "TEXT",
-    "defence": "TEXT", "strength": "REAL",
+    "model": "TEXT", "seed": "INTEGER", "width": "INTEGER", "stage": "INTEGER", "image": "TEXT", "batch": "INTEGER",
+    "clients": "INTEGER", "protocol": "TEXT", "attack": "TEXT", "defence": "TEXT", "strength": "REAL",
     "level": "TEXT", "status": "TEXT", "reason": "TEXT", "psnr": "REAL", "ssim": "REAL", "mse": "REAL",
     "gradient_residual": "REAL", "error": "REAL", "gradient_error": "REAL", "labels_right": "INTEGER",
-    "twins": "INTEGER", "accuracy": "REAL", "seconds": "REAL",
+    "twins": "INTEGER", "accuracy": "REAL", "seconds": "REAL", "exact": "REAL", "recognisable": "REAL",
 }  # fmt: skip
 _SCHEMA = f"""
 CREATE TABLE jobs (

@@ -10,7 +10,7 @@ from typing import Any
 
 from rgap.sweeps.job import AXES
 
-NUMERIC = ("seed", "width", "stage", "strength")
+NUMERIC = ("seed", "width", "stage", "batch", "clients", "strength")
 """Axes that have an order."""
 MEASURES = {
     "exact": "recovered exactly",
@@ -37,9 +37,9 @@ class Group:
     applied: int
     """Done, and the attack applies. The figures are of these; NaN if there are none."""
     exact: float
-    """Share."""
+    """Share of the samples."""
     recognisable: float
-    """Share, exact ones included."""
+    """Likewise, exact ones included."""
     psnr: float
     mse: float
     cost: float
@@ -75,8 +75,8 @@ def _group(values: tuple[Any, ...], same: Sequence[Row]) -> Group:
         done=sum(row["state"] == "done" for row in same),
         failed=sum(row["state"] == "failed" for row in same),
         applied=len(applied),
-        exact=_share(applied, ("exact",)),
-        recognisable=_share(applied, ("exact", "recognisable")),
+        exact=_share(applied, "exact"),
+        recognisable=_share(applied, "recognisable"),
         psnr=_median(applied, "psnr", -math.inf),
         mse=_median(applied, "mse", math.inf),
         cost=_median(applied, "gradient_error", math.inf),
@@ -84,8 +84,8 @@ def _group(values: tuple[Any, ...], same: Sequence[Row]) -> Group:
     )
 
 
-def _share(rows: Sequence[Row], levels: tuple[str, ...]) -> float:
-    return sum(row["level"] in levels for row in rows) / len(rows) if rows else math.nan
+def _share(rows: Sequence[Row], name: str) -> float:
+    return statistics.fmean(row[name] or 0.0 for row in rows) if rows else math.nan
 
 
 def _median(rows: Sequence[Row], name: str, missing: float) -> float:

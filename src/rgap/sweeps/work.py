@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from rgap import defences, losses
 from rgap.attacks import Attack
 from rgap.attacks.named import by_name
-from rgap.auditing.results import judge, span
+from rgap.auditing.results import Level, gave_away, judge, span
 from rgap.files import plain
 from rgap.models.named import built_in, own
+from rgap.protocol import Optimiser, Protocol, Sends
 from rgap.reading import load_tensors
 from rgap.sweeps.job import FIGURES, canonical
 from rgap.target import Target
@@ -88,22 +89,35 @@ def do(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _do(spec: Mapping[str, Any]) -> dict[str, Any]:
-    target, right = _target(canonical(spec["target"]))
-    truth, label = _found("pictures", spec["picture"])[None], float(spec["label"])
+    text, labels = canonical(spec["target"]), [float(label) for label in spec["labels"]]
+    batch = len(labels) // spec["clients"]
+    protocol = protocol_of(spec["protocol"], spec["clients"], batch)
+    target, right = _target(text)
+    target = target if batch == 1 else _sized(text, batch)
+    truth = torch.stack([_found("pictures", each) for each in spec["pictures"]])
     defence, attack = spec["defence"], attack_of(spec["attack"])
-    obstacle = attack.obstacle(target, 1)
+    obstacle = attack.obstacle(target, len(labels))
     if obstacle is not None:
         nothing = dict.fromkeys(FIGURES)
         return {**nothing, "status": "does not apply", "reason": obstacle, "accuracy": right, "seconds": 0.0}
-    update, cost = capture(target, truth, torch.tensor([label])), 0.0
+    update, cost = capture(target, truth, torch.tensor(labels), protocol), 0.0
     if defence is not None:
         armed = defences.by_name(defence["name"], defence["strength"])
         sent = armed(update, torch.Generator().manual_seed(defence["seed"]))
         update, cost = sent, defences.gradient_error(update, sent)
-    (found,) = judge(attack(target, update), truth, [label], target.value_range or span(truth))
+    results = judge(attack(target, update), truth, labels, target.value_range or span(truth))
+    found = max(results, key=gave_away)
     named = {name: getattr(found, name) for name in FIGURES if hasattr(found, name)}
     shown = {"level": found.level.value, "status": found.status.value}
-    return {**named, **shown, "gradient_error": cost, "accuracy": right}
+    levels = (Level.EXACT, Level.RECOGNISABLE)
+    shares = {e.value: sum(r.level.rank >= e.rank for r in results) / len(results) for e in levels}
+    return {**named, **shown, **shares, "gradient_error": cost, "accuracy": right}
+
+
+@lru_cache(CACHED)
+def _sized(text: str, batch: int) -> Target:
+    """The network of a specification, for batches of so many."""
+    return replace(_target(text)[0], batch_size=batch)
 
 
 @lru_cache(CACHED)
@@ -132,6 +146,21 @@ def attack_of(spec: Mapping[str, Any]) -> Attack:
         ValueError: there is none by this name, or it does not have such sizes.
     """
     return by_name(spec["name"], spec["iterations"], spec["restarts"], spec["polish"])
+
+
+def protocol_of(spec: Mapping[str, Any], clients: int, batch: int) -> Protocol:
+    """What a client of so many samples does, as a plan says it; of fewer than a minibatch it takes one of them all.
+
+    Raises:
+        ValueError: its fields contradict each other.
+    """
+    fields = {name.replace("-", "_"): value for name, value in spec.items()}
+    for name in {"learning_rate", "momentum", "weight_decay", "proximal", "clip_norm"} & set(fields):
+        fields[name] = float(fields[name])
+    if fields.get("minibatch", 0) > batch and not fields.get("drop_last"):
+        del fields["minibatch"]
+    steps, optimiser = fields.pop("local_steps", 1), Optimiser(fields.pop("optimiser", Optimiser.SGD.value))
+    return Protocol(Sends(fields.pop("sends")), steps, optimiser=optimiser, clients=clients, **fields)
 
 
 def make(name: str, input_shape: tuple[int, ...], seed: int, width: int | None) -> nn.Module:
