@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rgap.attacks.result import Outcome, Reconstruction
 from rgap.checks import Preflight, preflight
+from rgap.printable import listed
 from rgap.target import Target
-from rgap.update import Update
+from rgap.update import Update, UpdateError
 
 MIXTURE = "of {} samples in one update it gives a mixture; Closed tells them apart where it can"
 AS_ONE = "the update is attacked as if it came from one sample; of several it gives a mixture"
@@ -57,7 +58,13 @@ class Attack(ABC):
         The seconds of attacks that ran at once are shared out evenly. Errors are those of a single attack.
         """
         for update in updates:
-            update.check(target, partial=self.partial)
+            update.check(target, partial=True)
+            missing = [name for name in target.parameters if name not in update.gradients]
+            if missing and not self.partial:
+                raise UpdateError(
+                    f"{self.name} needs the gradients of all parameters, and the update is missing {listed(missing)}; "
+                    "expected all, or an attack that takes a part of them: bias, or one by optimisation"
+                )
         followed = [self._followed(target, update) for update in updates]
         start = time.perf_counter()
         plain = [update.to_gradient(target) for update in updates]
