@@ -11,9 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,11 @@ import torch
 from torch import Tensor
 
 from rgap.defences import Defence
-from rgap.federation import Received, Round, with_weights, write
+from rgap.federation import Received, Round, write
+from rgap.integrations.common import Reader, going_on, protect
 from rgap.protocol import Protocol, Sends
-from rgap.reading import STATISTICS, buffers_in, matched
-from rgap.target import Target, fingerprint
-from rgap.update import Header, Update, UpdateError
+from rgap.target import Target
+from rgap.update import UpdateError
 
 try:
     from flwr.app import (
@@ -100,16 +98,12 @@ class Capture(Strategy):
                 f"got {type(strategy).__name__}, expected a strategy of Flower's Message API, such as "
                 "flwr.serverapp.strategy.FedAvg: an older one shows the server no message"
             )
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(
-                f"got batch_size={batch_size}, expected 1 or more, or None and the key of a client's metric"
-            )
-        self.strategy, self.target, self.protocol = strategy, target, protocol
+        self.strategy, self.target = strategy, target
+        self.reader = Reader(target, protocol, batch_size, size_key, differences, partial)
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.batch_size, self.size_key, self.arrays_key, self.after = batch_size, size_key, arrays_key, after
-        self.differences, self.partial = differences, partial
+        self.arrays_key, self.after = arrays_key, after
         self._configure, self._aggregate = strategy.configure_train, strategy.aggregate_train
         self._sent: dict[int, Mapping[str, Tensor]] = {}
 
@@ -121,7 +115,9 @@ class Capture(Strategy):
         self._sent = {}
         read: dict[int, Mapping[str, Tensor]] = {}  # most often one record goes to all
         for message in messages:
-            with _going_on(f"round {server_round}: what was sent to node {message.metadata.dst_node_id} is not kept"):
+            with going_on(
+                _LOG, f"round {server_round}: what was sent to node {message.metadata.dst_node_id} is not kept"
+            ):
                 record = _arrays(message, self.arrays_key)[1]
                 if id(record) not in read:
                     read[id(record)] = _tensors(record)
@@ -133,7 +129,7 @@ class Capture(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the strategy makes of the replies, after they were kept."""
         replies = list(replies)
-        with _going_on(f"round {server_round}: what the clients sent is not kept"):
+        with going_on(_LOG, f"round {server_round}: what the clients sent is not kept"):
             self._keep(server_round, [reply for reply in replies if reply.has_content()])
         self._sent = {}
         return self._aggregate(server_round, replies)
@@ -154,51 +150,15 @@ class Capture(Strategy):
         if self.folder is not None:
             write(self.folder, found_round)
         if self.after is not None:
-            with _going_on(f"round {number}: {getattr(self.after, '__name__', 'after')} failed"):
+            with going_on(_LOG, f"round {number}: {getattr(self.after, '__name__', 'after')} failed"):
                 self.after(found_round)
 
     def _received(self, reply: Message, prints: dict[int, str]) -> Received:
         node = reply.metadata.src_node_id
-        weights = self._sent.get(node, {})
         metrics = {name: value for record in reply.content.metric_records.values() for name, value in record.items()}
-        try:
-            if not weights:
-                raise UpdateError("it was sent no weights in this round")
-            if id(weights) not in prints:
-                prints[id(weights)] = fingerprint(with_weights(self.target, weights))
-            size, loss, shape = self._size(metrics), self.target.loss.name, self.target.input_shape
-            protocol = self.protocol
-            if protocol.minibatch is not None and protocol.minibatch > size and not protocol.drop_last:
-                protocol = replace(protocol, minibatch=None)
-            header = Header(size, loss, shape, prints[id(weights)], None, protocol)
-            came = _tensors(_arrays(reply, self.arrays_key)[1])
-            whole = self.protocol.sends is Sends.DIFFERENCE and not self.differences
-            buffers = buffers_in(came, self.target) if whole else {}
-            update = Update(self._change(came, weights), header, buffers)
-        except Exception as error:
-            return Received(str(node), weights, None, f"{type(error).__name__}: {error}", metrics)
-        return Received(str(node), weights, update, metrics=metrics)
-
-    def _size(self, metrics: Mapping[str, Any]) -> int:
-        if self.batch_size is not None:
-            return self.batch_size
-        size = metrics.get(self.size_key, self.target.batch_size)
-        if not isinstance(size, int | float) or size < 1 or not float(size).is_integer():
-            raise UpdateError(f"its metric {self.size_key!r} is {size}, expected a whole number from 1 on")
-        return int(size)
-
-    def _change(self, came: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the client sent as an update: by the model's names, in the type in which it came."""
-        found = matched(came, self.target, "weight" if self.protocol.sends is Sends.DIFFERENCE else "gradient")
-        if found.missing and not (self.partial and found.values):
-            raise UpdateError(f"its arrays do not fit the model: {str(found).replace(chr(10), '; ')}")
-        like = next(iter(found.values.values()))
-        still = {name: torch.zeros_like(self.target.parameters[name]).to(like) for name in found.missing}
-        if self.protocol.sends is Sends.GRADIENT or self.differences:
-            return {**found.values, **still}
-        before = matched(weights, self.target, "weight").values
-        moved = {name: (after.double() - before[name].double()).to(after) for name, after in found.values.items()}
-        return moved | still
+        return self.reader.received(
+            str(node), self._sent.get(node, {}), lambda: _tensors(_arrays(reply, self.arrays_key)[1]), metrics, prints
+        )
 
     # All else is the strategy's own.
 
@@ -225,15 +185,6 @@ class Capture(Strategy):
                 del own[name]
                 if name in before:
                     own[name] = before[name]
-
-
-@contextmanager
-def _going_on(what: str) -> Iterator[None]:
-    """A training is worth more than the record of it."""
-    try:
-        yield
-    except Exception:
-        _LOG.warning("%s", what, exc_info=True)
 
 
 def defend(
@@ -269,48 +220,13 @@ def defend(
         if reply.has_error():
             return reply
         key, record = _arrays(reply, arrays_key)
-        after = {name: t for name, t in _tensors(record).items() if _is_trained(name, t, names)}
-        _check_names(after, names, came)
-        generator = seeded
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed()
-        if came is None:
-            sent = dict(defence(Update(after), generator).gradients)
-        else:
-            change = Update({name: t.double() - came[name].double() for name, t in after.items()})
-            defended = defence(change, generator).gradients
-            sent = {name: _rounded(came[name].double() + defended[name], t) for name, t in after.items()}
+        sent = protect(defence, _tensors(record), came, names, seeded)
         reply.content[key] = ArrayRecord(
             {name: Array(sent[name].numpy()) if name in sent else array for name, array in record.items()}
         )
         return reply
 
     return mod
-
-
-def _is_trained(name: str, tensor: Tensor, names: frozenset[str] | None) -> bool:
-    if names is None:
-        return tensor.is_floating_point() and name.split(".")[-1] not in STATISTICS
-    return name in names
-
-
-def _check_names(after: Mapping[str, Tensor], names: frozenset[str] | None, came: Mapping[str, Tensor] | None) -> None:
-    """Refuse to send what could not be defended as a whole."""
-    missing = sorted((names or frozenset()) - set(after))
-    if missing:
-        raise UpdateError(f"the client sends no {', '.join(missing[:8])}: expected all that are named as trained")
-    if came is None:
-        return
-    for name, tensor in after.items():
-        if name not in came or came[name].shape != tensor.shape:
-            got = tuple(tensor.shape), tuple(came[name].shape) if name in came else "none"
-            raise UpdateError(f"{name}: the client sends shape {got[0]} and was sent {got[1]}: there is no difference")
-
-
-def _rounded(value: Tensor, like: Tensor) -> Tensor:
-    limits = torch.finfo(like.dtype)
-    return value.clamp(limits.min, limits.max).to(like)
 
 
 def _arrays(message: Message, key: str | None) -> tuple[str, ArrayRecord]:
