@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +72,26 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
     monkeypatch.undo()
     assert len(seen[0]) == 1, "there was a temporary file at that point"
     assert [entry.read_bytes() for entry in tmp_path.iterdir()] == ([] if old is None else [b"old"])
+
+
+@pytest.mark.parametrize("name", ["file", "a b.json", "[x]*.png"])
+def test_what_a_killed_run_left_behind_is_removed(name: str, tmp_path: Path) -> None:
+    """By the next write of the same file; another run may be writing what is new, and the rest is somebody else's."""
+    killed = "import os, sys; from rgap import files; files.os.replace = lambda *_: os.kill(os.getpid(), 9)"
+    code = f"{killed}; files.write_atomically(sys.argv[1], b'half')"
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=False).returncode == -9
+    left, _ = tmp_path.iterdir()
+    os.utime(left, (time.time() - 2 * files.STALE,) * 2)
+    others = {f".{name}.original", f".{name}.rgap-part.txt", f".other{files.TEMPORARY}", f"x.{name}.a{files.TEMPORARY}"}
+    for other in others:
+        (tmp_path / other).write_bytes(b"")
+        os.utime(tmp_path / other, (0, 0))
+    before = {entry.name for entry in tmp_path.iterdir()}
+    write_atomically(tmp_path / name, b"whole")
+    after = {entry.name for entry in tmp_path.iterdir()}
+    assert before - after == {left.name}
+    assert after - before == {name}
 
 
 def test_content_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:

@@ -7,15 +7,22 @@ import math
 import os
 import re
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
+TEMPORARY = ".rgap-part"
+STALE = 3600.0
+"""Seconds after which a temporary file is what a killed run left behind: writing takes far less."""
+
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Replace the file in one step; after a failure the old one is still there and nothing else is."""
+    """Replace the file in one step; after a failure the old one is still there and nothing else is. What a run that was
+    killed while it wrote this file left behind is removed."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    _remove_stale(path)
+    handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -30,6 +37,15 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _remove_stale(path: Path) -> None:
+    """Temporary files of this one that are too old to be of a run that still writes."""
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for each in entries:
+            own = each.name.startswith(f".{path.name}.") and each.name.endswith(TEMPORARY)
+            if own and time.time() - each.stat(follow_symlinks=False).st_mtime > STALE:
+                os.unlink(each.path)
 
 
 LARGEST_TOML = 2**17

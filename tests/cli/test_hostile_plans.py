@@ -123,7 +123,12 @@ def test_a_plan(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e400", "\x1b[2J"])
-@pytest.mark.parametrize("option", ["--budget", "--learning-rate", "--dp-rate", "--value-range", "--seed"])
+@pytest.mark.parametrize(
+    "option",
+    ["--budget", "--learning-rate", "--dp-rate", "--value-range", "--seed", "--mean", "--std", "--schedule"],
+)
 def test_a_number(option: str, value: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if (option, value) != ("--seed", "-1"):
-        refused(capsys, "audit", option, value, "--sends", "difference")
+    if value == "-1" and option in ("--seed", "--mean", "--std"):
+        return  # a number, and a std that is refused with the model
+    for text in (value, f"1,{value}"):
+        refused(capsys, "audit", option, text, "--sends", "difference")

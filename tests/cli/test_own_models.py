@@ -80,7 +80,9 @@ def test_what_fails_in_a_factory_is_one_line(
         (("--device", "cuda:77"), "no 'cuda:77' that torch can use"),
         (("--mean", "a"), "expected a number for each channel"),
         (("--mean", "0.1,0.2"), "got 2 values, expected 1, or 3"),
+        (("--mean", "0.1,nan,0.2"), "got '0.1,nan,0.2', expected a number for each channel"),
         (("--std", "0.1,0.2,0"), "got 0, expected positive numbers"),
+        (("--std", "inf"), "got 'inf', expected a number for each channel"),
     ],
 )
 def test_unusable_options_are_refused(

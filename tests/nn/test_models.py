@@ -69,6 +69,19 @@ def test_a_wrapped_model_is_the_model_inside(wrap: Callable[[nn.Module], nn.Modu
         torch.testing.assert_close(found.float(), own)
 
 
+@pytest.mark.parametrize("mode", ["evaluation", "training", "training but for a frozen batch norm"])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_stays_in_its_mode(wrap: Callable[[nn.Module], nn.Module], mode: str) -> None:
+    """Of every part, as what is in the wrapper computes in its own: a new wrapper says that it is in training mode."""
+    model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 3)).train(mode != "evaluation")
+    if "frozen" in mode:
+        model[1].eval()
+    modes = [part.training for part in model.modules()]
+    target = Target(wrap(model), losses.CrossEntropy(3), (6,), (0.0, 1.0))
+    assert [part.training for part in model.modules()] == modes
+    assert [part.training for part in target.model.modules()] == modes
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_parts_that_are_computed_again_are_computed_once(reentrant: bool) -> None:
     model = Kept(reentrant).eval()

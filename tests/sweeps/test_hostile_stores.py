@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hostile import NAMES, refused, told
 from small_plans import home, toml
+from terminal import assert_harmless, seen
 
 from rgap.cli.sweep import FAILED
 from rgap.sweeps import Plan, sweep
@@ -109,6 +110,16 @@ def test_text_that_acts_is_shown_and_does_nothing(
     assert (code, err) == (0, "")
     assert told(capsys, "sweep", "show", path, "--by", "attack", "--plot", tmp_path / "p.png")[0] == 0
     assert "[U+001B]]0;x[U+0007]" in "".join(out.split())
+
+
+def test_nothing_in_a_store_acts_on_a_terminal(whole: Path, tmp_path: Path) -> None:
+    shutil.copy(whole, path := tmp_path / "s.sqlite")
+    sql(*(f"UPDATE jobs SET {name} = '{ACTS}' || {name}" for name in ("model", "attack", "defence", "image")))(path)
+    sql(f"UPDATE jobs SET state = 'failed', failure = 'a' || char(10) || '{ACTS}' WHERE seed = 0")(path)
+    text = seen([["sweep", "show", "s.sqlite", "--by", "model,attack,image"]], tmp_path)
+    assert_harmless(text)
+    assert "[U+001B]" in text
+    assert "\x1b[" in text, "without colours it was taken for no terminal"
 
 
 def test_a_store_cannot_say_which_code_runs(

@@ -72,33 +72,34 @@ def _shape(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     return sizes
 
 
-def _factors(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+def _numbers(ctx: click.Context, param: click.Parameter, value: str, expected: str) -> tuple[float, ...]:
+    """All of them finite."""
     try:
-        return tuple(float(part) for part in value.split(",")) if value else ()
+        found = tuple(float(part) for part in value.split(","))
+        if all(map(math.isfinite, found)):
+            return found
     except ValueError:
-        message = f"got {value!r}, expected numbers with commas, such as 1,0.5,0.1"
-        raise click.BadParameter(message, ctx, param) from None
+        pass
+    raise click.BadParameter(f"got {value!r}, expected {expected}", ctx, param)
+
+
+def _factors(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+    return _numbers(ctx, param, value, "numbers with commas, such as 1,0.5,0.1") if value else ()
 
 
 def _range(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, float] | None:
     if value == "none":
         return None
-    try:
-        low, high = (float(part) for part in value.split(","))
-        if not low < high or not math.isfinite(high - low):
-            raise ValueError
-    except ValueError:
-        message = f"got {value!r}, expected two numbers with a comma, the smaller first, such as 0,1, or none"
-        raise click.BadParameter(message, ctx, param) from None
-    return low, high
+    expected = "two numbers with a comma, the smaller first, such as 0,1, or none"
+    found = _numbers(ctx, param, value, expected)
+    if len(found) != 2 or not found[0] < found[1] or not math.isfinite(found[1] - found[0]):
+        raise click.BadParameter(f"got {value!r}, expected {expected}", ctx, param)
+    return found[0], found[1]
 
 
 def _channels(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    try:
-        return None if value is None else tuple(float(part) for part in value.split(","))
-    except ValueError:
-        message = f"got {value!r}, expected a number for each channel, with commas, such as 0.485,0.456,0.406"
-        raise click.BadParameter(message, ctx, param) from None
+    expected = "a number for each channel, with commas, such as 0.485,0.456,0.406"
+    return None if value is None else _numbers(ctx, param, value, expected)
 
 
 def _loss(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +21,13 @@ def normalised(model: nn.Module, mean: Sequence[float], std: Sequence[float], ch
         channels: of an input (b, channels, ...).
 
     Raises:
-        ValueError: another number of values, or a std that is not positive.
+        ValueError: another number of values, one that is not finite, or a std that is not positive.
     """
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
             raise ValueError(f"{name}: got {len(values)} values, expected 1, or {channels} as the inputs have channels")
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{name}: got {tuple(values)}, expected finite numbers")
     if min(std) <= 0:
         raise ValueError(f"std: got {min(std):g}, expected positive numbers")
 

@@ -17,8 +17,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
         assert isinstance(inner, nn.Module)
-        inner.train(model.training)
-        model = inner
+        model = inner  # in the mode that it is in, whatever the wrapper's
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("got a scripted model, expected the one before torch.jit.script: its weights can be replaced")
     for name, parameter in model.named_parameters():
