@@ -171,10 +171,12 @@ class Ended:
         return not self.exact and self.error is not None and self.error < RIGHT
 
 
-def outcomes(seed: int) -> Iterator[Ended]:
-    """Of every attack on every gradient of one network."""
+def outcomes(seed: int, every: int = 1) -> Iterator[Ended]:
+    """Of every attack on one network's gradients: the clean one, those rounded, and one in `every` of the others."""
     case = drawn(seed)
-    for kind, update in spoilt(case):
+    for at, (kind, update) in enumerate(spoilt(case)):
+        if at > 2 and (at + seed) % every:
+            continue
         for attack in ATTACKS:
             if attack.obstacle(case.target, 1) is not None:
                 continue
@@ -215,6 +217,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=int, default=100)
     parser.add_argument("--first", type=int, default=0, help="the seed of the first network")
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=1,
+        help="attack one in so many of a network's gradients, in turn, beside the clean one and those rounded",
+    )
     parser.add_argument("--out", type=Path, required=True, help="a file of lines, appended to")
     options = parser.parse_args()
     lines = options.out.read_text().splitlines() if options.out.exists() else []
@@ -223,9 +231,9 @@ def main() -> None:
     with options.out.open("a") as file:
         for seed in range(options.first, options.first + options.networks):
             if seed not in done:
-                every = list(outcomes(seed))
-                found.append(every)
-                print(json.dumps([asdict(each) for each in every]), file=file, flush=True)
+                ended = list(outcomes(seed, options.every))
+                found.append(ended)
+                print(json.dumps([asdict(each) for each in ended]), file=file, flush=True)
     ended = [each for every in found for each in every]
     Console(width=200).print(table(ended))
     for each in ended:

@@ -18,7 +18,7 @@ from rgap.attacks.verdict import answer, judge, range_misfit
 from rgap.inversion.history import Candidate, Paths
 from rgap.inversion.joint import JointSolve
 from rgap.inversion.layer import Solver
-from rgap.inversion.output import OutputCandidates
+from rgap.inversion.output import COVERS, OutputCandidates
 from rgap.inversion.pattern import refine_sides
 from rgap.inversion.recursion import recurse
 from rgap.inversion.state import Observation, State
@@ -95,7 +95,7 @@ class Recursive(BatchAttack):
         rank_tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
         observed = Observation(gradients, eps, rank_tolerance, self.seed, self.solver)
         state = State(z, k, None, torch.zeros_like(z))
-        paths = Paths.begin(state, torch.tensor(of, device=z.device), batch.k_error)
+        paths = Paths.begin(state, torch.tensor(of, device=z.device), batch.k_error / COVERS)
         ends: list[list[Candidate]] = [[] for _ in starts]
         for end in recurse(network, observed, paths, Reporter(self.name, len(network.segments))):
             at, s = of[end.root], slice(end.root, end.root + 1)

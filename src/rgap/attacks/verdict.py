@@ -17,9 +17,8 @@ EXPLAINED = 5.0
 """So many times what rounding explains an answer may miss the update. Clean gradients stay at 1."""
 SOLVED = 1e-12
 """A residual below is that of the solves in double precision, whatever the update's own rounding."""
-STATED = 2 / 3
-"""Of the error that rounding by whole steps would cause: to the nearest number values move by less, and of errors that
-add up some cancel. True over stated error is about 1 on random networks (`benchmarks/certificates.py`)."""
+STATED = 1 / 2
+"""Of the error that moving every value by a whole step would cause: the nearest number is half a step away at most."""
 USED = 1e-3
 """An input whose values differ by less than this part of the value range uses none of it."""
 

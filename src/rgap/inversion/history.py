@@ -107,14 +107,16 @@ class Paths:
     update: Int[Tensor, " s"]
     """Which update each is of."""
     cotangent_error: Float[Tensor, " s"]
-    """How far rounding may have moved the cotangent at the output, relative to it."""
+    """How far rounding may have moved the whole cotangent, relative to it, as one factor of all its values."""
+    cotangent_scatter: Float[Tensor, " s"]
+    """How far each of its values on its own, root mean square, relative to theirs."""
     history: tuple[History, ...]
 
     @staticmethod
     def begin(state: State, update: Int[Tensor, " s"], cotangent_error: Float[Tensor, " s"]) -> Paths:
         count = len(state.value)
         root = torch.arange(count, device=state.value.device)
-        return Paths(state, root, update, cotangent_error, (History(),) * count)
+        return Paths(state, root, update, cotangent_error, torch.zeros_like(cotangent_error), (History(),) * count)
 
     def select(self, index: Int[Tensor, " t"]) -> Paths:
         """The paths at an index; one that is named twice branches."""
@@ -123,8 +125,13 @@ class Paths:
             self.root[index],
             self.update[index],
             self.cotangent_error[index],
+            self.cotangent_scatter[index],
             tuple(self.history[s] for s in index.tolist()),
         )
+
+    def scattered(self, more: float | Float[Tensor, " s"]) -> Paths:
+        """The values of the cotangent moved on their own by that much more, relatively."""
+        return replace(self, cotangent_scatter=(self.cotangent_scatter.square() + more**2).sqrt())
 
     def at(self, value_id: int) -> Paths:
         """The same paths, their present values noted."""

@@ -33,6 +33,8 @@ SLACK = 20.0
 """Times the estimated rounding by which k may miss the loss's equation."""
 TURNED = 1e-3
 """By so much must the opposite of a direction fit better before its sign is taken for turned."""
+COVERS = 3.0
+"""So many standard deviations is the most by which rounding may have moved k."""
 BLUNT = 0.1
 """A gradient of one sample has rank one; where more than this part of it does not, no root is looked for."""
 
@@ -48,7 +50,7 @@ class OutputCandidates:
     z: Float[Tensor, "s o 1"]
     """The network's output, bias included."""
     k_error: Float[Tensor, " s"]
-    """How far rounding may have moved k, relative to k."""
+    """How far rounding may have moved k at the most, relative to k."""
     assumptions: tuple[str, ...]
     reason: str = ""
     """Why there are no candidates; empty if there are some, or where the loss alone excludes them."""
@@ -278,7 +280,8 @@ def _of_margin(
 ) -> OutputCandidates:
     weight, grad = last.weight, gradients[last.weight_name].double().reshape(last.weight.shape)
     product = float((weight * grad).sum())  # mu * dl/dmu (Eq. 11)
-    noise = precision * float(weight.norm() * grad.norm())
+    # Values are rounded independently of each other, and all of them with k.
+    noise = precision * (COVERS * float((weight * grad).norm()) + abs(product))
     found: list[tuple[float, float, Tensor, Tensor, float]] = []
 
     def candidate(label: float, mu: float, k: float, z: float, error: float) -> None:

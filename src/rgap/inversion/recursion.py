@@ -24,7 +24,7 @@ from rgap.inversion.layer import LayerSolution, LayerSystem
 from rgap.inversion.non_monotone import both_branches, choose_branch
 from rgap.inversion.norm import before_norm
 from rgap.inversion.report import layer_report
-from rgap.inversion.rounding import rounding
+from rgap.inversion.rounding import NEAREST, rounding
 from rgap.inversion.sides import branches, choose_side, other_side, sides_agree
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.unpool import MISSED, before_pool
@@ -83,7 +83,8 @@ def _missed(report: Callable[[int, float], None], count: int, step: int, missed:
 def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) -> Paths:
     """The layer's input from its gradient and weight constraints (Eqs. 15 and 16), minimum norm where not unique."""
     layer, count = op.layer, len(paths.history)
-    state = _with_cotangent(op, paths.state, observed, paths.update)
+    paths = _read_off(op, observed, paths)
+    state = paths.state
     has_gradient = op.has_gradient and layer.weight_name in observed.gradients
     grad = torch.zeros_like(layer.weight).expand(count, *layer.weight.shape)
     if has_gradient:
@@ -102,7 +103,7 @@ def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) 
     # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
     z_std = layer.pack_output(state.std.expand(state.value.shape)).maximum(solution.weight_misfit[:, None, None])
     state = replace(state, std=layer.unpack_output(z_std).reshape(state.value.shape))
-    error = propagate(system, z_std, grad, observed, paths, value_id)
+    error = propagate(system, z_std, solution.x, grad, observed, paths, value_id)
     history = []
     for s, before in enumerate(paths.history):
         k_open = None if op.cotangent_parameter in observed.gradients else before.cotangent_open
@@ -117,7 +118,7 @@ def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) 
     cotangent = layer.unpack_input(_behind(layer, k, observed.eps))
     solved = State(layer.unpack_input(solution.x), cotangent, None, layer.unpack_input(pixel))
     residual = torch.maximum(solution.weight_residual, solution.gradient_residual)
-    return replace(paths, state=solved, history=tuple(history)).plausible(residual)
+    return replace(paths, state=solved, history=tuple(history)).scattered(observed.eps).plausible(residual)
 
 
 def _behind(layer: Layer, k: Float[Tensor, "s o p"], eps: float) -> Float[Tensor, "s c n"]:
@@ -134,6 +135,16 @@ def _with_cotangent(op: Op, state: State, observed: Observation, of: Tensor) -> 
         return state
     gradient = observed.gradient(op.cotangent_parameter, of)
     return replace(state, cotangent=gradient.reshape(state.cotangent.shape))
+
+
+def _read_off(op: Op, observed: Observation, paths: Paths) -> Paths:
+    """The same of all candidates. Such a cotangent is what the client's own weight gradients are made of: nothing but
+    the rounding of its values is wrong with it."""
+    state = _with_cotangent(op, paths.state, observed, paths.update)
+    if state is paths.state:
+        return paths
+    own = torch.full_like(paths.cotangent_error, NEAREST * observed.eps)
+    return replace(paths, state=state, cotangent_error=torch.zeros_like(own), cotangent_scatter=own)
 
 
 def _solve(
@@ -163,11 +174,18 @@ def _sides(op: Linear, state: State, other: State, x: Tensor, grad: Tensor, obse
 
 
 def propagate(
-    system: LayerSystem, z_std: Tensor, grad: Tensor, observed: Observation, paths: Paths, value_id: int
+    system: LayerSystem,
+    z_std: Tensor,
+    x: Float[Tensor, "s c n"],
+    grad: Tensor,
+    observed: Observation,
+    paths: Paths,
+    value_id: int,
 ) -> Float[Tensor, "s c n"]:
     """One draw of the noise on the right, pushed through the solver, the same draw for all candidates.
 
-    z carries the error of the layers after this one, grad W its rounding, and an error of k acts like one of grad W.
+    z carries the error of the layers after this one, grad W its rounding, and an error of k acts like one of grad W: a
+    factor of all of k, of which the size and not a draw counts, and what moves each of its values on its own.
     """
     layer, k, probe = system.layer, system.k, observed.probe(value_id, system.k.device)
 
@@ -175,8 +193,10 @@ def propagate(
         return torch.randn(1, *shape, generator=probe, dtype=k.dtype, device=k.device)
 
     grad_noise = draw(*grad.shape[1:]) * rounding(grad, observed.eps)
-    grad_noise = grad_noise + grad * (paths.cotangent_error * draw())[:, None, None, None]
-    return system.apply_inverse(draw(layer.outputs, layer.positions) * z_std, grad_noise)
+    grad_noise = grad_noise + grad * paths.cotangent_error[:, None, None, None]
+    z_noise = draw(layer.outputs, layer.positions) * z_std
+    moved = k * draw(layer.outputs, layer.positions).sign() * paths.cotangent_scatter[:, None, None]
+    return system.apply_inverse(z_noise, grad_noise + layer.grad_weight(x, moved))
 
 
 def invert_activation(activation: Activation, paths: Paths) -> Paths:
@@ -194,7 +214,19 @@ def invert_activation(activation: Activation, paths: Paths) -> Paths:
     found = replace(paths, state=z).select(of)
     k = found.state.cotangent * slope  # Eq. 6
     history = tuple(each.passed_activation(activation) for each in found.history)
+    if not activation.kinked:
+        # Where the slope vanishes z moves by the root of what moves x.
+        moved = inverse.z + std / inverse.slope.abs().maximum(std.sqrt())
+        change = (activation.slope(moved) - activation.slope(inverse.z))[of]
+        found = found.scattered(_relative(found.state.cotangent * change, k))
     return replace(found, state=replace(found.state, cotangent=k), history=history)
+
+
+def _relative(moved: Tensor, k: Tensor) -> Float[Tensor, " s"]:
+    """Root mean square of the one over that of the other."""
+    size = k.flatten(1).norm(dim=1).clamp(min=torch.finfo(k.dtype).tiny)
+    relative: Tensor = moved.flatten(1).norm(dim=1) / size
+    return relative
 
 
 def unpool(
