@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -474,3 +475,31 @@ def test_a_training_never_ends_because_it_is_watched(fault: str, through: str, m
 def test_what_is_neither_a_model_nor_an_optimizer(watched: Any) -> None:
     with pytest.raises(ValueError, match="expected a model, or an optimizer"), watch(watched):
         pass
+
+
+@pytest.mark.parametrize("clip", [1e6, 0.01])
+@pytest.mark.parametrize("through", ["optimizer", "inner optimizer", "model"])
+def test_what_opacus_wraps_is_seen_clipped_and_under_the_names_of_the_model(through: str, clip: float) -> None:
+    with warnings.catch_warnings(action="ignore"):  # of Opacus' own
+        from opacus import GradSampleModule
+        from opacus.optimizers import DPOptimizer
+    target = Target(plain_model(), losses.Logistic(), (4,), (0.0, 1.0))
+    x, y = torch.rand(1, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0])
+    with warnings.catch_warnings(action="ignore"):
+        model = GradSampleModule(plain_model())
+        inner = SGD(model.parameters(), 0.1)
+        optimizer = DPOptimizer(inner, noise_multiplier=0.0, max_grad_norm=clip, expected_batch_size=1)
+        watched = {"optimizer": optimizer, "inner optimizer": inner, "model": model}[through]
+        with watch(watched, target, model=None if through == "model" else model) as seen:
+            optimizer.zero_grad()
+            loss_of(model, x, y).backward()
+            optimizer.step()
+    assert (seen.steps, seen.failed) == (1, [])
+    (update,) = seen.updates
+    assert list(update.gradients) == list(target.parameters)
+    exact = rgap.capture(target, x, y)
+    clipped = through != "model" and clip < 1
+    assert update.norm == pytest.approx(clip if clipped else exact.norm, rel=1e-3)
+    if not clipped:
+        found = attacks.Closed()(seen.target(), update)
+        torch.testing.assert_close(found.inputs, x, atol=1e-4, rtol=0, check_dtype=False)
