@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from rgap import Audit, Target, audit, defences, losses
 from rgap.attacks import Bias, Closed
@@ -70,3 +75,38 @@ def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.cases[0].results
     assert [sweep.name for sweep in found.sweeps] == ["GaussianNoise"]
     assert render(json.loads((tmp_path / "audit.json").read_text())) == (tmp_path / "audit.html").read_text()
+
+
+class DataFrame(list[dict[str, Any]]):
+    """In the place of pandas' own: rows, of which columns can be chosen."""
+
+    def __init__(self, rows: list[dict[str, Any]], columns: list[str]):
+        super().__init__(rows)
+
+    def __getitem__(self, chosen: Any) -> Any:
+        return [{name: row[name] for name in chosen} for row in self]
+
+
+def test_the_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cell by cell; what the last line of a cell gives is what a notebook shows."""
+    if importlib.util.find_spec("pandas") is None:
+        stand_in = SimpleNamespace(DataFrame=DataFrame, __spec__=ModuleSpec("pandas", None))  # torch asks for the spec
+        monkeypatch.setitem(sys.modules, "pandas", stand_in)
+    notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["metadata"]["kernelspec"]["name"]) == (4, "python3")
+    codes = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    scope, shown = dict[str, Any](), list[Any]()
+    with torch.random.fork_rng():
+        for code in codes:
+            *body, last = ast.parse(code).body
+            kept = [last] if not isinstance(last, ast.Expr) else []
+            exec(compile(ast.Module([*body, *kept], []), "notebook", "exec"), scope)
+            if isinstance(last, ast.Expr):
+                shown.append(eval(compile(ast.Expression(last.value), "notebook", "eval"), scope))
+    rank, audited, rows, found = shown
+    assert "No layer protects the input" in str(rank)
+    assert audited.verdict.level.value == "exact"
+    assert "<iframe" in audited._repr_html_()
+    assert [row["level"] for row in rows if row["attack"] == "Closed"] == ["exact"] * 2
+    assert found.status.value == "exact"
