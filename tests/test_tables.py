@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from torch import nn
@@ -78,6 +80,52 @@ def test_a_table_that_cannot_be_read_says_where(tmp_path: Path, text: str, colum
     path.write_text(text)
     with pytest.raises(DataError, match=message):
         read(path, column)
+
+
+@pytest.mark.parametrize(
+    ("columns", "label", "inputs", "told"),
+    [
+        ({"a": [1, 3], "b": [2.5, 4.0], "y": ["no", "yes"]}, "y", [[1, 2.5], [3, 4]], (0.0, 1.0)),
+        ({"y": [2, 0], "a": [True, False], "b": [1, 2]}, "y", [[1, 1], [0, 2]], (2.0, 0.0)),
+        ({"a": [1e3], "b": [-2]}, None, [[1000, -2]], None),
+    ],
+)
+def test_parquet(tmp_path: Path, columns: dict[str, list[Any]], label: str | None, inputs: Any, told: Any) -> None:
+    path = tmp_path / "table.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    found = read(path, label)
+    assert found.inputs.tolist() == inputs
+    assert found.labels == told
+    assert found.names[0] == "row-1"
+    assert torch.equal(read(path, label, 1).inputs, found.inputs[:1])
+
+
+@pytest.mark.parametrize(
+    ("columns", "label", "message"),
+    [
+        ({"a": [1.0, None]}, None, "line 2, column a: got 'None', expected a number"),
+        ({"a": ["red"]}, None, "line 1, column a: got 'red'"),
+        ({"a": [[1, 2]]}, None, "column a: got '.1, 2.'"),
+        ({"a": [1]}, "y", "no column 'y': expected one of a"),
+        ({"a": pyarrow.array([], pyarrow.int64())}, None, "has no rows"),
+        (None, None, "cannot read .* as Parquet"),
+    ],
+)
+def test_parquet_that_cannot_be_read_says_where(tmp_path: Path, columns: Any, label: str | None, message: str) -> None:
+    path = tmp_path / "table.parquet"
+    if columns is None:
+        path.write_bytes(b"PAR1, but no more")
+    else:
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(DataError, match=message):
+        read(path, label)
+
+
+def test_without_pyarrow_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match="Parquet needs pyarrow, which is not installed: pip install pyarrow"):
+        read(tmp_path / "table.parquet")
 
 
 def test_arrays(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rgap.printable import line, listed, shown
 
 INPUTS, LABELS = ("x", "X", "inputs", "data", "images"), ("y", "Y", "labels", "targets")
 """Names under which arrays are looked for in a file of several."""
-FILES = (".csv", ".npy", ".npz")
+FILES = (".csv", ".parquet", ".npy", ".npz")
 LARGEST = 2**28
 """Bytes of the rows that are read from one array."""
 
@@ -69,7 +70,7 @@ def _numbered(inputs: Tensor, labels: Sequence[float | int] | None) -> Samples:
 
 
 def read(path: Path, label_column: str | None = None, limit: int | None = None) -> Samples:
-    """A table, one row a sample, from a .csv with a header; or arrays from a .npy, or from a .npz with x and y.
+    """A table, one row a sample, from a .csv with a header or a .parquet; or arrays from a .npy, or .npz with x and y.
 
     Words in the label column are classes, numbered in alphabetical order. Nothing in a file is executed.
 
@@ -84,6 +85,8 @@ def read(path: Path, label_column: str | None = None, limit: int | None = None) 
         raise DataError(f"{path} does not exist: expected a file ({', '.join(FILES)}) or a folder of pictures")
     if path.suffix == ".csv":
         return _table(path, label_column, limit)
+    if path.suffix == ".parquet":
+        return _parquet(path, label_column, limit)
     try:
         if path.suffix == ".npy":
             with path.open("rb") as file:
@@ -139,6 +142,38 @@ def _table(path: Path, label_column: str | None, limit: int | None) -> Samples:
             rows = [row for row in islice(reader, limit) if row]
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {path} as a table ({line(str(error), 200)}); expected UTF-8 text") from error
+    return _of_rows(path, header, rows, label_column, 2)
+
+
+def _parquet(path: Path, label_column: str | None, limit: int | None) -> Samples:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DataError(f"{path}: Parquet needs pyarrow, which is not installed: pip install pyarrow") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            header, count = list(file.schema_arrow.names), file.metadata.num_rows
+            size = count if limit is None else min(limit, count)
+            if size * len(header) * 8 > LARGEST:
+                raise DataError(f"{path}: got {size:,} rows of {len(header)}, expected at most {LARGEST:,} bytes")
+            batches = (each.to_pydict() for each in file.iter_batches(batch_size=max(1, min(size, 10_000))))
+            cells = chain.from_iterable(zip(*batch.values(), strict=True) for batch in batches)
+            rows = list(islice(cells, size))
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow reports a damaged file by any of its own
+        raise DataError(f"cannot read {path} as Parquet ({line(str(error), 200)}); expected a table") from error
+    return _of_rows(path, header, rows, label_column, 1)
+
+
+def _of_rows(
+    path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]], label_column: str | None, first: int
+) -> Samples:
+    """One sample a row.
+
+    Args:
+        first: number of the first row, as whoever looks into the file counts them.
+    """
     if not rows:
         raise DataError(f"{path} has no rows: expected a header and one row for each sample")
     if label_column is not None and label_column not in header:
@@ -146,22 +181,22 @@ def _table(path: Path, label_column: str | None, limit: int | None) -> Samples:
     at = None if label_column is None else header.index(label_column)
     values = [
         [_number(path, line, header, column, cell) for column, cell in enumerate(row) if column != at]
-        for line, row in enumerate(rows, start=2)
+        for line, row in enumerate(rows, start=first)
     ]
     if len({len(row) for row in values}) > 1:
         raise DataError(f"{path}: rows of different lengths, expected {len(header)} cells in each")
     inputs = torch.tensor(values, dtype=torch.float32)
-    labels = None if at is None else _classes([row[at] for row in rows])
-    return Samples(inputs, tuple(f"row-{line}" for line in range(2, len(rows) + 2)), labels)
+    labels = None if at is None else _classes([str(row[at]) for row in rows])
+    return Samples(inputs, tuple(f"row-{line}" for line in range(first, len(rows) + first)), labels)
 
 
-def _number(path: Path, line: int, header: Sequence[str], column: int, cell: str) -> float:
+def _number(path: Path, line: int, header: Sequence[str], column: int, cell: Any) -> float:
     try:
         return float(cell)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         name = header[column] if column < len(header) else str(column + 1)
         raise DataError(
-            f"{path}, line {line}, column {shown(name)}: got {shown(cell)!r}, expected a number; name the label's "
+            f"{path}, line {line}, column {shown(name)}: got {shown(str(cell))!r}, expected a number; name the label's "
             "column (--label-column), and encode or leave out other words"
         ) from error
 

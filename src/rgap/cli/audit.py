@@ -42,8 +42,8 @@ DEFENCES = (
     "--data",
     "folder",
     type=options.PATH,
-    help="Folder of pictures, a table (.csv with a header), or arrays (.npy, .npz with x and y); default: built-in "
-    "photographs.",
+    help="Folder of pictures, a table (.csv with a header, .parquet), or arrays (.npy, .npz with x and y); default: "
+    "built-in photographs.",
 )
 @click.option("--label-column", metavar="NAME", help="Of a table: the column with the labels.")
 @click.option("--count", type=options.COUNT, default=8, show_default=True, help="How many samples.")
@@ -122,8 +122,8 @@ def _pictures(target: Target, folder: Path | None, count: int) -> Samples:
     shape = target.input_shape
     if not is_picture(shape):
         raise ValueError(
-            f"inputs of shape {shape} are no pictures: give a table or arrays with --data (.csv, .npy, .npz), or use "
-            "rgap.audit from Python"
+            f"inputs of shape {shape} are no pictures: give a table or arrays with --data (.csv, .parquet, .npy, .npz), "
+            "or use rgap.audit from Python"
         )
     channels, *size = shape
     if folder is None:
