@@ -48,3 +48,28 @@ def test_an_audit_runs_from_the_wheel(site: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert str(site) in done.stdout
     assert (tmp_path / "audit.html").exists()
+
+
+def test_mypy_sees_the_types_in_a_project_that_uses_it(tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    [packages] = environment.glob("lib/python*/site-packages")
+    (packages / "rgap").symlink_to(ROOT / "src" / "rgap")
+    (tmp_path / "project.py").write_text(
+        "import rgap\n"
+        "def first(path: str) -> str:\n"
+        "    return rgap.Update.load(path).header.loss or 'none'\n"
+        "def second() -> int:\n"
+        "    return rgap.Update.load(3).norm\n"
+    )
+    # Of what it needs itself nothing is there, which takes no time to read.
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nignore_missing_imports = True\n[mypy-rgap.*]\nfollow_imports = silent\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--python-executable", str(environment / "bin" / "python"), "project.py"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    told = [line.split(": error: ") for line in found.stdout.splitlines() if ": error: " in line]
+    assert [(place, message.rpartition("[")[2]) for place, message in told] == [
+        ("project.py:5", "return-value]"),
+        ("project.py:5", "arg-type]"),
+    ], found.stdout + found.stderr

@@ -122,8 +122,8 @@ def _pictures(target: Target, folder: Path | None, count: int) -> Samples:
     shape = target.input_shape
     if not is_picture(shape):
         raise ValueError(
-            f"inputs of shape {shape} are no pictures: give a table or arrays with --data (.csv, .parquet, .npy, .npz), "
-            "or use rgap.audit from Python"
+            f"inputs of shape {shape} are no pictures: give a table or arrays with --data "
+            "(.csv, .parquet, .npy, .npz), or use rgap.audit from Python"
         )
     channels, *size = shape
     if folder is None:
