@@ -217,6 +217,11 @@ def test_wrong_shapes_are_refused() -> None:
     flat = changed(update, _3__weight=torch.ones(36))
     message = "3.weight: got a gradient of shape (36,), expected (1, 36) as the model has it"
     refused(message, lambda: flat.check(target))
+    apart = changed(update, _3__weight=torch.ones(5, 1, 36))
+    message = (
+        "got a gradient of shape (5, 1, 36), expected (1, 36) as the model has it, or the mean of one for each sample"
+    )
+    refused(message, lambda: apart.check(target))
     turned = changed(update, _0__weight=torch.ones(3, 4, 3, 3))
     message = "0.weight: got a gradient of shape (3, 4, 3, 3), expected (4, 3, 3, 3) as the model has it"
     refused(message, lambda: turned.check(target))

@@ -104,7 +104,8 @@ def _header(target: Target, update: Update) -> list[str]:
     if client not in (None, target.mode) and changing:
         findings.append(
             f"the client was in {client} mode: {' and '.join(changing)} may have changed its gradient; the target is "
-            f"in {target.mode} mode, make it of a model in the client's"
+            f"in {target.mode} mode, make it of a model in the client's "
+            "(model.train() or eval(), --training)"
         )
     elif target.mode == "training" and _DROPOUT in changing:
         findings.append("in training mode dropout draws: no gradient that is recomputed agrees with the client's")

@@ -193,7 +193,10 @@ class Update:
         for name, gradient in self.gradients.items():
             got, expected = tuple(gradient.shape), tuple(target.parameters[name].shape)
             if got != expected:
-                raise UpdateError(f"{name}: got a gradient of shape {got}, expected {expected} as the model has it")
+                each = ", or the mean of one for each sample" if got[1:] == expected else ""
+                raise UpdateError(
+                    f"{name}: got a gradient of shape {got}, expected {expected} as the model has it{each}"
+                )
         for name, value in self.buffers.items():
             own = target.buffers.get(name)
             if own is None or own.shape != value.shape:

@@ -433,6 +433,7 @@ OBSTACLES: dict[str, Row] = {
     "round": Row(torch.round, "round", Kind.NEVER, "its gradient is zero"),
     "floor": Row(torch.floor, "floor", Kind.NEVER, "its gradient is zero"),
     "detach": Row(lambda z: z.detach(), "detach", Kind.NEVER, "stops the gradient"),
+    "to": Row(lambda z: z.half().float(), "a cast to float16", Kind.NOT_YET, "what it rounds is not followed"),
     "argmax": Row(lambda z: z.argmax(1, keepdim=True) * z, "argmax", Kind.NEVER, "its gradient is zero"),
     "without a rule": Row(lambda z: z.flip(1), "flip", Kind.PASSED, PLAIN),
     "without a rule, of two": Row(lambda z: z * z.clone(), "mul of 2 values", Kind.PASSED, PLAIN),
@@ -476,7 +477,7 @@ OBSTACLES: dict[str, Row] = {
 # These bring obstacles of their own along: constants for weights, helpers, layers whose gradient is cut off.
 WITH_MORE = {
     "matmul", "mm", "addmm", "transposed convolution", "detach", "argmax", "wrap_with_set_grad_enabled",
-    "wrap_with_autocast",
+    "wrap_with_autocast", "to",
 }  # fmt: skip
 
 
@@ -739,6 +740,25 @@ def test_control_flow_on_the_values_is_refused(
     assert "guard" not in found.what
     assert "depends on the values of the input" in found.remedy
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda h: h.float(),
+        lambda h: h.to(h.dtype),
+        lambda h: h.double().float(),
+        lambda h: h.type_as(h),
+        lambda h: h.to("cpu"),
+    ],
+    ids=["float", "own type", "double and back", "type of itself", "device"],
+)
+def test_a_cast_that_loses_nothing_is_passed(cast: Callable[[Tensor], Tensor]) -> None:
+    model = Model(lambda m, x: m.b(torch.tanh(cast(m.a(x)))), a=nn.Linear(4, 6), b=nn.Linear(6, 1))
+    assert plain(model, (4,)).uses
+    x = torch.rand(3, 4)
+    network = Target(model.eval(), losses.Logistic(), (4,)).network
+    torch.testing.assert_close(network.forward(x.double())[-1].float(), model(x))
 
 
 def test_all_obstacles_of_a_model_are_listed_at_once() -> None:

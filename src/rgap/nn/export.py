@@ -29,6 +29,9 @@ FILLED = {"zeros_like": 0, "new_zeros": 0, "empty_like": 0, "new_empty": 0, "one
 """Operations that take no more than the shape of what they are given, and what they put there."""
 
 
+CASTS = ("to", "_to_copy", "type_as")
+
+
 class Parameters:
     """Parameters and buffers behind the arguments of operations, each under one name however often it is shared."""
 
@@ -140,7 +143,7 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
     returned = next(node for node in module.graph.nodes if node.op == "output").args[0]
     one_tensor = _outputs_alone(module.graph, program.call_spec.out_spec)
     _as_batch(module.graph)
-    _simplify(module.graph)
+    _simplify(module.graph, example.dtype)
     detached = inline(module)
     graph = module.graph
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -166,10 +169,14 @@ def _mutates(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _simplify(graph: torch.fx.Graph) -> None:
-    """Take away what only asserts sizes and types, which are others where the operations are run again; let who reads a
-    copy of one value over another, which nobody else reads, read the one; and make constants that take a value's shape
-    alone depend on no value."""
+def _simplify(graph: torch.fx.Graph, dtype: torch.dtype) -> None:
+    """Take away what only asserts sizes and types, which are others where the operations are run again, and casts that
+    round no more than the model does; let who reads a copy of one value over another, which nobody else reads, read the
+    one; and make constants that take a value's shape alone depend on no value."""
+
+    def fine(each: torch.dtype) -> bool:
+        return each.is_floating_point and torch.finfo(each).eps <= torch.finfo(dtype).eps
+
     for node in reversed(list(graph.nodes)):
         name = operation(node) if node.op == "call_function" else ""
         if name in FILLED:
@@ -181,6 +188,9 @@ def _simplify(graph: torch.fx.Graph) -> None:
             node.replace_all_uses_with(constant)
             graph.erase_node(node)
         elif name.startswith("_assert") and not node.users:
+            graph.erase_node(node)
+        elif name in CASTS and all(fine(each.meta["val"].dtype) for each in (node, node.all_input_nodes[0])):
+            node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
         elif name in ("copy", "copy_") and isinstance(node.args[1], Node):
             target, source = node.all_input_nodes[0], node.args[1]

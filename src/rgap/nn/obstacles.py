@@ -86,6 +86,7 @@ KNOWN: dict[str, tuple[Kind, str]] = {
     "floor": (Kind.NEVER, "its gradient is zero"),
     "wrap_with_set_grad_enabled": (Kind.SETTING, "layers under no_grad send no gradient; compute them with gradients"),
     "wrap_with_autocast": (Kind.SETTING, "rounding is not followed; call the model without autocast"),
+    "to": (Kind.NOT_YET, "what it rounds is not followed; keep the model's own precision"),
     "detach": (Kind.NEVER, "stops the gradient"),
     "argmax": (Kind.NEVER, "its gradient is zero"),
 }

@@ -33,7 +33,7 @@ from rgap.nn.activations import (
 from rgap.nn.build import Program
 from rgap.nn.calls import VIEWS, operation, where
 from rgap.nn.calls import arguments as arguments_of
-from rgap.nn.export import CannotBeTraced, Exported, export, needed
+from rgap.nn.export import CASTS, CannotBeTraced, Exported, export, needed
 from rgap.nn.graph import Graph, Use
 from rgap.nn.layer_calls import LAYERS, LayerCall
 from rgap.nn.obstacles import PASSED, Kind, Obstacle
@@ -159,6 +159,8 @@ class _Walk:
 
     def unknown(self, node: Node, name: str, inputs: int) -> None:
         what = f"{name} of {inputs} values" if inputs > 1 else name
+        if name in CASTS:
+            what = f"a cast to {str(node.meta['val'].dtype).removeprefix('torch.')}"
         self.block(where(node), what, *obstacles.about(name.removeprefix("_")))
 
     def dropout(self, node: Node, data: Node, arguments: dict[str, Any]) -> None:
