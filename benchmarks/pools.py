@@ -29,11 +29,11 @@ WRONG = 1e-4
 """Mean squared error above which an exact picture is wrong."""
 
 
-def mcmahan(channels: int, size: int, padding: int = 2) -> nn.Sequential:
+def mcmahan(channels: int, size: int, padding: int = 2, pool: type[nn.Module] = nn.MaxPool2d) -> nn.Sequential:
     """The network of FedAvg (McMahan et al. 2017): two 5 x 5 convolutions of 32 and 64, each with a pool, 512 wide."""
     return nn.Sequential(
-        *(nn.Conv2d(channels, 32, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(32, 64, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(channels, 32, 5, padding=padding), nn.ReLU(), pool(2)),
+        *(nn.Conv2d(32, 64, 5, padding=padding), nn.ReLU(), pool(2)),
         *(nn.Flatten(), nn.LazyLinear(512), nn.ReLU(), nn.Linear(512, 10)),
     )
 
@@ -81,6 +81,8 @@ ROWS: dict[str, tuple[Callable[[int, int], nn.Sequential], str]] = {
     "FedAvg's network, MNIST": (mcmahan, "mnist"),
     "FedAvg's network without padding, MNIST": (lambda c, s: mcmahan(c, s, 0), "mnist"),
     "FedAvg's network, CIFAR-10": (mcmahan, "cifar10"),
+    "FedAvg's network with average pools, MNIST": (lambda c, s: mcmahan(c, s, 2, nn.AvgPool2d), "mnist"),
+    "FedAvg's network with average pools, CIFAR-10": (lambda c, s: mcmahan(c, s, 2, nn.AvgPool2d), "cifar10"),
     "PyTorch's tutorial network, CIFAR-10": (quickstart, "cifar10"),
     "AlexNet-like beginning, CIFAR-10": (stem, "cifar10"),
     "LeNet-5, average pools, sigmoid, MNIST": (le_net(nn.Sigmoid), "mnist"),

@@ -165,13 +165,20 @@ def test_a_move_that_a_layer_and_something_after_it_read_stays_apart(move: nn.Mo
 
 @pytest.mark.parametrize(
     "function",
-    [lambda x: x / x.abs().max(), lambda x: x * x.norm(), lambda x: x - x.new_ones(()) * 0.3, lambda x: x * (x > 0)],
+    [lambda x: x / x.abs().max(), lambda x: x * x.norm(), lambda x: x * (x > 0)],
 )
 def test_numbers_and_masks_that_the_input_gives_are_followed(function: Callable[[Tensor], Tensor]) -> None:
     model, network = built(Call(function))
     x = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(network.forward(x)[-1], model(x), rtol=1e-12, atol=1e-12)
     assert not any(isinstance(node.op, Affine) for node in network.nodes)
+
+
+def test_a_constant_that_is_made_beside_the_input_is_one() -> None:
+    model, network = built(Call(lambda x: x - x.new_ones(()) * 0.3))
+    x = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(network.forward(x)[-1], model(x), rtol=1e-12, atol=1e-12)
+    assert isinstance(network.nodes[0].op, Affine)
 
 
 def test_what_nobody_reads_is_left_out() -> None:

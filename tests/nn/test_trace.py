@@ -379,8 +379,8 @@ class Row:
     remedy: str
 
 
-STRIDED = "replace it by a strided convolution"
 ROUTES = "where its maxima come from is found if the layer in front has enough rows for it"
+MEANS = "what it averages is found if the layer in front has enough rows for it"
 FLATTENED = "replace it by a flatten and a Linear layer"
 REORDERED = "reordering is not followed; use flatten or reshape only"
 CALL = "write it as torch.nn.functional.linear"
@@ -408,8 +408,16 @@ OBSTACLES: dict[str, Row] = {
     "adaptive_max_pool3d": Row(
         lambda z: functional.adaptive_max_pool3d(z[:, None], 1), "adaptive_max_pool3d", Kind.PASSED, ROUTES
     ),
-    "avg_pool2d": Row(nn.AvgPool2d(2), "avg_pool2d", Kind.NOT_YET, STRIDED),
-    "adaptive_avg_pool2d": Row(nn.AdaptiveAvgPool2d(1), "adaptive_avg_pool2d", Kind.NOT_YET, FLATTENED),
+    "avg_pool1d": Row(lambda z: functional.avg_pool1d(z.flatten(2), 2), "avg_pool1d", Kind.PASSED, MEANS),
+    "avg_pool2d": Row(nn.AvgPool2d(2), "avg_pool2d", Kind.PASSED, MEANS),
+    "avg_pool3d": Row(lambda z: functional.avg_pool3d(z[:, None], 2), "avg_pool3d", Kind.PASSED, MEANS),
+    "adaptive_avg_pool1d": Row(
+        lambda z: functional.adaptive_avg_pool1d(z.flatten(2), 2), "adaptive_avg_pool1d", Kind.PASSED, MEANS
+    ),
+    "adaptive_avg_pool2d": Row(nn.AdaptiveAvgPool2d(1), "adaptive_avg_pool2d", Kind.PASSED, MEANS),
+    "adaptive_avg_pool3d": Row(
+        lambda z: functional.adaptive_avg_pool3d(z[:, None], 2), "adaptive_avg_pool3d", Kind.PASSED, MEANS
+    ),
     "mean": Row(lambda z: z.mean((2, 3)), "mean", Kind.NOT_YET, FLATTENED),
     "permute": Row(lambda z: z.permute(0, 2, 3, 1), "permute", Kind.PASSED, PLAIN),
     "transpose": Row(lambda z: z.transpose(2, 3), "transpose", Kind.PASSED, PLAIN),

@@ -23,7 +23,7 @@ from rgap.inversion.rounding import rounding
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Gather, Linear, Other
-from rgap.nn.pools import MaxPool
+from rgap.nn.pools import Pool
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,6 @@ def obstacle_before(network: Network, value_id: int) -> str | None:
             op = network.nodes[node_id].op
             zeros = torch.zeros(1, *network.nodes[node_id].shape, dtype=torch.float64, device=network.device)
             lossy = isinstance(op, (Affine, Gather)) and op.invert(zeros) is None
-            if isinstance(op, (Other, MaxPool)) or (lossy and not segment.block):
-                return f"{op.name}: {op.what if isinstance(op, (Other, MaxPool)) else op.loses}"
+            if isinstance(op, (Other, Pool)) or (lossy and not segment.block):
+                return f"{op.name}: {op.what if isinstance(op, (Other, Pool)) else op.loses}"
     return None

@@ -24,7 +24,7 @@ from rgap.nn.activations import NonMonotone
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network, Node
 from rgap.nn.ops import Affine, Concat, Elementwise, Linear, Norm, Op, Other, Sum
-from rgap.nn.pools import MaxPool
+from rgap.nn.pools import Pool
 
 DENSE = 6_000
 """Unknowns of one group above which a value is not solved for."""
@@ -63,7 +63,7 @@ def _solve_one(
     if open_since is not None:
         what = f"{open_since} leaves its input open, and no branches are followed from there"
         return Stop(end, Cause.OPEN, what)
-    lossy = next((node.op for node in network.nodes if isinstance(node.op, (Norm, Other, MaxPool))), None)
+    lossy = next((node.op for node in network.nodes if isinstance(node.op, (Norm, Other, Pool))), None)
     if lossy is not None:
         return Stop(lossy, Cause.LOSSY, lossy.loses)
     block = BlockValues(network, observed, state, probe)
@@ -190,7 +190,7 @@ class BlockValues:
             if out is None:
                 continue
             match node.op:
-                case Linear() | Other() | MaxPool():
+                case Linear() | Other() | Pool():
                     found = None
                 case Elementwise():
                     found = self._before_activation(node_id, node.op, out)

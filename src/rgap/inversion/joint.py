@@ -26,7 +26,7 @@ from rgap.linalg.least_squares import Direct, Iterative, Solver, probes
 from rgap.nn.activations import NonMonotone
 from rgap.nn.network import Network, Segment
 from rgap.nn.ops import Elementwise, Linear
-from rgap.nn.pools import MaxPool
+from rgap.nn.pools import Pool
 
 RANK_ROUNDINGS = 8
 """Singular values of the joint constraints below so many roundings of the gradient count as zero."""
@@ -122,16 +122,16 @@ class JointSolve:
 def _by_routes(
     network: Network, candidate: Candidate, system: ConstraintSystem, gradients: dict[str, Tensor], centre: float
 ) -> Solution | None:
-    """The input in front of the maximum at which the recursion stopped; None if it stopped elsewhere."""
-    if candidate.stop is None or candidate.stopped is None or not isinstance(candidate.stop.op, MaxPool):
+    """The input in front of the pool at which the recursion stopped; None if it stopped elsewhere."""
+    if candidate.stop is None or candidate.stopped is None or not isinstance(candidate.stop.op, Pool):
         return None
     node = next(at for at, each in enumerate(network.nodes) if each.op is candidate.stop.op)
     alone = any(segment.nodes == range(node, node + 1) for segment in network.segments)  # not within a block
     route = route_of(network, node, 0) if alone else None
     if route is None or route.weight_name not in gradients:
         return None
-    maxima = route.maxima(candidate.stopped, gradients[route.weight_name], zeros_behind(network, node))
-    found = solve_route(route, maxima, MISSED * system.eps, centre, with_prior=True)
+    observed = route.observed(candidate.stopped, gradients[route.weight_name], zeros_behind(network, node))
+    found = solve_route(route, observed, MISSED * system.eps, centre, with_prior=True)
     if found is None:
         return None
     return Solution(found.x, system.distance(system.linearise(found.x)), found.steps)

@@ -33,7 +33,7 @@ from rgap.nn.activations import Activation, NonMonotone
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Elementwise, Linear, Norm, Op
-from rgap.nn.pools import MaxPool
+from rgap.nn.pools import Pool
 
 LEAST = 1e-6
 """However coarse the gradient, a cotangent above this part of its terms is not taken for their rounding."""
@@ -64,7 +64,7 @@ def recurse(
                 found = solve_layer(op, segment.exit, observed, paths)  # Eqs. 15 and 16; the cotangent W'k of Eq. 6
             case Elementwise():
                 found = invert_activation(op.activation, paths)  # z = f^-1(x), k = cotangent * f'(z) of Eq. 6
-            case MaxPool():
+            case Pool():
                 found = unpool(network, segment.exit - 1, observed, paths, partial(_missed, report, count))
             case _:
                 behind = network.nodes[segment.entry - 1].op if segment.entry else None
@@ -236,14 +236,14 @@ def unpool(
     paths: Paths,
     report: Callable[[int, float], None] = lambda step, missed: None,
 ) -> Paths | Stop:
-    """Through a maximum over windows, each candidate on its own."""
+    """Through a pool, each candidate on its own."""
     states, why = [], ""
     for s in range(len(paths.history)):
         gradients = {name: observed.gradient(name, paths.update[s : s + 1])[0] for name in observed.gradients}
         try:
             found = before_pool(network, node, paths.state.one(s), gradients, MISSED * observed.eps, report)
         except deadline.OutOfTime:
-            found = "where its maxima come from was not found: the time was up"
+            found = "what it reads was not found: the time was up"
         if isinstance(found, str):
             why = found
         else:

@@ -1,4 +1,4 @@
-"""Through a maximum over windows: which place of its window each value came from, its route, and the input with it.
+"""Through a pool: which place of its window each maximum came from, its route, and the input with it.
 
 In front of the pool stands a layer z = W x + b; of every window the largest z is known, m, and the cotangent k of it.
 For given routes all constraints are linear in x (Eqs. 15 and 16):
@@ -11,6 +11,9 @@ vector whose covariance is known: sum over its places of p k^2 (u - mean u)(u - 
 So each output's gradient rows are weighed by the inverse of the covariance of all its undecided windows: what these
 may have done to them is left out, and the rest counts from the first step on. The value rows of an undecided window
 ask for its mean, as far as the variance of z within the window allows.
+
+A mean behind a kinked activation f is the same task with slopes in place of routes: of every window the mean of f(z) is
+known, and each place's share of k is times f'(z). While z is in doubt f'(z) has a mean and a variance, each on its own.
 """
 
 from __future__ import annotations
@@ -24,10 +27,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rgap.inversion.prior import Prior
+from rgap.inversion.rounding import rounding
+from rgap.inversion.windows import Windows, windows
 from rgap.linalg import cg, deadline
+from rgap.nn.activations import Activation
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
-from rgap.nn.pools import MaxPool
+from rgap.nn.pools import MeanPool, Pool
 
 # b samples, o outputs, m windows of an output, w places of a window, i what a place reads, g groups, j outputs of one.
 
@@ -47,10 +53,10 @@ class Annealing:
     max_steps: int = 300
     patience: int = 80
     """Steps without any progress after which a try ends."""
+    last: int = 4
+    """The same once the constraints agree: a place or two may still be wrong where it hardly matters."""
     solve_rtol: float = 1e-3
     solve_steps: int = 150
-    decided: float = 1e-3
-    """A route is decided where all other places together have less weight."""
     gradient_share: float = 0.3
     """What the gradient rows miss counts so much of what the value rows do: undecided windows are in it."""
     gradient: bool = True
@@ -67,15 +73,17 @@ class Pooled:
     front: Network
     """From the unknown input to what the layer reads; it may be empty."""
     layer: Layer
-    pool: MaxPool
+    activation: Activation
+    """Between the layer and the pool; the identity in front of a maximum, whose value is then that of the layer."""
+    pool: Pool
 
 
 @dataclass(frozen=True)
-class Maxima:
+class Observed:
     """What is known behind the pool, of b samples."""
 
     value: Float[Tensor, "b o m"]
-    """The largest z of each window; of those that are not known, what it does not exceed."""
+    """Of each window, the largest z or the mean of f(z); of those that are not known, what it does not exceed."""
     known: Bool[Tensor, "b o m"]
     cotangent: Float[Tensor, "b o m"]
     grad: Float[Tensor, "g j i"]
@@ -98,13 +106,19 @@ COLDER = Annealing(temperature=1.0)
 """Fewer steps, from a start that is decided sooner."""
 VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, gradient=False)
 """Where the maxima alone determine the input: the routes of the present input, and a prior that fades fast."""
+SETTLED = Annealing(solve_rtol=1e-9, solve_steps=1000)
+"""What few rows tell of the input, those of an annealing step leave as it is."""
+ROUNDING = 0.05
+"""Below this part of what right routes may miss nothing is left but rounding."""
+ASTRAY = 1e6
+"""A try that misses so much leads nowhere."""
 LEAST = 1e-7
 """What is missed is never taken to be less, relatively."""
 
 
 def find_routes(
     part: Pooled,
-    maxima: Maxima,
+    observed: Observed,
     prior: Prior,
     agrees: float,
     start: Float[Tensor, "b ..."],
@@ -125,16 +139,15 @@ def find_routes(
     before, gradient_missed = math.inf, 1.0
     for step in range(schedule.max_steps):
         deadline.check()
-        at = _Step(_Point(part, maxima, x), temperature, gradient_missed * schedule.gradient_share, schedule)
+        at = _Step(_Point(part, observed, x), temperature, gradient_missed * schedule.gradient_share, schedule)
         hard = at.decided()
         if hard.missed <= agrees or (hard.missed < schedule.promising and step % schedule.every == 0):
             hard = _finish(hard)
         if best is None or hard.missed < best.missed:
-            best = Unpooled(hard.point.x, hard.routes, hard.missed, step)
+            best = Unpooled(hard.point.x, hard.windows.slope, hard.missed, step)
         report(step, hard.missed)
-        if hard.missed <= agrees:
-            break
-        if step - best.steps >= schedule.patience:
+        patience = schedule.patience if best.missed > agrees else schedule.last
+        if best.missed <= ROUNDING * agrees or step - best.steps >= patience or not at.missed < ASTRAY:
             break
         x = at.solve(prior, weight)
         gradient_missed = at.gradient_missed
@@ -148,54 +161,75 @@ def find_routes(
 def _finish(step: _Decided) -> _Decided:
     """As far as decided routes lead: each solve is exact where they are right."""
     while True:
-        tried = _Decided(_Point(step.point.part, step.point.maxima, step.solve(None, 0.0)), step.schedule)
+        tried = _Decided(_Point(step.point.part, step.point.observed, step.solve(None, 0.0)), step.schedule)
         if not tried.missed < step.missed / 2:
             return step
         step = tried
 
 
+def settle(
+    part: Pooled, observed: Observed, x: Tensor, std: Float[Tensor, "b o m"], eps: float
+) -> tuple[Float[Tensor, "b ..."], Float[Tensor, "b o n"]]:
+    """Where all is decided: the input as exactly as the rows tell, and how far one draw of noise moves z.
+
+    Args:
+        std: of the pool's values.
+        eps: relative rounding of the gradient.
+    """
+    at = _Decided(_Point(part, observed, x), SETTLED)
+    x = at.solve(None, 0.0)
+    generator = torch.Generator(device=x.device).manual_seed(0)
+    draws = (torch.randn(of.shape, generator=generator, dtype=x.dtype, device=x.device) for of in (std, observed.grad))
+    move = at.move(next(draws) * std, next(draws) * rounding(observed.grad, eps))
+    tangent = part.front.jvp(at.point.values, at.point.slopes, move)[-1]
+    return x, part.layer.output(part.layer.pack_input(tangent))
+
+
 class _Point:
     """An input, and what the layer and the pool make of it whatever the routes."""
 
-    def __init__(self, part: Pooled, maxima: Maxima, x: Tensor):
-        self.part, self.maxima, self.x = part, maxima, x
+    def __init__(self, part: Pooled, observed: Observed, x: Tensor):
+        self.part, self.observed, self.x = part, observed, x
         layer, pool = part.layer, part.pool
         self.values = part.front.forward(x)
         self.slopes = part.front.slopes(self.values)
         self.read = layer.pack_input(self.values[-1])
         self.patches = layer.patches(self.read)
         self.z = layer.output(self.read) + layer.offset
-        self.spread = float(self.z.std())
-        self.places = pool.read(self.z, -math.inf)
-        self.top = self.places.amax(-1)
-        self.largest = pool.routes(self.z)
-        wanted = torch.where(maxima.known, maxima.value, torch.minimum(maxima.value, self.top))
-        size = float(maxima.value[maxima.known].norm())
-        self.missed = float((wanted - self.top).norm()) / size if size else 1.0
-        """Of the maxima, relatively."""
+        self.spread = min(float(self.z.std()), ASTRAY)
+        self.hard = self.windows(0.0)
+        made, known = self.hard.value, observed.known
+        self.exceeds = (made > observed.value) & (~known if isinstance(pool, MeanPool) else torch.ones_like(known))
+        wanted = torch.where(known, observed.value, torch.minimum(observed.value, made))
+        size = float(observed.value[known].norm())
+        self.missed = float((wanted - made).norm()) / size if size else 1.0
+        """Of what is known behind the pool, relatively."""
+
+    def windows(self, heat: float) -> Windows:
+        """What the pool makes of z, which is in doubt by so much."""
+        return windows(self.part.pool, self.part.activation, self.z, heat)
 
 
 class _Step:
     """All constraints at one input: routes as weights, rows and what they miss."""
 
     def __init__(self, point: _Point, temperature: float, floor: float, schedule: Annealing):
-        self.point, self.schedule, self.missed = point, schedule, point.missed
-        layer, pool, maxima, places = point.part.layer, point.part.pool, point.maxima, point.places
+        self.point, self.schedule, self.missed = point, schedule, min(point.missed, ASTRAY)
+        layer, pool, observed = point.part.layer, point.part.pool, point.observed
         heat = temperature * point.spread * max(self.missed, floor) if temperature else 0.0
-        self.routes = torch.softmax(places / heat, -1) if heat > 0 else point.largest
-        self.k = pool.scatter(self.routes * maxima.cotangent[..., None]).reshape(point.z.shape)
-        self.left = maxima.grad - layer.grad_weight(point.read, self.k).sum(0)
-        total = float(maxima.grad.norm())
+        self.windows = point.windows(heat) if heat > 0 else point.hard
+        self.k = pool.scatter(self.windows.slope * observed.cotangent[..., None]).reshape(point.z.shape)
+        self.left = observed.grad - layer.grad_weight(point.read, self.k).sum(0)
+        total = float(observed.grad.norm())
         self.gradient_missed = float(self.left.norm()) / total if total else 0.0
-        # Of value rows: a window that exceeds its maximum does so at the place where it is largest.
-        exceeds = (point.top > maxima.value) | ~maxima.known
-        self.asked = torch.where(exceeds[..., None], point.largest, self.routes)
-        finite = places.masked_fill(places == -math.inf, 0.0)
-        mean = (self.asked * finite).sum(-1)
-        within = (self.asked * (finite - mean[..., None]).square()).sum(-1)
+        # A window that exceeds what it may be does so as it stands.
+        hard = point.exceeds | ~observed.known
+        self.slope = torch.where(hard[..., None], point.hard.slope, self.windows.slope)
+        value = torch.where(hard, point.hard.value, self.windows.value)
+        within = torch.where(hard, 0.0, self.windows.variance)
         self.variance = (point.spread * max(self.missed, LEAST)) ** 2
-        self.weight = self.variance / (self.variance + within) * (maxima.known | (point.top > maxima.value))
-        self.wanted = maxima.value - mean
+        self.weight = self.variance / (self.variance + within) * (observed.known | point.exceeds)
+        self.wanted = torch.where(self.weight > 0, observed.value - value, 0.0)
 
     @property
     def counts(self) -> bool:
@@ -208,11 +242,15 @@ class _Step:
 
     def solve(self, prior: Prior | None, weight: float) -> Tensor:
         """The next input: least squares of all rows as they stand."""
+        return self.point.x + self.move(self.wanted, self.left, prior, weight)
+
+    def move(self, wanted: Tensor, left: Tensor, prior: Prior | None = None, weight: float = 0.0) -> Tensor:
+        """How far the input moves for what value rows want and gradient rows miss."""
         point, front, layer, pool = self.point, self.point.part.front, self.point.part.layer, self.point.part.pool
         apart = _Whitening(self) if self.counts else None
 
         def back(rows: Tensor, grad: Tensor) -> Tensor:
-            k = pool.scatter(self.asked * (self.weight * rows)[..., None]).reshape(self.k.shape)
+            k = pool.scatter(self.slope * (self.weight * rows)[..., None]).reshape(self.k.shape)
             weighted = None if apart is None else self.variance * apart(grad)
             cotangent = layer.unpack_input(layer.rows_adjoint(k, weighted, self.k))
             last = len(point.values) - 1
@@ -223,13 +261,13 @@ class _Step:
         def rows(move: Tensor) -> tuple[Tensor, Tensor]:
             tangent = layer.pack_input(front.jvp(point.values, point.slopes, move[0])[-1])
             z, grad = layer.rows(tangent, self.k)
-            return (pool.read(z) * self.asked).sum(-1), grad.sum(0)
+            return (pool.read(z) * self.slope).sum(-1), grad.sum(0)
 
         def normal(move: Tensor) -> Tensor:
             found = back(*rows(move))
             return found if prior is None else found + pull * prior(move)
 
-        right = back(self.wanted, self.left)
+        right = back(wanted, left)
         if prior is not None:
             generator = torch.Generator(device=point.x.device).manual_seed(0)
             drawn = torch.randn(point.x.shape, generator=generator, dtype=point.x.dtype, device=point.x.device)
@@ -237,8 +275,7 @@ class _Step:
             pull = weight * size
             right = right - pull * prior(point.x - prior.centre)[None]
         steps = self.schedule.solve_steps * (1 if prior is not None else 3)
-        found = cg.solve(normal, right, self.schedule.solve_rtol, steps).x[0]
-        return point.x + found
+        return cg.solve(normal, right, self.schedule.solve_rtol, steps).x[0]
 
 
 class _Decided(_Step):
@@ -256,13 +293,14 @@ class _Whitening:
 
     def __init__(self, step: _Step):
         point, layer, pool = step.point, step.point.part.layer, step.point.part.pool
-        k = point.maxima.cotangent
+        k = point.observed.cotangent
         groups, outputs, reads = layer.weight.shape
         # What the input's own error does to the gradient rows.
         error = float(point.read.square().mean()) * max(step.missed, LEAST) ** 2
         noise = k.square().sum((0, 2)) * error
-        noise = noise + (LEAST * point.maxima.grad.reshape(-1, reads).norm(dim=1)) ** 2 / reads
-        undecided = (step.routes.amax(-1) < 1 - step.schedule.decided) & (k != 0)
+        noise = noise + (LEAST * point.observed.grad.reshape(-1, reads).norm(dim=1)) ** 2 / reads
+        undecided = step.windows.undecided & (k != 0)
+        centred = not isinstance(pool, MeanPool)
         patches = torch.nn.functional.pad(point.patches, (0, 1))
         self.solves: list[Callable[[Tensor], Tensor]] = []
         for output in range(groups * outputs):
@@ -271,12 +309,13 @@ class _Whitening:
             if not len(sample):
                 self.solves.append(_scaled(1 / max(floor, torch.finfo(noise.dtype).tiny)))
                 continue
-            share = step.routes[sample, output, window]
+            at = (sample, output, window)
             own = patches[sample, output // outputs][
                 torch.arange(len(sample))[:, None], :, pool.windows[window]
             ]  # (windows, places, reads)
-            apart = own - (share[..., None] * own).sum(1, keepdim=True)
-            columns = (apart * (share.sqrt() * k[sample, output, window, None])[..., None]).flatten(0, 1).mT
+            if centred:
+                own = own - (step.windows.slope[at][..., None] * own).sum(1, keepdim=True)
+            columns = (own * (step.windows.spread[at] * k[at][:, None])[..., None]).flatten(0, 1).mT
             self.solves.append(_low_rank(columns, floor))
 
     def __call__(self, grad: Float[Tensor, "g j i"]) -> Float[Tensor, "g j i"]:

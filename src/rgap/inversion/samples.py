@@ -19,7 +19,7 @@ from rgap.inversion.state import Cause, State, Stop
 from rgap.inversion.unpool import MISSED, before_pool
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
-from rgap.nn.pools import MaxPool
+from rgap.nn.pools import Pool
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ def layer_by_layer(
             inverse = op.activation.invert(state.value, state.std)
             std = state.std / inverse.slope.abs().clamp(min=1e-12)
             state = State(inverse.z, state.cotangent * inverse.slope, state.weighed(inverse.weight), std)  # Eq. 6
-        elif isinstance(op, MaxPool):
+        elif isinstance(op, Pool):
             found = before_pool(network, segment.nodes[-1], state, gradients, MISSED * eps)
             if isinstance(found, str):
                 return replace(passed, stop=Stop(op, Cause.LOSSY, found))

@@ -1,7 +1,7 @@
-"""Back through a maximum over windows: from what is known behind it to what is known in front of it.
+"""Back through a pool: from what is known behind it to what is known in front of it.
 
-The layer in front of the pool tells the routes (`rgap.inversion.routes`). Then the value that each window let through
-is known at its place, and of the others that they are no larger.
+The layer in front of the pool tells the routes (`rgap.inversion.routes`). Then the value that a maximum let through is
+known at its place, and of the others that they are no larger; of a mean all values are known.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ from rgap.inversion.routes import (
     COLDER,
     VALUES_ONLY,
     Annealing,
-    Maxima,
+    Observed,
     Pooled,
     Unpooled,
     find_routes,
+    settle,
 )
 from rgap.inversion.state import State
 from rgap.nn.activations import Activation, Identity, NonMonotone, ReLU
 from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Elementwise, Linear
-from rgap.nn.pools import MaxPool
+from rgap.nn.pools import MaxPool, MeanPool, Pool
 
 ENOUGH = 1.25
 """Rows for each unknown with which routes are looked for."""
 MISSED = 200
 """What right routes may miss, in roundings of the gradient."""
+DECIDED = 1e4
+"""Values are so many times larger than their errors at least where it is known that they are none."""
 LIMIT = 10.0
 """Routes that miss more than this many times as much are not taken."""
 
@@ -43,33 +46,38 @@ class Route:
 
     part: Pooled
     activation: Activation
+    """Between the layer and the pool."""
     weight_name: str
     scale: Tensor
     """Of what follows the layer, one for each output, (o, 1)."""
 
-    def maxima(self, state: State, gradient: Tensor, bounded: bool) -> Maxima:
-        """What the pool lets through, as values of the layer.
+    def observed(self, state: State, gradient: Tensor, bounded: bool) -> Observed:
+        """What is known behind the pool: of a maximum as values of the layer, of a mean as they are.
 
         Args:
             state: behind the pool, (b, *shape).
             gradient: of the layer's weight.
             bounded: whether values that are not known do not exceed what stands there, as behind a ReLU's zeros.
         """
-        inverse = self.activation.invert(state.value, state.std)
         known = torch.ones_like(state.value, dtype=torch.bool)
         if state.row_weight is not None:
             known &= state.row_weight > 0
-        limit = torch.where(known, inverse.z, inverse.z if bounded else torch.inf)
-        if inverse.weight is not None:
-            zero = known & (inverse.weight == 0)
+        value, k = state.value, state.cotangent
+        zero: Tensor | None = None
+        if isinstance(self.part.pool, MaxPool):
+            inverse = self.activation.invert(state.value, state.std)
+            value, k = inverse.z, k * inverse.slope
+            zero = None if inverse.weight is None else known & (inverse.weight == 0)
+        limit = torch.where(known, value, value if bounded else torch.inf)
+        if zero is not None:
             limit = torch.where(zero, 0.0 if isinstance(self.activation, ReLU) else torch.inf, limit)
             known &= ~zero
         layer = self.part.layer
         shape = (len(state.value), layer.outputs, -1)
         grad = layer.pack_weight(gradient[None])[0]
         grad = grad / self.scale.reshape(layer.weight.shape[0], layer.weight.shape[1], 1)
-        k = torch.where(known, state.cotangent * inverse.slope, 0.0)
-        return Maxima(limit.reshape(shape), known.reshape(shape), k.reshape(shape), grad)
+        k = torch.where(known, k, 0.0)
+        return Observed(limit.reshape(shape), known.reshape(shape), k.reshape(shape), grad)
 
 
 def route_of(network: Network, node: int, first: int | None = None) -> Route | None:
@@ -80,7 +88,7 @@ def route_of(network: Network, node: int, first: int | None = None) -> Route | N
         first: the value from which on everything is unknown; what the layer reads if None.
     """
     pool = network.nodes[node].op
-    assert isinstance(pool, MaxPool)
+    assert isinstance(pool, Pool)
     activation: Activation = Identity()
     affine: list[Affine] = []
     at = node
@@ -91,8 +99,10 @@ def route_of(network: Network, node: int, first: int | None = None) -> Route | N
         at = reads[0] - 1
         op = network.nodes[at].op
         if isinstance(op, Elementwise) and isinstance(activation, Identity) and not affine:
-            if isinstance(op.activation, NonMonotone):
+            if isinstance(pool, MaxPool) and isinstance(op.activation, NonMonotone):
                 return None  # the largest output need not be that of the largest value
+            if isinstance(pool, MeanPool) and not op.activation.kinked:
+                return None  # no sides are hidden: Gauss and Newton's steps find the input
             activation = op.activation
         elif isinstance(op, Affine):
             affine.append(op)
@@ -118,7 +128,8 @@ def route_of(network: Network, node: int, first: int | None = None) -> Route | N
     front = _between(network, first, entry)
     if front is None:
         return None
-    return Route(Pooled(front, folded, pool), activation, layer.weight_name, scale)
+    within = Identity() if isinstance(pool, MaxPool) else activation
+    return Route(Pooled(front, folded, within, pool), activation, layer.weight_name, scale)
 
 
 def _between(network: Network, first: int, last: int) -> Network | None:
@@ -133,7 +144,7 @@ def _between(network: Network, first: int, last: int) -> Network | None:
 
 def solve_route(
     route: Route,
-    maxima: Maxima,
+    observed: Observed,
     agrees: float,
     centre: float,
     with_prior: bool = False,
@@ -147,8 +158,8 @@ def solve_route(
         with_prior: whether the prior may decide what too few rows leave open.
     """
     shape = route.part.front.input_shape
-    start = maxima.value.new_full((len(maxima.value), *shape), centre)
-    known, unknowns = int(maxima.known.sum()), start.numel()
+    start = observed.value.new_full((len(observed.value), *shape), centre)
+    known, unknowns = int(observed.known.sum()), start.numel()
     tries: list[Annealing] = []
     if known >= ENOUGH * unknowns:
         tries.append(VALUES_ONLY)
@@ -156,7 +167,7 @@ def solve_route(
         tries += [ANNEALING, COLDER]
     found: Unpooled | None = None
     for schedule in tries:
-        tried = find_routes(route.part, maxima, Prior(shape, centre), agrees, start, schedule, report)
+        tried = find_routes(route.part, observed, Prior(shape, centre), agrees, start, schedule, report)
         found = tried if found is None or tried.missed < found.missed else found
         if found.missed <= agrees:
             break
@@ -180,27 +191,47 @@ def before_pool(
         agrees: what may be missed, relatively, for routes to be right.
     """
     pool = network.nodes[node].op
-    assert isinstance(pool, MaxPool)
+    assert isinstance(pool, Pool)
     route = route_of(network, node)
     if route is None or route.weight_name not in gradients:
         return pool.loses
-    maxima = route.maxima(state, gradients[route.weight_name], zeros_behind(network, node))
-    known = maxima.value[maxima.known]
+    observed = route.observed(state, gradients[route.weight_name], zeros_behind(network, node))
+    known = observed.value[observed.known]
     if not len(known):
         return pool.loses
     entry = float(known.abs().mean() / route.part.layer.weight.flatten(1).norm(dim=1).mean())
-    found = solve_route(route, maxima, agrees, entry, report=report)
+    found = solve_route(route, observed, agrees, entry, report=report)
     if found is None:
         return pool.loses
     if found.missed > LIMIT * agrees:
         return f"{pool.loses}, and which ones was not found (missed {found.missed:.0e})"
-    return _routed(pool, state, found.routes)
+    if isinstance(pool, MaxPool):
+        return _routed(pool, state, found.routes)
+    return _values(route, observed, state, found.x, agrees / MISSED)
 
 
 def zeros_behind(network: Network, node: int) -> bool:
     """Whether a ReLU reads the pool: what it made zero was not above it."""
     behind = [network.nodes[each].op for each in network.readers[node + 1]]
     return len(behind) == 1 and isinstance(behind[0], Elementwise) and isinstance(behind[0].activation, ReLU)
+
+
+def _values(route: Route, observed: Observed, state: State, x: Tensor, eps: float) -> State:
+    """The state in front of a mean, all of whose values follow from the input."""
+    part = route.part
+    assert isinstance(part.pool, MeanPool)
+    x, std = settle(part, observed, x, state.std.expand(state.value.shape).reshape(observed.value.shape), eps)
+    z = part.layer.output(part.layer.pack_input(part.front.forward(x)[-1])) + part.layer.offset
+    shape, slope = (len(x), *part.pool.input_shape), part.activation.slope(z)
+    # All values follow from as few as the layer reads: solved for these as if each had an error of its own, they would
+    # take it for averaged out.
+    repeated = max(1.0, int((slope != 0).sum()) / (len(x) * part.layer.unknowns))
+    size = (std * slope * repeated**0.5).square().mean().sqrt()
+    value = part.activation(z)
+    # On which side of its kink each value lies is decided, however small it is.
+    size = torch.minimum(size, value.abs() / DECIDED)
+    cotangent = part.pool.against(state.cotangent, part.pool.share)
+    return State(value.reshape(shape), cotangent, None, size.reshape(shape))
 
 
 def _routed(pool: MaxPool, state: State, routes: Tensor) -> State:

@@ -19,7 +19,7 @@ from rgap.nn.graph import Use
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network, Node
 from rgap.nn.ops import Affine, Concat, Elementwise, Gather, Linear, Norm, Op, Other, Sum
-from rgap.nn.pools import max_pool
+from rgap.nn.pools import pool
 
 # Operations whose output values are input values, or zeros.
 _GATHERS = calls.VIEWS | {
@@ -202,9 +202,9 @@ class _Build:
             if name in ("layer_norm", "group_norm") or (name == "instance_norm" and arguments["use_input_stats"]):
                 return [self.norm(where, name, arguments, node.meta["val"].shape)]
             shapes = data[0].meta["val"].shape[1:], node.meta["val"].shape[1:]
-            pool = max_pool(where, name, arguments, *shapes) if len(data) == 1 else None
-            if pool is not None:
-                return [replace(pool, windows=pool.windows.to(self.device))]
+            pooled = pool(where, name, arguments, *shapes) if len(data) == 1 else None
+            if pooled is not None:
+                return [pooled.to(self.device)]
             if name in ("add", "sub", "mul", "div"):
                 found = self.arithmetic(node, where, name, arguments, data)
                 if found is not None:

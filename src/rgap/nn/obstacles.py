@@ -46,6 +46,7 @@ PASSED = (
 )
 """Of operations that the recursion passes."""
 ROUTES = (Kind.PASSED, "where its maxima come from is found if the layer in front has enough rows for it")
+MEANS = (Kind.PASSED, "what it averages is found if the layer in front has enough rows for it")
 FOLLOWED = {
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "relu6", "pixel_shuffle", "pixel_unshuffle", "flip",
     "slice", "select", "split", "chunk", "roll", "sub", "mul", "div", "upsample_nearest1d", "upsample_nearest2d",
@@ -62,8 +63,12 @@ KNOWN: dict[str, tuple[Kind, str]] = {
     "adaptive_max_pool1d": ROUTES,
     "adaptive_max_pool2d": ROUTES,
     "adaptive_max_pool3d": ROUTES,
-    "avg_pool2d": (Kind.NOT_YET, "replace it by a strided convolution"),
-    "adaptive_avg_pool2d": (Kind.NOT_YET, "replace it by a flatten and a Linear layer"),
+    "avg_pool1d": MEANS,
+    "avg_pool2d": MEANS,
+    "avg_pool3d": MEANS,
+    "adaptive_avg_pool1d": MEANS,
+    "adaptive_avg_pool2d": MEANS,
+    "adaptive_avg_pool3d": MEANS,
     "mean": (Kind.NOT_YET, "replace it by a flatten and a Linear layer"),
     "permute": PASSED,
     "transpose": PASSED,

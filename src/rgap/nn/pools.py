@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -16,17 +17,13 @@ from rgap.nn.ops import Op
 
 # m windows of one channel, w places of a window, n values of a channel.
 
-_MAXIMA = {"max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices"}
-_ADAPTIVE_MAXIMA = {"adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"}
+_STRIDED = re.compile(r"(max|avg)_pool([123])d(_with_indices)?")
+_ADAPTIVE = re.compile(r"adaptive_(max|avg)_pool([123])d")
 
 
 @dataclass(frozen=True, eq=False)
-class MaxPool(Op):
-    """The largest value of every window.
-
-    It is linear once it is known which place of its window each value came from: its route. `routes` are weights of
-    the places, (s, channels, m, w); those of the largest value are 1 at its place.
-    """
+class Pool(Op):
+    """One value of every window."""
 
     name: str
     what: str
@@ -36,6 +33,10 @@ class MaxPool(Op):
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     scalable = True
+
+    def to(self, device: torch.device) -> Pool:
+        """The same pool with its tables on another device."""
+        return replace(self, windows=self.windows.to(device))
 
     @property
     def channels(self) -> int:
@@ -59,27 +60,13 @@ class MaxPool(Op):
         total = total.scatter_add_(2, self.windows.flatten().expand_as(flat), flat)
         return total[..., :-1].reshape(len(places), *self.input_shape)
 
-    def forward(self, *xs: Tensor) -> Tensor:
-        return self.read(xs[0], -math.inf).amax(-1).reshape(len(xs[0]), *self.output_shape)
-
-    def routes(self, x: Tensor) -> Float[Tensor, "s c m w"]:
-        """Where the largest values come from, the first of equal ones."""
-        places = self.read(x, -math.inf)
-        return torch.zeros_like(places).scatter_(3, places.argmax(3, keepdim=True), 1.0)
-
-    def along(self, tangent: Tensor, routes: Float[Tensor, "s c m w"]) -> Tensor:
-        """The tangent of the output for fixed routes."""
+    def along(self, tangent: Tensor, routes: Float[Tensor, "*s m w"]) -> Tensor:
+        """The tangent of the output, each place with its weight."""
         return (self.read(tangent) * routes).sum(-1).reshape(len(tangent), *self.output_shape)
 
-    def against(self, k: Tensor, routes: Float[Tensor, "s c m w"]) -> Tensor:
-        """The cotangent of the input for fixed routes."""
+    def against(self, k: Tensor, routes: Float[Tensor, "*s m w"]) -> Tensor:
+        """The cotangent of the input, each place with its weight."""
         return self.scatter(k.reshape(len(k), self.channels, -1, 1) * routes)
-
-    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (self.against(k, self.routes(xs[0])),)
-
-    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
-        return self.along(tangents[0], self.routes(xs[0]))
 
     @property
     def loses(self) -> str:
@@ -89,34 +76,83 @@ class MaxPool(Op):
         return f"{self.name}: {self.what}"
 
 
-def max_pool(
+class MaxPool(Pool):
+    """The largest value of every window.
+
+    It is linear once it is known which place of its window each value came from: its route. `routes` are weights of
+    the places, (s, channels, m, w); those of the largest value are 1 at its place.
+    """
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.read(xs[0], -math.inf).amax(-1).reshape(len(xs[0]), *self.output_shape)
+
+    def routes(self, x: Tensor) -> Float[Tensor, "s c m w"]:
+        """Where the largest values come from, the first of equal ones."""
+        places = self.read(x, -math.inf)
+        return torch.zeros_like(places).scatter_(3, places.argmax(3, keepdim=True), 1.0)
+
+    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self.against(k, self.routes(xs[0])),)
+
+    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return self.along(tangents[0], self.routes(xs[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class MeanPool(Pool):
+    """The mean of every window."""
+
+    share: Float[Tensor, "m w"]
+    """The weight of each place; 0 where a window reads padding."""
+    linear = True
+
+    def to(self, device: torch.device) -> Pool:
+        return replace(self, windows=self.windows.to(device), share=self.share.to(device))
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.along(xs[0], self.share)
+
+    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self.against(k, self.share),)
+
+    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
+        return self.along(tangents[0], self.share)
+
+
+def pool(
     where: str, operation: str, arguments: dict[str, Any], input_shape: Sequence[int], output_shape: Sequence[int]
-) -> MaxPool | None:
-    """A traced maximum over windows; None if it is another operation.
+) -> Pool | None:
+    """A traced maximum or mean over windows; None if it is another operation.
 
     Args:
         arguments: as torch names them.
         input_shape: of one sample.
         output_shape: likewise.
     """
-    if operation in _MAXIMA:
-        spatial = int(operation[len("max_pool")])
-    elif operation in _ADAPTIVE_MAXIMA:
-        spatial = int(operation[len("adaptive_max_pool")])
-    else:
+    strided, adaptive = _STRIDED.fullmatch(operation), _ADAPTIVE.fullmatch(operation)
+    found = strided or adaptive
+    if found is None or len(input_shape) != int(found[2]) + 1:
         return None
-    if len(input_shape) != spatial + 1:
-        return None
-    sizes, counts = input_shape[1:], output_shape[1:]
-    if operation in _MAXIMA:
-        kernel, padding, dilation = (
-            _spread(arguments[each], spatial) for each in ("kernel_size", "padding", "dilation")
-        )
+    spatial, maximum = int(found[2]), found[1] == "max"
+    sizes, counts, divisor = input_shape[1:], output_shape[1:], None
+    if strided:
+        names = ("kernel_size", "padding", "dilation") if maximum else ("kernel_size", "padding")
+        kernel, padding, *dilation = (_spread(arguments[each], spatial) for each in names)
         stride = _spread(arguments["stride"] or kernel, spatial)
-        reads = [_strided(*each) for each in zip(sizes, counts, kernel, stride, padding, dilation, strict=True)]
+        walks = zip(sizes, counts, kernel, stride, padding, *dilation or [(1,) * spatial], strict=True)
+        reads = [_strided(*each) for each in walks]
+        divisor = arguments.get("divisor_override")
+        if not maximum and divisor is None and any(padding) and arguments.get("count_include_pad", True):
+            if arguments.get("ceil_mode", False):
+                return None  # its divisor counts padding up to an edge of its own
+            divisor = math.prod(kernel)
     else:
         reads = [_adaptive(size, count) for size, count in zip(sizes, counts, strict=True)]
-    return MaxPool(where, operation, _table(reads, sizes), tuple(input_shape), tuple(output_shape))
+    table, shapes = _table(reads, sizes), (tuple(input_shape), tuple(output_shape))
+    if maximum:
+        return MaxPool(where, operation, table, *shapes)
+    inside = (table < math.prod(sizes)).double()
+    return MeanPool(where, operation, table, *shapes, inside / (divisor or inside.sum(1, keepdim=True)))
 
 
 def _spread(value: Any, spatial: int) -> tuple[int, ...]:
