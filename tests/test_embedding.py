@@ -67,7 +67,7 @@ class Pair(nn.Module):
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "mse", None])
 def test_a_model_of_several_inputs_is_told_what_to_give(loss: str | None) -> None:
-    with pytest.raises(ValueError, match=r"'right'. Of several inputs one is attacked: give a module of one input"):
+    with pytest.raises(ValueError, match=r"'right'. Of several inputs one is attacked: give each by its name"):
         Target(Pair(), loss, (4,))  # type: ignore[arg-type]
 
 

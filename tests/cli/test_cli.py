@@ -554,7 +554,8 @@ def test_a_file_can_say_when_to_fail(capsys: pytest.CaptureFixture[str], open_ne
         ('defence = ["Nonsense"]\n', "Nonsense"),
         ("defence = [[1]]\n", "got --defence a list, expected text or a number"),
         ('fail-if = "psnr"\n', "expected one of psnr"),
-        ("input-shape = [1, 8, 8]\n", "got --input-shape a list, expected text or a number"),
+        ("input-shape = [1, 8, 8]\n", "expected a name for each of several"),
+        ('loss = ["mse"]\n', "got --loss a list, expected text or a number"),
         ("count = \n", "not TOML"),
     ],
 )

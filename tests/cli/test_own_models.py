@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from command import run
@@ -118,3 +119,70 @@ def test_a_normalised_model_is_the_model_of_normalised_inputs(shape: tuple[int, 
     assert torch.allclose(changed(x), expected, atol=1e-5)
     assert list(changed.state_dict()) == names
     assert Target(changed, losses.CrossEntropy(3), shape).network  # and it is followed
+
+
+SEVERAL = """
+import torch
+from torch import nn
+
+class Pair(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.meta, self.b = how, nn.Linear(12, 15), nn.Linear(4, 15), nn.Linear(15, 3)
+    def forward(self, x, meta, gain=None):
+        h = self.a(x.flatten(1))
+        if self.how == "added":
+            h = h + self.meta(meta)
+        elif self.how == "gated":
+            h = h * self.meta(meta).sigmoid()
+        else:
+            h = h + self.meta(meta) * gain
+        return self.b(torch.tanh(h))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "shapes"),
+    [
+        ("added", ["x=3,2,2", "meta=4"]),
+        ("gated", ["x=3,2,2", "meta=4"]),
+        ("scaled", ["x=3,2,2", "meta=4", "gain=1"]),
+        ("added", ["meta=4", "x=3,2,2"]),
+    ],
+    ids=["added", "gated", "three", "the other one"],
+)
+def test_one_of_several_inputs_is_attacked(
+    capsys: pytest.CaptureFixture[str], here: Path, how: str, shapes: list[str]
+) -> None:
+    (here / "several_of_mine.py").write_text(SEVERAL)
+    given = [part for shape in shapes for part in ("--input-shape", shape)]
+    data = torch.rand(1, *map(int, shapes[0].partition("=")[2].split(",")), generator=torch.Generator().manual_seed(0))
+    numpy.save(here / "x.npy", data.numpy())
+    command = ("audit", "--model", f"several_of_mine:Pair(how='{how}')", "--data", "x.npy", "--loss", "cross-entropy")
+    code, out, err = run(capsys, *command, *given, "--attack", "closed", "--json")
+    assert code == 0, err
+    attacked, *others = (shape.partition("=")[0] for shape in shapes)
+    assert f"Only {attacked} is attacked: {', '.join(others)} keep values" in err
+    (sample,) = json.loads(out)["samples"]
+    assert sample["results"][0]["status"] == "exact"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (["x=3,2,2", "4"], "expected a name for each of several"),
+        (["3,2,2", "4"], "expected a name for each of several"),
+        (["x=3,2,2", "x=4"], "expected a name for each of several"),
+        (["x=3,a"], "expected positive sizes with commas"),
+        (["x=3,2,2", "mask=4"], "unexpected keyword argument 'mask'"),
+        (["3,2,2"], "give each by its name"),
+    ],
+)
+def test_inputs_that_cannot_be_told_apart_are_refused(
+    capsys: pytest.CaptureFixture[str], here: Path, shapes: list[str], message: str
+) -> None:
+    (here / "several_of_mine.py").write_text(SEVERAL)
+    given = [part for shape in shapes for part in ("--input-shape", shape)]
+    code, _, err = run(capsys, "rank", "--no-measure", "--model", "several_of_mine:Pair(how='added')", *given)
+    assert code in (1, 2)
+    assert message in " ".join(err.split())

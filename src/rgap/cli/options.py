@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from rgap.cli.console import say
 from rgap.files import read_toml
 from rgap.printable import line, listed
 from rgap.protocol import Optimiser, Protocol, Sends
@@ -62,16 +64,6 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-def _shape(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(part) for part in value.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise click.BadParameter(f"got {value!r}, expected positive sizes with commas, such as 3,32,32", ctx, param)
-    return sizes
-
-
 def _numbers(ctx: click.Context, param: click.Parameter, value: str, expected: str) -> tuple[float, ...]:
     """All of them finite."""
     try:
@@ -81,6 +73,33 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str, expected: s
     except ValueError:
         pass
     raise click.BadParameter(f"got {value!r}, expected {expected}", ctx, param)
+
+
+class InputShape(tuple[int, ...]):
+    """Of the input that is attacked, with its name and the shapes of the others where the model has several."""
+
+    name: str = ""
+    others: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+
+
+def _shape(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> InputShape:
+    found: dict[str, tuple[int, ...]] = {}
+    for value in values:
+        name, _, text = value.rpartition("=")
+        try:
+            sizes = tuple(int(part) for part in text.split(","))
+        except ValueError:
+            sizes = ()
+        if not sizes or min(sizes) < 1:
+            raise click.BadParameter(f"got {value!r}, expected positive sizes with commas, such as 3,32,32", ctx, param)
+        if name in found or (len(values) > 1 and not name.isidentifier()):
+            expected = "expected a name for each of several, such as x=3,32,32 and meta=4"
+            raise click.BadParameter(f"got {' and '.join(values)}, {expected}", ctx, param)
+        found[name] = sizes
+    shape = InputShape(next(iter(found.values())))
+    shape.name, *others = found
+    shape.others = {name: found[name] for name in others}
+    return shape
 
 
 def _factors(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
@@ -142,9 +161,11 @@ target_options = options(
         "--input-shape",
         callback=_shape,
         metavar="SIZES",
-        default="3,32,32",
-        show_default=True,
-        help="One sample's, no batch.",
+        multiple=True,
+        default=["3,32,32"],
+        show_default="3,32,32",
+        help="One sample's, no batch. Of a model of several inputs each by its name, such as x=3,32,32 and meta=4: the "
+        "first is attacked, the others have values between 0 and 1, drawn by --seed.",
     ),
     click.option(
         "--value-range",
@@ -282,6 +303,7 @@ def make_target(
 ) -> Target:
     """The target the options describe."""
     from rgap import losses
+    from rgap.models.fixed import drawn, fixed
     from rgap.models.normalised import normalised
     from rgap.reading import load_weights
     from rgap.target import Target
@@ -291,6 +313,11 @@ def make_target(
         load_weights(module, weights, ignore=ignore)
     if mean is not None or std is not None:
         normalised(module, mean or (0.0,), std or (1.0,), input_shape[0])
+    name, others = getattr(input_shape, "name", ""), getattr(input_shape, "others", {})
+    if name:
+        fixed(module, name, drawn(others, seed))
+        if others:
+            say(f"Only {name} is attacked: {', '.join(others)} keep values that --seed draws, and are known", err=True)
     if device is not None:
         module = module.to(_device(device))
     chosen = losses.for_model(module, input_shape, _named_loss(loss))

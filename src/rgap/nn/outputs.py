@@ -42,6 +42,7 @@ def wrong_shape(shape: Sequence[int], reason: str) -> str:
     wrong = f"the model does not take an input of shape ({', '.join(map(str, shape))}): {reason}. "
     if "required positional argument" in reason:
         return (
-            f"{wrong}Of several inputs one is attacked: give a module of one input that fixes or splits off the others"
+            f"{wrong}Of several inputs one is attacked: give each by its name, the attacked one first (--input-shape "
+            "x=3,32,32 --input-shape meta=4), or a module of one input that fixes or splits off the others"
         )
     return f"{wrong}input_shape is one sample's shape without the batch: check it against the model."
