@@ -769,6 +769,21 @@ def test_a_cast_that_loses_nothing_is_passed(cast: Callable[[Tensor], Tensor]) -
     torch.testing.assert_close(network.forward(x.double())[-1].float(), model(x))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(6), nn.LayerNorm(6), nn.Dropout(0.5)], ids=["batch", "layer", "none"])
+def test_what_is_written_part_by_part_is_all_that_such_a_model_is_told_of(norm: nn.Module, training: bool) -> None:
+    def code(m: Any, x: Tensor) -> Tensor:
+        h = m.norm(m.a(x))
+        out = torch.zeros_like(h)
+        out[:, :2], out[:, 2:] = h[:, :2], 2 * h[:, 2:]
+        found: Tensor = m.b(out)
+        return found
+
+    graph = follow(Model(code, a=nn.Linear(4, 6), norm=norm, b=nn.Linear(6, 1)).train(training), (4,))
+    assert [use.name for use in graph.uses] == ["a", "b"]
+    assert all(each.where not in ("a", "b", "forward") or "mode" in each.what for each in graph.obstacles)
+
+
 def test_all_obstacles_of_a_model_are_listed_at_once() -> None:
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.GELU(),

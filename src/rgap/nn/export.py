@@ -140,7 +140,9 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
         lines = str(error).strip().splitlines()
         raise CannotBeTraced(lines[0] if lines else type(error).__name__) from error
     module, signature = program.graph_module, program.graph_signature
-    returned = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    returned = list(output.args[0])[-program.call_spec.out_spec.num_leaves :]  # behind the buffers that were changed
+    output.args = (tuple(returned),)
     one_tensor = _outputs_alone(module.graph, program.call_spec.out_spec)
     _as_batch(module.graph)
     _simplify(module.graph, example.dtype)
