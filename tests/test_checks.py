@@ -400,6 +400,30 @@ def test_a_factor_of_several_outputs_is_said(factor: float) -> None:
         assert f"{factor:.4g} times that of one sample" in finding
 
 
+@pytest.mark.parametrize(
+    ("loss", "outputs", "labels"),
+    [
+        (losses.CrossEntropy(2), 2, 2),
+        (losses.BinaryCrossEntropy(1), 1, 2),
+        (losses.BinaryCrossEntropy(2), 2, 4),
+        (losses.CrossEntropy(3), 3, 3),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_no_label_is_blamed_for_the_length_that_another_explains(loss: losses.Loss, outputs: int, labels: int) -> None:
+    """With two classes, or one output, all labels give the same direction, at other lengths."""
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, outputs)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.uniform_(-2.0, 2.0, generator=generator)
+    target = Target(model, loss, (6,))
+    for label in range(labels):
+        for _ in range(4):
+            x = 2 * torch.rand(1, 6, generator=generator)
+            assert preflight(target, capture(target, x, torch.tensor([float(label)]))).passed
+
+
 @pytest.mark.parametrize("share", [0.5, 0.1, 1e-3])
 def test_a_gradient_of_two_samples_that_are_told_as_one_is_seen(share: float) -> None:
     """One sample's gradient of a Linear layer is an outer product."""

@@ -13,7 +13,7 @@ ORDER = [
     "files", "printable", "memory", "schema", "report", "store", "linalg", "nn", "inversion", "losses", "models",
     "data", "tables", "metrics", "training", "target", "protocol", "client", "update", "embedding", "tensorfiles",
     "reading", "federation", "watching", "defences", "checks", "rank", "attacks", "picture", "auditing",
-    "reproductions", "sweeps", "integrations", "cli",
+    "reproductions", "sweeps", "integrations", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -29,6 +29,7 @@ X, Y = torch.arange(12.0).reshape(4, 3), torch.tensor([0, 1, 1, 0])
         ((X.numpy(), Y.numpy()), (0.0, 1.0, 1.0, 0.0)),
         ((X, [0, 1, 1, 0]), (0.0, 1.0, 1.0, 0.0)),
         (TensorDataset(X, Y), (0.0, 1.0, 1.0, 0.0)),
+        (list(X), None),
         ([(x, int(y)) for x, y in zip(X, Y, strict=True)], (0.0, 1.0, 1.0, 0.0)),
     ],
 )

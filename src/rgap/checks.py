@@ -147,12 +147,13 @@ def _scale(target: Target, last: Layer, update: Update) -> list[str]:
     labels = torch.tensor(loss.labels).to(k)
     given = loss.output_gradient(z.expand(len(labels), -1), labels)
     along = given @ k / (given.norm(dim=1) * k.norm()).clamp(min=torch.finfo(k.dtype).tiny)
-    best = int(along.abs().argmax())
-    factor = float(k.norm() / given[best].norm()) * math.copysign(1.0, float(along[best]))
     # Of a direction that is none of a sample's no length is told, and of a saturated loss rounding alone.
-    agrees = float(along[best].abs()) > 1 - 1e-6 and float(given[best].norm()) > 1e-3
-    if not agrees or math.isclose(factor, 1.0, rel_tol=1e-2):
+    fits = (along.abs() > 1 - 1e-6) & (given.norm(dim=1) > 1e-3)
+    factors = (k.norm() / given.norm(dim=1) * along.sign())[fits]
+    # With two classes, or one output, all labels give the same direction: one that explains the length is enough.
+    if not len(factors) or bool((factors - 1).abs().min() < 1e-2):
         return []
+    factor = float(factors.max())
     return [
         f"the gradient is {factor:.4g} times that of one sample with the features that {last.name} reads: a loss "
         "scale, a sum in place of a mean, momentum, or a difference taken the other way round"

@@ -15,11 +15,14 @@ def tokens(model: nn.Module, gradients: Mapping[str, Tensor]) -> dict[str, tuple
     them are given then.
 
     Args:
-        gradients: by parameter name, such as an `Update`'s; weight differences after local steps serve as well.
+        gradients: by parameter name, or an `Update`; weight differences after local steps serve as well.
 
     Raises:
         ValueError: the model has no embedding whose gradient is there.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"got a {type(model).__name__}, expected the model first, then its gradients by name")
+    gradients = getattr(gradients, "gradients", gradients)
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -45,11 +47,15 @@ class Score:
         return _mean(self.ssim)
 
 
-def score(found: Tensor | HasInputs, truth: Tensor | HasInputs, value_range: tuple[float, float] = (0.0, 1.0)) -> Score:
+def score(
+    found: Tensor | NDArray[Any] | HasInputs,
+    truth: Tensor | NDArray[Any] | HasInputs,
+    value_range: tuple[float, float] = (0.0, 1.0),
+) -> Score:
     """All three measures of each input. Inputs are compared in the order given, and not clipped to the range.
 
     Args:
-        found: (batch, ...), or anything with such `inputs`, as a Reconstruction.
+        found: (batch, ...), an array too, or anything with such `inputs`, as a Reconstruction.
         truth: the same shape.
         value_range: the lowest and the highest value an input can have: sets the scale of PSNR and SSIM.
 
@@ -140,8 +146,8 @@ def _mean(values: tuple[float, ...]) -> float:
     return sum(values) / len(values)
 
 
-def _inputs(given: Tensor | HasInputs) -> Tensor:
-    return given if isinstance(given, Tensor) else given.inputs
+def _inputs(given: Tensor | NDArray[Any] | HasInputs) -> Tensor:
+    return given.inputs if hasattr(given, "inputs") else torch.as_tensor(given)
 
 
 def _check_shapes(a: Tensor, b: Tensor) -> None:

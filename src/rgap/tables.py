@@ -58,9 +58,11 @@ def samples_of(given: Any) -> Samples:
         if pairs and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
             inputs = torch.stack([torch.as_tensor(x) for x, _ in pairs])
             return _numbered(inputs, [float(y) for _, y in pairs])
+        if pairs and all(isinstance(x, (Tensor, np.ndarray)) for x in pairs):
+            return _numbered(torch.stack([torch.as_tensor(x) for x in pairs]), None)
     raise DataError(
         f"got samples of type {type(given).__name__}, expected a tensor or an array (n, *input_shape), a pair of "
-        "inputs and labels, rgap.data's pictures, or a torch Dataset of pairs"
+        "inputs and labels, rgap.data's pictures, or a torch Dataset of pairs (that of a DataLoader is its .dataset)"
     )
 
 

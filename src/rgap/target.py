@@ -294,6 +294,14 @@ class Target:
         found = torch.autograd.grad(loss, [state[n] for n in names], allow_unused=True)
         return {n: torch.zeros_like(state[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
+    def label_gradients(self, inputs: Tensor, labels: Tensor, name: str) -> Tensor:
+        """One parameter's gradient at each of several labels of one sample, (labels, *shape), by one forward pass."""
+        state = _copies(self._state)
+        state[name].requires_grad_()
+        outputs = self._run(state, inputs)
+        losses = (self.loss(outputs, label.reshape(1).to(self.device)) for label in labels)
+        return torch.stack([torch.autograd.grad(loss, state[name], retain_graph=True)[0] for loss in losses])
+
     def gradients(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The gradient that each of s samples alone would give: by parameter name, (s, *shape); see `gradient`."""
         rows = [self.gradient(x[None], y[None]) for x, y in zip(inputs, labels, strict=True)]

@@ -13,9 +13,11 @@ from networks import ACTIVATIONS, LOSSES, Client, clients
 from torch import Tensor, nn
 
 from rgap import Target, Update, capture, losses, models
-from rgap.attacks import Reconstruction, Status
+from rgap.attacks import Answer, Reconstruction, Status, bias
 from rgap.attacks.bias import Bias
+from rgap.attacks.verdict import answer
 from rgap.inversion.bias import divide
+from rgap.inversion.history import Candidate
 from rgap.inversion.rounding import stored_precision
 
 DRAWN = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -551,3 +553,37 @@ def test_learned_positions_tell_k_of_every_patch(token: bool) -> None:
     assert found.status is Status.EXACT
     assert apart(found, x) <= 1e-9
     assert any("the gradient of 0.positions is k of 0.embed" in each for each in found.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("end", "loss", "factor"),
+    [
+        (nn.Sigmoid(), "mse", 1.0),
+        (nn.Softmax(1), "cross-entropy", 1.0),
+        (nn.Softmax(1), "cross-entropy", 3.0),
+        (nn.Hardtanh(), "mse", 1.0),
+    ],
+)
+def test_of_many_labels_few_are_certified(
+    end: nn.Module, loss: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the last layer does not tell the label, one parameter's gradient does."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(9, 12), nn.Tanh(), nn.Linear(12, 60), end).double()
+        x = torch.rand(3, 1, 3, 3, dtype=torch.float64)
+    target = Target(model, loss, (1, 3, 3), (0.0, 1.0))
+    certified: list[float] = []
+
+    def counted(target: Target, update: Update, end: Candidate, label: Tensor) -> Answer:
+        certified.append(float(label))
+        return answer(target, update, end, label)
+
+    monkeypatch.setattr(bias, "answer", counted)
+    for at, label in enumerate((0.0, 31.0, 59.0)):
+        update = capture(target, x[at : at + 1], torch.tensor([label]))
+        certified.clear()
+        found = Bias()(target, Update({name: factor * g for name, g in update.gradients.items()}))
+        assert found.labels.tolist() == [label]
+        assert float((found.inputs - x[at]).abs().max()) < 1e-6
+        assert len(certified) <= 2 * bias.FEW

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rgap import Target, Update, capture, losses
-from rgap.attacks import DLG, InvertingGradients, Matching, Polish, progress
+from rgap.attacks import DLG, Attack, Bias, Closed, InvertingGradients, Matching, Polish, progress
 from rgap.attacks.minimise import Adam
 from rgap.attacks.progress import Reporter, Tick, watching
 
@@ -66,6 +66,45 @@ def test_polish_tells_its_steps(often: None) -> None:
     with watching(ticks.append):
         Polish(DLG(iterations=5), steps=3)(*small())
     assert [tick.done for tick in ticks if tick.what == "Polish"] == [1, 2, 3]
+
+
+def of(batch: int, loss: losses.Loss, shape: tuple[int, ...], *layers: nn.Module) -> tuple[Target, Update]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(*layers).double()
+        for p in model.parameters():
+            nn.init.uniform_(p, -0.5, 0.5)
+        x = torch.rand(batch, *shape, dtype=torch.float64)
+    target = Target(model, loss, shape, (0.0, 1.0), batch)
+    return target, capture(target, x, torch.arange(batch).double() if loss.labels[0] == 0 else torch.ones(batch))
+
+
+OPEN = (nn.Conv2d(1, 12, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(12, 4, 3, 2), nn.LeakyReLU(0.2), nn.Flatten())
+POOLED = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 4))
+
+
+@pytest.mark.parametrize(
+    ("attack", "target", "told"),
+    [
+        (Closed(), of(1, losses.Logistic(), (1, 4, 4), *OPEN, nn.Linear(4, 1)), "Closed, layers together, step"),
+        (Closed(), of(1, losses.CrossEntropy(4), (1, 8, 8), *POOLED), "Closed"),
+        (
+            Bias(),
+            of(1, losses.Logistic(), (1, 4, 4), nn.Conv2d(1, 9, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, 1)),
+            "Bias",
+        ),
+    ],
+    ids=["jointly", "through a pool", "layers in front of a bias"],
+)
+def test_the_closed_form_tells_how_far_it_is(
+    often: None, attack: Attack, target: tuple[Target, Update], told: str
+) -> None:
+    ticks: list[Tick] = []
+    with watching(ticks.append):
+        attack(*target)
+    own = [tick for tick in ticks if tick.what == told]
+    assert len(own) >= 2
+    assert all(tick.done <= tick.total for tick in own)
 
 
 def test_nobody_hears_outside(often: None) -> None:

@@ -24,9 +24,10 @@ from small_audits import (
 )  # fmt: skip
 from torch import Tensor, nn
 
-from rgap import Audit, Target, Update, audit, losses, models
+from rgap import Audit, Target, Update, audit, capture, losses, models, score
 from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients, Outcome, Recursive, Status
 from rgap.auditing import Interrupted, Level, Step
+from rgap.defences import TopK
 from rgap.protocol import Protocol, Sends
 from rgap.store import StoreError
 
@@ -533,3 +534,46 @@ def test_printed_it_is_its_verdict() -> None:
     found = audit(open_target(), pictures(1), attacks=[Bias()], about=ABOUT)
     assert repr(found) == str(found)
     assert str(found).splitlines() == [found.verdict.headline, *found.verdict.sentences]
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("bias", ["Bias"]),
+        ("Bias", ["Bias"]),
+        (Bias, ["Bias"]),
+        (Bias(), ["Bias"]),
+        (["Inverting_Gradients", Bias, "iDLG", Recursive()], ["InvertingGradients", "Bias", "iDLG", "Recursive"]),
+    ],
+)
+def test_attacks_are_taken_as_people_name_them(given: Any, names: list[str]) -> None:
+    found = audit(open_target(), pictures(1), attacks=given, budget=0.0)
+    assert [run.name for run in found.attacks] == names
+
+
+@pytest.mark.parametrize("given", ["top-k", "TopK", TopK, TopK(), [TopK], ["TopK"]])
+def test_defences_are_taken_as_people_name_them(given: Any) -> None:
+    found = audit(open_target(), pictures(1), attacks=Bias, defences=given)
+    assert [each.name for each in found.sweeps] == ["TopK"]
+
+
+@pytest.mark.parametrize("given", ["biass", "", ["bias", "dgl"], "TopK", ["top-k"]])
+def test_what_is_no_attack_is_refused_in_one_line(given: Any) -> None:
+    with pytest.raises(ValueError, match="expected one of") as refused:
+        audit(open_target(), pictures(1), attacks=given)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_printed_is_a_few_lines() -> None:
+    """At the prompt of an interpreter, too: no tensor is written out."""
+    target = open_target()
+    x = pictures(1)
+    update = capture(target, x.inputs, torch.tensor([1.0]))
+    found = Bias()(target, update)
+    for each in (update, found, audit(target, x, attacks=Bias)):
+        assert repr(each) == str(each)
+        assert len(str(each)) < 1000
+        assert "tensor(" not in str(each)
+    with pytest.raises(TypeError):
+        Bias()(target, dict(update.gradients))  # type: ignore[arg-type]
+    assert score(found, truth=x.inputs.numpy()).mse == score(found, truth=x.inputs).mse

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from small_audits import SHAPE, Silent, documented, open_target, pictures, seeded
+from small_audits import SHAPE, Silent, documented, open_target, pictures, result, seeded
 from torch import Tensor, nn
 
-from rgap import Target, audit, data, losses
-from rgap.attacks import DLG, IDLG, Attack, Bias, Closed, InvertingGradients, Matching, Outcome, Status
+from rgap import Target, audit, capture, data, losses
+from rgap.attacks import DLG, IDLG, Attack, Bias, Closed, InvertingGradients, Matching, Outcome, Status, search
 from rgap.attacks.minimise import Adam, Termination
-from rgap.auditing import Audit, Ended, Step
+from rgap.attacks.slopes import slopes
+from rgap.auditing import Audit, Case, Ended, Step
+from rgap.auditing.readout import ReadOut
+from rgap.auditing.verdict import verdict
 from rgap.cli.audit_run import ended_by_termination
 from rgap.inversion import joint
 from rgap.linalg.deadline import OutOfTime, check, within
@@ -69,7 +74,7 @@ def test_an_attack_that_overruns_is_cut_off_and_named(attack: Attack) -> None:
 
 @pytest.mark.parametrize("attack", [IDLG(iterations=10**7), InvertingGradients(iterations=10**7)], ids=lambda a: a.name)
 def test_a_search_that_was_cut_off_gives_the_best_that_it_had(attack: Matching) -> None:
-    found = audit(pooled(), photographs(1), attacks=[attack], budget=0.5)
+    found = audit(pooled(), photographs(1), attacks=[attack], budget=3.0)
     (result,) = found.cases[0].results
     assert result.status in (Status.CUT_OFF, Status.NOT_CONVERGED)
     assert result.inputs is not None
@@ -87,15 +92,84 @@ def test_the_joint_solve_keeps_to_the_time_and_says_where_it_was(monkeypatch: py
 
 
 def _update(target: Target) -> Update:
-    from rgap import capture
-
     return capture(target, photographs(1).inputs, torch.tensor([1.0]))
 
 
 def test_time_that_one_attack_does_not_need_the_others_have() -> None:
-    found = audit(pooled(), photographs(1), attacks=[Silent(), Silent(Status.REPRODUCED), Endless()], budget=0.6)
-    assert 0.5 < found.seconds < 5
-    assert [len(run.results) for run in found.attacks] == [1, 1, 0]
+    found = audit(pooled(), photographs(1), attacks=[Silent(), Silent(Status.REPRODUCED), Endless()], budget=3.0)
+    assert 2.5 < found.seconds < 30
+    assert [run.results[0].status for run in found.attacks] == [Status.NOT_CONVERGED, Status.REPRODUCED, Status.CUT_OFF]
+
+
+@pytest.mark.parametrize("attack", [IDLG(at_once=4), InvertingGradients(at_once=7), Matching(optimise_label=False)])
+def test_of_many_starts_no_more_are_evaluated_than_there_is_time_for(
+    attack: Matching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def counted(*arguments: Any) -> Callable[..., Any]:
+        inner = slopes(*arguments)
+
+        def evaluate(points: Tensor, *more: Any) -> Any:
+            seen.append(len(points))
+            return inner(points, *more)
+
+        return evaluate
+
+    monkeypatch.setattr(search, "slopes", counted)
+    model = seeded(nn.Flatten(), nn.Linear(16, 9), nn.Tanh(), nn.Linear(9, 60), nn.Softmax(1))
+    target = Target(model, losses.CrossEntropy(60), SHAPE, (0.0, 1.0))
+    update = capture(target, pictures(1).inputs, torch.tensor([1.0]))
+    with within(0.0):
+        found = attack(target, update)
+    assert seen == [attack.at_once]
+    assert found.status is Status.CUT_OFF
+    assert found.inputs.shape == (1, *SHAPE)
+
+
+@dataclass(frozen=True)
+class Slow(Attack):
+    """As good as `Bias`, and too slow for more than some updates."""
+
+    quick: int
+    begun: ClassVar[list[Update]] = []
+
+    def run(self, target: Target, update: Update) -> Outcome:
+        self.begun.append(update)
+        while len(self.begun) > self.quick:
+            check()
+        return Bias().run(target, update)
+
+
+@pytest.mark.parametrize("quick", [0, 1, 2])
+def test_updates_that_were_done_in_time_keep_their_answers(quick: int) -> None:
+    Slow.begun.clear()
+    found = audit(open_target(), pictures(3), attacks=[Slow(quick)], budget=2.0)
+    statuses = [case.results[0].status for case in found.cases]
+    assert statuses == [Status.EXACT] * quick + [Status.CUT_OFF] * (3 - quick)
+    assert f"Slow on {3 - quick} updates: cut off when the time was up" in found.not_run
+
+
+@pytest.mark.parametrize(
+    ("kinds", "headline"),
+    [
+        (["leak"], "The sample can be recognised in what the update gives away, and the time was up before"),
+        (["leak", ""], "1 of 2 samples can be recognised in what the update gives away, and the time was up before"),
+        (["features", ""], "All 9 values that fc reads were read off; none of the 2 samples was recovered by the"),
+        (
+            ["features", "none"],
+            "All 9 values that fc reads were read off; no attack ran, which might give more away,",
+        ),
+        (["", ""], "The time was up before every attack had ended. So far: none of the 2 samples was recovered"),
+    ],
+)
+def test_what_leaked_comes_first_in_the_headline(kinds: list[str], headline: str) -> None:
+    found = () if "none" in kinds else (result(psnr=30.0 if "leak" in kinds else 5.0),)
+    cases = [Case(k, torch.zeros(1, *SHAPE), 1.0, found if k == kinds[0] else found[:0]) for k in kinds]
+    read = ReadOut(len(kinds), layer="fc", values=9, features=len(kinds)) if "features" in kinds else None
+    told = verdict(cases, (), None, open_target(), read, Ended.TIME).headline
+    assert told.startswith(headline)
+    assert "the time was up before every attack had ended." in told[0].lower() + told[1:]
 
 
 def test_no_headline_is_a_result_where_the_time_was_up() -> None:

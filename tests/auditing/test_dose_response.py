@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_audits import Robust, Silent, Watched, documented, open_target, pictures
 
-from rgap import Audit, audit, capture
-from rgap.attacks import Attack, Bias
+from rgap import Audit, Target, Update, audit, capture
+from rgap.attacks import Attack, Bias, Outcome, Status
 from rgap.auditing import Accounting, DoseResponse, Response
 from rgap.defences import DPSGD, Clip, Defence, GaussianNoise, Sign, TopK, gradient_error
+from rgap.linalg.deadline import check
 from rgap.protocol import Protocol
 
 ABOUT = {"data": "random values"}
@@ -228,3 +230,24 @@ def test_several_samples_of_one_update_are_swept_together() -> None:
     (sweep,) = found.sweeps
     assert [point.recovered for point in sweep.points] == [1.0, 1.0]
     documented(found)
+
+
+@dataclass(frozen=True)
+class Slow(Attack):
+    """Needs a while for what is not sent as it was."""
+
+    def run(self, target: Target, update: Update) -> Outcome:
+        found = Bias().run(target, update)
+        while found.status is not Status.EXACT:
+            check()
+        return found
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_defence_has_its_share_of_the_time(count: int) -> None:
+    """And one that is cut off is not said to close what it was not tried long enough on."""
+    armed = [Sign(), TopK(), GaussianNoise()][:count]
+    found = audit(open_target(), pictures(1), attacks=[Slow()], defences=armed, budget=2.0 * count)
+    assert [sweep.name for sweep in found.sweeps] == [defence.name for defence in armed]
+    assert all(sweep.closes_at is None for sweep in found.sweeps)
+    assert sum("the time was up" in note for note in found.not_run) == count

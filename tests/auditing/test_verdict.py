@@ -158,3 +158,12 @@ def test_a_weak_guarantee_is_not_left_to_be_taken_for_a_strong_one(
     assert (advice.why == "Differential privacy.") is (caveat is None)
     assert caveat is None or caveat in advice.why
     assert ("attacks tried" in advice.why) is (caveat is not None)
+
+
+@pytest.mark.parametrize("residuals", [(0.5, 0.1, math.nan), (math.nan, 0.3), (0.2, 0.2, 0.1)])
+def test_where_nobody_knows_the_sample_the_best_is_whose_gradient_agrees_best(residuals: tuple[float, ...]) -> None:
+    unknown = dataclasses.replace(result(psnr=math.nan, ssim=math.nan, reproduced=False), compared=False)
+    found = [dataclasses.replace(unknown, gradient_residual=residual) for residual in residuals]
+    best = Case("a", None, None, tuple(found)).best
+    assert best is not None
+    assert best.gradient_residual == min(r for r in residuals if not math.isnan(r))

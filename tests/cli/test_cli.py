@@ -423,6 +423,12 @@ def test_local_epochs_on_the_command_line_and_in_toml(capsys: pytest.CaptureFixt
         (("--momentum", "nan"), "got nan, expected a finite number"),
         (("--nesterov",), "nesterov=True without momentum"),
         (("--schedule", "1,x"), "got '1,x', expected numbers with commas"),
+        (("--schedule", "1,nan"), "got '1,nan', expected numbers with commas"),
+        (("--learning-rate", "nan"), "got nan, expected a finite number"),
+        (("--mean", "nan"), "got 'nan', expected a number for each channel"),
+        (("--std", "1,inf,1"), "got '1,inf,1', expected a number for each channel"),
+        (("--value-range", "nan,1"), "got 'nan,1', expected two numbers with a comma"),
+        (("--budget", "nan"), "got nan, expected a finite number"),
         (("--schedule", "1,2"), "got a schedule of 2 factors, expected 1"),
     ],
 )

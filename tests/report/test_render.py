@@ -128,7 +128,7 @@ def test_the_verdict_comes_first_with_its_numbers(page: Page) -> None:
     parts = [verdict["headline"], verdict["sentences"][0], "recovered exactly 6 of 8", "included 7 of 8"]
     places = [page.text.index(part) for part in parts]
     assert places == sorted(places)
-    assert places[-1] < page.text.index("Each original beside")
+    assert places[-1] < page.text.index("What the best attack made")
     sections = [
         "What came back", "Which layer gives it away", "What the solver met", "Attacks", "Attacks that did not apply",
         "Where defences close it", "What to do", "What this audit does not say", "Left out", "Run it again",
@@ -204,7 +204,7 @@ def test_an_interrupted_audit_says_so_before_anything_else() -> None:
 def test_an_empty_audit_is_a_page_all_the_same() -> None:
     text = Page(render(empty())).text
     for part in ("The updates hold nothing.", "No sample was attacked.", "No attack ran.", "No defence was swept.",
-                 "The audit has no advice. No defence was tried", "It was started from Python"):  # fmt: skip
+                 "The audit has no advice. No sample came back", "It was started from Python"):  # fmt: skip
         assert part in text
 
 
@@ -591,3 +591,24 @@ def test_results_without_an_answer_are_results() -> None:
     audit = rich(1)
     audit["samples"][0]["results"] = [result("Closed", None, None, 1, reason="a layer is dead")]
     assert "nothing came back" in Page(render(audit)).text
+
+
+@pytest.mark.parametrize(
+    ("level", "known", "told"),
+    [
+        ("exact", True, "the same command with --defence all"),
+        ("exact", False, "is tried on samples that are known: rgap audit with --defence all"),
+        ("recognisable", True, "the same command with --defence all"),
+        ("not recovered", True, "No sample came back that a defence could close"),
+    ],
+)
+def test_the_way_on_without_a_defence_is_one_that_there_is(level: str, known: bool, told: str) -> None:
+    audit = copy.deepcopy(rich(2))
+    audit["defences"], audit["verdict"]["advice"], audit["verdict"]["level"] = [], [], level
+    for sample in audit["samples"]:
+        sample["level"] = level
+        if not known:
+            sample["label"] = sample["picture"] = None
+    page = render(audit)
+    assert told in " ".join(" ".join(Page(page).texts).split())
+    assert ("<figcaption>Original</figcaption>" in page) is known

@@ -13,13 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.attacks.result import Outcome, Reconstruction
+from rgap.attacks.result import Outcome, Reconstruction, Status
 from rgap.checks import Preflight, preflight
+from rgap.linalg.deadline import OutOfTime
 from rgap.printable import listed
 from rgap.target import Target
 from rgap.update import Update, UpdateError
 
 MIXTURE = "of {} samples in one update it gives a mixture; Closed tells them apart where it can"
+LATE = Outcome(Status.CUT_OFF, "the time was up before there was an answer")
 AS_ONE = "the update is attacked as if it came from one sample; of several it gives a mixture"
 
 
@@ -55,9 +57,13 @@ class Attack(ABC):
     def many(self, target: Target, updates: Sequence[Update]) -> tuple[Reconstruction, ...]:
         """Attack several updates of one model, all at once where the attack can.
 
+        What was not done when the time was up (`rgap.linalg.deadline`) is cut off, and says so.
+
         The seconds of attacks that ran at once are shared out evenly. Errors are those of a single attack.
         """
         for update in updates:
+            if not isinstance(update, Update):
+                raise TypeError(f"got a {type(update).__name__}, expected an update: rgap.Update(gradients by name)")
             update.check(target, partial=True)
             missing = [name for name in target.parameters if name not in update.gradients]
             if missing and not self.partial:
@@ -106,14 +112,21 @@ class Attack(ABC):
         if not update.header.protocol.local:
             return None, 0.0
         start = time.perf_counter()
-        return self.follow_steps(target, update), time.perf_counter() - start
+        try:
+            outcome = self.follow_steps(target, update)
+        except OutOfTime:
+            outcome = LATE
+        return outcome, time.perf_counter() - start
 
     def _timed(self, target: Target, updates: Sequence[Update]) -> list[tuple[Outcome, float]]:
         """Every update's outcome, and how long it took."""
         found = []
-        for update in updates:
+        for update in updates:  # one that is cut off takes nothing from those before it
             start = time.perf_counter()
-            outcome = self.run(*update.with_batch(target))
+            try:
+                outcome = self.run(*update.with_batch(target))
+            except OutOfTime:
+                outcome = LATE
             found.append((outcome, time.perf_counter() - start))
         return found
 
@@ -137,7 +150,10 @@ class BatchAttack(Attack):
         if any(update.buffers for update in updates):  # each was in a network of its own
             return super()._timed(target, updates)
         start = time.perf_counter()
-        found = self.run_many(target, updates) if updates else []
+        try:
+            found = self.run_many(target, updates) if updates else []
+        except OutOfTime:
+            found = [LATE] * len(updates)
         each = (time.perf_counter() - start) / max(1, len(updates))
         return [(outcome, each) for outcome in found]
 

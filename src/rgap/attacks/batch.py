@@ -62,6 +62,7 @@ def invert_batch(
         tolerance,
         target.value_range,
         continuation,
+        Reporter("Closed, layers together, step", continuation.max_steps),
     )
     features = _features(found)
     if isinstance(inputs, str):

@@ -16,6 +16,7 @@ from torch import Tensor
 from rgap.attacks.base import AS_ONE, MIXTURE, Attack
 from rgap.attacks.features import layer_input, nonzero
 from rgap.attacks.labels import of_one
+from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Outcome, Status
 from rgap.attacks.verdict import answer, judge
 from rgap.inversion.bias import Source, cotangent, obstacle_before, sources
@@ -34,6 +35,10 @@ class _Obstacle:
     """Why the input is not found from a layer."""
 
     reason: str
+
+
+FEW = 4
+"""Labels at the most for each of which the whole gradient is recomputed."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,14 @@ class Bias(Attack):
         """With the label under which the recomputed gradient comes nearest, and the verdict."""
         inputs = found.value.reshape(1, *target.input_shape)
         labels, assumption = _labels(target, update, inputs)
+        labels = labels if len(labels) <= FEW else _nearest(target, update, inputs, labels)
         margins = [_margin(target, inputs, label) for label in labels]
         answers = [
             answer(target, update, replace(found, margin=margin), label)
             for label, margin in zip(labels, margins, strict=True)
         ]
-        best = min(answers, key=lambda each: (each.factor != 1, each.gradient_residual))
+        tolerance = update.tolerance
+        best = min(answers, key=lambda a: (a.gradient_residual > tolerance, a.factor != 1, a.gradient_residual))
         assumptions: tuple[str, ...] = (_assumed(source, found.layers), assumption)
         if update.samples(target) != 1:
             assumptions = (AS_ONE, *assumptions)
@@ -111,7 +118,8 @@ class Bias(Attack):
         known = {} if before is None else {name: g[None] for name, g in gradients.items()}
         front = network.part([segment for segment in network.segments if segment.exit <= entry])
         paths = Paths.begin(state, torch.zeros(1, dtype=torch.long, device=x.device), x.new_zeros(1))
-        [end, *_] = recurse(front, Observation(known, eps, rank_tolerance, self.seed), paths)
+        report = Reporter(self.name, len(front.segments))
+        [end, *_] = recurse(front, Observation(known, eps, rank_tolerance, self.seed), paths, report)
         if end.stop is not None:
             return _Obstacle(str(end.stop))
         return replace(end, layers=(*end.layers, found.report))
@@ -124,6 +132,16 @@ def _labels(target: Target, update: Update, inputs: Tensor) -> tuple[tuple[Tenso
     except ValueError:  # any number is a label, and the last layer tells none
         return _by_size(target, update, inputs), "the label is the one with which the gradient has the update's size"
     return possible.labels, possible.assumption
+
+
+def _nearest(target: Target, update: Update, inputs: Tensor, labels: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of many labels those whose gradient of one parameter comes nearest, as it is or but for a factor."""
+    name, grad = list(nonzero(target, update).items())[-1]
+    given = grad.flatten()
+    found = target.label_gradients(inputs, torch.stack(labels), name).flatten(1)
+    length = found.norm(dim=1).clamp(min=torch.finfo(found.dtype).tiny)
+    order = (*(found - given).norm(dim=1).argsort()[:FEW], *(-(found @ given / length).abs()).argsort()[:FEW])
+    return tuple(labels[at] for at in dict.fromkeys(map(int, order)))
 
 
 def _by_size(target: Target, update: Update, inputs: Tensor) -> tuple[Tensor, ...]:

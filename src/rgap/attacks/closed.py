@@ -196,7 +196,8 @@ class Closed(Recursive):
         """Solve jointly from the input to the last value that is known for certain; nothing if the input is."""
         if candidate.stop is None and candidate.layers[0].open_since is None:
             return candidate
-        return self.joint(target.network, observed, candidate, target.value_range, agreement(observed.eps))
+        report = Reporter(f"{self.name}, layers together, step", self.joint.continuation.max_steps)
+        return self.joint(target.network, observed, candidate, target.value_range, agreement(observed.eps), report)
 
 
 Virtual = Closed

@@ -24,7 +24,8 @@ BY_NAME: dict[str, Callable[[], Attack]] = {
 
 
 def by_name(name: str, iterations: int | None = None, restarts: int | None = None, polish: bool = False) -> Attack:
-    """An attack by its name, such as ``inverting-gradients``.
+    """An attack by its name, such as ``inverting-gradients``; upper and lower case, dashes and underscores do not
+    matter: ``InvertingGradients`` is the same.
 
     Args:
         iterations, restarts: of an attack by optimisation; None: its own.
@@ -33,13 +34,19 @@ def by_name(name: str, iterations: int | None = None, restarts: int | None = Non
     Raises:
         ValueError: an unknown name, or sizes for an attack that has none.
     """
-    if name not in BY_NAME:
+    known = {_plain(each): kind for each, kind in BY_NAME.items()}
+    kind = known.get(_plain(name))
+    if kind is None:
         raise ValueError(f"got the attack {name!r}, expected one of {', '.join(BY_NAME)}")
-    made = BY_NAME[name]()
+    made = kind()
     if (iterations or restarts) and not isinstance(made, (Matching, Hybrid)):
         raise ValueError(f"{made.name} is no attack by optimisation")
     made = resized(made, iterations, restarts)
     return Polish(made) if polish else made
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
 
 
 def resized(attack: Attack, iterations: int | None, restarts: int | None) -> Attack:

@@ -114,7 +114,7 @@ class Outcome:
     """Why its steps were not followed to the end."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reconstruction:
     """What an attack found, and how far it can be trusted."""
 
@@ -195,3 +195,5 @@ class Reconstruction:
         lines += [f"  assumed: {assumption}" for assumption in self.assumptions]
         lines += [f"  warning: {finding}" for finding in self.preflight.findings]
         return "\n".join(lines)
+
+    __repr__ = __str__

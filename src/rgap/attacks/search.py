@@ -15,7 +15,8 @@ from rgap.attacks.distance import Gradients, total_variation
 from rgap.attacks.labels import candidates, one_hot
 from rgap.attacks.minimise import Minima, Termination
 from rgap.attacks.progress import Reporter
-from rgap.attacks.slopes import slopes
+from rgap.attacks.slopes import refused, slopes
+from rgap.linalg import deadline
 from rgap.target import GradientFunction, Target
 from rgap.update import Update
 
@@ -116,9 +117,20 @@ class Search:
         single = len(self.updates) == 1
         batched = slopes(self.target, attack.dtype, loss_of, (False, single), attack.at_once)
 
-        def objective(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        def some(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
             own = {name: g[0] if single else g[self.owned[which]] for name, g in given.items()}
             slope, value = batched(x, self.weights[which], own)
+            return value, slope
+
+        together = 1 if refused(self.target, attack.dtype) else attack.at_once
+
+        def objective(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+            """Where the time is up before all systems are evaluated the others count as infinite."""
+            value, slope = x.new_full((len(x),), math.inf), torch.zeros_like(x)
+            for at in torch.split(torch.arange(len(x), device=x.device), together):
+                value[at], slope[at] = some(x[at], which[at])
+                if deadline.used() >= 1:
+                    break
             return value, slope
 
         return objective

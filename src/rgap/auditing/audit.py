@@ -8,26 +8,30 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients
 from rgap.attacks.named import by_name
 from rgap.auditing.document import document
 from rgap.auditing.dose_response import Accounting, DoseResponse, dose_response
-from rgap.auditing.findings import findings
 from rgap.auditing.observed import Truth, captured, received
 from rgap.auditing.readout import ReadOut
 from rgap.auditing.results import AttackRun, Case
 from rgap.auditing.run import Ended, Run, Step
 from rgap.auditing.verdict import Verdict, verdict
 from rgap.defences import Defence
+from rgap.defences import by_name as defences_by_name
 from rgap.files import write_atomically
+from rgap.linalg.deadline import within
+from rgap.printable import shown
 from rgap.protocol import Protocol
 from rgap.rank import RankAnalysis
 from rgap.report import render
 from rgap.target import Target
 from rgap.update import PLAIN, Update
 
+Attacks: TypeAlias = Attack | type[Attack] | str | Sequence[Attack | type[Attack] | str]
+Defences: TypeAlias = Defence | type[Defence] | str | Sequence[Defence | type[Defence] | str]
 ATTACKS: tuple[Attack, ...] = (Bias(), Closed(), IDLG(iterations=500), InvertingGradients(iterations=1500))
 """In the order in which they run, the cheapest first: what one reads out exactly no other is given."""
 NO_DEFENCE = "defences: none was asked for; a sweep measures what it takes to close the leak"
@@ -137,8 +141,8 @@ def audit(
     target: Target,
     samples: Any,
     labels: Sequence[float | int] | None = None,
-    attacks: Sequence[Attack | str] = ATTACKS,
-    defences: Sequence[Defence] = (),
+    attacks: Attacks = ATTACKS,
+    defences: Defences = (),
     protocol: Protocol = PLAIN,
     accounting: Accounting | None = None,
     seed: int = 0,
@@ -157,8 +161,9 @@ def audit(
         samples: pictures, a tensor or an array (n, *input_shape), a pair of inputs and labels, or a torch Dataset of
             such pairs; taken in groups of the target's batch size times the protocol's clients, one update for each.
         labels: one for each sample, in the loss's labels; by default the samples' own, or all labels in turn.
-        attacks: in the order in which they run; those of the command line by their names too.
-        defences: each is swept over its own levels, on a few of the samples, with the attacks that did best.
+        attacks: one or several, in the order in which they run; those of the command line by their names too.
+        defences: one or several, by their names too; each is swept over its own levels, on a few of the samples, with
+            the attacks that did best.
         protocol: what a client does between its data and what it sends.
         accounting: to give an epsilon for each strength of DPSGD; None: none is given.
         seed: of the defences' noise.
@@ -176,17 +181,19 @@ def audit(
     """
     observed, left_out = captured(target, samples, labels, protocol)
     about = {"data": "samples given to rgap.audit", **(about or {})}
-    run = Run(target, observed, _made(attacks), protocol, seed, budget, folder, fresh, about, progress)
+    armed = _made(defences, Defence, defences_by_name)
+    tried = _made(attacks, Attack, by_name)
+    run = Run(target, observed, tried, protocol, seed, budget, folder, fresh, about, progress)
     if left_out is not None:
         run.not_run.append(left_out)
-    return _finished(run, defences, accounting)
+    return _finished(run, armed, accounting)
 
 
 def audit_updates(
     target: Target,
     updates: Mapping[str, Update],
     truth: Mapping[str, Truth] | None = None,
-    attacks: Sequence[Attack | str] = ATTACKS,
+    attacks: Attacks = ATTACKS,
     budget: float | None = None,
     folder: Path | None = None,
     fresh: bool = False,
@@ -214,12 +221,23 @@ def audit_updates(
     observed = received(target, updates, truth or {})
     about = {"data": "updates given to rgap.audit_updates", **(about or {})}
     protocol = observed[0].update.header.protocol
-    made = _made(attacks)
+    made = _made(attacks, Attack, by_name)
     return _finished(Run(target, observed, made, protocol, 0, budget, folder, fresh, about, progress), (), None)
 
 
-def _made(attacks: Sequence[Attack | str]) -> list[Attack]:
-    return [by_name(attack) if isinstance(attack, str) else attack for attack in attacks]
+def _made(given: Any, kind: Any, by_name: Callable[[str], Any]) -> list[Any]:
+    """Attacks or defences, however they were given.
+
+    Raises:
+        ValueError: one is none; says what was got and what was expected.
+    """
+    found, name = [], kind.__name__.lower()
+    for each in [given] if isinstance(given, (str, type, kind)) else given:
+        made = by_name(each) if isinstance(each, str) else each() if isinstance(each, type) else each
+        if not isinstance(made, kind):
+            raise ValueError(f"got {shown(repr(each))}, expected one of rgap.{name}s, its name, or several of them")
+        found.append(made)
+    return found
 
 
 def _finished(run: Run, defences: Sequence[Defence], accounting: Accounting | None) -> Audit:
@@ -228,8 +246,9 @@ def _finished(run: Run, defences: Sequence[Defence], accounting: Accounting | No
     try:
         run.attack()
         if run.leaks:
-            for defence in defences:
-                swept = dose_response(run, defence, accounting)
+            for number, defence in enumerate(defences):
+                with within(run.share(len(defences) - number)):
+                    swept = dose_response(run, defence, accounting)
                 if swept is not None:
                     sweeps.append(swept)
             if not defences and all(each.made_here for each in run.observed):
@@ -258,6 +277,6 @@ def _audit(run: Run, sweeps: Sequence[DoseResponse]) -> Audit:
         ended=run.ended,
         unfinished=run.unfinished,
         read=run.read,
-        findings=findings(run.target, run.observed),
+        findings=run.findings,
         seconds=run.seconds,
     )

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from rgap.attacks import Attack, InvertingGradients
-from rgap.auditing.results import Level, Result, gave_away, or_least
-from rgap.auditing.run import Run, all_exact, any_seen
+from rgap.auditing.results import EXACT_PSNR, Level, Result, gave_away, or_least
+from rgap.auditing.run import Run, any_seen, cut_off
 from rgap.defences import DPSGD, Defence, gradient_error
 
 SWEPT = 4
@@ -127,7 +127,7 @@ def _swept(run: Run) -> list[int]:
 def _best(run: Run) -> list[Attack]:
     """The attack that gave most away, and the best of those that look for the input by optimisation: the closed form
     is the first to break down when a gradient is changed."""
-    nothing = (-1, 0.0)
+    nothing = (-1, 0.0, 0.0)
     first = max(run.able, key=lambda attack: max(map(gave_away, run.of_attack(attack)), default=nothing))
     robust = (attack for attack in run.able if isinstance(attack, InvertingGradients))
     short = [replace(attack, iterations=min(attack.iterations, ITERATIONS)) for attack in robust]
@@ -159,10 +159,12 @@ def _response(
             return None  # without this attack a leak could pass for closed
         for at, results in found.items():
             tried[at].append(results)
-        left = {at: update for at, update in left.items() if not all_exact(found[at])}
-    best = [max(each, key=gave_away) for results in tried.values() for each in zip(*results, strict=True)]
-    if not best:
-        return None
+        left = {at: update for at, update in left.items() if any(or_least(r.psnr) < EXACT_PSNR for r in found[at])}
+    samples = [each for results in tried.values() for each in zip(*results, strict=True)]
+    best = [max(each, key=gave_away) for each in samples]
+    undecided = [b.level is Level.NOTHING and any(map(cut_off, own)) for b, own in zip(best, samples, strict=True)]
+    if not best or (strength is not None and any(undecided)):
+        return None  # an attack that was cut off might have shown what none did
     return Response(
         strength=strength or 0.0,
         median_psnr=statistics.median(or_least(result.psnr) for result in best),

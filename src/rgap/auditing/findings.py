@@ -71,7 +71,9 @@ def _own_target(target: Target) -> str:
     return (
         f"The model has as many outputs as inputs, {values}, and the loss compares them with a class. A client that "
         "trains it to give back its input, as an autoencoder, sends another gradient: then what stands here is of "
-        "another client."
+        "another client. For that one let the model return its error, ((f(x) - x) ** 2).flatten(1).mean(1, "
+        "keepdim=True), and the loss be a function of outputs and targets that returns outputs.mean() "
+        "(--loss PKG.MOD:LOSS)."
     )
 
 
@@ -79,7 +81,7 @@ def mode(target: Target) -> str:
     """The mode that was audited, and what would be another in the other one, of a model that has two."""
     names = " and ".join(changes_with_mode(target.model))
     if target.mode == "training":
-        return f"The model was audited in training mode: {names} as a client has them while it trains."
+        return f"The model was audited in training mode: {names} as a client has it while it trains."
     return (
         f"The model was audited in evaluation mode. A client that trains has {names} in training mode, which gives "
         "another gradient, and another result: --training, or model.train() before the target is made."

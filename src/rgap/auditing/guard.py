@@ -6,21 +6,14 @@ from collections.abc import Sequence
 
 from rgap.attacks import Attack, Reconstruction, Status
 from rgap.checks import Preflight
-from rgap.linalg.deadline import OutOfTime
 from rgap.target import Target
 from rgap.update import Update
 
 
 def guarded(attack: Attack, target: Target, updates: Sequence[Update]) -> tuple[Reconstruction, ...]:
-    """`Attack.many`; of the updates on which it fails, what it failed of.
-
-    Raises:
-        OutOfTime: the time was up; nothing failed.
-    """
+    """`Attack.many`; of the updates on which it fails, what it failed of."""
     try:
         return attack.many(target, updates)
-    except OutOfTime:
-        raise
     except Exception as error:
         if len(updates) > 1:  # the others may not be to blame
             return tuple(found for update in updates for found in guarded(attack, target, [update]))

@@ -9,13 +9,14 @@ from matplotlib.figure import Figure
 
 from rgap.auditing.audit import Audit
 from rgap.picture import is_picture, save, show
+from rgap.report.digest import SHOWN
 
 ACROSS = 8
 """Pairs of pictures in one row."""
 
 
 def side_by_side(audit: Audit, path: str | Path) -> None:
-    """Write a PNG with each original, where it is known, above its reconstruction.
+    """Write a PNG with each original, where it is known, above its reconstruction; of many samples the first.
 
     Raises:
         ValueError: the inputs are no pictures.
@@ -23,13 +24,14 @@ def side_by_side(audit: Audit, path: str | Path) -> None:
     shape = audit.shape
     if not is_picture(shape):
         raise ValueError(f"inputs of shape {shape} are no pictures: expected (1 or 3, height, width)")
-    rows = math.ceil(len(audit.cases) / ACROSS)
-    columns = min(len(audit.cases), ACROSS)
+    cases = audit.cases[:SHOWN]
+    rows = math.ceil(len(cases) / ACROSS)
+    columns = min(len(cases), ACROSS)
     figure = Figure(figsize=(1.45 * columns + 0.9, 3.5 * rows), layout="constrained", dpi=150)
     axes = figure.subplots(2 * rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
-    for at, case in enumerate(audit.cases):
+    for at, case in enumerate(cases):
         row, column = divmod(at, ACROSS)
         best = case.best
         above, below = axes[2 * row][column], axes[2 * row + 1][column]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rgap.attacks import Attack, Reconstruction, Status
+from rgap.auditing.findings import findings
 from rgap.auditing.guard import guarded, obstacle_of
 from rgap.auditing.observed import Observed, digest
 from rgap.auditing.readout import ReadOut, read_out
@@ -114,7 +115,7 @@ class Run:
 
     @property
     def late(self) -> bool:
-        return self.budget is not None and self.seconds > self.budget
+        return used() >= 1 or (self.budget is not None and self.seconds > self.budget)
 
     def put_off(self, what: str, why: str = LATE) -> None:
         """Note what is left to do."""
@@ -129,7 +130,7 @@ class Run:
 
     def attack(self) -> None:
         """Labels, features and ranks, then every attack on every update that none before it recovered exactly."""
-        self.tell("labels", note=self._plan() if self.progress is not None else "")
+        self.tell("labels", note=self._beginning() if self.progress is not None else "")
         with within(QUICK):
             self.read = read_out(self.target, self.observed)
         self.tell("rank analysis", note=f"Read off at once: {self.read.told}." if self.read.told else "")
@@ -141,9 +142,9 @@ class Run:
             left = {at: update for at, update in enumerate(self.updates) if not self._exact(at, self.able[:number])}
             self.tell(attack.name, number * len(self.updates), note)
             note = ""
-            with within(self._share(len(self.able) - number)):
+            with within(self.share(len(self.able) - number)):
                 begun = self.results(attack, left)
-            short += [(attack, at) for at in left if at not in begun or any(map(_cut_off, begun[at]))]
+            short += [(attack, at) for at in left if at not in begun or any(map(cut_off, begun[at]))]
         short = [(attack, at) for attack, at in short if not self._exact(at, self.able)]
         for attack in self.able:
             own = [self.of_update(at, [attack]) for each, at in short if each is attack]
@@ -164,14 +165,24 @@ class Run:
             self.rank = rank_analysis(self.target, batch_size=self.group, measure=False)
             self.not_run.append("measuring ranks: it takes too long here; rgap.rank_analysis does it by itself")
 
-    def _share(self, attacks: int) -> float | None:
-        """Seconds for the next of so many attacks that are left: what one does not need the others have."""
-        return None if self.budget is None else max(self.budget - self.seconds, 0.0) / attacks
+    def share(self, parts: int) -> float | None:
+        """Seconds for the next of so many attacks or defences that are left: what one does not need the others have."""
+        return None if self.budget is None else max(self.budget - self.seconds, 0.0) / parts
+
+    @cached_property
+    def findings(self) -> tuple[str, ...]:
+        """What makes the audit mean something else than its reader may think."""
+        return findings(self.target, self.observed)
+
+    def _beginning(self) -> str:
+        """What to know before time is spent."""
+        return "\n".join((self._plan(), *(f"Check this first: {each}" for each in self.findings)))
 
     def _plan(self) -> str:
         """What will be tried, and about how long it takes here."""
         if not self.able:
-            return "No attack applies to this model."
+            why = "".join(f"\n- {a.name}: {reason}" for a, reason in zip(self.attacks, self.obstacles, strict=True))
+            return f"No attack applies to this model and these updates.{why}{self._large()}"
         updates = len(self.updates)
         parts = []
         for attack in self.able:
@@ -206,13 +217,10 @@ class Run:
                     self.found[key] = kept
         left = [at for at, key in keys.items() if key not in self.found]
         for start in range(0, len(left), CHUNK):
-            if self.late or used() >= 1:
+            if self.late:
                 break
             chunk = left[start : start + CHUNK]
-            try:
-                attacked = guarded(attack, self.target, [updates[at] for at in chunk])
-            except OutOfTime:
-                break
+            attacked = guarded(attack, self.target, [updates[at] for at in chunk])
             for at, each in zip(chunk, attacked, strict=True):
                 own = self.found[keys[at]] = self._judged(self.observed[at], each)
                 # What was cut off is done again when there is more time.
@@ -272,7 +280,7 @@ class Run:
         return any(any_seen(results) for results in self.found.values())
 
 
-def _cut_off(result: Result) -> bool:
+def cut_off(result: Result) -> bool:
     return result.status is Status.CUT_OFF
 
 

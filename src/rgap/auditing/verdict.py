@@ -103,11 +103,12 @@ def verdict(
         headline = f"{_none(count)} recovered by the attacks that were tried."
     told, apart = "" if read is None else read.told, _told_apart(cases)
     read_off = apart or told
-    if tried and level is Level.NOTHING and read_off:
+    if level is Level.NOTHING and read_off:
+        headline = headline if tried else "No attack ran, which might give more away."
         headline = f"{read_off[0].upper()}{read_off[1:]} were read off; {headline[0].lower()}{headline[1:]}"
     return Verdict(
         level,
-        _so_far(headline, ended, exact == count),
+        headline if exact == count else _so_far(headline, ended, seen > 0 or bool(read_off)),
         tuple(found),
         tuple(_sentences(cases, exact, seen, told, target)),
         _layer(rank, seen > 0, ended is not Ended.WHOLE),
@@ -116,12 +117,14 @@ def verdict(
     )
 
 
-def _so_far(headline: str, ended: Ended, all_exact: bool) -> str:
-    """The headline, which is no result where an attack might still have found more."""
-    if ended is Ended.WHOLE or all_exact:
+def _so_far(headline: str, ended: Ended, leaked: bool) -> str:
+    """The headline, which is no result where an attack might still have found more; what leaked comes first."""
+    if ended is Ended.WHOLE:
         return headline
-    how = "The time was up" if ended is Ended.TIME else "The audit was interrupted"
-    return f"{how} before every attack had ended. So far: {headline[0].lower()}{headline[1:]}"
+    how = "he time was up" if ended is Ended.TIME else "he audit was interrupted"
+    if leaked:
+        return f"{headline[:-1]}, and t{how} before every attack had ended."
+    return f"T{how} before every attack had ended. So far: {headline[0].lower()}{headline[1:]}"
 
 
 def _none(count: int) -> str:

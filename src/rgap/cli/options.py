@@ -328,7 +328,7 @@ def _device(name: str) -> torch.device:
     import torch
 
     try:
-        torch.zeros(1, device=name)
+        float(torch.zeros(1, device=name))
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         message = f"--device: this machine has no {name!r} that torch can use ({str(error).splitlines()[0]})"

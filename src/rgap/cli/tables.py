@@ -13,16 +13,19 @@ from rgap.auditing import Audit, DoseResponse, Level
 from rgap.cli.console import NONE, number, table
 from rgap.rank import RankAnalysis
 from rgap.rank.analysis import about
+from rgap.report.digest import SHOWN
 
 
 def pictures(audit: Audit) -> Table:
     """One row for each sample: the attack that gave most away."""
+    left_out = len(audit.cases) - SHOWN
+    more = f" (the first {SHOWN}; {left_out} more are in the numbers above and in the file)" if left_out > 0 else ""
     made = table(
-        "What each sample's update gave away",
+        f"What each sample's update gave away{more}",
         ("sample", "attack", "level", "status"),
         ("MSE", "PSNR dB", "residual", "error", "seconds"),
     )
-    for case in audit.cases:
+    for case in audit.cases[:SHOWN]:
         best = case.best
         if best is None:
             made.add_row(case.name[-18:], NONE, case.level.value, *[NONE] * 6)
@@ -73,9 +76,8 @@ def audit_notes(audit: Audit) -> list[str]:
     best = [(case, case.best) for case in audit.cases if case.best is not None]
     notes += dict.fromkeys(f"assumed: {text}" for _, result in best for text in result.assumptions)
     notes += dict.fromkeys(f"warning: {text}" for _, result in best for text in result.warnings)
-    notes += [
-        f"{case.name}: {result.status.value}, {result.reason}" for case, result in best if case.level is not Level.EXACT
-    ]
+    open_ones = [(case, result) for case, result in best if case.level is not Level.EXACT]
+    notes += [f"{case.name}: {result.status.value}, {result.reason}" for case, result in open_ones[:SHOWN]]
     notes += [each.sentence for each in audit.sweeps]
     notes += [f"not run: {text}" for text in audit.not_run]
     return notes

@@ -156,11 +156,13 @@ def back(
     tolerance: float,
     value_range: tuple[float, float] | None,
     continuation: Continuation,
+    report: Callable[[int, float], None] = lambda step, distance: None,
 ) -> Inputs | str:
     """The inputs behind features of all samples, layer by layer or jointly; or why not.
 
     Args:
         tolerance: distance of the gradients at which they agree.
+        report: is called with the number of steps and what they miss.
     """
     head = features.spaces.head
     if head.value_id == 0:
@@ -169,7 +171,7 @@ def back(
     if front.layers and not features.complete:
         return "all samples share the gradients of the layers in front, and some samples are missing"
     state = features.state
-    passed = layer_by_layer(front, state, gradients, eps, rank_tolerance)
+    passed = layer_by_layer(front, state, gradients, eps, rank_tolerance, report)
     if not front.layers:
         return str(passed.stop) if passed.stop else Inputs(passed.state.value, features.error)
     if passed.stop is None:
@@ -181,7 +183,7 @@ def back(
             return Inputs(passed.state.value, error, passed.layers)
     if passed.stop is not None and passed.stop.cause is Cause.LOSSY:
         return str(passed.stop)
-    return _jointly(front, passed, gradients, eps, tolerance, value_range, continuation)
+    return _jointly(front, passed, gradients, eps, tolerance, value_range, continuation, report)
 
 
 def _jointly(
@@ -192,6 +194,7 @@ def _jointly(
     tolerance: float,
     value_range: tuple[float, float] | None,
     continuation: Continuation,
+    report: Callable[[int, float], None],
 ) -> Inputs | str:
     """The layers up to the last value that is certain together, from what they gave one by one."""
     value_id, state = passed.certain
@@ -207,12 +210,12 @@ def _jointly(
     prior = Prior(front.input_shape, (low + high) / 2)
     start = None if passed.stop else system.linearise(passed.state.value)
     try:
-        found = gauss_newton(system, Iterative(), prior, tolerance, start, replace(continuation, doubt=(4,)))
+        found = gauss_newton(system, Iterative(), prior, tolerance, start, replace(continuation, doubt=(4,)), report)
         at = system.linearise(found.x)
         sure = determine(system, at, Iterative(), torch.Generator(device=found.x.device).manual_seed(0))
     except OutOfTime:
         return "the layers in front were not solved jointly: the time was up"
-    report = JointReport(
+    joint = JointReport(
         layers=tuple(layer.name for layer in front.layers),
         unknowns=system.unknowns,
         rows=system.weight_rows + system.gradient_rows,
@@ -223,4 +226,4 @@ def _jointly(
         prior=str(prior),
     )
     error = found.x.new_full((len(found.x),), sure.std)
-    return Inputs(found.x, error, passed.layers, report)
+    return Inputs(found.x, error, passed.layers, joint)

@@ -6,6 +6,7 @@ for what the constraints do not yet tell, with a weight that falls to nothing as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,6 +71,7 @@ def gauss_newton(
     tolerance: float,
     start: Linearisation | None = None,
     schedule: Continuation = CONTINUATION,
+    report: Callable[[int, float], None] = lambda step, distance: None,
 ) -> Solution:
     """The inputs at which the layers' gradients agree, or the nearest that was found.
 
@@ -78,13 +80,14 @@ def gauss_newton(
             astray.
         tolerance: distance of the gradients at which they agree.
         start: where to linearise first; the middle of the prior if None.
+        report: is called with the number of steps and the least distance.
     """
     if start is None:
         centre = 0.0 if prior is None else prior.centre
         start = system.linearise(system.output.value.new_full(system.in_shape, centre))
     tries: list[Solution] = []
     for doubt in schedule.doubt:
-        tries.append(_Descent(system, solver, prior, tolerance, schedule, doubt).run(start))
+        tries.append(_Descent(system, solver, prior, tolerance, schedule, doubt, report).run(start))
         if tries[-1].distance <= tolerance or not system.kinked:
             break
         schedule = replace(schedule, factor=schedule.factor**0.5)
@@ -102,6 +105,7 @@ class _Descent:
     tolerance: float
     schedule: Continuation
     doubt: int
+    report: Callable[[int, float], None]
 
     def run(self, at: Linearisation) -> Solution:
         system, schedule, tolerance = self.system, self.schedule, self.tolerance
@@ -113,6 +117,7 @@ class _Descent:
         fewest, progress, count, step = torch.inf, 0, 0, 0
         for step in range(schedule.max_steps):
             deadline.check()
+            self.report(step, best.distance)
             again, last = last, weight == schedule.final  # without the prior: the solve before, this one
             before, at = at, self._step(at, uncertain, weight, last)
             if not bool(at.x.isfinite().all()):

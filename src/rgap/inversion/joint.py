@@ -5,6 +5,7 @@ These are the paper's virtual constraints (Section 4). What no constraint tells,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -55,6 +56,7 @@ class JointSolve:
         candidate: Candidate,
         value_range: tuple[float, float] | None,
         tolerance: float,
+        report: Callable[[int, float], None] = lambda step, distance: None,
     ) -> Candidate:
         """The candidate with the network's input, from the last value that is known for certain; or with a note why
         there is none.
@@ -62,6 +64,7 @@ class JointSolve:
         Args:
             observed: of one update.
             tolerance: distance of the gradients at which they agree.
+            report: is called with the number of steps and what they miss.
         """
         if candidate.certain_id == 0:
             return candidate
@@ -82,9 +85,9 @@ class JointSolve:
         direct = Direct(RANK_ROUNDINGS * observed.eps)
         solver: Solver = Iterative() if iterative else direct
         try:
-            found = _by_routes(network, candidate, system, gradients, prior.centre)
+            found = _by_routes(network, candidate, system, gradients, prior.centre, report)
             if found is None:
-                found = gauss_newton(system, solver, prior, tolerance, start, self.continuation)
+                found = gauss_newton(system, solver, prior, tolerance, start, self.continuation, report)
             at, distance = system.linearise(found.x), found.distance
             if distance > tolerance:  # a last unit or two may still be on the wrong side
                 at = system.linearise(refine_sides(system, found.x, tolerance))
@@ -97,7 +100,7 @@ class JointSolve:
             return replace(
                 candidate, note=f"{' and '.join(_names(front))} were not solved jointly: the time was up", cut_off=True
             )
-        report = JointReport(
+        joint = JointReport(
             layers=_names(front),
             unknowns=system.unknowns,
             rows=system.weight_rows + system.gradient_rows,
@@ -108,7 +111,7 @@ class JointSolve:
             prior=str(prior),
         )
         twin = _twin(network, observed, at.x)
-        return replace(candidate, value=at.x, std=sure.std, joint=report, stop=None, twin=twin, known=None)
+        return replace(candidate, value=at.x, std=sure.std, joint=joint, stop=None, twin=twin, known=None)
 
     def _too_large(self, system: ConstraintSystem) -> str:
         count = system.unknowns
@@ -120,7 +123,12 @@ class JointSolve:
 
 
 def _by_routes(
-    network: Network, candidate: Candidate, system: ConstraintSystem, gradients: dict[str, Tensor], centre: float
+    network: Network,
+    candidate: Candidate,
+    system: ConstraintSystem,
+    gradients: dict[str, Tensor],
+    centre: float,
+    report: Callable[[int, float], None],
 ) -> Solution | None:
     """The input in front of the pool at which the recursion stopped; None if it stopped elsewhere."""
     if candidate.stop is None or candidate.stopped is None or not isinstance(candidate.stop.op, Pool):
@@ -131,7 +139,7 @@ def _by_routes(
     if route is None or route.weight_name not in gradients:
         return None
     observed = route.observed(candidate.stopped, gradients[route.weight_name], zeros_behind(network, node))
-    found = solve_route(route, observed, MISSED * system.eps, centre, with_prior=True)
+    found = solve_route(route, observed, MISSED * system.eps, centre, with_prior=True, report=report)
     if found is None:
         return None
     return Solution(found.x, system.distance(system.linearise(found.x)), found.steps)

@@ -6,7 +6,7 @@ layer of a batch is one layer on b times as many pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,7 +36,12 @@ class Passed:
 
 
 def layer_by_layer(
-    network: Network, output: State, gradients: Mapping[str, Tensor], eps: float, rank_tolerance: float
+    network: Network,
+    output: State,
+    gradients: Mapping[str, Tensor],
+    eps: float,
+    rank_tolerance: float,
+    report: Callable[[int, float], None] = lambda step, missed: None,
 ) -> Passed:
     """Back from what is known of each sample's output, to the inputs or to an operation that is not inverted.
 
@@ -45,6 +50,7 @@ def layer_by_layer(
         gradients: of the sum over the samples, by parameter name; those of all layers.
         eps: relative rounding of the gradients.
         rank_tolerance: singular values below this fraction of the largest count as zero.
+        report: is called with the number of steps through a pool and what they miss.
     """
     passed = Passed(output, (len(network.nodes), output), ())
     for segment in reversed(network.segments):
@@ -54,14 +60,14 @@ def layer_by_layer(
         if isinstance(op, Linear):
             if op.layer.weight_name not in gradients or not op.has_gradient:
                 return replace(passed, stop=Stop(op, Cause.LOSSY, "its gradient is not its own, or was not sent"))
-            state, report = _layer(op, state, gradients[op.layer.weight_name], eps, rank_tolerance)
-            passed = replace(passed, layers=(report, *passed.layers))
+            state, own = _layer(op, state, gradients[op.layer.weight_name], eps, rank_tolerance)
+            passed = replace(passed, layers=(own, *passed.layers))
         elif isinstance(op, Elementwise):
             inverse = op.activation.invert(state.value, state.std)
             std = state.std / inverse.slope.abs().clamp(min=1e-12)
             state = State(inverse.z, state.cotangent * inverse.slope, state.weighed(inverse.weight), std)  # Eq. 6
         elif isinstance(op, Pool):
-            found = before_pool(network, segment.nodes[-1], state, gradients, MISSED * eps)
+            found = before_pool(network, segment.nodes[-1], state, gradients, MISSED * eps, report)
             if isinstance(found, str):
                 return replace(passed, stop=Stop(op, Cause.LOSSY, found))
             state = found
