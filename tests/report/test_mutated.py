@@ -72,7 +72,7 @@ def test_a_changed_audit(block: int, first_seed: int, tmp_path: Path) -> None:
     tags = {tag for tag, _ in Page(render(audit)).tags}
     for at in range(EACH):
         source.write_bytes(changed(audit, rng))
-        before, start = peak(), time.process_time()
+        before, start = peak(again=True), time.process_time()
         try:
             write(source, page)
         except ReportError as error:
@@ -88,6 +88,19 @@ def test_a_changed_audit(block: int, first_seed: int, tmp_path: Path) -> None:
             assert not {tag for tag, _ in made.tags} & ({"script", "iframe", "object", "form"} - tags), at
         assert time.process_time() - start < SECONDS, at
         assert peak() - before < MEGABYTES, at
+
+
+@pytest.mark.parametrize("number", [2**63, -(10**30), 10**400])
+@pytest.mark.parametrize("way", [("rank", "layers", 0, "weight_rows"), ("batch_size",), ("seed",)])
+def test_no_number_is_too_large(way: tuple[Any, ...], number: int, tmp_path: Path) -> None:
+    audit = rich(1)
+    holder = audit
+    for step in way[:-1]:
+        holder = holder[step]
+    holder[way[-1]] = number
+    (tmp_path / "audit.json").write_text(json.dumps(audit))
+    with pytest.raises(ReportError, match="whole number of"):
+        write(tmp_path / "audit.json", tmp_path / "audit.html")
 
 
 def test_an_audit_without_end(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def load(path: Path) -> Any:
     if size > LARGEST:
         raise ReportError(f"{path}: {size:,} bytes, expected at most {LARGEST:,}")
     try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse)
+        return json.loads(path.read_bytes(), parse_constant=_refuse, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise ReportError(f"{path} is not JSON: {error}") from None
 
@@ -76,6 +76,13 @@ def clean(value: Any, longest: int = LONGEST) -> Any:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON number")
+
+
+def _whole(digits: str) -> int:
+    """Of what is counted here nothing is larger than the machine's own whole numbers; floats cannot follow."""
+    if abs(number := int(digits)) >= 2**63:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return number
 
 
 def _short(message: str) -> str:
