@@ -32,8 +32,12 @@ for arguments in json.loads(sys.argv[1]):
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202egnp\x9b31m"
 
 
-def seen(commands: list[list[str]], folder: Path) -> str:
-    """All that they write, one after another, to a pseudo-terminal."""
+def seen(commands: list[list[str]], folder: Path, before: tuple[str, ...] = ()) -> str:
+    """All that they write, one after another, to a pseudo-terminal.
+
+    Args:
+        before: a program that starts them.
+    """
     ours, theirs = pty.openpty()
     environment = os.environ | {
         "TERM": "xterm-256color",
@@ -44,7 +48,7 @@ def seen(commands: list[list[str]], folder: Path) -> str:
     for name in ("NO_COLOR", "CI"):
         environment.pop(name, None)
     # Lone surrogates, which file names may have, cannot be handed on as they are.
-    call = [sys.executable, "-c", RUNS, json.dumps(commands)]
+    call = [*before, sys.executable, "-c", RUNS, json.dumps(commands)]
     with subprocess.Popen(call, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=environment) as child:
         os.close(theirs)
         found, end = b"", time.monotonic() + SECONDS

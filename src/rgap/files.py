@@ -22,7 +22,10 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     killed while it wrote this file left behind is removed."""
     path = Path(path)
     _remove_stale(path)
-    handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
+    try:
+        handle, temporary = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
