@@ -751,6 +751,21 @@ def test_control_flow_on_the_values_is_refused(
 
 
 @pytest.mark.parametrize(
+    "code",
+    [
+        lambda h: h + torch.from_numpy(h.detach().numpy()),
+        lambda h: h * float(h.detach().numpy().max()),
+        lambda h: h + torch.as_tensor(h.detach().numpy().copy()),
+    ],
+    ids=["numpy", "number", "copy"],
+)
+def test_other_code_is_not_taken_for_control_flow(code: Callable[[Tensor], Tensor]) -> None:
+    (found,) = obstacles(Model(lambda m, x: m.b(code(m.a(x))), a=nn.Linear(4, 6), b=nn.Linear(6, 1)), (4,))
+    assert found.what.startswith("cannot be traced: ")
+    assert found.remedy == "Keep to torch's own operations in the model's forward."
+
+
+@pytest.mark.parametrize(
     "cast",
     [
         lambda h: h.float(),

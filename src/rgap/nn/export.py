@@ -57,6 +57,14 @@ class Parameters:
 class CannotBeTraced(Exception):
     """torch.export does not follow the model's code."""
 
+    remedy = "Keep to torch's own operations in the model's forward."
+
+
+class Branches(CannotBeTraced):
+    """The code is another one for other inputs."""
+
+    remedy = "Control flow that depends on the values of the input cannot be followed."
+
 
 @dataclass(frozen=True, eq=False)
 class Exported:
@@ -135,7 +143,7 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
             if _writes_through_views(program.graph):
                 program = program.run_decompositions({})
     except GuardOnDataDependentSymNode as error:
-        raise CannotBeTraced("its code branches on values that depend on the input") from error
+        raise Branches("its code branches on values that depend on the input") from error
     except Exception as error:  # torch.export raises many kinds
         lines = str(error).strip().splitlines()
         raise CannotBeTraced(lines[0] if lines else type(error).__name__) from error

@@ -81,8 +81,7 @@ def follow(model: nn.Module, input_shape: tuple[int, ...], outputs: int | None =
                 what = f"cannot be traced in training mode: {error}"
                 setting = Obstacle("forward", what, Kind.SETTING, "Call model.eval() first.")
                 return replace(graph, obstacles=(setting, *graph.obstacles))
-        remedy = "Control flow that depends on the values of the input cannot be followed."
-        return Graph((), (Obstacle("forward", f"cannot be traced: {error}", Kind.NOT_YET, remedy),))
+        return Graph((), (Obstacle("forward", f"cannot be traced: {error}", Kind.NOT_YET, error.remedy),))
     last = exported.ending
     name = "" if last is None else operation(last).strip("_")
     taken = exported.without_ending(ending)
