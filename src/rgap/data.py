@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -102,13 +103,19 @@ def photographs(count: int = 5, size: int | tuple[int, int] = (32, 32), channels
     if not 1 <= count <= len(available):
         raise DataError(f"count is {count}: expected 1 to {len(available)}, the number of built-in photographs")
     mode = "RGB" if channels == 3 else "L"
-    scenes = {file: _open(_shipped(file)).convert(mode) for file in _PHOTOGRAPHS[:count]}
+    scenes = {file: _scene(_shipped(file), mode) for file in _PHOTOGRAPHS[:count]}
     classes = tuple(Path(file).stem for file, _ in available[:count])
     return Images(
         _stack([_array(_cut(scenes[file], size, *_CROPS[crop])) for file, crop in available[:count]]),
         tuple(f"{name}-{crop}" for name, (_, crop) in zip(classes, available, strict=False)),
         classes,
     )
+
+
+@cache
+def _scene(file: Path, mode: str) -> Image.Image:
+    """A whole photograph: it takes longer to read than to cut pictures out of."""
+    return _open(file).convert(mode)
 
 
 def faces(count: int = 5, size: int | tuple[int, int] = (25, 25)) -> Images:

@@ -114,6 +114,8 @@ ASTRAY = 1e6
 """A try that misses so much leads nowhere."""
 LEAST = 1e-7
 """What is missed is never taken to be less, relatively."""
+ROOM = 1 << 24
+"""Numbers that are held at once to weigh gradient rows."""
 
 
 def find_routes(
@@ -289,58 +291,56 @@ class _Decided(_Step):
 
 
 class _Whitening:
-    """The inverse covariance of each output's gradient rows."""
+    """The inverse covariance of each output's gradient rows: noise I + A A', by the smaller of its two factors."""
 
     def __init__(self, step: _Step):
         point, layer, pool = step.point, step.point.part.layer, step.point.part.pool
         k = point.observed.cotangent
-        groups, outputs, reads = layer.weight.shape
+        reads = layer.weight.shape[2]
         # What the input's own error does to the gradient rows.
         error = float(point.read.square().mean()) * max(step.missed, LEAST) ** 2
         noise = k.square().sum((0, 2)) * error
         noise = noise + (LEAST * point.observed.grad.reshape(-1, reads).norm(dim=1)) ** 2 / reads
-        undecided = step.windows.undecided & (k != 0)
-        centred = not isinstance(pool, MeanPool)
-        patches = torch.nn.functional.pad(point.patches, (0, 1))
-        self.solves: list[Callable[[Tensor], Tensor]] = []
-        for output in range(groups * outputs):
-            sample, window = undecided[:, output].nonzero(as_tuple=True)
-            floor = float(noise[output])
-            if not len(sample):
-                self.solves.append(_scaled(1 / max(floor, torch.finfo(noise.dtype).tiny)))
-                continue
-            at = (sample, output, window)
-            own = patches[sample, output // outputs][
-                torch.arange(len(sample))[:, None], :, pool.windows[window]
-            ]  # (windows, places, reads)
-            if centred:
-                own = own - (step.windows.slope[at][..., None] * own).sum(1, keepdim=True)
-            columns = (own * (step.windows.spread[at] * k[at][:, None])[..., None]).flatten(0, 1).mT
-            self.solves.append(_low_rank(columns, floor))
+        undecided = (step.windows.undecided & (k != 0)).transpose(0, 1).flatten(1)
+        most = int(undecided.sum(1).max())
+        first = undecided.int().argsort(1, descending=True)[:, :most]
+        count = most * pool.windows.shape[1]
+        self.by_reads = count >= reads
+        factors, every, together = [], torch.arange(len(noise), device=k.device), max(1, ROOM // max(1, count * reads))
+        for at in range(0, len(noise), together):
+            some = every[at : at + together]
+            columns = _columns(step, some, first[some], undecided[some].gather(1, first[some]))
+            factors.append(columns @ columns.mT if self.by_reads else columns)
+        factor = torch.cat(factors)
+        square = factor if self.by_reads else factor.mT @ factor
+        self.noise = noise + 1e-10 * square.diagonal(dim1=1, dim2=2).sum(1) / reads + torch.finfo(noise.dtype).tiny
+        eye = torch.eye(square.shape[1], dtype=noise.dtype, device=noise.device)
+        lower = torch.linalg.cholesky(square + self.noise[:, None, None] * eye)
+        self.factor, self.inverse = factor, torch.cholesky_inverse(lower)
 
     def __call__(self, grad: Float[Tensor, "g j i"]) -> Float[Tensor, "g j i"]:
-        rows = grad.flatten(0, 1)
-        return torch.stack([solve(row) for solve, row in zip(self.solves, rows, strict=True)]).reshape(grad.shape)
+        rows = grad.flatten(0, 1)[..., None]
+        if self.by_reads:
+            found = self.inverse @ rows
+        else:
+            found = (rows - self.factor @ (self.inverse @ (self.factor.mT @ rows))) / self.noise[:, None, None]
+        return found.reshape(grad.shape)
 
 
-def _scaled(factor: float) -> Callable[[Tensor], Tensor]:
-    return lambda row: factor * row
+def _columns(step: _Step, outputs: Tensor, first: Tensor, undecided: Tensor) -> Float[Tensor, "o i q"]:
+    """What the undecided windows of some outputs may do to their gradient rows.
 
-
-def _low_rank(columns: Float[Tensor, "i q"], noise: float) -> Callable[[Tensor], Tensor]:
-    """The inverse of noise I + A A', by the smaller of its two factors."""
-    reads, count = columns.shape
-    diagonal = torch.eye(min(reads, count), dtype=columns.dtype, device=columns.device)
-    noise = noise + 1e-10 * float(columns.square().sum()) / reads + torch.finfo(columns.dtype).tiny
-    if count >= reads:
-        lower = torch.linalg.cholesky(columns @ columns.mT + noise * diagonal)
-        inverse = torch.cholesky_inverse(lower)
-        return lambda row: inverse @ row
-    lower = torch.linalg.cholesky(columns.mT @ columns + noise * diagonal)
-
-    def solve(row: Tensor) -> Tensor:
-        inner = torch.cholesky_solve((columns.mT @ row)[:, None], lower)[:, 0]
-        found: Tensor = (row - columns @ inner) / noise
-        return found
-
-    return solve
+    Args:
+        outputs: which, (o,).
+        first: of each output so many windows of all samples, (o, n), undecided or not.
+    """
+    point, pool = step.point, step.point.part.pool
+    sample, window = first // pool.windows.shape[0], first % pool.windows.shape[0]
+    at = (sample, outputs[:, None], window)
+    patches = torch.nn.functional.pad(point.patches, (0, 1))
+    group = outputs // point.part.layer.weight.shape[1]
+    own = patches[sample[..., None], group[:, None, None], :, pool.windows[window]]  # (o, n, places, i)
+    if not isinstance(pool, MeanPool):
+        own = own - (step.windows.slope[at][..., None] * own).sum(2, keepdim=True)
+    amount = step.windows.spread[at] * (point.observed.cotangent[at] * undecided)[..., None]
+    return (own * amount[..., None]).flatten(1, 2).mT

@@ -51,7 +51,7 @@ def bisect(
 ) -> Float[Tensor, " r"]:
     """Where it no longer holds what holds at the one end of each interval alone."""
     first = holds(low)
-    for _ in range(STEPS):
+    for _ in range(STEPS if len(low) else 0):
         middle = (low + high) / 2
         same = holds(middle) == first
         low, high = torch.where(same, middle, low), torch.where(same, high, middle)
@@ -61,7 +61,7 @@ def bisect(
 def minimise(function: Function, low: Float[Tensor, " r"], high: Float[Tensor, " r"]) -> Float[Tensor, " r"]:
     """The least value of a function that falls and rises on each interval, by golden section."""
     ratio = (5**0.5 - 1) / 2
-    for _ in range(STEPS):
+    for _ in range(STEPS if len(low) else 0):
         first, second = high - ratio * (high - low), low + ratio * (high - low)
         before = function(first) < function(second)
         low, high = torch.where(before, low, first), torch.where(before, second, high)

@@ -165,6 +165,7 @@ class Cluster(Engine):
                 memory_limit=0,
                 security=True,
                 host="127.0.0.1",
+                silence_logs=logging.CRITICAL,  # of workers too, that are stopped in the middle of a job
             )
 
     def _connect(self, patience: float) -> Any:
