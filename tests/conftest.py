@@ -20,8 +20,10 @@ from hypothesis.internal.conjecture import providers
 
 sys.path.insert(0, str(Path(__file__).parent))
 import shapes
+import tracing
 
 shapes.thin_out()
+tracing.follow_once()
 
 # No check hangs on the clock: neither a deadline nor the one for slow drawing.
 STILL = {"database": None, "deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}

@@ -5,6 +5,7 @@ A check takes longer than most of what it checks, and solvers call the same prod
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -26,26 +27,31 @@ def thin_out() -> None:
 
         def decorate(plain: Any) -> Any:
             if not isinstance(plain, type):
-                return thinned(plain, check(plain))
-            init = plain.__init__
-            checked: Any = check(plain)
-            if checked.__init__ is not init:
-                checked.__init__ = thinned(init, checked.__init__)
-            return checked
+                return thinned(plain, check)
+            if dataclasses.is_dataclass(plain) and "__init__" in vars(plain):
+                plain.__init__ = thinned(plain.__init__, check)
+            return plain
 
         return decorate
 
     jaxtyping.jaxtyped = jaxtyped
 
 
-def thinned(plain: Callable[..., Any], checked: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, checked at the first, second, fourth, eighth ... call of each kind."""
+def thinned(plain: Callable[..., Any], check: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
+    """The function, checked at the first, second, fourth, eighth ... call of each kind.
+
+    Args:
+        check: makes the function that checks too; it takes longer than many a test, and is called when needed.
+    """
+    checked = functools.cache(check)
+    # A function within a function is another one each time, and of one kind.
+    code = id(getattr(plain, "__code__", plain))
 
     @functools.wraps(plain)
     def call(*args: Any, **named: Any) -> Any:
-        key = (plain, *map(_kind, args), *map(_kind, named.items()))
+        key = (code, *map(_kind, args), *map(_kind, named.items()))
         before = calls[key]
-        result = plain(*args, **named) if before & (before + 1) else checked(*args, **named)
+        result = plain(*args, **named) if before & (before + 1) else checked(plain)(*args, **named)
         calls[key] += 1
         return result
 

@@ -27,7 +27,7 @@ def test_a_wrong_argument_is_seen_after_however_many_right_ones(wrong: object) -
 
 def test_each_kind_of_call_is_checked_first_and_then_more_and_more_rarely() -> None:
     seen = []
-    call = shapes.thinned(lambda *args, **named: None, lambda *args, **named: seen.append((args, named)))
+    call = shapes.thinned(lambda *args, **named: None, lambda plain: lambda *args, **named: seen.append((args, named)))
     every = [UNIT, torch.eye(3), UNIT.int(), (UNIT,), (torch.eye(3),), [UNIT], {"a": UNIT}, {"b": UNIT}, "a", "b", 1]
     for each in every:
         for _ in range(100):
@@ -38,3 +38,14 @@ def test_each_kind_of_call_is_checked_first_and_then_more_and_more_rarely() -> N
     call(x=UNIT)
     call(y=UNIT)
     assert len(seen) == count + 2
+
+
+def test_a_function_within_a_function_is_checked_as_one() -> None:
+    seen = []
+
+    def inner() -> object:
+        return shapes.thinned(lambda value: None, lambda plain: seen.append)
+
+    for _ in range(100):
+        inner()(UNIT)
+    assert len(seen) == len([1, 2, 4, 8, 16, 32, 64])

@@ -64,7 +64,11 @@ KINDS = (
 )  # fmt: skip
 
 
-def target_of(kind: str, size: int = 14) -> Target:
+SIZE = 10
+"""Of the pictures: small, since most of the time goes to steps, and rows enough."""
+
+
+def target_of(kind: str, size: int = SIZE) -> Target:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model, channels = network(kind)
@@ -93,7 +97,9 @@ def behind_the_pool(target: Target, x: Tensor) -> tuple[State, dict[str, Tensor]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_network_with_pools_is_inverted_exactly(kind: str) -> None:
-    target, x = target_of(kind), pictures(1, 1, 14)
+    # Means, and windows that share values, tell less.
+    size = 14 if "mean" in kind else 13 if kind == "overlapping" else SIZE
+    target, x = target_of(kind, size), pictures(1, 1, size)
     found = Closed()(target, capture(target, x, torch.tensor([3.0])))
     assert found.status is Status.EXACT, found
     error = float((found.inputs - x).square().mean())
@@ -105,7 +111,7 @@ def test_a_network_with_pools_is_inverted_exactly(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["relu, mean", "batch norm, leaky, mean"])
 def test_all_values_in_front_of_a_mean_are_those_of_the_forward_pass(kind: str) -> None:
     """Also of several samples whose gradients were added up."""
-    target, x = target_of(kind), pictures(2, 1, 14).double()
+    target, x = target_of(kind, 14), pictures(2, 1, 14).double()
     network, (state, gradients, node, ks) = target.network, behind_the_pool(target, x)
     found = before_pool(network, node, state, gradients, 1e-6)
     assert isinstance(found, State), found
@@ -116,7 +122,7 @@ def test_all_values_in_front_of_a_mean_are_those_of_the_forward_pass(kind: str) 
 @pytest.mark.parametrize("kind", ["relu, pool", "leaky", "pool, relu"])
 def test_routes_are_those_of_the_forward_pass(kind: str) -> None:
     """Also of several samples whose gradients were added up."""
-    target, x = target_of(kind), pictures(2, 1, 14).double()
+    target, x = target_of(kind), pictures(2, 1, SIZE).double()
     network, (state, gradients, node, ks) = target.network, behind_the_pool(target, x)
     values = network.forward(x)
     found = before_pool(network, node, state, gradients, 1e-6)
@@ -149,14 +155,14 @@ def test_a_pool_whose_routes_no_layer_tells_has_none(parts: tuple[nn.Module, ...
     assert route_of(network, node) is None
 
 
-@pytest.mark.parametrize("seed", range(1))
+@pytest.mark.parametrize("seed", range(2))
 def test_too_few_rows_are_said_and_not_called_exact(seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(
-            nn.Conv2d(3, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)
+            nn.Conv2d(3, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)
         )
-    target, x = Target(model, losses.CrossEntropy(4), (3, 10, 10), (0.0, 1.0)), pictures(1, 3, 10, seed)
+    target, x = Target(model, losses.CrossEntropy(4), (3, 6, 6), (0.0, 1.0)), pictures(1, 3, 6, seed)
     found = Closed()(target, capture(target, x, torch.tensor([1.0])))
     assert found.status in (Status.RANK_DEFICIENT, Status.NOT_CONVERGED), found
     assert found.status is not Status.RANK_DEFICIENT or "dimensions free" in found.reason
@@ -165,7 +171,7 @@ def test_too_few_rows_are_said_and_not_called_exact(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_a_gradient_of_another_picture_is_not_called_exact(seed: int) -> None:
     """The pool's layer sends the gradient of another sample."""
-    target, x = target_of(KINDS[seed], 8), pictures(2, 1, 8, seed)
+    target, x = target_of(KINDS[seed], 6), pictures(2, 1, 6, seed)
     first, second = (capture(target, each[None], torch.tensor([3.0])) for each in x)
     name = next(iter(first.gradients))
     mixed = replace(first, gradients={**first.gradients, name: second.gradients[name]})

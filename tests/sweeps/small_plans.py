@@ -39,6 +39,13 @@ def slow(seed=0):
     return make(seed)
 
 
+def held(seed=0):
+    """Only the network of seed 0 is ever made."""
+    while seed:
+        time.sleep(0.05)
+    return make(seed)
+
+
 def poisonous(seed=0):
     """Kills every process that makes the network of seed 1."""
     if seed == 1:
@@ -108,14 +115,14 @@ def here(plan: Path, progress: Callable[[Progress], None] | None = None, nap: fl
         return sweep(Plan.load(plan), plan.with_suffix(".sqlite"), progress=progress)
 
 
-def ended(process: subprocess.Popen[str], code: int = 0, seconds: float = 120.0) -> str:
+def ended(process: subprocess.Popen[str], code: int = 0, seconds: float = 300.0) -> str:
     """What it printed, once it has ended as it should."""
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out + err
 
 
-def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 300.0) -> None:
     """Wait for something to come true."""
     end = time.monotonic() + seconds
     while not true():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -64,6 +64,7 @@ def test_the_jobs_are_the_product(tmp_path: Path) -> None:
     assert {job.spec["target"]["training"]["rate"] for job in jobs if job.axes["stage"]} == {0.01}
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_a_job_keeps_its_name_in_every_plan(draw: st.DataObject) -> None:
     """Lists in another order, or longer, hold the same jobs."""
