@@ -27,6 +27,7 @@ from rgap.nn.losses import (
     SquaredHinge,
     by_name,
 )
+from rgap.nn.models import unwrapped
 from rgap.nn.outputs import outputs_of, wrong_shape
 
 __all__ = [
@@ -96,6 +97,7 @@ def for_model(model: nn.Module, input_shape: tuple[int, ...], loss: Any = None) 
     """
     if isinstance(loss, Loss):
         return loss
+    model = unwrapped(model)
     outputs, refused = _outputs(model, input_shape)
     count = None if outputs is None else outputs[:1].numel()
     if isinstance(loss, str) and loss in BY_TORCH_NAME:

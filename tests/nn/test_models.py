@@ -128,3 +128,11 @@ class Complex(nn.Module):
 def test_what_has_no_real_weights_to_replace_is_refused(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Target(make(), losses.CrossEntropy(3), (6,))
+
+
+@pytest.mark.parametrize("loss", [None, "bce", "cross-entropy"])
+def test_weights_without_values_are_refused_where_a_loss_is_chosen(loss: str | None) -> None:
+    with torch.device("meta"):
+        model = nn.Linear(4, 2)
+    with pytest.raises(ValueError, match="weight is on the meta device, where it has no values"):
+        losses.for_model(model, (4,), loss)
