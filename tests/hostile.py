@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import resource
 import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from command import run
 from torch import nn
 
 from rgap import Target
+from rgap.cli import main
 
 SECONDS = 2.0
 """Of the processor, which another process on the machine does not change."""
@@ -53,6 +56,9 @@ def harmless(text: str) -> bool:
 def _warm() -> None:
     """Import whatever takes its time, which no file is to blame for."""
     Target(nn.Sequential(nn.Linear(2, 2)), "mse", (2,))
+    quiet = io.StringIO()
+    with redirect_stdout(quiet), redirect_stderr(quiet), suppress(SystemExit):
+        main(["audit", "--data", "nowhere at all"])
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
