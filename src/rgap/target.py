@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.losses import for_model
-from rgap.nn.batch_norm import statistics
+from rgap.nn.batch_norm import BatchStatistics, statistics
 from rgap.nn.build import Batch
 from rgap.nn.graph import Graph
 from rgap.nn.kernels import differentiable
@@ -25,7 +25,7 @@ from rgap.nn.obstacles import Obstacle
 from rgap.nn.outputs import outputs_of, wrong_shape
 from rgap.nn.trace import follow
 
-GradientFunction = Callable[[Tensor, Tensor], dict[str, Tensor]]
+GradientFunction = Callable[..., dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,12 +170,20 @@ class Target:
             The target, and how far the rounding of the buffers may have moved its values, relatively.
         """
         found, program = copy(self), self.graph.program
-        with self._mode():
-            known = statistics(self.model, self.buffers, after, samples)
+        known = self.batch_statistics(after, samples)
         if program is not None and known:
             batch = Batch(known, {name: g.to(self.device) for name, g in gradients.items()})
             vars(found)["network"] = program.network(self._tensors, frozenset(self.parameters), batch)
         return found, max((each.precision for each in known.values()), default=0.0)
+
+    def batch_statistics(self, after: Mapping[str, Tensor], samples: int) -> dict[str, BatchStatistics]:
+        """What batch norms in training mode made of one step's batch, by the names of their running means.
+
+        Args:
+            after, samples: as in `of_batch`.
+        """
+        with self._mode():
+            return statistics(self.model, self.buffers, after, samples)
 
     def _check(self, network: Network) -> None:
         """Raise NotImplementedError if the operations do not compute what the model does.
@@ -307,34 +315,63 @@ class Target:
         rows = [self.gradient(x[None], y[None]) for x, y in zip(inputs, labels, strict=True)]
         return {name: torch.stack([row[name] for row in rows]) for name in self.parameters}
 
-    def gradient_function(self, dtype: torch.dtype, plain: bool = False) -> GradientFunction:
+    def gradient_function(self, dtype: torch.dtype, plain: bool = False, reads: Sequence[str] = ()) -> GradientFunction:
         """The gradient of the mean loss as a pure function, which can be differentiated: by torch.func, which batches
         it too, or by plain automatic differentiation.
 
         It takes inputs (b, *input_shape) and label weights (b, labels), each row a distribution over the loss's
-        labels, and computes in ``dtype`` where the model allows it.
+        labels, and computes in ``dtype`` where the model allows it. Other weights than the target's may follow.
+
+        Args:
+            reads: modules of whose inputs it tells as well what they were, each by the name `read_by` gives it.
         """
         state = self._state_in(dtype)
         own = state[next(iter(self.parameters))].dtype
         trained = {name: state[name] for name in self.parameters}
         fixed = {name: t for name, t in state.items() if name not in trained}
 
-        def loss(parameters: dict[str, Tensor], inputs: Tensor, weights: Tensor) -> Tensor:
+        def loss(parameters: dict[str, Tensor], inputs: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             # A model may write to its buffers: into values of this very call, which torch.func allows.
             zero = torch.zeros_like(inputs.reshape(-1)[0])
             buffers = {name: t + zero.to(t.dtype) for name, t in fixed.items()}
-            return self.loss.expected(self._run({**buffers, **parameters}, inputs), weights.to(own))
+            with self._listening(reads) as seen:
+                outputs = self._run({**buffers, **parameters}, inputs)
+            return self.loss.expected(outputs, weights.to(own)), seen
 
-        def gradient(inputs: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        def gradient(inputs: Tensor, weights: Tensor, at: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
             if not plain:
-                found: dict[str, Tensor] = torch.func.grad(loss)(trained, inputs, weights)
-                return found
-            own = {name: t.detach().clone().requires_grad_() for name, t in trained.items()}
-            value = loss(own, inputs, weights)
-            slopes = torch.autograd.grad(value, list(own.values()), create_graph=True, allow_unused=True)
-            return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(own.items(), slopes, strict=True)}
+                found, seen = torch.func.grad(loss, has_aux=True)(trained if at is None else at, inputs, weights)
+                return {**found, **seen}
+            given = {name: t.detach().clone().requires_grad_() for name, t in trained.items()} if at is None else at
+            value, seen = loss(given, inputs, weights)
+            slopes = torch.autograd.grad(value, list(given.values()), create_graph=True, allow_unused=True)
+            pairs = zip(given.items(), slopes, strict=True)
+            return {n: torch.zeros_like(t) if g is None else g for (n, t), g in pairs} | seen
 
         return gradient
+
+    @contextmanager
+    def _listening(self, modules: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """What these modules read while the model runs."""
+        seen: dict[str, Tensor] = {}
+
+        def listener(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+                seen[read_by(name)] = arguments[0]
+
+            return hook
+
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(listener(name)) for name in modules]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def read_by(module: str) -> str:
+    """The name of what a module reads among gradients, no parameter's."""
+    return f"{module}:input"
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -25,7 +25,7 @@ from small_audits import (
 from torch import Tensor, nn
 
 from rgap import Audit, Target, Update, audit, capture, losses, models, score
-from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients, Outcome, Recursive, Status
+from rgap.attacks import IDLG, Attack, Bias, Closed, FeatureMatching, InvertingGradients, Outcome, Recursive, Status
 from rgap.auditing import Interrupted, Level, Step
 from rgap.defences import TopK
 from rgap.protocol import Protocol, Sends
@@ -526,7 +526,7 @@ def test_the_default_attacks_come_in_the_order_of_their_cost() -> None:
     from rgap.auditing import ATTACKS
 
     kinds: list[type[Attack]] = [type(attack) for attack in ATTACKS]
-    assert kinds == [Bias, Closed, IDLG, InvertingGradients]
+    assert kinds == [Bias, Closed, FeatureMatching, InvertingGradients]
     assert Level.EXACT.value == "exact"
 
 

@@ -70,7 +70,12 @@ def test_audit_on_built_in_photographs(capsys: pytest.CaptureFixture[str], tmp_p
     assert document["kind"] == "rgap-audit"
     assert document["verdict"]["headline"] in (tmp_path / "audit.html").read_text()
     assert {attack["name"] for attack in document["attacks"] if attack["samples"]} == {"Closed"}
-    assert [attack["name"] for attack in document["attacks"]] == ["Bias", "Closed", "iDLG", "InvertingGradients"]
+    assert [attack["name"] for attack in document["attacks"]] == [
+        "Bias",
+        "Closed",
+        "FeatureMatching",
+        "InvertingGradients",
+    ]
 
 
 def test_layers_solved_jointly_are_told(
@@ -589,8 +594,9 @@ def test_cross_entropy_of_a_single_output_is_refused(capsys: pytest.CaptureFixtu
 
 
 def test_every_attack_of_the_command_line_can_be_made() -> None:
-    assert set(BY_NAME) == {"closed", "recursive", "bias", "dlg", "idlg", "inverting-gradients", "hybrid"}
-    for name in ("dlg", "idlg", "inverting-gradients"):
+    published = {"dlg", "idlg", "inverting-gradients", "see-through-gradients", "modern"}
+    assert set(BY_NAME) == {"closed", "recursive", "bias", "feature-matching", "hybrid", *published}
+    for name in (*published, "feature-matching"):
         made = make_attack(name, 7, 3, False)
         assert isinstance(made, Matching)
         assert (made.iterations, made.restarts) == (7, 3)

@@ -6,9 +6,10 @@ from rgap.attacks.closed import Closed, Recursive, Virtual
 from rgap.attacks.hybrid import Hybrid, Rule
 from rgap.attacks.labels import candidates
 from rgap.attacks.lbfgs import LBFGS
-from rgap.attacks.matching import DLG, IDLG, InvertingGradients, Matching
+from rgap.attacks.matching import Matching
 from rgap.attacks.minimise import Adam
 from rgap.attacks.polish import Polish
+from rgap.attacks.presets import DLG, IDLG, FeatureMatching, InvertingGradients, Modern, SeeThroughGradients
 from rgap.attacks.result import Answer, BatchFeatures, Outcome, Reconstruction, Sample, Status
 from rgap.inversion.gauss_newton import Continuation
 from rgap.inversion.joint import JointSolve
@@ -28,12 +29,14 @@ __all__ = [
     "Certificate",
     "Closed",
     "Continuation",
+    "FeatureMatching",
     "Hybrid",
     "InvertingGradients",
     "JointReport",
     "JointSolve",
     "LayerReport",
     "Matching",
+    "Modern",
     "Outcome",
     "Polish",
     "Reconstruction",
@@ -41,6 +44,7 @@ __all__ = [
     "Rule",
     "Sample",
     "Search",
+    "SeeThroughGradients",
     "Status",
     "Virtual",
     "candidates",

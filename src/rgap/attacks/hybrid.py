@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from rgap.attacks.base import Attack, BatchAttack
 from rgap.attacks.closed import Recursive
-from rgap.attacks.matching import DLG
+from rgap.attacks.presets import DLG
 from rgap.attacks.result import Outcome, Reconstruction, Status
 from rgap.nn.obstacles import NotAChain
 from rgap.target import Target

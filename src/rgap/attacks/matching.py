@@ -1,8 +1,5 @@
-"""Optimisation attacks: look for the input whose gradient matches the update. One loop, three settings.
-
-- DLG: L. Zhu, Z. Liu and S. Han, *Deep Leakage from Gradients*, NeurIPS 2019.
-- iDLG: B. Zhao, K. R. Mopuri and H. Bilen, *iDLG: Improved Deep Leakage from Gradients*, arXiv:2001.02610, 2020.
-- Inverting Gradients: J. Geiping, H. Bauermeister, H. Droege and M. Moeller, NeurIPS 2020, arXiv:2003.14053.
+"""Optimisation attacks: look for the input whose gradient matches the update. One loop; `rgap.attacks.presets` has
+the settings of others.
 """
 
 from __future__ import annotations
@@ -10,7 +7,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -19,25 +17,31 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rgap.attacks.base import BatchAttack, gradient_residual
-from rgap.attacks.distance import Distance, cosine, squared
+from rgap.attacks.distance import Distance, LayerWise, squared
+from rgap.attacks.known import Known, known
 from rgap.attacks.lbfgs import LBFGS
-from rgap.attacks.minimise import Adam, Minimiser
+from rgap.attacks.minimise import Minimiser
 from rgap.attacks.result import Answer, Outcome, Status
-from rgap.attacks.search import Found, Search
+from rgap.attacks.search import INNER, STEPS, Found, Search
+from rgap.attacks.simulate import LocalSteps
 from rgap.attacks.slopes import slopes
-from rgap.attacks.start import Normal, Start, Uniform
+from rgap.attacks.start import Near, Start, Uniform
+from rgap.linalg import deadline
 from rgap.target import GradientFunction, Target
 from rgap.update import Update
 
-UNIFORM, NORMAL = Uniform(), Normal()
+UNIFORM = Uniform()
 QUASI_NEWTON = LBFGS()
 AT_ONCE = 1.0
 """Seconds of one step above which what several systems take together is not tried but multiplied."""
-SIGNED_ADAM = Adam(rate=0.025, signed=True, decay=(3 / 8, 5 / 8, 7 / 8))
-
-
+ENDING = 0.2
+"""Of the time that is left, what is kept for the end."""
 MANY = 256
 """Samples of one update that an audit still has sought together; the largest batches that were published are of 100."""
+
+
+Residual = Callable[[Tensor, Tensor], float]
+"""Of inputs and labels, how far what they give misses the update."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,14 @@ class Matching(BatchAttack):
     All restarts, all candidate labels and all updates of one model are systems that are minimised at once.
 
     Args:
-        distance: between two gradients; `squared` or `cosine`, or any function of two mappings of tensors.
+        distance: between two gradients; `squared`, `cosine` or `LayerWise`, or any function of two mappings of tensors.
+        features: weight of |features(x) - known|^2 / |known|^2, where the gradient tells exactly what a layer reads of
+            each sample; with it each sample's label is fixed.
+        statistics: weight of the same distance of what batch norms in training mode read, where the running statistics
+            were sent.
         minimiser: `LBFGS` or `Adam`.
         variation: weight of the total variation of the guess, a prior for pictures; without effect on other inputs.
+        opponents: let the variation count differences of colours too.
         boxed: keep every guess in the value range, where it is known; for Adam alone.
         optimise_label: optimise a distribution over labels with the input; else the label is inferred beforehand, and
             where several are possible each is tried (see `rgap.attacks.labels`).
@@ -57,7 +66,12 @@ class Matching(BatchAttack):
         restarts: how many starts; the one with the least loss is the answer.
         scout: after so many iterations only the start with the least loss goes on, for `iterations` more; 0:
             all go on to the end.
+        consensus: weight of half the squared distance of a start from the mean of all starts of its update.
         iterations: at the most, for each start.
+        finish: iterations of L-BFGS at the most that go on from the best start of each update, in float64 and without
+            the prior, before a few Gauss-Newton steps; a fifth of the time is kept for them, where that is limited.
+        local_steps: where a client took several steps, match the difference of its weights through all of them, in
+            place of the gradient that they are taken for.
         tolerance: the relative gradient residual at which a start has arrived.
         patience: end a start whose loss fell by less than a tenth in so many iterations.
         dtype: to compute in; float32 is faster, and loses the last digits of small losses.
@@ -68,14 +82,20 @@ class Matching(BatchAttack):
     partial: ClassVar[bool] = True
 
     distance: Distance = squared
+    features: float = 0.0
+    statistics: float = 0.0
     minimiser: Minimiser = QUASI_NEWTON
     variation: float = 0.0
+    opponents: bool = False
     boxed: bool = False
     optimise_label: bool = True
     start: Start = UNIFORM
     restarts: int = 1
     scout: int = 0
+    consensus: float = 0.0
     iterations: int = 300
+    finish: int = 0
+    local_steps: bool = False
     tolerance: float = 1e-6
     patience: int | None = None
     dtype: torch.dtype = torch.float64
@@ -120,36 +140,80 @@ class Matching(BatchAttack):
         return time.perf_counter() - start
 
     def estimate(self, target: Target, updates: int) -> float | None:
-        """As if no start ended early, each update with one candidate label; a line search takes a little longer."""
+        """As if nothing ended early, each update with one candidate label; a line search takes a little longer."""
         systems = max(1, updates) * self.restarts
         together = min(systems, self.at_once)
         one = min(self._step(target, 1) for _ in range(2))
         if one * together <= AT_ONCE:
             one = min(self._step(target, together) for _ in range(2)) / together
-        return (self.iterations + self.scout) * systems * one
+        ending = max(1, updates) * (self.finish + 2 * STEPS * INNER) if self.finish else 0
+        return ((self.iterations + self.scout) * systems + ending) * one
 
     def run_many(self, target: Target, updates: Sequence[Update]) -> list[Outcome]:
-        """All updates whose batches have the same size, and that hold the same parameters, are attacked at once."""
-        kinds = [(update.samples(target), tuple(update.gradients)) for update in updates]
+        """All updates whose batches have the same size, and that hold the same, are attacked at once."""
+        aids = [known(target, update, self.features > 0, self.statistics > 0) for update in updates]
+        kinds = [
+            (update.samples(target), tuple(update.gradients), aid.modules)
+            for update, aid in zip(updates, aids, strict=True)
+        ]
         outcomes = [Outcome(Status.GRADIENT_ZERO, "all gradients are zero")] * len(updates)
         for kind in dict.fromkeys(kinds):
             alive = [at for at, each in enumerate(kinds) if each == kind and updates[at].norm > 0]
             if alive:
-                search = Search(self, target, [updates[at] for at in alive], kind[0])
-                for at, found in zip(alive, search.run(), strict=True):
-                    outcomes[at] = _outcome(target, updates[at], found)
+                search = Search(self, target, [updates[at] for at in alive], kind[0], [aids[at] for at in alive])
+                residuals = [partial(gradient_residual, target, updates[at]) for at in alive]
+                for at, found, residual in zip(alive, self._searched(search, residuals), residuals, strict=True):
+                    outcomes[at] = _outcome(target.value_range, updates[at].tolerance, found, residual)
         return outcomes
 
+    def follow_steps(self, target: Target, update: Update) -> Outcome | None:
+        client = LocalSteps.of(update.header.protocol, update.samples_of_one(target)) if self.local_steps else None
+        if client is None or update.norm == 0:
+            return None
+        search = Search(self, target, [update], client.samples, (Known(),), client)
+        tolerance = update.to_gradient(target)[0].tolerance
+        [found] = self._searched(search, [search.residual])
+        found = replace(found, assumptions=(client.assumption, *found.assumptions))
+        return _outcome(target.value_range, tolerance, found, search.residual)
 
-def _outcome(target: Target, update: Update, found: Found) -> Outcome:
+    def _searched(self, search: Search, residuals: Sequence[Residual]) -> list[Found]:
+        """What was found for each update of a search, and its residual."""
+        with deadline.within(deadline.share(1 - ENDING) if self.finish else None):
+            found = search.run()
+        return [self._finished(search, at, found[at], residual) for at, residual in enumerate(residuals)]
+
+    def _finished(self, search: Search, at: int, found: Found, residual: Residual) -> Found:
+        """The best start taken on without the prior, if that brings it nearer to the update."""
+        if not self.finish or math.isinf(found.losses[0]):
+            return found
+        x, y = found.inputs[0], found.labels[0]
+        ending = replace(
+            self,
+            distance=LayerWise(),
+            minimiser=QUASI_NEWTON,
+            variation=0.0,
+            boxed=False,
+            optimise_label=False,
+            start=Near(x),
+            restarts=1,
+            iterations=self.finish,
+            dtype=torch.float64,
+        )
+        moved = search.finish(ending, at, y)
+        if not residual(moved, y) < residual(x, y):
+            return found
+        note = "L-BFGS and Gauss-Newton steps in float64, without any prior, end the search"
+        return replace(found, inputs=[moved, *found.inputs[1:]], assumptions=(*found.assumptions, note))
+
+
+def _outcome(value_range: tuple[float, float] | None, tolerance: float, found: Found, residual_of: Residual) -> Outcome:
     """Certificates of the best start, and of every other one that reproduces the gradient at another input."""
-    tolerance = update.tolerance
-    low, high = target.value_range or (0.0, 1.0)
+    low, high = value_range or (0.0, 1.0)
     answers: list[Answer] = []
     for x, y, loss in zip(found.inputs, found.labels, found.losses, strict=True):
         if math.isinf(loss):
             continue
-        residual = gradient_residual(target, update, x, y)
+        residual = residual_of(x, y)
         new = all(_apart(x, a.inputs) > 0.01 * (high - low) for a in answers)
         if not answers or (residual <= tolerance and new):
             answers.append(Answer(x, y, math.nan, residual, math.nan))
@@ -172,38 +236,3 @@ def _apart(a: Float[Tensor, "b ..."], b: Float[Tensor, "b ..."]) -> float:
     each = (a[:, None] - b[None]).flatten(2).square().mean(2).cpu().nan_to_num(nan=1e300, posinf=1e300)
     rows, columns = linear_sum_assignment(each.numpy())
     return float(each[rows, columns].mean().sqrt())
-
-
-@dataclass(frozen=True)
-class DLG(Matching):
-    """Deep Leakage from Gradients: squared distance, L-BFGS, the label optimised with the input."""
-
-
-@dataclass(frozen=True)
-class IDLG(Matching):
-    """Improved Deep Leakage from Gradients: DLG, with the label inferred beforehand."""
-
-    optimise_label: bool = False
-
-    @property
-    def name(self) -> str:
-        return "iDLG"
-
-
-@dataclass(frozen=True)
-class InvertingGradients(Matching):
-    """Inverting Gradients: cosine distance, total variation, and the signs of the gradient in Adam.
-
-    The label is inferred beforehand. Every guess is kept in the value range, where it is known. The rate falls to a
-    tenth at 3/8, 5/8 and 7/8 of the iterations. Rate and variation are meant for values from 0 to 1: the authors divide
-    pictures by a standard deviation of about a quarter, and their rate of 0.1 is 0.025 here.
-    """
-
-    distance: Distance = cosine
-    minimiser: Minimiser = SIGNED_ADAM
-    variation: float = 1e-2
-    boxed: bool = True
-    optimise_label: bool = False
-    start: Start = NORMAL
-    iterations: int = 4800
-    dtype: torch.dtype = torch.float32

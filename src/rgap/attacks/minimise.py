@@ -122,17 +122,23 @@ class Record:
 
 @dataclass(frozen=True)
 class Adam(Minimiser):
-    """Adam (Kingma and Ba 2015), its rate lowered to a tenth at fixed fractions of the iterations.
+    """Adam (Kingma and Ba 2015), its rate a function of how many of the iterations, or of the time, have passed.
 
     Args:
         rate: the step size.
         signed: only the signs of the gradient are used (Geiping et al. 2020, Section 5).
-        decay: the fractions at which the rate falls.
+        decay: the fractions of the iterations at which the rate falls to a tenth.
+        cosine: the rate falls to zero as a cosine does.
+        warmup: iterations in which it rises from nothing.
+        noise: normal noise that each step adds, in units of the rate (Langevin).
     """
 
     rate: float = 0.1
     signed: bool = False
     decay: tuple[float, ...] = ()
+    cosine: bool = False
+    warmup: int = 0
+    noise: float = 0.0
 
     def __call__(
         self, f: Objective, x: Tensor, stop: Termination, watch: Watch, project: Project | None = None
@@ -143,6 +149,7 @@ class Adam(Minimiser):
         if project is not None:
             project(point)
         optimiser = torch.optim.Adam([point], lr=self.rate)
+        generator = torch.Generator().manual_seed(0)
         on = torch.ones(len(x), dtype=torch.bool, device=x.device)
         for iteration in range(stop.iterations + 1):
             active = which[on]
@@ -154,11 +161,21 @@ class Adam(Minimiser):
             point.grad = torch.zeros_like(point)
             point.grad[active] = gradient.sign() if self.signed else gradient
             held = point[~on].clone()
-            # Where the time runs out before the iterations do, the rate falls with it.
-            passed = max(iteration / max(1, stop.iterations), deadline.used())
-            optimiser.param_groups[0]["lr"] = self.rate * 0.1 ** sum(passed >= fraction for fraction in self.decay)
+            rate = self._rate(iteration, stop.iterations)
+            optimiser.param_groups[0]["lr"] = rate
             optimiser.step()
+            if self.noise:
+                # The same for all systems: what one of them does is to depend on no other.
+                point += rate * self.noise * torch.randn(point.shape[1], generator=generator).to(point)
             point[~on] = held
             if project is not None:
                 project(point)
         return record.minima()
+
+    def _rate(self, iteration: int, iterations: int) -> float:
+        # Where the time runs out before the iterations do, the rate falls with it.
+        passed = max(iteration / max(1, iterations), deadline.used())
+        rate = self.rate * 0.1 ** sum(passed >= fraction for fraction in self.decay)
+        if self.cosine:
+            rate *= (1 + math.cos(math.pi * min(passed, 1.0))) / 2
+        return rate * min(1.0, (iteration + 1) / self.warmup) if self.warmup else rate

@@ -9,8 +9,9 @@ from rgap.attacks.base import Attack
 from rgap.attacks.bias import Bias
 from rgap.attacks.closed import Closed, Recursive
 from rgap.attacks.hybrid import Hybrid
-from rgap.attacks.matching import DLG, IDLG, InvertingGradients, Matching
+from rgap.attacks.matching import Matching
 from rgap.attacks.polish import Polish
+from rgap.attacks.presets import DLG, IDLG, FeatureMatching, InvertingGradients, Modern, SeeThroughGradients
 
 BY_NAME: dict[str, Callable[[], Attack]] = {
     "closed": Closed,
@@ -19,6 +20,9 @@ BY_NAME: dict[str, Callable[[], Attack]] = {
     "dlg": DLG,
     "idlg": IDLG,
     "inverting-gradients": InvertingGradients,
+    "see-through-gradients": SeeThroughGradients,
+    "modern": Modern,
+    "feature-matching": FeatureMatching,
     "hybrid": Hybrid,
 }
 

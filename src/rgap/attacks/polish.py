@@ -71,45 +71,68 @@ class Polish(Attack):
         x = answer.inputs.detach().double().to(target.device).reshape(-1)
         if not bool(x.isfinite().all()):
             return answer.inputs
-        value = float(residual(x).norm())
         report = Reporter(self.name, self.steps)
-        damping = 1e-3
-        for step in range(1, self.steps + 1):
-            lowered = False
-            if deadline.used() >= 1:
-                break
-            move, size = self._move(residual, x, damping)
-            new = x + move
-            there = float(residual(new).norm())
-            if there < value:
-                lowered = there > 0.999 * value and size < 1e-12 * float(x.norm())
-                x, value, damping = new, there, damping / 10
-            else:
-                damping *= 10
-            report(step, value)
-            if lowered or damping > 1e6 or value < 1e-12:
-                break
-        return x.reshape(answer.inputs.shape)
+        return improve(residual, x, self.steps, self.inner, report)[0].reshape(answer.inputs.shape)
 
-    def _move(self, residual: Callable[[Tensor], Tensor], x: Tensor, damping: float) -> tuple[Tensor, float]:
-        """One damped step, and its length; damping is relative to the size of J."""
-        here, back = torch.func.vjp(residual, x)[:2]
 
-        def forward(v: NDArray[np.float64]) -> NDArray[np.float64]:
-            direction = torch.from_numpy(np.ascontiguousarray(v.reshape(-1))).to(x)
-            slope: Tensor = torch.func.jvp(residual, (x,), (direction,))[1]
-            return slope.cpu().numpy()
+def improve(
+    residual: Callable[[Tensor], Tensor], x: Tensor, steps: int, inner: int, report: Callable[[int, float], None]
+) -> tuple[Tensor, float]:
+    """Damped Gauss-Newton steps from x, and the norm of the residual there; both as they were where none lowers it.
 
-        def reverse(u: NDArray[np.float64]) -> NDArray[np.float64]:
-            pulled: Tensor = back(torch.from_numpy(np.ascontiguousarray(u.reshape(-1))).to(x))[0]
-            return pulled.cpu().numpy()
+    Args:
+        residual: of x, a vector.
+        steps, inner: as in `Polish`.
+    """
+    value, damping = float(residual(x).norm()), 1e-3
+    for step in range(1, steps + 1):
+        lowered = False
+        if deadline.used() >= 1:
+            break
+        try:
+            move, size = _move(residual, x, damping, inner)
+        except deadline.OutOfTime:
+            break
+        new = x + move
+        there = float(residual(new).norm())
+        if there < value:
+            lowered = there > 0.999 * value and size < 1e-12 * float(x.norm())
+            x, value, damping = new, there, damping / 10
+        else:
+            damping *= 10
+        report(step, value)
+        if lowered or damping > 1e6 or value < 1e-12:
+            break
+    return x, value
 
-        operator = LinearOperator((len(here), len(x)), matvec=forward, rmatvec=reverse, dtype=np.float64)
-        # |J' r| / |r| tells the size of J where it matters.
-        size = float(back(here)[0].norm() / here.norm().clamp(min=1e-300))
-        found = lsmr(operator, -here.detach().cpu().numpy(), damp=damping * size, maxiter=self.inner, atol=0, btol=0)
-        move: Tensor = torch.from_numpy(found[0]).to(x)
-        return move, float(move.norm())
+
+def _move(residual: Callable[[Tensor], Tensor], x: Tensor, damping: float, inner: int) -> tuple[Tensor, float]:
+    """One damped step, and its length; damping is relative to the size of J, which is formed where it has no more
+    columns than `inner`."""
+    here, back = torch.func.vjp(residual, x)[:2]
+    # |J' r| / |r| tells the size of J where it matters.
+    size = float(back(here)[0].norm() / here.norm().clamp(min=1e-300))
+    if len(x) <= inner:
+        J = torch.func.jacfwd(residual)(x)
+        ridge = damping * size * torch.eye(len(x), dtype=x.dtype, device=x.device)
+        below = torch.cat([here.detach(), torch.zeros_like(x)])
+        step: Tensor = -torch.linalg.lstsq(torch.cat([J, ridge]), below[:, None]).solution[:, 0]
+        return step, float(step.norm())
+
+    def forward(v: NDArray[np.float64]) -> NDArray[np.float64]:
+        deadline.check()
+        direction = torch.from_numpy(np.ascontiguousarray(v.reshape(-1))).to(x)
+        slope: Tensor = torch.func.jvp(residual, (x,), (direction,))[1]
+        return slope.cpu().numpy()
+
+    def reverse(u: NDArray[np.float64]) -> NDArray[np.float64]:
+        pulled: Tensor = back(torch.from_numpy(np.ascontiguousarray(u.reshape(-1))).to(x))[0]
+        return pulled.cpu().numpy()
+
+    operator = LinearOperator((len(here), len(x)), matvec=forward, rmatvec=reverse, dtype=np.float64)
+    found = lsmr(operator, -here.detach().cpu().numpy(), damp=damping * size, maxiter=inner, atol=0, btol=0)
+    move: Tensor = torch.from_numpy(found[0]).to(x)
+    return move, float(move.norm())
 
 
 def _residual(target: Target, update: Update, answer: Answer) -> Callable[[Tensor], Tensor]:

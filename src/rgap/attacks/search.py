@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rgap.attacks.distance import Gradients, total_variation
-from rgap.attacks.labels import candidates, one_hot
+from rgap.attacks.distance import NEGLIGIBLE, Gradients, moments, relative, squared, total_variation
+from rgap.attacks.known import Known
+from rgap.attacks.labels import Candidates, candidates, one_hot
 from rgap.attacks.minimise import Minima, Termination
+from rgap.attacks.polish import improve
 from rgap.attacks.progress import Reporter
+from rgap.attacks.simulate import LocalSteps
 from rgap.attacks.slopes import refused, slopes
 from rgap.linalg import deadline
 from rgap.target import GradientFunction, Target
@@ -23,6 +26,8 @@ from rgap.update import Update
 if TYPE_CHECKING:
     from rgap.attacks.matching import Matching
 
+STEPS, INNER = 8, 128
+"""Gauss-Newton steps at the end; products with the Jacobian, and with its transpose, in each of them."""
 SMALL = 1e-2
 """Of gradients below this part of all of them no more is asked than of one that large."""
 
@@ -44,12 +49,23 @@ class Found:
 class Search:
     """Systems whose unknowns are an input and, unless it is inferred, a distribution over labels."""
 
-    def __init__(self, attack: Matching, target: Target, updates: Sequence[Update], batch: int):
+    def __init__(
+        self,
+        attack: Matching,
+        target: Target,
+        updates: Sequence[Update],
+        batch: int,
+        aids: Sequence[Known] = (),
+        client: LocalSteps | None = None,
+    ):
         """
         Args:
             updates: that hold the same parameters, each of a batch of this size.
+            aids: what is known of each beside its gradient, of the same layers.
+            client: whose weight differences the updates are; None: they are gradients.
         """
         self.attack, self.target, self.updates = attack, target, updates
+        self.aids, self.client = aids or [Known()] * len(updates), client
         self.shape = (batch, *target.input_shape)
         self.values = math.prod(self.shape)
         # Of labels that cannot be listed there is one number each.
@@ -66,9 +82,11 @@ class Search:
         points: list[Tensor] = []
         weights: list[Tensor] = []
         for owner, update in enumerate(self.updates):
-            inferred = None if attack.optimise_label else candidates(target, update)
-            self.assumptions.append(inferred.assumption if inferred else "a distribution over labels is optimised")
-            for choice in [None] if inferred is None else inferred.labels:
+            fixed = self.aids[owner].labels
+            inferred = None if attack.optimise_label or fixed is not None else candidates(target, update)
+            self.assumptions.append(self._about_labels(fixed, inferred))
+            choices: Sequence[Tensor | None] = [None] if inferred is None else inferred.labels
+            for choice in choices if fixed is None or attack.optimise_label else [fixed.double()]:
                 for restart in range(attack.restarts):
                     generator = torch.Generator().manual_seed(attack.seed + restart)
                     x = attack.start.draw(self.shape, target, generator).reshape(-1)
@@ -82,6 +100,12 @@ class Search:
         self.points = torch.stack(points).to(target.device, attack.dtype)
         self.weights = torch.stack(weights).to(target.device, attack.dtype)
         self.owned = torch.tensor(owners, device=target.device)
+
+    @staticmethod
+    def _about_labels(fixed: Tensor | None, inferred: Candidates | None) -> str:
+        if inferred is not None:
+            return inferred.assumption
+        return "a distribution over labels is optimised" if fixed is None else "each sample's label is fixed"
 
     def run(self) -> list[Found]:
         """What was found for each update."""
@@ -99,23 +123,24 @@ class Search:
         """Values and gradients of the systems whose numbers are given."""
         attack, values, shape = self.attack, self.values, self.shape
         given = {
-            name: torch.stack([update.gradients[name].to(self.target.device, attack.dtype) for update in self.updates])
-            for name in self.updates[0].gradients
+            name: torch.stack([each[name].to(self.target.device, attack.dtype) for each in self._given()])
+            for name in self._given()[0]
         }
 
         def loss_of(gradient: GradientFunction) -> Callable[..., Tensor]:
+            model = self._model(gradient, attack.dtype)
+
             def loss(point: Tensor, known: Tensor, given: Gradients) -> Tensor:
                 x = point[:values].reshape(shape)
                 chosen = point[values:].reshape(shape[0], -1).softmax(1) if attack.optimise_label else known
-                found = gradient(x, chosen)
-                apart = attack.distance({name: found[name] for name in given}, given)
-                return apart + self.variation * total_variation(x) if self.variation else apart
+                return self._loss(x, model(x, chosen), given)
 
             return loss
 
         # One update is shared by all systems, several are handed out to theirs.
         single = len(self.updates) == 1
-        batched = slopes(self.target, attack.dtype, loss_of, (False, single), attack.at_once)
+        reads = self.aids[0].modules
+        batched = slopes(self.target, attack.dtype, loss_of, (False, single), attack.at_once, reads)
 
         def some(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
             own = {name: g[0] if single else g[self.owned[which]] for name, g in given.items()}
@@ -131,9 +156,69 @@ class Search:
                 value[at], slope[at] = some(x[at], which[at])
                 if deadline.used() >= 1:
                     break
+            if attack.consensus:
+                more = self._consensus(x, self.owned[which])
+                value, slope = value + more.square().sum(1) / (2 * attack.consensus), slope + more
             return value, slope
 
         return objective
+
+    def _given(self) -> list[Gradients]:
+        """Of each update the gradient and what else is known."""
+        return [
+            {**update.gradients, **aid.values, **aid.statistics}
+            for update, aid in zip(self.updates, self.aids, strict=True)
+        ]
+
+    def _model(self, gradient: GradientFunction, dtype: torch.dtype) -> GradientFunction:
+        """What a client with an input sends."""
+        return gradient if self.client is None else self.client.difference(self.target, gradient, dtype)
+
+    def _loss(self, x: Tensor, found: Gradients, given: Gradients) -> Tensor:
+        attack, aid = self.attack, self.aids[0]
+        names = self.updates[0].gradients
+        loss = attack.distance({n: found[n] for n in names}, {n: given[n] for n in names})
+        for name in aid.values:
+            loss = loss + attack.features * relative(found[name].flatten(1), given[name])
+        for name in aid.statistics:
+            loss = loss + attack.statistics * relative(moments(found[name]), given[name])
+        return loss + self.variation * total_variation(x, attack.opponents) if self.variation else loss
+
+    def _consensus(self, x: Tensor, owned: Tensor) -> Tensor:
+        """The slope of consensus / 2 times the squared distance from the mean of all starts of the same update."""
+        same = (owned[:, None] == owned[None]).to(x)
+        apart = x - (same / same.sum(1, keepdim=True)) @ x
+        apart[:, self.values :] = 0
+        return self.attack.consensus * apart
+
+    def finish(self, attack: Matching, owner: int, labels: Tensor) -> Tensor:
+        """What another attack with these labels makes of one update, and after it Gauss-Newton steps in float64 towards
+        its gradient and what else is known."""
+        update, aid = self.updates[owner], replace(self.aids[owner], labels=labels)
+        x = Search(attack, self.target, [update], self.shape[0], [aid], self.client).run()[0].inputs[0]
+        if refused(self.target, torch.float64):
+            return x
+        given = {name: t.to(self.target.device).double() for name, t in self._given()[owner].items()}
+        model = self._model(self.target.gradient_function(torch.float64, reads=aid.modules), torch.float64)
+        weights = one_hot(self.target.loss, labels).to(self.target.device).double()
+        whole = sum(float(given[name].square().sum()) for name in self.updates[owner].gradients)
+        sizes = {name: math.sqrt(float(t.square().sum()) + NEGLIGIBLE * whole) for name, t in given.items()}
+
+        def residual(point: Tensor) -> Tensor:
+            found = model(point.reshape(self.shape), weights)
+            found |= {name: moments(found[name]) for name in aid.statistics}
+            return torch.cat([((found[n].reshape(-1) - t.reshape(-1)) / sizes[n]) for n, t in given.items()])
+
+        start = x.reshape(-1).double().to(self.target.device)
+        report = Reporter(f"{attack.name}, Gauss-Newton", STEPS)
+        return improve(residual, start, STEPS, INNER, report)[0].reshape(self.shape)
+
+    def residual(self, inputs: Tensor, labels: Tensor) -> float:
+        """The relative distance of what inputs and labels give from the first update."""
+        model = self._model(self.target.gradient_function(torch.float64, plain=True), torch.float64)
+        found = model(inputs.to(self.target.device), one_hot(self.target.loss, labels).to(self.target.device))
+        given = {name: g.double().to(self.target.device) for name, g in self.updates[0].gradients.items()}
+        return float(squared({name: found[name].detach() for name in given}, given).sqrt())
 
     def _minimise(
         self,
@@ -169,6 +254,7 @@ class Search:
             labels.append(label.to(inputs[-1].device))
         count = int((self.owned == owner).sum())
         smooth = ("neighbouring values of the input are similar (total variation)",) if self.variation else ()
+        together = ("starts are drawn towards their mean",) if self.attack.consensus and count > 1 else ()
         starts = f"the best of {count} starts by its loss" if count > 1 else "one start"
         return Found(
             inputs,
@@ -176,7 +262,7 @@ class Search:
             [float(minima.value[s]) for s in order],
             [int(minima.iterations[s]) for s in order],
             [minima.ended[s] for s in order],
-            (self.assumptions[owner], *smooth, starts),
+            (self.assumptions[owner], *self.aids[owner].assumptions, *smooth, starts, *together),
             minima.cut_off,
         )
 

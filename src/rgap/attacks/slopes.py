@@ -18,7 +18,12 @@ _REFUSED: WeakKeyDictionary[Target, dict[torch.dtype, str]] = WeakKeyDictionary(
 
 
 def slopes(
-    target: Target, dtype: torch.dtype, loss_of: LossOf, shared: Sequence[bool], at_once: int
+    target: Target,
+    dtype: torch.dtype,
+    loss_of: LossOf,
+    shared: Sequence[bool],
+    at_once: int,
+    reads: Sequence[str] = (),
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """A function of the points of s systems, (s, d), and more, to their slopes and values.
 
@@ -28,14 +33,15 @@ def slopes(
     Args:
         shared: of each further argument, whether it is one for all systems.
         at_once: systems that run together; it bounds the memory.
+        reads: as in `Target.gradient_function`.
     """
     if not refused(target, dtype):
         dims = (0, *(None if one else 0 for one in shared))
-        loss = loss_of(target.gradient_function(dtype))
+        loss = loss_of(target.gradient_function(dtype, reads=reads))
         return torch.func.vmap(
             torch.func.grad_and_value(loss), in_dims=dims, chunk_size=at_once, randomness="different"
         )
-    plain = loss_of(target.gradient_function(dtype, plain=True))
+    plain = loss_of(target.gradient_function(dtype, plain=True, reads=reads))
 
     def each(points: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
         found = []

@@ -42,6 +42,25 @@ class Uniform(Start):
         return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class Tiled(Start):
+    """Uniform values on a small square, repeated over the whole picture; of what is no picture as `Uniform`.
+
+    Args:
+        size: of the square.
+    """
+
+    size: int = 4
+
+    def draw(self, shape: tuple[int, ...], target: Target, generator: torch.Generator) -> Tensor:
+        if len(shape) != 4:
+            return Uniform().draw(shape, target, generator)
+        height, width = shape[2:]
+        tile = Uniform().draw((*shape[:2], self.size, self.size), target, generator)
+        times = (1, 1, -(-height // self.size), -(-width // self.size))
+        return tile.repeat(times)[..., :height, :width]
+
+
 @dataclass(frozen=True, eq=False)
 class Near(Start):
     """A given input, with a little noise.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rgap.attacks import IDLG, Attack, Bias, Closed, InvertingGradients
+from rgap.attacks import Attack, Bias, Closed, FeatureMatching, InvertingGradients
 from rgap.attacks.named import by_name
 from rgap.auditing.document import document
 from rgap.auditing.dose_response import Accounting, DoseResponse, dose_response
@@ -32,7 +32,7 @@ from rgap.update import PLAIN, Update
 
 Attacks: TypeAlias = Attack | type[Attack] | str | Sequence[Attack | type[Attack] | str]
 Defences: TypeAlias = Defence | type[Defence] | str | Sequence[Defence | type[Defence] | str]
-ATTACKS: tuple[Attack, ...] = (Bias(), Closed(), IDLG(iterations=500), InvertingGradients(iterations=1500))
+ATTACKS: tuple[Attack, ...] = (Bias(), Closed(), FeatureMatching(), InvertingGradients(iterations=1500))
 """In the order in which they run, the cheapest first: what one reads out exactly no other is given."""
 NO_DEFENCE = "defences: none was asked for; a sweep measures what it takes to close the leak"
 

@@ -37,15 +37,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # torch takes seconds to import. What is named in --help stands here, and a test holds it against what there is.
 MODELS = ("cnn6", "cnn6-d", "fcn3", "residual", "lenet", "vgg11", "resnet20", "strided", "vit-tiny")
-ATTACKS = ("closed", "recursive", "bias", "dlg", "idlg", "inverting-gradients", "hybrid")
+ATTACKS = (
+    "closed", "recursive", "bias", "dlg", "idlg", "inverting-gradients", "see-through-gradients", "modern",
+    "feature-matching", "hybrid",
+)  # fmt: skip
 LOSSES = ("bce", "cross-entropy", "exponential", "hinge", "logistic", "mse", "nll", "squared-hinge")
 TORCH_LOSSES = (
     "CrossEntropyLoss", "NLLLoss", "MSELoss", "BCEWithLogitsLoss", "BCELoss", "SoftMarginLoss",
 )  # fmt: skip
 ABOUT_ATTACKS = (
     "closed: R-GAP, and where a layer leaves its input open, several layers together; recursive: layer by layer, "
-    "as in the paper; bias: a Linear layer with a bias; dlg, idlg, inverting-gradients: by optimisation; hybrid: "
-    "recursive and dlg, the smoother answer of the two."
+    "as in the paper; bias: a Linear layer with a bias; dlg, idlg, inverting-gradients, see-through-gradients, modern "
+    "(breaching's), feature-matching: by optimisation; hybrid: recursive and dlg, the smoother answer of the two."
 )
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)

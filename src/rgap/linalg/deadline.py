@@ -49,6 +49,12 @@ def used() -> float:
     return (time.perf_counter() - limit.begin) / allowed if allowed > 0 else 1.0
 
 
+def share(part: float) -> float | None:
+    """Seconds of this part of the time that is left; None without a limit."""
+    limit = _limit.get()
+    return None if limit is None else max(0.0, part * (limit.end - time.perf_counter()))
+
+
 def check() -> None:
     """Raise OutOfTime if the time is up: for loops that have nothing to give back before they end."""
     if used() >= 1:
