@@ -21,6 +21,7 @@ from rgap.inversion.sides import choose_side, sides_agree
 from rgap.inversion.state import Observation, State
 from rgap.nn import layers
 from rgap.nn.ops import Linear
+from tests.auditing.small_audits import seeded
 
 THOROUGH = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -207,11 +208,13 @@ def test_what_is_no_chain_or_no_update_of_the_target_is_refused() -> None:
     with pytest.raises(UpdateError, match=r"missing fc2\.weight"):
         Recursive()(target, Update({"fc1.weight": torch.zeros(6, 4)}))
     pooled = Target(
-        nn.Sequential(nn.Conv2d(1, 2, 3), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(2, 1)), losses.Logistic(), (1, 4, 4)
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(2, 1)),
+        losses.Logistic(),
+        (1, 4, 4),
     )
     found = attack(pooled, torch.rand(1, 1, 4, 4), 1.0)
     assert (found.status, found.answers) == (Status.NOT_CONVERGED, ())
-    assert found.reason == "stops at 1: avg_pool2d makes 2 values of 8"
+    assert found.reason == "stops at 2: avg_pool2d makes 2 values of 8"
     ended = Target(nn.Sequential(nn.Flatten(), nn.Linear(16, 1), nn.Tanh()), losses.Logistic(), (1, 4, 4))
     with pytest.raises(NotAChain, match="tanh after the last layer"):
         attack(ended, torch.rand(1, 1, 4, 4), 1.0)
@@ -336,6 +339,31 @@ def test_sides_of_kinks_are_told_from_the_gradient(outputs: int, seed: int) -> N
     assert torch.equal(layer.pack_output(found.cotangent), k)
     solved = LayerSystem(layer, here, None, 1e-9).solve(z, grad).x
     assert bool(sides_agree(layer, here, there, solved, grad, 1e-16)) == (not bool(wrong.any()))
+
+
+@pytest.mark.parametrize(("at", "bias"), [(0, True), (2, True), (4, True), (2, False), (4, False)])
+@pytest.mark.parametrize("value", [-1e-6, -1e-7, 1e-8, 1e-7, 1e-6])
+def test_a_value_no_larger_than_its_error_is_no_zero_of_a_relu(value: float, at: int, bias: bool) -> None:
+    """Nor is noise a value: the gradient of the layer behind, or of its bias, tells which it is."""
+    model = seeded(
+        *(nn.Conv2d(1, 12, 3, padding=1, bias=bias), nn.ReLU()),
+        *(nn.Conv2d(12, 20, 3, padding=1, bias=bias), nn.ReLU()),
+        *(nn.Conv2d(20, 24, 3, 2, 1, bias=bias), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(24 * 16, 10, bias=bias)),
+    ).double()
+    x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    layer = model[at]
+    assert isinstance(layer, nn.Conv2d)
+    with torch.no_grad():
+        read = model[:at](x.double())
+        z = layer(read)[0, 5].flatten()
+        unit = int(z.abs().argmin())
+        patch = nn.functional.unfold(read, 3, padding=1, stride=layer.stride)[0, :, unit]
+        layer.weight[5] += ((value - z[unit]) / patch.square().sum() * patch).reshape(-1, 3, 3)
+    target = Target(model.float(), losses.CrossEntropy(10), (1, 8, 8), (0.0, 1.0))
+    found = Recursive()(target, capture(target, x, torch.tensor([3.0])))
+    assert found.status is Status.EXACT, found
+    assert score(found, x).mse[0] <= 1e-10
 
 
 def test_sides_are_looked_for_only_where_the_gradient_contradicts_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,15 @@ from rgap.inversion.non_monotone import both_branches, choose_branch
 from rgap.inversion.norm import before_norm
 from rgap.inversion.report import layer_report
 from rgap.inversion.rounding import NEAREST, rounding
-from rgap.inversion.sides import branches, choose_side, other_side, sides_agree
+from rgap.inversion.sides import (
+    branches,
+    choose_side,
+    choose_zeros,
+    gradient_agrees,
+    other_side,
+    sides_agree,
+    sides_by_bias,
+)
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.unpool import MISSED, before_pool
 from rgap.linalg import deadline
@@ -92,6 +100,8 @@ def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) 
     other = state.alternative
     if other is not None and bool((other.value != state.value).any()):
         state, other = choose_branch(op, state, other, observed), None
+    if other is not None and layer.bias_name in observed.gradients:
+        state = sides_by_bias(layer, state, other, observed.gradient(layer.bias_name, paths.update), observed.eps)
     system, solution = _solve(op, state, grad, has_gradient, observed)
     if other is not None:  # of slopes
         chosen = _sides(op, state, other, solution.x, grad, observed)
@@ -168,6 +178,10 @@ def _sides(op: Linear, state: State, other: State, x: Tensor, grad: Tensor, obse
     """
     layer = op.layer
     k, there = layer.pack_output(state.cotangent), layer.pack_output(other.cotangent)
+    if other.row_weight is not None:  # of a ReLU
+        if bool(gradient_agrees(layer, k, x, grad, observed.eps).all()):
+            return state
+        return choose_zeros(op, state, other, x, grad, observed)
     if bool(sides_agree(layer, k, there, x, grad, observed.eps).all()):
         return state
     return choose_side(op, state, other, grad, observed)

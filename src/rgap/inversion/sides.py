@@ -12,7 +12,7 @@ from torch import Tensor
 from rgap.inversion.layer import LayerSystem
 from rgap.inversion.rounding import rounding
 from rgap.inversion.state import Observation, State
-from rgap.nn.activations import Activation, Inverse
+from rgap.nn.activations import LOUD, Activation, Inverse, ReLU
 from rgap.nn.layers import Layer
 from rgap.nn.ops import Linear
 
@@ -24,6 +24,14 @@ gradient."""
 AGREES, VISIBLE = 0.05, 20.0
 """A unit's gradient agrees with the sides of its values where it misses no more than this part of what the other side
 of one of them would do to it; of those whose effect is above so many roundings."""
+SPOILED = ((0,), (1,), (2,), (3,), (4,), (5,), (0, 1), (0, 1, 2))
+"""Which outputs are left out in turn, by how much their gradients miss: those that a zero may spoil."""
+MOVED, LEAST = 3, 1e-6
+"""Values of an output that are on their other side, at the most; and what rounding alone may miss of a gradient,
+relatively."""
+MISSED_SUM, NEAREST = 100.0, 0.05
+"""A sum of cotangents that misses more roundings has a value on its wrong side; and how near to what is missed that
+one's cotangent is, relatively."""
 ROUGH = 1e-4
 """Singular values below this fraction of the largest are of no use where an input is wanted for its signs alone."""
 
@@ -57,12 +65,17 @@ def other_side(activation: Activation, x: State, inverse: Inverse) -> State | No
         x: behind the activation.
     """
     there = activation.other_side(inverse.slope)
-    uncertain = (x.value.abs() <= NEAR * x.std.expand(x.value.shape)) & (there != inverse.slope)
-    if inverse.weight is not None:
+    std, row_weight = x.std.expand(x.value.shape), None
+    uncertain = (x.value.abs() <= NEAR * std) & (there != inverse.slope)
+    if isinstance(activation, ReLU):
+        # What is taken for noise may be a small value, and the other way round; then its row tells nothing.
+        there, uncertain = 1 - inverse.slope, x.value < LOUD * std
+        row_weight = None if inverse.weight is None else x.weighed(inverse.weight * ~uncertain)
+    elif inverse.weight is not None:
         uncertain &= inverse.weight > 0  # nothing is known of the rest
     if not bool(uncertain.any()):
         return None
-    return State(inverse.z, x.cotangent * torch.where(uncertain, there, inverse.slope), None, x.std)
+    return State(inverse.z, x.cotangent * torch.where(uncertain, there, inverse.slope), row_weight, x.std)
 
 
 def sides_agree(
@@ -118,4 +131,96 @@ def choose_side(op: Linear, state: State, other: State, grad: Float[Tensor, "s g
         # What the other side does not explain has another cause, such as a candidate that is none.
         if float(left.norm()) < 0.5 * float(residual[s, unit].norm()):
             k[s, unit, at[flipped]] = there[s, unit, at[flipped]]
-    return replace(state, cotangent=layer.unpack_output(k).reshape(state.cotangent.shape), alternative=None)
+    cotangent = layer.unpack_output(k).reshape(state.cotangent.shape)
+    return replace(state, cotangent=cotangent, alternative=None)
+
+
+def sides_by_bias(layer: Layer, state: State, other: State, bias: Float[Tensor, "s o"], eps: float) -> State:
+    """The sides of values with which the gradient of a convolution's bias agrees: it is the sum of k over positions.
+
+    What an output's sum misses is the cotangent of the value that is taken for its other side.
+    """
+    k, there = layer.pack_output(state.cotangent), layer.pack_output(other.cotangent)
+    missed, size = bias - k.sum(-1), k.abs().sum(-1) + bias.abs()
+    found = k.clone()
+    for s, unit in (missed.abs() > MISSED_SUM * max(eps, LEAST**2) * size).nonzero().tolist():
+        change, left = there[s, unit] - k[s, unit], float(missed[s, unit])
+        for _ in range(MOVED):
+            nearest = int((torch.where(change != 0, change, torch.inf) - left).abs().argmin())
+            if not abs(left - float(change[nearest])) < NEAREST * abs(left):
+                break
+            left -= float(change[nearest])
+            found[s, unit, nearest] = there[s, unit, nearest]
+    if torch.equal(found, k):
+        return state
+    row_weight = state.row_weight
+    if row_weight is not None:
+        kept = layer.unpack_output((found == k).to(k)).reshape(row_weight.shape)
+        row_weight = row_weight * kept
+    return replace(state, cotangent=layer.unpack_output(found).reshape(state.cotangent.shape), row_weight=row_weight)
+
+
+def choose_zeros(
+    op: Linear, state: State, other: State, x: Tensor, grad: Float[Tensor, "s g j i"], observed: Observation
+) -> State:
+    """Which values a ReLU made zero, where the gradient contradicts those taken for zeros.
+
+    A small value may be taken for a zero's noise, and noise for a value. That spoils the gradient rows of one output,
+    and with them the input. So outputs that miss most are left out until the others agree; what they miss then is
+    what their own values on the other side do to them.
+
+    Args:
+        other: the cotangents if zeros were values and small values zeros; row weights without the latter.
+        x: solved for with the sides taken.
+    """
+    layer = op.layer
+    k, there, z = (layer.pack_output(each) for each in (state.cotangent, other.cotangent, state.value))
+    assert state.row_weight is not None
+    assert other.row_weight is not None
+    weight, sure = layer.pack_output(state.row_weight), layer.pack_output(other.row_weight)
+    size = rounding(grad, observed.eps).norm(dim=-1).reshape(*k.shape[:2]).clamp(min=torch.finfo(k.dtype).tiny)
+    worst = ((grad - layer.grad_weight(x, k)).norm(dim=-1).reshape(size.shape) / size).argsort(1, descending=True)
+    found, open_ = k, torch.ones(len(k), dtype=torch.bool, device=k.device)
+    for left_out in SPOILED:
+        kept = torch.ones_like(size).scatter_(1, worst[:, [at for at in left_out if at < worst.shape[1]]], 0.0)
+        system = LayerSystem(layer, k * kept[..., None], sure, observed.rank_tolerance, solver=observed.solver)
+        x = system.solve(z - layer.offset, grad * kept.reshape(*grad.shape[:3], 1)).x
+        chosen = _explained(layer, k, there, x, grad, kept)
+        agrees = open_ & gradient_agrees(layer, chosen, x, grad, observed.eps)
+        found = torch.where(agrees[:, None, None], chosen, found)
+        open_ &= ~agrees
+        if not bool(open_.any()):
+            break
+    told = ~open_[:, None, None]
+    weight = torch.where(told, sure, weight)
+    shape = state.cotangent.shape
+    return replace(
+        state,
+        cotangent=layer.unpack_output(found).reshape(shape),
+        row_weight=layer.unpack_output(weight).reshape(shape),
+        alternative=None,
+    )
+
+
+def gradient_agrees(layer: Layer, k: Tensor, x: Tensor, grad: Tensor, eps: float) -> Bool[Tensor, " s"]:
+    """Whether an input has the layer's gradient, but for what its own error does to it."""
+    missed = (grad - layer.grad_weight(x, k)).flatten(1).norm(dim=1)
+    agrees: Tensor = missed <= max(eps**0.5, LEAST) * grad.flatten(1).norm(dim=1)
+    return agrees
+
+
+def _explained(layer: Layer, k: Tensor, there: Tensor, x: Tensor, grad: Tensor, kept: Float[Tensor, "s o"]) -> Tensor:
+    """The cotangents that explain what is missed of each output left out, a few values moved to their other side."""
+    missed, patches, found = (grad - layer.grad_weight(x, k)).flatten(1, 2), layer.patches(x), k.clone()
+    for s, unit in (kept == 0).nonzero().tolist():
+        at = (there[s, unit] != k[s, unit]).nonzero().flatten()
+        effect = patches[s, unit * layer.groups // layer.outputs][:, at] * (there - k)[s, unit, at]
+        left = missed[s, unit, :, None]
+        for _ in range(min(MOVED, len(at))):
+            apart = (left - effect).norm(dim=0)
+            best = int(apart.argmin())
+            if not float(apart[best]) < 0.5 * float(left.norm()):
+                break
+            left = left - effect[:, best : best + 1]
+            found[s, unit, at[best]] = there[s, unit, at[best]]
+    return found
