@@ -132,6 +132,20 @@ def test_capture_then_attack(capsys: pytest.CaptureFixture[str], tmp_path: Path,
         assert picture.format == "PNG"
 
 
+@pytest.mark.parametrize("attack", [("idlg", "--iterations", 1), ("closed", "--budget", 0)])
+def test_an_attack_that_finds_no_input_says_what_is_read_off(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, photograph: Path, attack: tuple[str, ...]
+) -> None:
+    told = "all 588 values that fc reads and the label of the sample"
+    options = ("--model", "lenet", "--loss", "cross-entropy", "--input-shape", "1,28,28")
+    update = tmp_path / "update.safetensors"
+    assert run(capsys, "capture", photograph, "--label", 3, *options, "--out", update)[0] == 0
+    code, out, _ = run(capsys, "attack", update, *options, "--attack", *attack, "--out", tmp_path / "out")
+    assert code == 0
+    assert f"Read off at once, without any search: {told}" in " ".join(out.split())
+    assert told in json.loads((tmp_path / "out" / "reconstruction.json").read_text())["read_off"]
+
+
 @pytest.mark.parametrize("other", [False, True])
 def test_what_came_back_is_scored_beside_the_truth(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, photograph: Path, other: bool

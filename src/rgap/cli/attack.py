@@ -13,6 +13,7 @@ from rich.text import Text
 from rgap.cli import options
 from rgap.cli.capture import sample
 from rgap.cli.console import number, report, status
+from rgap.cli.options import Number
 from rgap.files import write_atomically
 from rgap.printable import visible
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from rgap.target import Target
 
 
+NAMES = ("the client",)
+
+
 @click.command("attack")
 @click.argument("update", type=options.PATH)
 @options.config_option
@@ -30,11 +34,21 @@ if TYPE_CHECKING:
 @options.protocol_options
 @options.attack_options("closed")
 @click.option("--before", type=options.PATH, help="Weights before local training; UPDATE then holds those after it.")
+@click.option(
+    "--budget", type=Number(min=0), help="Seconds after which the attack is cut off, with the best that it had by then."
+)
 @click.option("--truth", type=options.PATH, help="The client's picture, to score with: the attack never sees it.")
 @click.option("--partial", is_flag=True, help="Accept an update in which parameters are missing.")
 @options.output_options()
 def command(
-    update: Path, before: Path | None, truth: Path | None, partial: bool, out: Path, as_json: bool, **named: Any
+    update: Path,
+    before: Path | None,
+    budget: float | None,
+    truth: Path | None,
+    partial: bool,
+    out: Path,
+    as_json: bool,
+    **named: Any,
 ) -> None:
     """Reconstruct the input behind one update file, or all inputs of a batch.
 
@@ -43,7 +57,11 @@ def command(
     reconstruction.safetensors (inputs and labels of every answer, best first; of a batch also what a layer reads of
     each sample), and for pictures reconstruction.png, with all of a batch.
     """
+    from rgap.attacks import Status
     from rgap.auditing import describe
+    from rgap.auditing.observed import Observed
+    from rgap.auditing.readout import ReadOut, read_out
+    from rgap.linalg import deadline
     from rgap.reading import read_pair, read_update
 
     chosen, protocol = (
@@ -56,18 +74,20 @@ def command(
         received = read_update(update, target, protocol, target.batch_size, partial=partial)
     else:
         received = read_pair(before, update, target, protocol, target.batch_size, partial=partial)
-    with status():
+    with status(), deadline.within(budget):
         found = chosen(target, received)
     out.mkdir(parents=True, exist_ok=True)
+    whole = found.status is Status.EXACT or found.features is not None
+    told = ReadOut(0) if whole else read_out(target, [Observed(received, NAMES)])
     scored = None if picture is None or not found.answers else _score(found, picture, target)
-    document = describe(found) | ({} if scored is None else {"score": scored})
+    document = describe(found) | ({} if scored is None else {"score": scored}) | {"read_off": told.told}
     write_atomically(out / "reconstruction.json", json.dumps(document, indent=1).encode())
     anything = bool(found.answers) or found.features is not None
     written = [out / "reconstruction.json", *(_write(found, target, out) if anything else ())]
     if as_json:
         click.echo(json.dumps(document))
     else:
-        _show(found, scored, written)
+        _show(found, scored, told.told, written)
 
 
 def _score(found: Reconstruction, truth: Tensor, target: Target) -> dict[str, float]:
@@ -105,7 +125,7 @@ def _write(found: Reconstruction, target: Target, out: Path) -> list[Path]:
     return written
 
 
-def _show(found: Reconstruction, scored: dict[str, float] | None, written: Sequence[Path]) -> None:
+def _show(found: Reconstruction, scored: dict[str, float] | None, told: str, written: Sequence[Path]) -> None:
     """The layers, then how it ended."""
     from rgap.cli import tables
 
@@ -123,6 +143,8 @@ def _show(found: Reconstruction, scored: dict[str, float] | None, written: Seque
     label = "" if known is None else ", label " + ", ".join(f"{label:+g}" for label in known.tolist())
     twins = f", {len(found.twins)} twin(s)" if found.twins else ""
     console.print(Text.assemble("\n", (found.status.value, "bold"), visible(f"{label}{twins}: {found.reason}")))
+    if told:
+        console.print(f"Read off at once, without any search: {visible(told)}.")
     if scored is not None:
         figures = (number(scored["psnr"], ".1f"), number(scored["ssim"], ".2f"), number(scored["mse"], ".1e"))
         console.print("Beside the true picture: PSNR {} dB, SSIM {}, mean squared error {}".format(*figures))
