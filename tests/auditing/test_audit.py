@@ -425,13 +425,13 @@ def test_the_layer_that_protects_is_named() -> None:
 @pytest.mark.parametrize("classes", [1, 3])
 def test_a_model_that_is_no_chain(classes: int) -> None:
     """The recursion names where it stops, and an activation at the end leaves it nowhere to begin."""
-    layers = (nn.Conv2d(1, 3, 3), nn.AvgPool2d(2), nn.GELU(), nn.Flatten(), nn.Linear(3, classes))
+    layers = (nn.Conv2d(1, 3, 3), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3, classes))
     loss = losses.Logistic() if classes == 1 else losses.CrossEntropy(classes)
     target = Target(seeded(*layers), loss, SHAPE, (0.0, 1.0))
     found = audit(target, pictures(2), attacks=[Recursive(), IDLG(iterations=2)], about=ABOUT)
     recursive, idlg = found.attacks
     assert recursive.obstacle is None
-    assert ["stops at 1: avg_pool2d" in result.reason for result in recursive.results] == [True, True]
+    assert ["stops at 2: avg_pool2d" in result.reason for result in recursive.results] == [True, True]
     assert len(idlg.results) == 2
     document = documented(found)
     assert document["target"]["layers"] == []

@@ -43,6 +43,8 @@ from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Elementwise, Linear, Norm, Op
 from rgap.nn.pools import Pool
 
+PRECISE = 1e-5
+"""Weight rows that miss more may hide a value on its wrong side."""
 LEAST = 1e-6
 """However coarse the gradient, a cotangent above this part of its terms is not taken for their rounding."""
 
@@ -104,7 +106,7 @@ def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) 
         state = sides_by_bias(layer, state, other, observed.gradient(layer.bias_name, paths.update), observed.eps)
     system, solution = _solve(op, state, grad, has_gradient, observed)
     if other is not None:  # of slopes
-        chosen = _sides(op, state, other, solution.x, grad, observed)
+        chosen = _sides(op, state, other, solution, grad, observed)
         if chosen is not state:
             state = chosen
             system, solution = _solve(op, state, grad, has_gradient, observed)
@@ -170,19 +172,23 @@ def _solve(
     return system, system.solve(z - layer.offset, grad)
 
 
-def _sides(op: Linear, state: State, other: State, x: Tensor, grad: Tensor, observed: Observation) -> State:
+def _sides(
+    op: Linear, state: State, other: State, solution: LayerSolution, grad: Tensor, observed: Observation
+) -> State:
     """The state with the slopes that the gradient shows, the same one if it agrees with those taken.
 
     Args:
-        x: solved for with the slopes taken.
+        solution: with the slopes taken.
     """
-    layer = op.layer
+    layer, x = op.layer, solution.x
     k, there = layer.pack_output(state.cotangent), layer.pack_output(other.cotangent)
     if other.row_weight is not None:  # of a ReLU
         if bool(gradient_agrees(layer, k, x, grad, observed.eps).all()):
             return state
         return choose_zeros(op, state, other, x, grad, observed)
-    if bool(sides_agree(layer, k, there, x, grad, observed.eps).all()):
+    # Where gradient rows alone determine the input they are met on any side, and the weight rows show a wrong one.
+    precise = solution.weight_residual <= PRECISE
+    if bool((precise & sides_agree(layer, k, there, x, grad, observed.eps)).all()):
         return state
     return choose_side(op, state, other, grad, observed)
 

@@ -21,9 +21,9 @@ NEAR = 5.0
 BRANCHES, BRANCHED = 3, 20_000
 """How many of them are tried on both sides at once, and among how many values. Of more the sides are read off the
 gradient."""
-AGREES, VISIBLE = 0.05, 20.0
+AGREES, ROUNDINGS, VISIBLE = 0.05, 3.0, 5.0
 """A unit's gradient agrees with the sides of its values where it misses no more than this part of what the other side
-of one of them would do to it; of those whose effect is above so many roundings."""
+of one of them would do to it, or no more than so many roundings; of those whose effect is above so many."""
 SPOILED = ((0,), (1,), (2,), (3,), (4,), (5,), (0, 1), (0, 1, 2))
 """Which outputs are left out in turn, by how much their gradients miss: those that a zero may spoil."""
 MOVED, LEAST = 3, 1e-6
@@ -98,7 +98,9 @@ def sides_agree(
     missed = (grad - layer.grad_weight(x, k)).norm(dim=-1).reshape(*k.shape[:2], 1)
     noise = rounding(grad, eps).norm(dim=-1).reshape(*k.shape[:2], 1)
     effect = (there - k).abs() * layer.read(x)
-    contradicted: Tensor = ((effect > VISIBLE * noise) & (missed > AGREES * effect)).flatten(1).any(1)
+    contradicted: Tensor = (
+        ((effect > VISIBLE * noise) & (missed > torch.maximum(AGREES * effect, ROUNDINGS * noise))).flatten(1).any(1)
+    )
     return ~contradicted
 
 
