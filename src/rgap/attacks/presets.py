@@ -113,8 +113,8 @@ class FeatureMatching(Matching):
 
     Cosine distance, features and labels that the gradient tells in closed form, statistics of batch norms, simulated
     local steps, and L-BFGS and Gauss-Newton in float64 at the end. It begins at grey, and its variation weighs ten
-    times that of Inverting Gradients: of nine settings that came out best on two pictures of PyTorch's tutorial network,
-    by a third of a decibel.
+    times that of Inverting Gradients: of nine settings that came out best on two pictures of PyTorch's tutorial
+    network, by a third of a decibel.
     """
 
     distance: Distance = cosine
