@@ -1,4 +1,4 @@
-"""Settings of `Matching` that were published, each constant with its source, and the strongest of our own.
+"""Settings of `Matching` that were published, each constant with its source, and one of our own.
 
 Rates, noise and variation are for values from 0 to 1. Others divide pictures by a deviation of about a quarter: their
 rates are a quarter here, and their total variation weighs four times ours.

@@ -29,9 +29,10 @@ SPOILED = ((0,), (1,), (2,), (3,), (4,), (5,), (0, 1), (0, 1, 2))
 MOVED, LEAST = 3, 1e-6
 """Values of an output that are on their other side, at the most; and what rounding alone may miss of a gradient,
 relatively."""
-MISSED_SUM, NEAREST = 100.0, 0.05
-"""A sum of cotangents that misses more roundings has a value on its wrong side; and how near to what is missed that
-one's cotangent is, relatively."""
+MISSED_SUM = 100.0
+"""A sum of cotangents that misses more roundings has a value on its wrong side."""
+OF_A_SUM, OF_ROWS = 0.05, 0.5
+"""How near what a value on its wrong side does comes to what is missed, relatively: of a sum, and of gradient rows."""
 ROUGH = 1e-4
 """Singular values below this fraction of the largest are of no use where an input is wanted for its signs alone."""
 
@@ -95,8 +96,8 @@ def sides_agree(
         x: solved for with the sides taken.
         eps: relative rounding of the gradient.
     """
-    missed = (grad - layer.grad_weight(x, k)).norm(dim=-1).reshape(*k.shape[:2], 1)
-    noise = rounding(grad, eps).norm(dim=-1).reshape(*k.shape[:2], 1)
+    missed = _of_each_output(grad - layer.grad_weight(x, k))[..., None]
+    noise = _of_each_output(rounding(grad, eps))[..., None]
     effect = (there - k).abs() * layer.read(x)
     contradicted: Tensor = (
         ((effect > VISIBLE * noise) & (missed > torch.maximum(AGREES * effect, ROUNDINGS * noise))).flatten(1).any(1)
@@ -126,7 +127,7 @@ def choose_side(op: Linear, state: State, other: State, grad: Float[Tensor, "s g
         at = uncertain[s, unit].nonzero().flatten()
         if system.rank[s] < layer.unknowns or len(at) > residual.shape[-1]:
             continue
-        effect = patches[s, unit * layer.groups // layer.outputs][:, at] * (there - k)[s, unit, at]
+        effect = _effect(layer, patches[s], unit, at, there[s, unit] - k[s, unit])
         share = torch.linalg.lstsq(effect, residual[s, unit, :, None]).solution[:, 0]
         flipped = share > 0.5
         left = residual[s, unit] - effect[:, flipped].sum(1)
@@ -146,13 +147,9 @@ def sides_by_bias(layer: Layer, state: State, other: State, bias: Float[Tensor, 
     missed, size = bias - k.sum(-1), k.abs().sum(-1) + bias.abs()
     found = k.clone()
     for s, unit in (missed.abs() > MISSED_SUM * max(eps, LEAST**2) * size).nonzero().tolist():
-        change, left = there[s, unit] - k[s, unit], float(missed[s, unit])
-        for _ in range(MOVED):
-            nearest = int((torch.where(change != 0, change, torch.inf) - left).abs().argmin())
-            if not abs(left - float(change[nearest])) < NEAREST * abs(left):
-                break
-            left -= float(change[nearest])
-            found[s, unit, nearest] = there[s, unit, nearest]
+        at = (there[s, unit] != k[s, unit]).nonzero().flatten()
+        moved = at[_explain(missed[s, unit].reshape(1, 1), (there[s, unit, at] - k[s, unit, at])[None], OF_A_SUM)]
+        found[s, unit, moved] = there[s, unit, moved]
     if torch.equal(found, k):
         return state
     row_weight = state.row_weight
@@ -180,8 +177,8 @@ def choose_zeros(
     assert state.row_weight is not None
     assert other.row_weight is not None
     weight, sure = layer.pack_output(state.row_weight), layer.pack_output(other.row_weight)
-    size = rounding(grad, observed.eps).norm(dim=-1).reshape(*k.shape[:2]).clamp(min=torch.finfo(k.dtype).tiny)
-    worst = ((grad - layer.grad_weight(x, k)).norm(dim=-1).reshape(size.shape) / size).argsort(1, descending=True)
+    size = _of_each_output(rounding(grad, observed.eps)).clamp(min=torch.finfo(k.dtype).tiny)
+    worst = (_of_each_output(grad - layer.grad_weight(x, k)) / size).argsort(1, descending=True)
     found, open_ = k, torch.ones(len(k), dtype=torch.bool, device=k.device)
     for left_out in SPOILED:
         kept = torch.ones_like(size).scatter_(1, worst[:, [at for at in left_out if at < worst.shape[1]]], 0.0)
@@ -216,13 +213,33 @@ def _explained(layer: Layer, k: Tensor, there: Tensor, x: Tensor, grad: Tensor, 
     missed, patches, found = (grad - layer.grad_weight(x, k)).flatten(1, 2), layer.patches(x), k.clone()
     for s, unit in (kept == 0).nonzero().tolist():
         at = (there[s, unit] != k[s, unit]).nonzero().flatten()
-        effect = patches[s, unit * layer.groups // layer.outputs][:, at] * (there - k)[s, unit, at]
-        left = missed[s, unit, :, None]
-        for _ in range(min(MOVED, len(at))):
-            apart = (left - effect).norm(dim=0)
-            best = int(apart.argmin())
-            if not float(apart[best]) < 0.5 * float(left.norm()):
-                break
-            left = left - effect[:, best : best + 1]
-            found[s, unit, at[best]] = there[s, unit, at[best]]
+        effect = _effect(layer, patches[s], unit, at, there[s, unit] - k[s, unit])
+        moved = at[_explain(missed[s, unit, :, None], effect, OF_ROWS)]
+        found[s, unit, moved] = there[s, unit, moved]
     return found
+
+
+def _of_each_output(grad: Float[Tensor, "s g j i"]) -> Float[Tensor, "s o"]:
+    """The norm of each output's gradient."""
+    size: Tensor = grad.norm(dim=-1).flatten(1)
+    return size
+
+
+def _effect(
+    layer: Layer, patches: Float[Tensor, "g i p"], unit: int, at: Int[Tensor, " q"], change: Float[Tensor, " p"]
+) -> Float[Tensor, "i q"]:
+    """What changes of the cotangent at some of an output's positions do to its gradient."""
+    return patches[unit * layer.groups // layer.outputs][:, at] * change[at]
+
+
+def _explain(missed: Float[Tensor, "i 1"], effect: Float[Tensor, "i q"], within: float) -> list[int]:
+    """A few of several effects that explain what is missed, one after the other, each to this part of what is left."""
+    chosen: list[int] = []
+    for _ in range(min(MOVED, effect.shape[1])):
+        apart = (missed - effect).norm(dim=0)
+        best = int(apart.argmin())
+        if not float(apart[best]) < within * float(missed.norm()):
+            break
+        missed = missed - effect[:, best : best + 1]
+        chosen.append(best)
+    return chosen
