@@ -12,18 +12,17 @@ own samples. Seconds of the process on one thread, the largest of a row's client
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from rows import measure
 from torch import Tensor, nn
 
 from rgap import Protocol, Target, Update, attacks, capture, data, losses
@@ -177,18 +176,8 @@ def main() -> None:
     torch.set_num_threads(1)
     pictures = data.folder(arguments.data / "cifar10", channels=3)
     columns = ("certified", "found", "steps", "wrong", "median MSE", "worst MSE", "roundings", "seconds")
-    table, results = Table("client", *columns), []
-    for row in ROWS:
-        if arguments.only not in str(row):
-            continue
-        found = run(row, pictures, arguments.clients)
-        results.append(found)
-        print(json.dumps(found), flush=True)
-        shown = (found[name] for name in columns)
-        table.add_row(str(row), *(f"{each:.2g}" if isinstance(each, float) else str(each) for each in shown))
-        if arguments.out:
-            arguments.out.write_text(json.dumps(results, indent=2))
-    Console().print(table)
+    rows = ((str(row), partial(run, row, pictures, arguments.clients)) for row in ROWS)
+    measure(rows, arguments.only, "client", columns, arguments.out)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ Seconds of the process on one thread. A wrong picture that is called exact is co
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from rows import measure
 from torch import Tensor, nn
 
 from rgap import Target, attacks, capture, data, losses
@@ -133,20 +132,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     columns = ("exact", "wrong", "median MSE", "worst MSE", "seconds", "most seconds")
-    table, results = Table("network", *columns), []
-    for name, (_, kind) in ROWS.items():
-        if arguments.only not in name:
-            continue
+
+    def one(name: str, kind: str) -> dict[str, Any]:
         images = data.folder(arguments.data / kind, channels=1 if kind == "mnist" else 3)
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: arguments.pictures]
-        found = run(name, images.inputs[chosen].float(), arguments.limit)
-        results.append(found)
-        print(json.dumps(found), flush=True)
-        shown = (found[each] for each in columns)
-        table.add_row(name, *(f"{each:.2g}" if isinstance(each, float) else str(each) for each in shown))
-        if arguments.out:
-            arguments.out.write_text(json.dumps(results, indent=2))
-    Console().print(table)
+        return run(name, images.inputs[chosen].float(), arguments.limit)
+
+    rows = ((name, partial(one, name, kind)) for name, (_, kind) in ROWS.items())
+    measure(rows, arguments.only, "network", columns, arguments.out)
 
 
 if __name__ == "__main__":

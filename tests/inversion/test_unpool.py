@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rgap import Target, capture, losses
 from rgap.attacks import Closed, Status
 from rgap.inversion.state import State
-from rgap.inversion.unpool import before_pool, route_of
+from rgap.inversion.unpool import MISSED, before_pool, route_of
 from rgap.nn.pools import Pool
 from tests.auditing.small_audits import seeded
 
@@ -113,7 +113,7 @@ def test_all_values_in_front_of_a_mean_are_those_of_the_forward_pass(kind: str) 
     """Also of several samples whose gradients were added up."""
     target, x = target_of(kind, 14), pictures(2, 1, 14).double()
     network, (state, gradients, node, ks) = target.network, behind_the_pool(target, x)
-    found = before_pool(network, node, state, gradients, 1e-6)
+    found = before_pool(network, node, state, gradients, 1e-6 / MISSED)
     assert isinstance(found, State), found
     torch.testing.assert_close(found.value, network.forward(x)[node], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.cotangent, ks[node])
@@ -125,7 +125,7 @@ def test_routes_are_those_of_the_forward_pass(kind: str) -> None:
     target, x = target_of(kind), pictures(2, 1, SIZE).double()
     network, (state, gradients, node, ks) = target.network, behind_the_pool(target, x)
     values = network.forward(x)
-    found = before_pool(network, node, state, gradients, 1e-6)
+    found = before_pool(network, node, state, gradients, 1e-6 / MISSED)
     assert isinstance(found, State), found
     assert found.row_weight is not None
     passed = found.row_weight > 0

@@ -21,7 +21,7 @@ from rgap.inversion.recursion import recurse
 from rgap.inversion.report import JointReport
 from rgap.inversion.state import Observation, State
 from rgap.inversion.system import ConstraintSystem, Linearisation
-from rgap.inversion.unpool import MISSED, route_of, solve_route, zeros_behind
+from rgap.inversion.unpool import route_of, solve_route, zeros_behind
 from rgap.linalg.deadline import OutOfTime
 from rgap.linalg.least_squares import Direct, Iterative, Solver, probes
 from rgap.nn.activations import NonMonotone
@@ -139,7 +139,7 @@ def _by_routes(
     if route is None or route.weight_name not in gradients:
         return None
     observed = route.observed(candidate.stopped, gradients[route.weight_name], zeros_behind(network, node))
-    found = solve_route(route, observed, MISSED * system.eps, centre, with_prior=True, report=report)
+    found = solve_route(route, observed, system.eps, centre, with_prior=True, report=report)
     if found is None:
         return None
     return Solution(found.x, system.distance(system.linearise(found.x)), found.steps)

@@ -35,7 +35,7 @@ from rgap.inversion.sides import (
     sides_by_bias,
 )
 from rgap.inversion.state import Cause, Observation, State, Stop
-from rgap.inversion.unpool import MISSED, before_pool
+from rgap.inversion.unpool import before_pool
 from rgap.linalg import deadline
 from rgap.nn.activations import Activation, NonMonotone
 from rgap.nn.layers import Layer
@@ -261,7 +261,7 @@ def unpool(
     for s in range(len(paths.history)):
         gradients = {name: observed.gradient(name, paths.update[s : s + 1])[0] for name in observed.gradients}
         try:
-            found = before_pool(network, node, paths.state.one(s), gradients, MISSED * observed.eps, report)
+            found = before_pool(network, node, paths.state.one(s), gradients, observed.eps, report)
         except deadline.OutOfTime:
             found = "what it reads was not found: the time was up"
         if isinstance(found, str):

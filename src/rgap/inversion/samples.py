@@ -16,7 +16,7 @@ from rgap.inversion.layer import LayerSystem
 from rgap.inversion.report import LayerReport, layer_report
 from rgap.inversion.rounding import rounding
 from rgap.inversion.state import Cause, State, Stop
-from rgap.inversion.unpool import MISSED, before_pool
+from rgap.inversion.unpool import before_pool
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
 from rgap.nn.pools import Pool
@@ -67,7 +67,7 @@ def layer_by_layer(
             std = state.std / inverse.slope.abs().clamp(min=1e-12)
             state = State(inverse.z, state.cotangent * inverse.slope, state.weighed(inverse.weight), std)  # Eq. 6
         elif isinstance(op, Pool):
-            found = before_pool(network, segment.nodes[-1], state, gradients, MISSED * eps, report)
+            found = before_pool(network, segment.nodes[-1], state, gradients, eps, report)
             if isinstance(found, str):
                 return replace(passed, stop=Stop(op, Cause.LOSSY, found))
             state = found

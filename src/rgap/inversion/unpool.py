@@ -34,7 +34,7 @@ ENOUGH = 1.25
 """Rows for each unknown with which routes are looked for."""
 MISSED = 200
 """What right routes may miss, in roundings of the gradient."""
-DECIDED = 1e4
+LARGER = 1e4
 """Values are so many times larger than their errors at least where it is known that they are none."""
 LIMIT = 10.0
 """Routes that miss more than this many times as much are not taken."""
@@ -145,7 +145,7 @@ def _between(network: Network, first: int, last: int) -> Network | None:
 def solve_route(
     route: Route,
     observed: Observed,
-    agrees: float,
+    eps: float,
     centre: float,
     with_prior: bool = False,
     report: Callable[[int, float], None] = lambda step, missed: None,
@@ -153,7 +153,7 @@ def solve_route(
     """The input and the routes; None where the rows are too few to tell them.
 
     Args:
-        agrees: what may be missed, relatively, for routes to be right.
+        eps: relative rounding of the gradient.
         centre: of the prior.
         with_prior: whether the prior may decide what too few rows leave open.
     """
@@ -166,6 +166,7 @@ def solve_route(
     if with_prior or known + route.part.layer.gradient_rows >= ENOUGH * unknowns:
         tries += [ANNEALING, COLDER]
     found: Unpooled | None = None
+    agrees = MISSED * eps
     for schedule in tries:
         tried = find_routes(route.part, observed, Prior(shape, centre), agrees, start, schedule, report)
         found = tried if found is None or tried.missed < found.missed else found
@@ -179,7 +180,7 @@ def before_pool(
     node: int,
     state: State,
     gradients: Mapping[str, Tensor],
-    agrees: float,
+    eps: float,
     report: Callable[[int, float], None] = lambda step, missed: None,
 ) -> State | str:
     """The state in front of a pool, of b samples of one gradient; or why it is not known.
@@ -188,7 +189,7 @@ def before_pool(
         node: of the pool.
         state: behind it, (b, *shape).
         gradients: by parameter name, of the sum over the samples.
-        agrees: what may be missed, relatively, for routes to be right.
+        eps: relative rounding of the gradient.
     """
     pool = network.nodes[node].op
     assert isinstance(pool, Pool)
@@ -200,14 +201,14 @@ def before_pool(
     if not len(known):
         return pool.loses
     entry = float(known.abs().mean() / route.part.layer.weight.flatten(1).norm(dim=1).mean())
-    found = solve_route(route, observed, agrees, entry, report=report)
+    found = solve_route(route, observed, eps, entry, report=report)
     if found is None:
         return pool.loses
-    if found.missed > LIMIT * agrees:
+    if found.missed > LIMIT * MISSED * eps:
         return f"{pool.loses}, and which ones was not found (missed {found.missed:.0e})"
     if isinstance(pool, MaxPool):
         return _routed(pool, state, found.routes)
-    return _values(route, observed, state, found.x, agrees / MISSED)
+    return _values(route, observed, state, found.x, eps)
 
 
 def zeros_behind(network: Network, node: int) -> bool:
@@ -229,7 +230,7 @@ def _values(route: Route, observed: Observed, state: State, x: Tensor, eps: floa
     size = (std * slope * repeated**0.5).square().mean().sqrt()
     value = part.activation(z)
     # On which side of its kink each value lies is decided, however small it is.
-    size = torch.minimum(size, value.abs() / DECIDED)
+    size = torch.minimum(size, value.abs() / LARGER)
     cotangent = part.pool.against(state.cotangent, part.pool.share)
     return State(value.reshape(shape), cotangent, None, size.reshape(shape))
 
