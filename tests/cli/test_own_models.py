@@ -13,7 +13,7 @@ from command import run
 from torch import nn
 
 from rgap import Target, losses
-from rgap.models.normalised import normalised
+from rgap.models.inputs import normalised
 
 FACTORIES = """
 import torch

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import models
-from rgap.models.paper import CHANNELS, six_convolutions
+from rgap.models.chains import CHANNELS, six_convolutions
 from rgap.nn.trace import follow
 
 NETWORKS = {

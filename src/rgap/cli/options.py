@@ -306,8 +306,7 @@ def make_target(
 ) -> Target:
     """The target the options describe."""
     from rgap import losses
-    from rgap.models.fixed import drawn, fixed
-    from rgap.models.normalised import normalised
+    from rgap.models.inputs import drawn, fixed, normalised
     from rgap.reading import load_weights
     from rgap.target import Target
 

@@ -6,12 +6,8 @@ stays as it was.
 
 from __future__ import annotations
 
-from rgap.models.leakage import convnet, lenet
-from rgap.models.paper import cnn6, cnn6_d, fcn3
+from rgap.models.chains import cnn6, cnn6_d, convnet, fcn3, lenet, mlp, strided, vgg11
 from rgap.models.resnet import residual, resnet18, resnet20, settled
-from rgap.models.strided import strided
-from rgap.models.table import mlp
-from rgap.models.vgg import vgg11
 from rgap.models.vit import vit_tiny
 
 __all__ = [

@@ -15,11 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from rgap.models.leakage import lenet
-from rgap.models.paper import cnn6, cnn6_d, fcn3
+from rgap.models.chains import cnn6, cnn6_d, fcn3, lenet, strided, vgg11
 from rgap.models.resnet import residual, resnet20
-from rgap.models.strided import strided
-from rgap.models.vgg import vgg11
 from rgap.models.vit import vit_tiny
 
 Shape = tuple[int, ...]

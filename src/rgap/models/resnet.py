@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,17 @@ class Mean(nn.Module):
         return x.mean((2, 3))
 
 
+def _stages(stages: int, blocks: int, width: int, *how: Any) -> dict[str, nn.Module]:
+    """Blocks of `width` channels, twice as many in each stage; all stages but the first begin with stride 2."""
+    found: dict[str, nn.Module] = {}
+    channels = width
+    for stage, number in itertools.product(range(stages), range(blocks)):
+        outputs, stride = width * 2**stage, 2 if stage and not number else 1
+        found[f"block{stage + 1}_{number + 1}"] = Block(channels, outputs, stride, *how)
+        channels = outputs
+    return found
+
+
 def resnet20(
     in_channels: int = 3,
     size: int = 32,
@@ -111,15 +124,10 @@ def resnet20(
         if norm:
             layers["norm"] = nn.BatchNorm2d(width)
         layers["act"] = activation()
-        channels = width
-        for stage in range(3):
-            for number in range(blocks):
-                stride, outputs = 2 if stage and not number else 1, width * 2**stage
-                block = Block(channels, outputs, stride, norm, shortcut, activation, bias)
-                layers[f"block{stage + 1}_{number + 1}"] = block
-                channels, size = outputs, (size - 1) // stride + 1
+        layers |= _stages(3, blocks, width, norm, shortcut, activation, bias)
+        size = (size + 3) // 4  # after two strides of 2
         layers["pool" if pool else "flatten"] = Mean() if pool else nn.Flatten()
-        layers["fc"] = nn.Linear(channels if pool else channels * size * size, classes)
+        layers["fc"] = nn.Linear(4 * width * (1 if pool else size * size), classes)
     return nn.Sequential(layers).eval()
 
 
@@ -153,14 +161,9 @@ def resnet18(
         layers["norm"] = nn.BatchNorm2d(width)
         layers["act"] = nn.ReLU()
         layers["maximum"] = nn.MaxPool2d(3, 2, padding=1)
-        channels = width
-        for stage in range(4):
-            for number in range(2):
-                outputs, stride = width * 2**stage, 2 if stage and not number else 1
-                layers[f"block{stage + 1}_{number + 1}"] = Block(channels, outputs, stride, True, "conv")
-                channels = outputs
+        layers |= _stages(4, 2, width)
         layers["pool"] = Mean()
-        layers["fc"] = nn.Linear(channels, classes)
+        layers["fc"] = nn.Linear(8 * width, classes)
     return nn.Sequential(layers).eval()
 
 

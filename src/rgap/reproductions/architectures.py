@@ -9,14 +9,14 @@ Source: J. Zhu and M. Blaschko, *R-GAP: Recursive Gradient Attack on Privacy*, I
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 
+from rgap.models.chains import chain
+from rgap.models.common import seeded
+
 INPUT_SHAPE = (3, 32, 32)
-SLOPE = 0.2
 
 
 def full_rank(seed: int = 0) -> nn.Sequential:
@@ -56,14 +56,5 @@ NETWORKS: tuple[tuple[Callable[[int], nn.Sequential], int], ...] = (
 
 def _network(convolutions: Sequence[tuple[int, int]], seed: int) -> nn.Sequential:
     """Convolutions (channels, kernel) of stride 1 without padding or bias, LeakyReLU, and a Linear layer to 1."""
-    channels, size = INPUT_SHAPE[:2]
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        for number, (wide, kernel) in enumerate(convolutions, 1):
-            layers[f"conv{number}"] = nn.Conv2d(channels, wide, kernel, bias=False)
-            layers[f"act{number}"] = nn.LeakyReLU(SLOPE)
-            channels, size = wide, size - kernel + 1
-        layers["flatten"] = nn.Flatten()
-        layers["fc"] = nn.Linear(channels * size * size, 1, bias=False)
-    return nn.Sequential(layers)
+    with seeded(seed):
+        return chain([(wide, kernel, 1, 0) for wide, kernel in convolutions], *INPUT_SHAPE[:2], 1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rgap import losses, models
 from rgap.attacks import Recursive, Status
-from rgap.models.paper import CHANNELS, six_convolutions
+from rgap.models.chains import CHANNELS, six_convolutions
 from rgap.reproductions.base import Job, Options, Reproduction, labels, of
 from rgap.store import Row
 from rgap.target import Target
