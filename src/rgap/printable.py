@@ -10,7 +10,8 @@ LONGEST = 1000
 NAME = 100
 """The same of a name."""
 # They change the order in which the characters around them are shown: a name can pose as another one.
-_DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# The last two are no characters, and no XML may hold them.
+_HIDDEN = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufffe\uffff")
 
 
 def visible(text: str, longest: int = LONGEST) -> str:
@@ -42,4 +43,4 @@ def listed(names: Iterable[str]) -> str:
 def _hides(character: str) -> bool:
     # Controls, halves of a surrogate pair (a file name that is not UTF-8 has them), and line separators.
     category = unicodedata.category(character)
-    return (category in ("Cc", "Cs", "Zl", "Zp") and character not in "\n\t") or character in _DIRECTIONS
+    return (category in ("Cc", "Cs", "Zl", "Zp") and character not in "\n\t") or character in _HIDDEN

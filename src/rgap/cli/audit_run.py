@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rgap.cli.condition import Condition, condition
+from rgap.cli.ci import Files
+from rgap.cli.condition import condition
 from rgap.cli.console import bar, report
-from rgap.cli.options import ATTACK, F, Number, attack_options, make_attack, options, output_options, taken
+from rgap.cli.options import ATTACK, PATH, F, Number, attack_options, make_attack, options, output_options, taken
 
 if TYPE_CHECKING:
     from rgap.attacks import Attack
@@ -50,6 +51,18 @@ def audit_options(of: str, json_help: str) -> Callable[[F], F]:
             metavar="CONDITION",
             help=f"Exit with code 3 if it holds for {of}, such as {CONDITIONS}.",
         ),
+        click.option(
+            "--junit",
+            type=PATH,
+            metavar="FILE",
+            help="Write the gate that --fail-if is as JUnit XML, which CI systems show as tests.",
+        ),
+        click.option(
+            "--sarif",
+            type=PATH,
+            metavar="FILE",
+            help="Write what leaked as SARIF, which CI systems show as code scanning.",
+        ),
         click.option("--fresh", is_flag=True, help="Forget what an earlier run left in the folder."),
         output_options(json_help),
     )
@@ -61,18 +74,25 @@ class AuditRun:
 
     attacks: tuple[Attack, ...]
     budget: float | None
-    fail_if: Condition | None
     out: Path
     fresh: bool
     as_json: bool
-    failed: bool = False
-    """Whether the condition held for any of them."""
+    files: Files
+    """What CI systems show of them."""
 
     @classmethod
     def of(cls, named: dict[str, Any]) -> AuditRun:
-        """What the options say, which are taken out of ``named``."""
+        """What the options say, which are taken out of ``named``.
+
+        Raises:
+            click.BadParameter: they contradict each other.
+        """
         attacks = _attacks(**taken(named, *ATTACK))
-        return cls(attacks, **taken(named, "budget", "fail_if", "out", "fresh", "as_json"))
+        files = Files(**taken(named, "junit", "sarif", "fail_if"))
+        if files.junit is not None and files.fail_if is None:
+            raise click.BadParameter("--junit needs --fail-if, which says what a test fails by")
+        files.write()
+        return cls(attacks, files=files, **taken(named, "budget", "out", "fresh", "as_json"))
 
     def run(
         self, name: str, audit: Callable[..., Audit], show: Callable[[Audit], None], results: str, **about: str
@@ -110,18 +130,19 @@ class AuditRun:
         result.render(self.out / f"{name}.html")
         if is_picture(result.shape):
             side_by_side(result, self.out / f"{name}.png")
+        self.files.add(name, result, about["model"], self.out / f"{name}.html")
         if self.as_json:
             click.echo(json.dumps(result.to_dict()))
         else:
             show(result)
         if interrupted:
             raise click.exceptions.Abort
-        self.failed = self.failed or (self.fail_if is not None and self.fail_if.holds(result.cases))
 
     def end(self) -> None:
-        """Leave with exit code 3 if the condition held."""
-        if self.failed:
-            click.echo(f"rgap: {self.fail_if} holds", err=True)
+        """Leave with exit code 3 if the condition held for any of them."""
+        self.files.write(ended=True)
+        if any(outcome.failure for outcome in self.files.outcomes):
+            click.echo(f"rgap: {self.files.fail_if} holds", err=True)
             raise click.exceptions.Exit(FAILED)
 
 
