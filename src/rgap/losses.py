@@ -28,7 +28,7 @@ from rgap.nn.losses import (
     by_name,
 )
 from rgap.nn.models import unwrapped
-from rgap.nn.outputs import outputs_of, wrong_shape
+from rgap.nn.outputs import outputs_of, reason_of, wrong_shape
 
 __all__ = [
     "BinaryCrossEntropy",
@@ -172,8 +172,8 @@ def _outputs(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[Tensor | N
     try:
         with torch.no_grad(), torch.random.fork_rng(), differentiable():
             outputs = outputs_of(model(noise))
-    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
-        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # of the model's own code
+        return None, reason_of(error)
     if not isinstance(outputs, Tensor) or not outputs.numel() or outputs.numel() % 2:
         return None, "it returns something else than outputs for each sample"
     return (outputs if len(outputs.shape) > 1 and len(outputs) == 2 else outputs.reshape(2, -1)), ""

@@ -22,7 +22,7 @@ from rgap.nn.losses import Loss, MarginLoss
 from rgap.nn.models import unwrapped, used_in_place
 from rgap.nn.network import Network
 from rgap.nn.obstacles import Obstacle
-from rgap.nn.outputs import outputs_of, wrong_shape
+from rgap.nn.outputs import outputs_of, reason_of, wrong_shape
 from rgap.nn.trace import follow
 
 GradientFunction = Callable[..., dict[str, Tensor]]
@@ -132,8 +132,8 @@ class Target:
         try:
             with torch.no_grad(), torch.random.fork_rng(), self._mode(), differentiable():
                 outputs_of(torch.func.functional_call(self.model, _copies(state), (sample,)))
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            return str(error).strip().splitlines()[0] or type(error).__name__
+        except Exception as error:  # of the model's own code
+            return reason_of(error)
         return ""
 
     @cached_property

@@ -11,6 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from rgap import Target, Update, capture, losses
 from rgap.attacks import IDLG, Bias, Closed
+from rgap.nn.models import in_mode, unwrapped
+
+# torch's own, when what torch.export made is copied.
+pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")
 
 
 def plain() -> nn.Sequential:
@@ -122,12 +126,31 @@ class Complex(nn.Module):
         (meta, "weight is on the meta device"),
         (Complex, "w holds complex numbers, expected real ones"),
         (lambda: torch.jit.script(plain()), "expected the one before torch.jit.script"),
+        (lambda: torch.jit.trace(plain(), torch.rand(2, 6)), "expected the one before torch.jit.script"),
+        (lambda: torch.export.export(plain(), (torch.rand(2, 6),)).module(), "export it with dynamic_shapes"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 def test_what_has_no_real_weights_to_replace_is_refused(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Target(make(), losses.CrossEntropy(3), (6,))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: torch.export.export(plain(), (torch.rand(2, 6),)),
+            r"expected the model before torch.export, or .*\.module",
+        ),
+        (lambda: torch.jit.script(nn.functional.softsign), "got ScriptFunction, expected a torch.nn.Module"),
+        (lambda: torch.tanh, "expected a torch.nn.Module"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+def test_what_is_no_module_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unwrapped(make())
 
 
 @pytest.mark.parametrize("loss", [None, "bce", "cross-entropy"])
@@ -136,3 +159,56 @@ def test_weights_without_values_are_refused_where_a_loss_is_chosen(loss: str | N
         model = nn.Linear(4, 2)
     with pytest.raises(ValueError, match="weight is on the meta device, where it has no values"):
         losses.for_model(model, (4,), loss)
+
+
+def test_what_torch_export_made_for_any_batch_is_attacked() -> None:
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    made = torch.export.export(plain().eval(), (torch.rand(2, 6),), dynamic_shapes=dynamic).module()
+    target = Target(in_mode(made, training=False), losses.CrossEntropy(3), (6,))
+    x = torch.rand(1, 6)
+    found = Closed()(target, capture(target, x, torch.tensor([1.0])))
+    torch.testing.assert_close(found.inputs.float(), x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+def test_a_scripted_part_is_named() -> None:
+    target = Target(nn.Sequential(torch.jit.script(nn.Linear(6, 6)), nn.Linear(6, 3)), losses.CrossEntropy(3), (6,))
+    (obstacle,) = target.obstacles
+    assert "0 is scripted" in str(obstacle)
+    assert "before torch.jit.script" in str(obstacle)
+
+
+class Particular(nn.Module):
+    """Says in words of its own what it does not take."""
+
+    def __init__(self, refuse: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.refuse, self.f = refuse, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.refuse(x)
+        return self.f(x)
+
+
+def asserts(x: Tensor) -> None:
+    assert x.dim() == 4, "pictures, please"
+
+
+def raises(x: Tensor) -> None:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("loss", [None, "cross-entropy", losses.CrossEntropy(3)], ids=str)
+@pytest.mark.parametrize(
+    ("refuse", "said"),
+    [
+        (asserts, "pictures, please"),
+        (raises, "NotImplementedError"),
+        (lambda x: x.pixels, "has no attribute 'pixels'"),
+        (lambda x: {}[len(x.shape)], "KeyError: 2"),
+    ],
+    ids=["assert", "raise", "attribute", "key"],
+)
+def test_a_model_may_refuse_a_shape_in_any_way(refuse: Callable[[Tensor], object], said: str, loss: object) -> None:
+    with pytest.raises(ValueError, match=f"does not take an input of shape.*{said}.*input_shape is one sample's"):
+        Target(Particular(refuse), loss, (6,))

@@ -307,6 +307,7 @@ def make_target(
     """The target the options describe."""
     from rgap import losses
     from rgap.models.inputs import drawn, fixed, normalised
+    from rgap.nn.models import in_mode
     from rgap.reading import load_weights
     from rgap.target import Target
 
@@ -323,7 +324,7 @@ def make_target(
     if device is not None:
         module = module.to(_device(device))
     chosen = losses.for_model(module, input_shape, _named_loss(loss))
-    return Target(module.train(training), chosen, input_shape, value_range, batch_size)
+    return Target(in_mode(module, training), chosen, input_shape, value_range, batch_size)
 
 
 def _device(name: str) -> torch.device:

@@ -18,6 +18,7 @@ from torch import nn
 from rgap.models.chains import cnn6, cnn6_d, fcn3, lenet, strided, vgg11
 from rgap.models.resnet import residual, resnet20
 from rgap.models.vit import vit_tiny
+from rgap.nn.models import in_mode
 
 Shape = tuple[int, ...]
 
@@ -105,7 +106,7 @@ def own(path: str, **arguments: int) -> nn.Module:
         made = _make(name, made, given, arguments)
     if not isinstance(made, nn.Module):
         raise ModelError(f"model {path}: got {type(made).__name__}, expected a torch.nn.Module")
-    return made.eval()
+    return in_mode(made, training=False)
 
 
 def _called(path: str) -> tuple[str, dict[str, Any]]:

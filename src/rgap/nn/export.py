@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_structure, tree_unflatten
 
 from rgap.nn.calls import BLOCKS, VIEWS, arguments, operation
 from rgap.nn.kernels import differentiable
-from rgap.nn.outputs import outputs_of
+from rgap.nn.outputs import outputs_of, reason_of
 
 _ONE_TENSOR = tree_structure(0)
 ENDINGS = ("sigmoid", "softmax", "log_softmax")
@@ -64,6 +64,12 @@ class Branches(CannotBeTraced):
     """The code is another one for other inputs."""
 
     remedy = "Control flow that depends on the values of the input cannot be followed."
+
+
+class Scripted(CannotBeTraced):
+    """A part is a program of torch.jit."""
+
+    remedy = "Put the module that it was before torch.jit.script in its place."
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +151,10 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
     except GuardOnDataDependentSymNode as error:
         raise Branches("its code branches on values that depend on the input") from error
     except Exception as error:  # torch.export raises many kinds
-        lines = str(error).strip().splitlines()
-        raise CannotBeTraced(lines[0] if lines else type(error).__name__) from error
+        scripted = next((n for n, each in model.named_modules() if isinstance(each, torch.jit.ScriptModule)), None)
+        if scripted is not None:
+            raise Scripted(f"{scripted} is scripted") from error
+        raise CannotBeTraced(reason_of(error)) from error
     module, signature = program.graph_module, program.graph_signature
     output = next(node for node in module.graph.nodes if node.op == "output")
     returned = list(output.args[0])[-program.call_spec.out_spec.num_leaves :]  # behind the buffers that were changed

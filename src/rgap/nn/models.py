@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> nn.Module:
     """The model inside of DataParallel or torch.compile, which compute the same.
 
     Raises:
@@ -20,6 +22,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner  # in the mode that it is in, whatever the wrapper's
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("got a scripted model, expected the one before torch.jit.script: its weights can be replaced")
+    if isinstance(model, torch.export.ExportedProgram):
+        raise ValueError("got an exported program, expected the model before torch.export, or the program's .module()")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"got {type(model).__name__}, expected a torch.nn.Module that takes a batch")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             continue
@@ -27,6 +33,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
             raise ValueError(f"{name} is on the meta device, where it has no values: load weights into the model first")
         if parameter.requires_grad and parameter.is_complex():
             raise ValueError(f"{name} holds complex numbers, expected real ones: write it as two real parameters")
+    return model
+
+
+def in_mode(model: nn.Module, training: bool) -> nn.Module:
+    """The model in training or evaluation mode; what torch.export made keeps to the one that it was made in."""
+    with contextlib.suppress(NotImplementedError):
+        model.train(training)
     return model
 
 
@@ -43,7 +56,7 @@ def used_in_place(model: nn.Module, run: Callable[[], Tensor]) -> None:
     with torch.enable_grad(), torch.random.fork_rng():
         try:
             outputs = run()
-        except (RuntimeError, ValueError, IndexError, TypeError):  # told elsewhere
+        except Exception:  # of the model's own code, and told elsewhere
             return
         if not outputs.requires_grad:
             return

@@ -31,6 +31,12 @@ def outputs_of(result: Any) -> Any:
     return outputs_of(result.logits) if hasattr(result, "logits") else result
 
 
+def reason_of(error: Exception) -> str:
+    """Why a model's code failed, in a line; with the kind of a failure whose own words say little."""
+    said, kind = str(error).strip().partition("\n")[0], type(error).__name__
+    return said if said and not isinstance(error, KeyError) else f"{kind}: {said}".rstrip(": ")
+
+
 def wrong_shape(shape: Sequence[int], reason: str) -> str:
     """That a model does not take a batch of this shape, and what to do, for people."""
     if "'indices'" in reason:  # as torch's embeddings refuse real numbers
@@ -44,5 +50,10 @@ def wrong_shape(shape: Sequence[int], reason: str) -> str:
         return (
             f"{wrong}Of several inputs one is attacked: give each by its name, the attacked one first (--input-shape "
             "x=3,32,32 --input-shape meta=4), or a module of one input that fixes or splits off the others"
+        )
+    if "re-export" in reason or "Guard failed" in reason:  # as what torch.export made refuses other sizes
+        return (
+            f"{wrong}What torch.export makes takes batches of the size that it was made with: export it with "
+            "dynamic_shapes of the batch, or give the model that was exported"
         )
     return f"{wrong}input_shape is one sample's shape without the batch: check it against the model."

@@ -36,6 +36,7 @@ from rgap.nn.calls import arguments as arguments_of
 from rgap.nn.export import CASTS, CannotBeTraced, Exported, export, needed
 from rgap.nn.graph import Graph, Use
 from rgap.nn.layer_calls import LAYERS, LayerCall
+from rgap.nn.models import in_mode
 from rgap.nn.obstacles import PASSED, Kind, Obstacle
 
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
@@ -76,7 +77,7 @@ def follow(model: nn.Module, input_shape: tuple[int, ...], outputs: int | None =
         exported = export(model, input_shape)
     except CannotBeTraced as error:
         if any(module.training for module in model.modules()):  # batch norm may refuse a single sample
-            graph = follow(copy.deepcopy(model).eval(), input_shape, outputs, ending)
+            graph = follow(in_mode(copy.deepcopy(model), training=False), input_shape, outputs, ending)
             if graph.uses:
                 what = f"cannot be traced in training mode: {error}"
                 setting = Obstacle("forward", what, Kind.SETTING, "Call model.eval() first.")
