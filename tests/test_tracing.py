@@ -85,8 +85,8 @@ def test_a_structure_met_again_gives_the_same_network_and_its_own() -> None:
     graphs = [follow(model, (2, 4, 4), 2) for model in models]
     assert repr(graphs[0].uses) == repr(graphs[1].uses)
     programs = [graph.program for graph in graphs if graph.program is not None]
-    assert str(programs[0].graph) == str(programs[1].graph)
-    assert programs[0].graph is not programs[1].graph
+    assert str(programs[0].exported.graph) == str(programs[1].exported.graph)
+    assert programs[0].exported.graph is not programs[1].exported.graph
     for model, program in zip(models, programs, strict=True):
         network = program.network(dict(model.named_parameters()), frozenset(dict(model.named_parameters())))
         torch.testing.assert_close(network.forward(x)[-1], model(x))

@@ -18,7 +18,7 @@ from rgap.nn import trace as tracing
 from rgap.nn.activations import ELU, SELU, Activation, Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from rgap.nn.graph import Graph, Use
 from rgap.nn.network import Network
-from rgap.nn.obstacles import KNOWN, Kind, NotAChain, Obstacle, known
+from rgap.nn.obstacles import FOLLOWED, KNOWN, Kind, NotAChain, Obstacle, known
 from rgap.nn.ops import Linear
 from rgap.nn.outputs import outputs_of
 from rgap.nn.trace import follow
@@ -503,7 +503,8 @@ def test_an_obstacle_is_named_with_its_kind_and_remedy(row: str) -> None:
 
 
 def test_every_known_obstacle_has_a_row() -> None:
-    assert set(KNOWN) <= set(OBSTACLES)
+    common = {"add", "cat", "permute", "transpose", "matmul", "mm", "addmm", "pad", "gelu", "silu", "mish", "hardtanh"}
+    assert set(KNOWN) - FOLLOWED | common <= set(OBSTACLES)
 
 
 @pytest.mark.parametrize(

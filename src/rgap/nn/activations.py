@@ -54,6 +54,9 @@ class Activation(ABC):
     def invert(self, x: Float[Tensor, "s *shape"], error: Float[Tensor, "s ..."]) -> Inverse:
         """z from x, where x is known to about +-error: one figure for each system, or for each value."""
 
+    def __str__(self) -> str:
+        return type(self).__name__.lower()
+
 
 def _each(error: Tensor, x: Tensor) -> Tensor:
     """The error in a shape that goes with x."""
@@ -93,9 +96,6 @@ class Identity(Activation):
 
     def invert(self, x: Tensor, error: Tensor) -> Inverse:
         return Inverse(x, torch.ones_like(x), None)
-
-    def __str__(self) -> str:
-        return "identity"
 
 
 IDENTITY = Identity()
@@ -143,9 +143,6 @@ class ReLU(Activation):
         # A zero comes back as noise of the size of the error; taking it for a value would claim z = 0 exactly.
         active = _beyond_noise(x, _each(error, x)).to(x)
         return Inverse(x * active, active, active)
-
-    def __str__(self) -> str:
-        return "relu"
 
 
 @dataclass(frozen=True)
@@ -226,9 +223,6 @@ class Sigmoid(Smooth):
     def _slope_at_output(self, x: Tensor) -> Tensor:
         return x * (1 - x)
 
-    def __str__(self) -> str:
-        return "sigmoid"
-
 
 @dataclass(frozen=True)
 class Tanh(Smooth):
@@ -244,9 +238,6 @@ class Tanh(Smooth):
 
     def _slope_at_output(self, x: Tensor) -> Tensor:
         return 1 - x * x
-
-    def __str__(self) -> str:
-        return "tanh"
 
 
 @dataclass(frozen=True)
@@ -270,9 +261,6 @@ class Softplus(Smooth):
     def _slope_at_output(self, x: Tensor) -> Tensor:
         u = self.beta * x
         return torch.where(u > self.threshold, 1.0, -torch.expm1(-u)).to(x)
-
-    def __str__(self) -> str:
-        return "softplus"
 
 
 @dataclass(frozen=True)
@@ -310,8 +298,9 @@ class NonMonotone(Activation):
     argmin: float
     """Where the minimum is."""
 
-    @abstractmethod
-    def slope(self, z: Tensor) -> Tensor: ...
+    def slope(self, z: Tensor) -> Tensor:
+        found: Tensor = torch.func.grad(lambda each: self(each).sum())(z)
+        return found
 
     def invert(self, x: Tensor, error: Tensor) -> Inverse:
         z = self._between(x, torch.full_like(x, self.argmin), x.clamp(min=0) + 2.0, rising=True)
@@ -350,17 +339,6 @@ class GELU(NonMonotone):
     def __call__(self, z: Tensor) -> Tensor:
         return functional.gelu(z, approximate=self.approximate)
 
-    def slope(self, z: Tensor) -> Tensor:
-        if self.approximate == "tanh":
-            inner = math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
-            t = torch.tanh(inner)
-            return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
-        below: Tensor = torch.special.ndtr(z)
-        return below + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-
-    def __str__(self) -> str:
-        return "gelu"
-
 
 @dataclass(frozen=True)
 class SiLU(NonMonotone):
@@ -371,13 +349,6 @@ class SiLU(NonMonotone):
     def __call__(self, z: Tensor) -> Tensor:
         return functional.silu(z)
 
-    def slope(self, z: Tensor) -> Tensor:
-        s = torch.sigmoid(z)
-        return s * (1 + z * (1 - s))
-
-    def __str__(self) -> str:
-        return "silu"
-
 
 @dataclass(frozen=True)
 class Mish(NonMonotone):
@@ -387,13 +358,6 @@ class Mish(NonMonotone):
 
     def __call__(self, z: Tensor) -> Tensor:
         return functional.mish(z)
-
-    def slope(self, z: Tensor) -> Tensor:
-        t = torch.tanh(functional.softplus(z))
-        return t + z * torch.sigmoid(z) * (1 - t * t)
-
-    def __str__(self) -> str:
-        return "mish"
 
 
 SELU = ELU(alpha=1.6732632423543772848170429916717, scale=1.0507009873554804934193349852946)

@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from rgap.nn import calls
 from rgap.nn.activations import Activation
 from rgap.nn.batch_norm import BatchNorm, BatchStatistics
+from rgap.nn.export import Exported
 from rgap.nn.graph import Use
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network, Node
@@ -55,18 +56,11 @@ class Batch:
 class Program:
     """A traced model, in memory only; it holds no weights."""
 
-    graph: torch.fx.Graph
-    inputs: frozenset[Traced]
-    names: Mapping[Traced, str]
-    """Of parameters and buffers, their names in the state dict."""
-    constants: Mapping[Traced, Tensor]
-    """Tensors that are written in the model's code."""
+    exported: Exported
     uses: Mapping[Traced, Use]
     """What is known of each use of a layer."""
     shared: frozenset[str]
     """Weights that are used more than once."""
-    with_gradient: frozenset[Traced]
-    """Operations that a gradient gets back to."""
     activations: Mapping[Traced, Activation]
     dropped: frozenset[Traced]
     """Operations that do nothing, such as dropout in evaluation mode."""
@@ -90,6 +84,7 @@ class _Build:
 
     def __init__(self, program: Program, tensors: Mapping[str, Tensor], trained: frozenset[str], batch: Batch):
         self.program, self.trained, self.batch = program, trained, batch
+        self.exported, self.names = program.exported, program.exported.parameters.names
         # Copies: the model's code may write to its buffers.
         self.tensors = {n: t.double().clone() if t.is_floating_point() else t.clone() for n, t in tensors.items()}
         self.known: dict[Traced, Any] = {}  # what does not depend on the input
@@ -99,14 +94,13 @@ class _Build:
         self.device = next(iter(self.tensors.values())).device
 
     def run(self) -> Network:
-        program = self.program
-        example = next(iter(program.inputs)).meta["val"]
-        for node in program.graph.nodes:
-            if node in program.inputs:
+        example = next(iter(self.exported.inputs)).meta["val"]
+        for node in self.exported.graph.nodes:
+            if node in self.exported.inputs:
                 self.value_ids[node] = 0
             elif node.op == "placeholder":
-                name = program.names.get(node)
-                self.known[node] = program.constants.get(node) if name is None else self.tensors[name]
+                name = self.names.get(node)
+                self.known[node] = self.exported.constants.get(node) if name is None else self.tensors[name]
             elif node.op == "call_function":
                 self.visit(node)
             elif node.op == "output":
@@ -183,17 +177,17 @@ class _Build:
         where, arguments = calls.where(node), calls.arguments(node)
         # The batch, which is of one here, may have gone elsewhere than in front.
         in_front = all(each.meta["val"].shape[0] == 1 for each in (node, *data))
-        if node in self.program.with_gradient and node in self.program.activations:
+        if node in self.exported.with_gradient and node in self.program.activations:
             return [Elementwise(where, self.program.activations[node])]
-        if node in self.program.with_gradient and name in _GATHERS and len(data) == 1:
+        if node in self.exported.with_gradient and name in _GATHERS and len(data) == 1:
             gathered = self.gathered(node, where, data[0])
             if gathered:
                 return gathered
-        if node in self.program.with_gradient and in_front:
+        if node in self.exported.with_gradient and in_front:
             trained = self.layer(node, data) if node in self.program.uses else None
             if trained is not None:
                 return [trained]
-            mean = self.program.names.get(arguments["running_mean"]) if name == "batch_norm" else None
+            mean = self.names.get(arguments["running_mean"]) if name == "batch_norm" else None
             if mean is not None and mean in self.batch.statistics:
                 told = self.of_batch(where, arguments, self.batch.statistics[mean], node.meta["val"].shape)
                 return [told] if told is not None else [self.other(node, where, name, arguments, data)]
@@ -228,7 +222,7 @@ class _Build:
         if name == "batch_norm":
             channels = node.meta["val"].shape[1]
             lost = f"leaves mean and size of {channels} channels free, {2 * channels} dimensions: {STATISTICS}"
-        detached = node not in self.program.with_gradient
+        detached = node not in self.exported.with_gradient
         return Other(where, name + mode, function, *sizes, name in _SCALABLE, detached, lost)
 
     def call(self, node: Traced, values: Mapping[Traced, Any]) -> Any:
@@ -259,7 +253,7 @@ class _Build:
             return None
         layer = use.layer(self.tensors)
         sent = use.weight_name in self.trained and use.weight_name not in self.program.shared
-        has_gradient = sent and node in self.program.with_gradient
+        has_gradient = sent and node in self.exported.with_gradient
         bias = use.bias_name
         if bias is not None and (not has_gradient or bias not in self.trained or bias in self.program.shared):
             layer = replace(layer, bias_name=None)
@@ -275,17 +269,10 @@ class _Build:
 
     def normalised(self, where: str, arguments: dict[str, Any]) -> Affine:
         """Batch norm with the statistics it has kept."""
-
-        def values(role: str) -> Tensor | None:
-            argument = arguments.get(role)
-            found: Tensor | None = self.known[argument] if isinstance(argument, Traced) else argument
-            return found
-
-        mean, var = values("running_mean"), values("running_var")
+        mean, var, weight, bias = map(self.value, map(arguments.get, ("running_mean", "running_var", "weight", "bias")))
         if mean is None or var is None:
             raise NotImplementedError(f"{where}: batch norm without statistics of its own")
         scale = (var + float(arguments["eps"])).rsqrt()
-        weight, bias = values("weight"), values("bias")
         scale = scale if weight is None else scale * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         shape = (1, -1, *[1] * (arguments["input"].meta["val"].dim() - 2))
@@ -319,17 +306,20 @@ class _Build:
             groups = int(arguments["num_groups"]) if name == "group_norm" else shape[1]
         parts = []
         for role, constant in (("weight", 1.0), ("bias", 0.0)):
-            argument = arguments.get(role)
-            value = torch.full((1,), constant, dtype=torch.float64, device=self.device)
-            if isinstance(argument, Traced):
-                value = self.known[argument]
+            value = self.value(arguments.get(role))
+            if value is None:
+                value = torch.full((1,), constant, dtype=torch.float64, device=self.device)
             if name != "layer_norm":  # one for each channel
                 value = value.reshape(-1, *[1] * (len(shape) - 2))
             parts.append(value[None])
         return Norm(where, name, groups, parts[0], parts[1], float(arguments["eps"]))
 
+    def value(self, argument: Any) -> Any:
+        """Of an argument that does not depend on the input."""
+        return self.known[argument] if isinstance(argument, Traced) else argument
+
     def trained_name(self, argument: Any) -> str | None:
-        name = self.program.names.get(argument) if isinstance(argument, Traced) else None
+        name = self.names.get(argument) if isinstance(argument, Traced) else None
         return name if name in self.trained and name not in self.program.shared else None
 
     def arithmetic(
@@ -346,7 +336,7 @@ class _Build:
         constant = second if first in data else first
         if constant in self.parts:  # such as x / x.max() and a mask
             return None
-        value = self.known[constant] if isinstance(constant, Traced) else constant
+        value = self.value(constant)
         if isinstance(value, complex) or (isinstance(value, Tensor) and value.is_complex()):
             return None
         value = torch.as_tensor(value, dtype=torch.float64)

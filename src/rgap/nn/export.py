@@ -33,14 +33,17 @@ CASTS = ("to", "_to_copy", "type_as")
 
 
 class Parameters:
-    """Parameters and buffers behind the arguments of operations, each under one name however often it is shared."""
+    """Parameters and buffers behind the arguments of operations, each under one name however often it is shared.
+
+    ``names`` has those of the arguments; ``trained`` how many values each trained one has, by name.
+    """
 
     def __init__(self, model: nn.Module, names: dict[Node, str]):
         parameters = list(model.named_parameters(remove_duplicate=False))
-        tensors = [*parameters, *model.named_buffers(remove_duplicate=False)]
-        first = {id(tensor): name for name, tensor in reversed(tensors)}
-        self.tensors = dict(tensors)
-        self.names = {node: first[id(self.tensors[name])] for node, name in names.items()}
+        tensors = dict([*parameters, *model.named_buffers(remove_duplicate=False)])
+        first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+        self.names = {node: first[id(tensors[name])] for node, name in names.items()}
+        self.trained = {name: tensor.numel() for name, tensor in tensors.items() if tensor.requires_grad}
 
     def behind(self, argument: Node) -> int:
         """How many trained values an argument is computed from."""
@@ -51,7 +54,7 @@ class Parameters:
             new = set(node.all_input_nodes) - met
             met |= new
             todo.extend(new)
-        return sum(self.tensors[name].numel() for name in names if self.tensors[name].requires_grad)
+        return sum(self.trained.get(name, 0) for name in names)
 
 
 class CannotBeTraced(Exception):
@@ -74,7 +77,7 @@ class Scripted(CannotBeTraced):
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """A module's operations, and what is known of them all."""
+    """A module's operations, and what is known of them all; no weights."""
 
     graph: torch.fx.Graph
     parameters: Parameters

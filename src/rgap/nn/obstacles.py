@@ -48,38 +48,17 @@ PASSED = (
 ROUTES = (Kind.PASSED, "where its maxima come from is found if the layer in front has enough rows for it")
 MEANS = (Kind.PASSED, "what it averages is found if the layer in front has enough rows for it")
 FOLLOWED = {
-    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "relu6", "pixel_shuffle", "pixel_unshuffle", "flip",
-    "slice", "select", "split", "chunk", "roll", "sub", "mul", "div", "upsample_nearest1d", "upsample_nearest2d",
-    "upsample_nearest3d", "channel_shuffle", "mT", "t", "narrow", "unbind", "slice_scatter",
-    "select_scatter",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "matmul", "mm", "addmm", "add", "sub", "mul", "div",
+    "relu6", "hardtanh", "gelu", "silu", "mish", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "flip", "roll",
+    "slice", "select", "split", "chunk", "narrow", "unbind", "cat", "pad", "permute", "transpose", "mT", "t",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "slice_scatter", "select_scatter",
 }  # fmt: skip
-"""Further operations that the recursion passes."""
+"""Operations that the recursion passes."""
 KNOWN: dict[str, tuple[Kind, str]] = {
-    "add": PASSED,
-    "cat": PASSED,
-    "max_pool1d": ROUTES,
-    "max_pool2d": ROUTES,
-    "max_pool3d": ROUTES,
-    "adaptive_max_pool1d": ROUTES,
-    "adaptive_max_pool2d": ROUTES,
-    "adaptive_max_pool3d": ROUTES,
-    "avg_pool1d": MEANS,
-    "avg_pool2d": MEANS,
-    "avg_pool3d": MEANS,
-    "adaptive_avg_pool1d": MEANS,
-    "adaptive_avg_pool2d": MEANS,
-    "adaptive_avg_pool3d": MEANS,
+    **dict.fromkeys(FOLLOWED, PASSED),
+    **{f"{adaptive}max_pool{n}d": ROUTES for adaptive in ("", "adaptive_") for n in (1, 2, 3)},
+    **{f"{adaptive}avg_pool{n}d": MEANS for adaptive in ("", "adaptive_") for n in (1, 2, 3)},
     "mean": (Kind.NOT_YET, "replace it by a flatten and a Linear layer"),
-    "permute": PASSED,
-    "transpose": PASSED,
-    "matmul": PASSED,
-    "mm": PASSED,
-    "addmm": PASSED,
-    "pad": PASSED,
-    "gelu": PASSED,
-    "silu": PASSED,
-    "mish": PASSED,
-    "hardtanh": PASSED,
     "clamp": (Kind.NEVER, "clamps values away"),
     "softmax": (Kind.SETTING, "give the loss the raw outputs"),
     "log_softmax": (Kind.SETTING, "give the loss the raw outputs"),
@@ -99,10 +78,9 @@ KNOWN: dict[str, tuple[Kind, str]] = {
 
 def known(operation: str) -> bool:
     """Whether an operation is one of those here."""
-    return operation in KNOWN or operation in FOLLOWED
+    return operation in KNOWN
 
 
 def about(operation: str) -> tuple[Kind, str]:
     """The kind of an operation that no plain chain holds, and the remedy."""
-    default = (Kind.NOT_YET, "no rule for it; replace it or attack the part of the model after it")
-    return KNOWN.get(operation, PASSED if operation in FOLLOWED else default)
+    return KNOWN.get(operation, (Kind.NOT_YET, "no rule for it; replace it or attack the part of the model after it"))

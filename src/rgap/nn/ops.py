@@ -44,6 +44,8 @@ class Op(ABC):
 
     def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
         """The tangent of the output from those of the inputs, at inputs xs; tangents may be many where xs are one."""
+        if self.linear:  # and without a constant, unless its class says otherwise
+            return self.forward(*tangents)
         wide = tuple(x.expand(len(tangents[0]), *x.shape[1:]).contiguous() for x in xs)
         tangent: Tensor = torch.func.jvp(self.forward, wide, tangents)[1]
         return tangent
@@ -154,9 +156,6 @@ class Gather(Op):
     def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (self._scatter_add(k).reshape(len(k), *self.input_shape),)
 
-    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
-        return self.forward(*tangents)
-
     def _scatter_add(self, y: Tensor) -> Tensor:
         flat = y.reshape(len(y), self.index.numel())
         total = flat.new_zeros(len(y), self.size + 1).scatter_add_(1, self.index.expand_as(flat), flat)
@@ -262,9 +261,6 @@ class Sum(Op):
     def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (k,) * len(xs)
 
-    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
-        return self.forward(*tangents)
-
 
 @dataclass(frozen=True)
 class Concat(Op):
@@ -281,9 +277,6 @@ class Concat(Op):
 
     def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.split(k, [x.shape[self.dim + 1] for x in xs], self.dim + 1)
-
-    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
-        return self.forward(*tangents)
 
 
 @dataclass(frozen=True, eq=False)

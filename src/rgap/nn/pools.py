@@ -115,9 +115,6 @@ class MeanPool(Pool):
     def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (self.against(k, self.share),)
 
-    def jvp(self, tangents: tuple[Tensor, ...], xs: tuple[Tensor, ...]) -> Tensor:
-        return self.along(tangents[0], self.share)
-
 
 def pool(
     where: str, operation: str, arguments: dict[str, Any], input_shape: Sequence[int], output_shape: Sequence[int]

@@ -113,21 +113,9 @@ class _Walk:
                 self.visit(node)
             elif node in wanted and node.op == "output":
                 self.finish(node)
-        return Graph(tuple(self.uses), tuple(self.obstacles), self.program())
-
-    def program(self) -> Program:
-        """The operations themselves, with what was found out about each."""
-        return Program(
-            self.exported.graph,
-            self.exported.inputs,
-            self.parameters.names,
-            self.exported.constants,
-            {node: self.uses[use_id] for node, use_id in self.use_ids.items()},
-            frozenset(self.shared),
-            self.exported.with_gradient,
-            self.activations,
-            frozenset(self.idle),
-        )
+        uses = {node: self.uses[use_id] for node, use_id in self.use_ids.items()}
+        program = Program(self.exported, uses, frozenset(self.shared), self.activations, frozenset(self.idle))
+        return Graph(tuple(self.uses), tuple(self.obstacles), program)
 
     def block(self, where: str, what: str, kind: Kind, remedy: str) -> None:
         self.obstacles.append(Obstacle(where, what, kind, remedy[:1].upper() + remedy[1:] + "."))
@@ -197,7 +185,7 @@ class _Walk:
         if name is None:
             self.block(where(node), f"its {role} is computed, not a parameter", Kind.NOT_YET, "use plain parameters")
             return None
-        if not self.parameters.tensors[name].requires_grad:
+        if name not in self.parameters.trained:
             remedy = "without its gradient a layer has weight constraints only; set requires_grad before the attack"
             self.block(where(node), f"{name} is frozen", Kind.SETTING, remedy)
         elif node not in self.exported.with_gradient:
