@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from jsonschema import Draft202012Validator, TypeChecker
 from jsonschema.validators import extend
+
+KINDS: dict[str, dict[str, Any]] = {
+    "str": {"type": "string"}, "bool": {"type": "boolean"}, "int": {"type": "integer", "maximum": 2**31},
+    "float": {"type": "number"},
+}  # fmt: skip
+"""What a value is in JSON, by the type that a field is declared with. Nothing that is counted is larger."""
 
 
 def validator(schema: Mapping[str, Any]) -> Any:
@@ -16,9 +23,21 @@ def validator(schema: Mapping[str, Any]) -> Any:
     return extend(Draft202012Validator, type_checker=types)(schema)  # type: ignore[no-untyped-call]
 
 
-def nullable(kind: str, **limits: Any) -> dict[str, Any]:
-    """Values of a type, or null."""
-    return {"type": [kind, "null"], **limits}
+def of_fields(kind: type, nan: bool = False) -> dict[str, Any]:
+    """By name, what the fields of a dataclass are in JSON, by their declared types; those of other types are left out.
+
+    Args:
+        nan: whether null stands for NaN where a number belongs.
+    """
+    found = {}
+    for field in fields(kind):
+        name, optional = str(field.type).removesuffix(" | None"), str(field.type).endswith(" | None")
+        entry = KINDS.get(name.removeprefix("tuple[").removesuffix(", ...]"))
+        if entry is not None:
+            entry = {"type": ["number", "null"]} if nan and entry is KINDS["float"] else entry
+            entry = {"type": "array", "items": entry} if name.startswith("tuple[") else entry
+            found[field.name] = {"oneOf": [entry, {"type": "null"}]} if optional else entry
+    return found
 
 
 def _finite(_: TypeChecker, value: Any) -> bool:

@@ -22,7 +22,7 @@ from rgap.files import write_atomically
 from rgap.inversion.rounding import stored_precision
 from rgap.printable import line, listed
 from rgap.protocol import Optimiser, Protocol, Sends
-from rgap.schema import nullable, validator
+from rgap.schema import KINDS, of_fields, validator
 from rgap.target import Target, fingerprint
 
 FORMAT = 2
@@ -267,38 +267,19 @@ def tolerated(precision: float) -> float:
     return min(math.sqrt(precision), LOOSEST)
 
 
-WHOLE = {"type": "integer", "maximum": 2**31}
-COUNT = {**WHOLE, "minimum": 1}
 HEADER = validator(
     {
         "required": ["batch_size"],
         "properties": {
-            "batch_size": COUNT,
-            "loss": nullable("string"),
-            "fingerprint": nullable("string"),
-            "training": nullable("boolean"),
-            "precision": nullable("number", minimum=0),
-            "input_shape": nullable("array", items={"type": "integer"}),
+            **of_fields(Header),
+            "batch_size": {**KINDS["int"], "minimum": 1},
+            "precision": {"type": ["number", "null"], "minimum": 0},
             "buffers": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
         },
     }
 )
-PROTOCOL = validator(
-    {
-        "properties": {
-            "steps": WHOLE,
-            "clients": WHOLE,
-            "learning_rate": nullable("number"),
-            "optimiser": {"enum": [optimiser.value for optimiser in Optimiser]},
-            **{name: {"type": "boolean"} for name in ("summed", "shuffled", "drop_last", "nesterov", "buffers")},
-            "epochs": WHOLE,
-            "minibatch": nullable("integer", maximum=2**31),
-            **{name: {"type": "number"} for name in ("momentum", "weight_decay", "proximal")},
-            "clip_norm": nullable("number"),
-            "schedule": {"type": "array", "items": {"type": "number"}},
-        },
-    }
-)
+OPTIMISERS = {"enum": [optimiser.value for optimiser in Optimiser]}
+PROTOCOL = validator({"properties": {**of_fields(Protocol), "optimiser": OPTIMISERS}})
 
 
 def _header(text: str | None, path: Path) -> tuple[Header, list[str]]:

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import cache
 from typing import Any, TypeVar
+
+from jsonschema.exceptions import best_match
 
 from rgap.attacks import JointReport, LayerReport, Reconstruction
 from rgap.files import plain
+from rgap.schema import of_fields, validator
 
 T = TypeVar("T")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _several(value: Any, kind: Callable[[Any], bool]) -> bool:
-    return isinstance(value, tuple) and all(map(kind, value))
-
-
-KINDS: dict[str, Callable[[Any], bool]] = {
-    "str": lambda value: isinstance(value, str),
-    "str | None": lambda value: value is None or isinstance(value, str),
-    "bool": lambda value: isinstance(value, bool),
-    "bool | None": lambda value: value is None or isinstance(value, bool),
-    "int": lambda value: _number(value) and isinstance(value, int),
-    "float": _number,
-    "tuple[float, ...]": lambda value: _several(value, lambda each: each is None or _number(each)),
-    "tuple[str, ...]": lambda value: _several(value, lambda each: isinstance(each, str)),
-}
-"""What a field may be, by the type that it is declared with."""
 
 
 def describe(found: Reconstruction) -> dict[str, Any]:
@@ -79,12 +62,17 @@ def restored(kind: type[T], row: Mapping[str, Any]) -> T:
     Raises:
         KeyError, ValueError: a field is missing, or of another type.
     """
+    error = best_match(_validator(kind).iter_errors(row))  # type: ignore[arg-type]
+    if error is not None:
+        raise ValueError(f"{error.json_path}: {error.message}")
     values = {}
     for field in fields(kind):  # type: ignore[arg-type]
         value = row[field.name]
         missing = value is None and field.type == "float"
         values[field.name] = math.nan if missing else tuple(value) if isinstance(value, list) else value
-        fits = KINDS.get(str(field.type))
-        if fits is not None and not fits(values[field.name]):
-            raise ValueError(f"{field.name}: got a {type(value).__name__}, expected {field.type}")
     return kind(**values)
+
+
+@cache
+def _validator(kind: type) -> Any:
+    return validator({"properties": of_fields(kind, nan=True)})
