@@ -10,9 +10,9 @@ import rgap
 ROOT = Path(rgap.__file__).parent
 # From the ground up: a part may import those before it.
 ORDER = [
-    "files", "printable", "memory", "schema", "report", "store", "linalg", "nn", "inversion", "losses", "models",
-    "data", "tables", "metrics", "training", "target", "protocol", "client", "update", "embedding", "tensorfiles",
-    "reading", "federation", "watching", "defences", "checks", "rank", "attacks", "picture", "auditing",
+    "files", "picture", "printable", "memory", "schema", "report", "store", "linalg", "nn", "inversion", "losses",
+    "models", "data", "tables", "metrics", "training", "target", "protocol", "client", "update", "embedding",
+    "tensorfiles", "naming", "reading", "federation", "watching", "defences", "checks", "rank", "attacks", "auditing",
     "reproductions", "sweeps", "integrations", "cli", "__main__",
 ]  # fmt: skip
 

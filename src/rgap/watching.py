@@ -95,45 +95,40 @@ def watch(
     loss, shape = (None, None) if target is None else (target.loss.name, target.input_shape)
 
     def begin() -> Take:
-        header = Header(size, loss, shape, fingerprint(module), module.training)
-        state = module.state_dict().items()
-        weights = {name: t.detach().clone() for name, t in state if isinstance(t, Tensor)}
-
-        def take(found: Mapping[str, Tensor]) -> None:
-            values = {n: _dense(found[n]) if n in found else torch.zeros_like(p) for n, p in trained.items()}
-            seen._kept.append((Update(values, header), weights))
-
-        return take
-
-    def started() -> Take:
-        """The same, but nothing that it raises reaches the training."""
-        begun: Take | Exception
-        try:
-            begun = begin()
-        except Exception as error:
-            begun = error
-
-        def finish(found: Mapping[str, Tensor]) -> None:
-            seen.steps += 1
-            try:
-                if isinstance(begun, Exception):
-                    raise begun
-                begun(found)
-            except Exception as error:
-                reason = str(error) if isinstance(error, UpdateError) else f"{type(error).__name__}: {line(str(error))}"
-                seen.failed.append(f"step {seen.steps}: {reason}")
-
-        return finish
+        return _begun(seen, module, trained, lambda: Header(size, loss, shape, fingerprint(module), module.training))
 
     if isinstance(watched, Optimizer):
-        handles = [watched.register_step_pre_hook(_step(trained, started))]
+        handles = [watched.register_step_pre_hook(_step(trained, begin))]
     else:
-        handles = _passes(trained, started)
+        handles = _passes(trained, begin)
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _begun(seen: Watched, module: nn.Module, trained: Mapping[str, nn.Parameter], header: Callable[[], Header]) -> Take:
+    """A step that begins, with the weights that it begins at; nothing that goes wrong here reaches the training."""
+    begun: tuple[Header, dict[str, Tensor]] | Exception
+    try:
+        state = module.state_dict().items()
+        begun = header(), {name: t.detach().clone() for name, t in state if isinstance(t, Tensor)}
+    except Exception as error:
+        begun = error
+
+    def take(found: Mapping[str, Tensor]) -> None:
+        seen.steps += 1
+        try:
+            if isinstance(begun, Exception):
+                raise begun
+            values = {n: _dense(found[n]) if n in found else torch.zeros_like(p) for n, p in trained.items()}
+            seen._kept.append((Update(values, begun[0]), begun[1]))
+        except Exception as error:
+            reason = str(error) if isinstance(error, UpdateError) else f"{type(error).__name__}: {line(str(error))}"
+            seen.failed.append(f"step {seen.steps}: {reason}")
+
+    return take
 
 
 def _module(watched: nn.Module | Optimizer, target: Target | None, model: nn.Module | None) -> nn.Module:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rgap.defences import Defence
 from rgap.federation import Received, with_weights
+from rgap.naming import STATISTICS, buffers_in, matched
 from rgap.protocol import Protocol, Sends
-from rgap.reading import STATISTICS, buffers_in, matched
 from rgap.target import Target, fingerprint
 from rgap.update import Header, Update, UpdateError
 
