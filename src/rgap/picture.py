@@ -52,7 +52,7 @@ def sheet(pictures: Tensor) -> Tensor:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG in one step."""
+    """Write a figure in one step, in the format that the ending of the file says."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format=Path(path).suffix[1:] or "png")
     write_atomically(path, buffer.getvalue())

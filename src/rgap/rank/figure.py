@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rgap.files import write_atomically
+from rgap.picture import save
 from rgap.rank.analysis import RankAnalysis
 from rgap.rank.counts import LayerRank
 
@@ -77,9 +76,7 @@ def plot(analysis: RankAnalysis, path: str | Path) -> None:
     patches += [Patch(color=colour, label=label) for label, _, colour in _ROWS]
     columns = len(patches) if size[0] > 8 else 3
     figure.legend(handles=patches, loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(path, buffer.getvalue())
+    save(figure, path)
 
 
 def _bar(axes: Axes, lying: bool, at: float, start: float, length: float, colour: str) -> None:

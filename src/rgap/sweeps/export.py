@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rgap.files import write_atomically
-from rgap.sweeps.store import COLUMNS, ROW, SweepError
+from rgap.sweeps.store import ROW, SweepError
 
-KINDS = {"INTEGER": "int64", "REAL": "float64"}
-"""Types of columns that are not text, by pyarrow's names: the same whatever values happen to be in them."""
+KINDS = {"INTEGER": "int64", "REAL": "float64", "TEXT": "string"}
+"""Types of columns by pyarrow's names: the same whatever values happen to be in them."""
 
 
 def export(rows: Iterable[dict[str, Any]], path: str | Path) -> int:
@@ -54,9 +54,8 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
         raise SweepError(
             f"Parquet needs pyarrow ({error}): install it with pip install 'rgap[sweep]', or export to .csv"
         ) from error
-    kinds = {name: KINDS.get(kind, "string") for name, kind in COLUMNS.items()}
-    kinds |= {"attempts": "int64", "labels_right": "bool_"}
-    schema = arrow.schema([(name, getattr(arrow, kinds.get(name, "string"))()) for name in ROW])
+    kinds = {name: KINDS[kind] for name, kind in ROW.items()} | {"labels_right": "bool_"}
+    schema = arrow.schema([(name, getattr(arrow, kind)()) for name, kind in kinds.items()])
     buffer = io.BytesIO()
     parquet.write_table(arrow.Table.from_pylist(rows, schema=schema), buffer)
     return buffer.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rgap.files import write_atomically
+from rgap.picture import save
 from rgap.printable import shown
 from rgap.sweeps.summary import MEASURES, NUMERIC, Group, Row, axes_of, grouped
 
@@ -52,9 +51,7 @@ def draw(
     x = x or next((name for name in reversed(NUMERIC) if name in axes_of(shown)), None)
     by = axes_of(shown) if by is None else by
     figure = _bars(shown, by) if x is None else _lines(shown, x, y, [name for name in by if name != x])
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:])
-    write_atomically(path, buffer.getvalue())
+    save(figure, path)
 
 
 def _lines(rows: Sequence[Row], x: str, y: str, by: Sequence[str]) -> Figure:

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-AXES = (
-    "model", "seed", "width", "stage", "image", "batch", "clients", "protocol", "attack", "defence", "strength",
-)  # fmt: skip
-"""What the jobs of a sweep differ by, in the order in which they are done."""
-FIGURES = (
-    "level", "status", "reason", "psnr", "ssim", "mse", "gradient_residual", "error", "gradient_error", "labels_right",
-    "twins", "accuracy", "seconds", "exact", "recognisable",
-)  # fmt: skip
+AXES = {
+    "model": "TEXT", "seed": "INTEGER", "width": "INTEGER", "stage": "INTEGER", "image": "TEXT", "batch": "INTEGER",
+    "clients": "INTEGER", "protocol": "TEXT", "attack": "TEXT", "defence": "TEXT", "strength": "REAL",
+}  # fmt: skip
+"""What the jobs of a sweep differ by, in the order in which they are done, and how SQLite keeps it."""
+FIGURES = {
+    "level": "TEXT", "status": "TEXT", "reason": "TEXT", "psnr": "REAL", "ssim": "REAL", "mse": "REAL",
+    "gradient_residual": "REAL", "error": "REAL", "gradient_error": "REAL", "labels_right": "INTEGER",
+    "twins": "INTEGER", "accuracy": "REAL", "seconds": "REAL", "exact": "REAL", "recognisable": "REAL",
+}  # fmt: skip
 """What a job finds: of several samples the figures of the one that came back best, and which shares came back."""
 
 
@@ -48,17 +50,17 @@ class Job:
     @cached_property
     def key(self) -> str:
         """SHA-256 over the specification."""
-        return digest(self.text)
+        return sha256(self.text)
 
     @property
     def network(self) -> str:
         """Jobs that agree in this need the same network."""
-        return digest(canonical(self.spec.get("target")))
+        return sha256(canonical(self.spec.get("target")))
 
 
-def digest(text: str) -> str:
-    """SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def sha256(content: str | bytes) -> str:
+    """In hexadecimal digits."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def canonical(value: Any) -> str:

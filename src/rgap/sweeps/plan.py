@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import sys
@@ -24,7 +23,7 @@ from rgap.losses import Loss
 from rgap.models.named import ModelError
 from rgap.printable import line
 from rgap.schema import validator
-from rgap.sweeps.job import AXES, Job, canonical
+from rgap.sweeps.job import AXES, Job, canonical, sha256
 from rgap.sweeps.schema import DEFAULTS, IMAGES, SCHEMA, TRAINING
 from rgap.sweeps.work import Supplies, attack_of, make, protocol_of
 
@@ -116,24 +115,22 @@ class Plan:
     def models(self) -> list[dict[str, Any]]:
         """Each with name, weights, shape, range and loss."""
         common = {name: self.spec[name] for name in ("input-shape", "value-range", "loss")}
-        tables = [{"name": each} if isinstance(each, str) else each for each in self.spec["models"]]
-        return [{"weights": None, **common, **each} for each in tables]
+        return [{"weights": None, **common, **each} for each in _tables(self.spec["models"], "name")]
 
     @cached_property
     def attacks(self) -> list[dict[str, Any]]:
         """Each with its name and sizes."""
-        tables = [{"name": each} if isinstance(each, str) else each for each in self.spec["attacks"]]
-        return [{"iterations": None, "restarts": None, "polish": False, **each} for each in tables]
+        sizes = {"iterations": None, "restarts": None, "polish": False}
+        return [{**sizes, **each} for each in _tables(self.spec["attacks"], "name")]
 
     @cached_property
     def defences(self) -> list[dict[str, Any] | None]:
         """Each with its name and one strength; None for an update that is left as it is."""
         found: list[dict[str, Any] | None] = []
-        for each in self.spec["defences"]:
-            if each == "none":
+        for table in _tables(self.spec["defences"], "name"):
+            if table == {"name": "none"}:
                 found.append(None)
                 continue
-            table = {"name": each} if isinstance(each, str) else each
             defence = defences.by_name(table["name"])
             strengths = table.get("strengths", [defence.strength])
             levels = type(defence).levels if strengths == "all" else strengths
@@ -143,7 +140,7 @@ class Plan:
     @cached_property
     def protocols(self) -> dict[str, dict[str, Any]]:
         """By the name that is shown, what each says of a client."""
-        tables = [{"sends": each} if isinstance(each, str) else dict(each) for each in self.spec["protocols"]]
+        tables = _tables(self.spec["protocols"], "sends")
         return {table.pop("name", "") or _shown(table): table for table in tables}
 
     @cached_property
@@ -181,7 +178,7 @@ class Plan:
             images = self.pictures[tuple(model["input-shape"])]
             loss, source = self._loss(model), _source(model["name"])
             labels = data.labels(images, loss)
-            weights = None if model["weights"] is None else _digest(self._weights(model["weights"]))
+            weights = None if model["weights"] is None else sha256(self._weights(model["weights"]))
             name = model["name"] if model["weights"] is None else f"{model['name']}, {Path(model['weights']).name}"
             training = {**self.spec["training"], "pictures": digest(images.inputs)}
             for seed, width, stage in itertools.product(self.spec["seeds"], self.spec["widths"], self.spec["stages"]):
@@ -256,11 +253,16 @@ class Plan:
                 found.training[digest(images.inputs)] = (images.inputs, labels)
             if model["weights"] is not None:
                 content = self._weights(model["weights"])
-                found.weights[_digest(content)] = content
+                found.weights[sha256(content)] = content
         return found
 
     def __str__(self) -> str:
         return canonical(dict(self.spec))
+
+
+def _tables(entries: Sequence[Any], key: str) -> list[dict[str, Any]]:
+    """Entries of a list, of which a text stands for a table with this one field."""
+    return [{key: each} if isinstance(each, str) else dict(each) for each in entries]
 
 
 def _source(name: str) -> str | None:
@@ -273,7 +275,7 @@ def _source(name: str) -> str | None:
     if not colon:
         return None
     path = getattr(sys.modules[module], "__file__", None)  # imported when the plan was checked
-    return None if path is None else _digest(Path(path).read_bytes())
+    return None if path is None else sha256(Path(path).read_bytes())
 
 
 def _shown(protocol: Mapping[str, Any]) -> str:
@@ -290,8 +292,4 @@ def _named(attack: Mapping[str, Any]) -> str:
 def digest(inputs: Tensor) -> str:
     """SHA-256 over the values of pictures."""
     values = inputs.contiguous().numpy()
-    return _digest(f"{values.shape} {values.dtype}".encode() + values.tobytes())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return sha256(f"{values.shape} {values.dtype}".encode() + values.tobytes())

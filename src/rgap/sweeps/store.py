@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from rgap.printable import line
-from rgap.sweeps.job import AXES, FIGURES, Failure, Job, digest
+from rgap.sweeps.job import AXES, FIGURES, Failure, Job, sha256
 from rgap.sweeps.lanes import Lanes
 
 FORMAT = 2
@@ -35,13 +35,8 @@ SILENCE = 60.0
 PATIENCE = 60.0
 """Seconds to wait for another process that is writing."""
 
-COLUMNS = {
-    "model": "TEXT", "seed": "INTEGER", "width": "INTEGER", "stage": "INTEGER", "image": "TEXT", "batch": "INTEGER",
-    "clients": "INTEGER", "protocol": "TEXT", "attack": "TEXT", "defence": "TEXT", "strength": "REAL",
-    "level": "TEXT", "status": "TEXT", "reason": "TEXT", "psnr": "REAL", "ssim": "REAL", "mse": "REAL",
-    "gradient_residual": "REAL", "error": "REAL", "gradient_error": "REAL", "labels_right": "INTEGER",
-    "twins": "INTEGER", "accuracy": "REAL", "seconds": "REAL", "exact": "REAL", "recognisable": "REAL",
-}  # fmt: skip
+ROW = {"key": "TEXT", **AXES, "state": "TEXT", **FIGURES, "failure": "TEXT", "attempts": "INTEGER", "finished": "TEXT"}
+"""The columns of a table of results, and what SQLite keeps in each."""
 _SCHEMA = f"""
 CREATE TABLE jobs (
     key TEXT PRIMARY KEY,
@@ -52,7 +47,7 @@ CREATE TABLE jobs (
     attempts INTEGER NOT NULL DEFAULT 0,
     failure TEXT,
     finished TEXT,
-    {", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())}
+    {", ".join(f"{name} {kind}" for name, kind in (AXES | FIGURES).items())}
 ) WITHOUT ROWID;
 CREATE INDEX by_state ON jobs (state, run);
 CREATE TABLE runs (id TEXT PRIMARY KEY, host TEXT, pid INTEGER, began REAL, beat REAL) WITHOUT ROWID;
@@ -62,8 +57,6 @@ _KINDS: dict[str, Any] = {
     "TEXT": (str, type(None)), "INTEGER": (int, type(None)), "REAL": (int, float, type(None)),
 }  # fmt: skip
 """What SQLite gives for a column's type: whatever was put in, it keeps."""
-ROW = ("key", *AXES, "state", *FIGURES, "failure", "attempts", "finished")
-"""The columns of a table of results."""
 
 
 class SweepError(ValueError):
@@ -199,7 +192,7 @@ class SweepStore(AbstractContextManager["SweepStore"]):
                     if found:
                         spec = str(found[0][0])
                         # It names code of one's own: nobody else may say which.
-                        if digest(spec) != job:
+                        if sha256(spec) != job:
                             raise self._changed("the specification of a job is not the plan's")
                         taken.append((lane, job, json.loads(spec)))
                         break  # else another run was faster
@@ -299,8 +292,7 @@ class SweepStore(AbstractContextManager["SweepStore"]):
         for values in self._all(f"SELECT {', '.join(ROW)} FROM jobs ORDER BY position, key"):
             row = dict(zip(ROW, values, strict=True))
             for name, value in row.items():
-                kind = COLUMNS.get(name, "INTEGER" if name == "attempts" else "TEXT")
-                if not isinstance(value, _KINDS[kind]):
+                if not isinstance(value, _KINDS[ROW[name]]):
                     raise self._changed(f"{name} of a job is of type {type(value).__name__}")
             if row["labels_right"] is not None:
                 row["labels_right"] = bool(row["labels_right"])
