@@ -15,7 +15,7 @@ from rich.console import Console
 
 import rgap
 from rgap import losses, models
-from rgap.cli import rank as command
+from rgap.cli.console import bar
 
 SMALL = ("--input-shape", "1,12,12")
 RESIDUAL = """
@@ -91,13 +91,11 @@ def test_models_that_are_no_chain(
 
 
 @pytest.mark.parametrize(("patience", "shown"), [(0.0, True), (60.0, False)])
-def test_progress_appears_only_after_a_while(monkeypatch: pytest.MonkeyPatch, patience: float, shown: bool) -> None:
-    monkeypatch.setattr(command, "PATIENCE", patience)
-    layer = rgap.rank_analysis(rgap.Target(models.cnn6(1, 12), losses.Logistic(), (1, 12, 12)), measure=False).layers[2]
+def test_progress_appears_only_after_a_while(patience: float, shown: bool) -> None:
     console = Console(file=io.StringIO(), force_terminal=True)
-    with command._progress(7, console, True) as step:
+    with bar(console, False, patience) as step:
         time.sleep(0.3)
-        step(layer)
+        step("after conv3", 1, 7, "")
         time.sleep(0.3)
     document = console.file.getvalue()
-    assert ("1/7" in document and layer.name in document) is shown
+    assert ("1/7" in document and "conv3" in document) is shown

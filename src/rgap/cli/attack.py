@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rgap.cli import options
 from rgap.cli.capture import sample
+from rgap.cli.config import config_option
 from rgap.cli.console import number, report, status
 from rgap.cli.options import Number
 from rgap.files import write_atomically
@@ -29,7 +30,7 @@ NAMES = ("the client",)
 
 @click.command("attack")
 @click.argument("update", type=options.PATH)
-@options.config_option
+@config_option
 @options.target_options
 @options.protocol_options
 @options.attack_options("closed")

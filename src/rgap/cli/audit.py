@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from rgap.cli import options
 from rgap.cli.audit_run import AuditRun, audit_options
+from rgap.cli.config import config_option
 from rgap.cli.console import report
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ DEFENCES = (
 
 
 @click.command("audit")
-@options.config_option
+@config_option
 @options.target_options
 @options.protocol_options
 @audit_options("the audit", "Print audit.json and nothing else.")

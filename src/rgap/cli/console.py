@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -78,8 +79,11 @@ def status(quiet: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def bar(console: Console, quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]:
+def bar(console: Console, quiet: bool, patience: float = 0.0) -> Iterator[Callable[[str, int, int, str], None]]:
     """A bar over steps, with how far the attack of the present one has come.
+
+    Args:
+        patience: seconds before it appears: what takes less needs none.
 
     Yields:
         To be called before each step, with its name, its number from 0, the number of all, and a line to be printed
@@ -91,19 +95,26 @@ def bar(console: Console, quiet: bool) -> Iterator[Callable[[str, int, int, str]
 
     description = TextColumn("{task.description}", markup=False)
     columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-        task = progress.add_task("starting", total=None)
-        present = ""
+    progress = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+    task = progress.add_task("starting", total=None)
+    present = ""
 
-        def step(what: str, done: int, total: int, note: str) -> None:
-            nonlocal present
-            present = what = visible(what)
-            if note and not quiet:
-                progress.console.print(note, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-            if progress.tasks[0].total is None:  # what was done before took no time now
-                progress.reset(task, total=total, completed=done, description=what)
-            else:
-                progress.update(task, description=what, completed=done)
+    def step(what: str, done: int, total: int, note: str) -> None:
+        nonlocal present
+        present = what = visible(what)
+        if note and not quiet:
+            progress.console.print(note, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+        if progress.tasks[0].total is None:  # what was done before took no time now
+            progress.reset(task, total=total, completed=done, description=what)
+        else:
+            progress.update(task, description=what, completed=done)
 
+    timer = Timer(patience, progress.start)
+    timer.start()
+    try:
         with watching(lambda tick: progress.update(task, description=f"{present}: {tick_line(tick)}")):
             yield step
+    finally:
+        timer.cancel()
+        timer.join()  # a bar that was about to start has started, and can be stopped
+        progress.stop()

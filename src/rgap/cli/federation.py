@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rgap.cli.audit_run import AuditRun, audit_options
+from rgap.cli.config import config_option
 from rgap.cli.console import report, say
-from rgap.cli.options import PATH, config_option, make_target, target_options
+from rgap.cli.options import PATH, make_target, target_options
 
 if TYPE_CHECKING:
     from rgap.auditing import Audit

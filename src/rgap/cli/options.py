@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,8 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from rgap.cli.console import say
-from rgap.files import read_toml
-from rgap.printable import line, listed
 from rgap.protocol import Optimiser, Protocol, Sends
 
 if TYPE_CHECKING:
@@ -369,75 +368,5 @@ def taken(named: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 ATTACK = ("attack", "iterations", "restarts", "polish")
-PROTOCOL = (
-    "sends", "local_steps", "learning_rate", "optimiser", "summed", "clients", "epochs", "minibatch", "in_order",
-    "drop_last", "momentum", "nesterov", "weight_decay", "proximal", "clip_norm", "schedule",
-    "buffers",
-)  # fmt: skip
+PROTOCOL = tuple({"steps": "local_steps", "shuffled": "in_order"}.get(f.name, f.name) for f in fields(Protocol))
 """Names of the options of `make_attack` and `make_protocol`."""
-
-
-def config_option(command: F) -> F:
-    """``--config FILE``: a TOML file with the command's own options, by the same names."""
-    return click.option(
-        "--config",
-        type=click.Path(path_type=Path),
-        is_eager=True,
-        expose_value=False,
-        callback=_configured,
-        help="TOML file with these options by the same names, such as batch-size = 4; the command line wins.",
-    )(command)
-
-
-def _configured(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
-    if value is None:
-        return
-    if not value.is_file():
-        raise click.BadParameter(line(f"{value}: no such file"), ctx, param)
-    try:
-        entries = read_toml(value)
-    except ValueError as error:
-        raise click.BadParameter(line(str(error)), ctx, param) from error
-    known = {name.lstrip("-"): each for each in ctx.command.params for name in each.opts if name.startswith("--")}
-    del known["config"]
-    unknown = [name for name in entries if name not in known]
-    if unknown:
-        expected = ", ".join(sorted(known))
-        raise click.BadParameter(line(f"{value}: unknown {listed(unknown)}; expected some of {expected}"), ctx, param)
-    ctx.default_map = {}
-    for name, entry in entries.items():
-        try:
-            ctx.default_map[str(known[name].name)] = _typed(known[name], entry)
-        except ValueError as error:
-            raise click.BadParameter(line(f"{value}: got --{name} {error}"), ctx, param) from error
-
-
-def _typed(option: click.Parameter, entry: Any) -> str | bool | list[str]:
-    """What TOML has, as the command line would have it.
-
-    Raises:
-        ValueError: it is nothing that the option takes; says what.
-    """
-    if isinstance(option, click.Option) and option.multiple:
-        return [_text(option, each) for each in (entry if isinstance(entry, list) else [entry])]
-    flag = isinstance(option, click.Option) and option.is_flag
-    if flag != isinstance(entry, bool):
-        raise ValueError(f"{_told(entry)}, expected {'true or false' if flag else _EXPECTED[_whole(option)]}")
-    return entry if isinstance(entry, bool) else _text(option, entry)
-
-
-_EXPECTED = {True: "a whole number", False: "text or a number"}
-
-
-def _text(option: click.Parameter, entry: Any) -> str:
-    if isinstance(entry, bool) or not isinstance(entry, (str, int) if _whole(option) else (str, int, float)):
-        raise ValueError(f"{_told(entry)}, expected {_EXPECTED[_whole(option)]}")
-    return str(entry)
-
-
-def _whole(option: click.Parameter) -> bool:
-    return isinstance(option.type, click.types.IntParamType)
-
-
-def _told(entry: Any) -> str:
-    return repr(entry) if isinstance(entry, (bool, int, float)) else f"a {type(entry).__name__}"

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Timer
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from rgap.cli.capture import sample as read_sample
-from rgap.cli.console import report
+from rgap.cli.console import bar, report
 from rgap.cli.options import COUNT, PATH, make_target, output_options, target_options
 from rgap.files import write_atomically
-
-if TYPE_CHECKING:
-    from rgap.rank import LayerRank
 
 PATIENCE = 2.0
 """Seconds before a progress bar appears."""
@@ -44,9 +37,15 @@ def command(measure: bool, batch_size: int | None, sample: Path | None, out: Pat
 
     target = make_target(**named)
     values = None if sample is None else read_sample(target, sample, "leave --sample out")
-    console = report(stderr=True)
-    with _progress(len(target.graph.uses), console, not as_json and console.is_terminal) as step:
-        analysis = rank_analysis(target, values, batch_size, measure, progress=step)
+    done, layers = itertools.count(1), len(target.graph.uses)
+    with bar(report(stderr=True), as_json, PATIENCE) as step:
+        analysis = rank_analysis(
+            target,
+            values,
+            batch_size,
+            measure,
+            progress=lambda layer: step(f"after {layer.name}", next(done), layers, ""),
+        )
     out.mkdir(parents=True, exist_ok=True)
     document = analysis.to_dict()
     write_atomically(out / "rank.json", json.dumps(document, indent=1).encode())
@@ -60,23 +59,3 @@ def command(measure: bool, batch_size: int | None, sample: Path | None, out: Pat
         console.print(f"- {note}")
     console.print(f"\n{analysis.verdict}", style="bold")
     console.print(f"Picture: {out / 'rank.png'}, numbers: {out / 'rank.json'}")
-
-
-@contextmanager
-def _progress(layers: int, console: Console, shown: bool) -> Iterator[Callable[[LayerRank], None]]:
-    """A bar that appears only when there is something to wait for."""
-    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("layers {task.description}"))
-    bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not shown)
-    task = bar.add_task("", total=layers)
-
-    def step(layer: LayerRank) -> None:
-        bar.update(task, advance=1, description=f"after {layer.name}")
-
-    timer = Timer(PATIENCE, bar.start)
-    timer.start()
-    try:
-        yield step
-    finally:
-        timer.cancel()
-        timer.join()  # a bar that was about to start has started, and can be stopped
-        bar.stop()
