@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
@@ -18,8 +19,10 @@ from rich.table import Table
 from torch import Tensor
 
 from rgap import data as pictures
+from rgap.attacks import Reconstruction
 from rgap.data import Images
 from rgap.files import plain, write_atomically
+from rgap.metrics import score
 from rgap.picture import save
 from rgap.store import Row, Store
 
@@ -254,6 +257,35 @@ def name_row(ax: Axes, words: str, height: float = 0.5) -> None:
     ax.text(-0.12, height, words, fontsize=8, rotation=90, va="center", ha="right", transform=ax.transAxes)
 
 
-def counted(statuses: Mapping[str, int]) -> str:
+def statuses(found: Iterable[str]) -> dict[str, int]:
     """How many ended in which way."""
-    return ", ".join(f"{count} {status}" for status, count in statuses.items())
+    return dict(sorted(Counter(found).items()))
+
+
+def counted(found: Mapping[str, int]) -> str:
+    """The same in words."""
+    return ", ".join(f"{count} {status}" for status, count in found.items())
+
+
+def judged(found: Sequence[Reconstruction], truth: Tensor, labels: Tensor) -> dict[str, list[Any]]:
+    """By name, figures of every picture's reconstruction: None where there is none.
+
+    Args:
+        truth: (n, *input_shape); labels: (n,).
+    """
+    quality = [score(each, x[None]) if each.answers else None for each, x in zip(found, truth, strict=True)]
+    return {
+        **{name: [None if q is None else getattr(q, name)[0] for q in quality] for name in ("mse", "psnr", "ssim")},
+        "residual": [each.gradient_residual if each.answers else None for each in found],
+        "status": [each.status.value for each in found],
+        "reason": [each.reason for each in found],
+        "label right": [bool(e.answers) and float(e.labels[0]) == float(y) for e, y in zip(found, labels, strict=True)],
+        "seconds": [each.seconds for each in found],
+    }
+
+
+def scatter(ax: Axes, groups: Iterable[tuple[float, Iterable[float | None]]], least: float, **how: Any) -> None:
+    """Errors at their places on an axis, those that are there; the least error that there is to see is drawn for 0."""
+    points = [(at, max(error, least)) for at, errors in groups for error in errors if error is not None]
+    if points:
+        ax.scatter(*zip(*points, strict=True), **how)

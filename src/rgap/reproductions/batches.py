@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +38,7 @@ from rgap.losses import Logistic, MarginLoss
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
 from rgap.picture import show
-from rgap.reproductions.base import Job, Options, Reproduction, counted, grid, labels
+from rgap.reproductions.base import Job, Options, Reproduction, counted, grid, labels, statuses
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture
@@ -202,7 +201,7 @@ class Batches(Reproduction):
         return {
             "batch_size": self.size,
             "recursion": {
-                "statuses": dict(sorted(Counter(each["status"] for each in found).items())),
+                "statuses": statuses(each["status"] for each in found),
                 "residual": statistics.median(each["residual"] for each in found),
                 "unexplained": max(each["unexplained"] for each in found),
                 "by_slopes_error": max(errors),

@@ -19,9 +19,8 @@ from torch import nn
 
 from rgap import losses, models
 from rgap.attacks import IDLG, LBFGS, InvertingGradients, Matching
-from rgap.metrics import score
 from rgap.picture import show
-from rgap.reproductions.base import Job, Options, Reproduction, grid, name_row, of
+from rgap.reproductions.base import Job, Options, Reproduction, grid, judged, name_row, of
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture
@@ -61,12 +60,7 @@ SETTINGS = (
         InvertingGradients(iterations=4800, variation=1e-2 / DEVIATION),
         "18.00 +- 3.33",
     ),
-    Setting(
-        "LeNet, L-BFGS",
-        models.lenet,
-        IDLG(minimiser=LBFGS(history=20), iterations=2000),
-        "-",
-    ),
+    Setting("LeNet, L-BFGS", models.lenet, IDLG(minimiser=LBFGS(history=20), iterations=2000), "-"),
     Setting(
         "ConvNet64, InvertingGradients",
         models.convnet,
@@ -102,17 +96,7 @@ class Inverting(Reproduction):
         updates = [capture(target, x[None], y[None]) for x, y in zip(pictures, labels, strict=True)]
         found = setting.attack.many(target, updates)
         inputs = torch.cat([each.inputs for each in found])
-        quality = score(inputs, pictures)
-        values = {
-            "setting": setting.name,
-            "psnr": quality.psnr,
-            "mse": quality.mse,
-            "ssim": quality.ssim,
-            "residual": [each.gradient_residual for each in found],
-            "status": [each.status.value for each in found],
-            "label right": [float(each.labels[0]) == float(y) for each, y in zip(found, labels, strict=True)],
-            "seconds": [each.seconds for each in found],
-        }
+        values = {"setting": setting.name, **judged(found, pictures, labels)}
         return Row(values, {"inputs": inputs.float(), "truth": pictures})
 
     def column(self, rows: Mapping[str, Row], setting: Setting, name: str) -> list[Any]:
@@ -122,26 +106,25 @@ class Inverting(Reproduction):
     def table(self, rows: Mapping[str, Row]) -> Table:
         numbers = ("ours", "deviation", "mean SSIM", "pictures", "label right", "s a picture")
         table = self.new_table(("network, attack", "paper"), numbers)
-        for setting in self.settings:
-            psnr = self.column(rows, setting, "psnr")
-            table.add_row(
-                setting.name,
-                setting.paper,
-                f"{statistics.fmean(psnr):.2f}",
-                f"{statistics.stdev(psnr):.2f}" if len(psnr) > 1 else "-",
-                f"{statistics.fmean(self.column(rows, setting, 'ssim')):.2f}",
-                str(len(psnr)),
-                str(sum(self.column(rows, setting, "label right"))),
-                f"{statistics.fmean(self.column(rows, setting, 'seconds')):.0f}",
-            )
+        for name, found in self.summary(rows).items():
+            deviation = "-" if found["deviation"] is None else f"{found['deviation']:.2f}"
+            ours = (f"{found['psnr']:.2f}", deviation, f"{found['ssim']:.2f}", str(found["pictures"]))
+            table.add_row(name, found["paper"], *ours, str(found["label right"]), f"{found['seconds']:.0f}")
         return table
 
     def summary(self, rows: Mapping[str, Row]) -> dict[str, Any]:
         found = {}
         for setting in self.settings:
-            psnr = self.column(rows, setting, "psnr")
-            mean, deviation = statistics.fmean(psnr), statistics.stdev(psnr) if len(psnr) > 1 else None
-            found[setting.name] = {"paper": setting.paper, "psnr": mean, "deviation": deviation, "pictures": len(psnr)}
+            psnr, ssim, seconds = (self.column(rows, setting, name) for name in ("psnr", "ssim", "seconds"))
+            found[setting.name] = {
+                "paper": setting.paper,
+                "psnr": statistics.fmean(psnr),
+                "deviation": statistics.stdev(psnr) if len(psnr) > 1 else None,
+                "pictures": len(psnr),
+                "ssim": statistics.fmean(ssim),
+                "label right": sum(self.column(rows, setting, "label right")),
+                "seconds": statistics.fmean(seconds),
+            }
         return found
 
     def draw(self, rows: Mapping[str, Row]) -> Figure:

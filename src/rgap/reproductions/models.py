@@ -6,6 +6,7 @@ No table of the paper: it asks which of today's models the closed form passes, a
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +20,9 @@ from torch import Tensor, nn
 from rgap import losses, models
 from rgap.attacks import IDLG, Adam, Attack, Bias, Closed, Recursive, Status
 from rgap.losses import Loss
-from rgap.metrics import score
 from rgap.models.common import leaky_relu
 from rgap.rank import rank_analysis
-from rgap.reproductions.base import Job, Options, Reproduction, median_and_worst
+from rgap.reproductions.base import Job, Options, Reproduction, judged, median_and_worst
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture
@@ -120,8 +120,7 @@ class Models(Reproduction):
         if reason is not None:
             return Row({"status": "does not apply", "reason": reason, "mse": None, "seconds": 0.0}, {})
         found = attack(target, capture(target, x, y))
-        mse = score(found, x).mse[0] if found.answers else None
-        values = {"status": found.status.value, "reason": found.reason, "mse": mse, "seconds": found.seconds}
+        values = {name: each[0] for name, each in judged([found], x, y).items()}
         return Row(values, {"inputs": found.inputs.float()} if found.answers else {})
 
     def outcomes(self, rows: Mapping[str, Row], cell: Cell, name: str) -> list[Mapping[str, Any]]:
@@ -141,17 +140,11 @@ class Models(Reproduction):
                 own = self.outcomes(rows, cell, name)
                 if not own:
                     continue
-                statuses = statistics.multimode(each["status"] for each in own)
-                count = sum(each["status"] == statuses[0] for each in own)
-                table.add_row(
-                    "",
-                    name,
-                    str(len(own)),
-                    *median_and_worst(each["mse"] for each in own),
-                    f"{statistics.fmean(each['seconds'] for each in own):.2f}",
-                    statuses[0] if count == len(own) else f"{statuses[0]} ({count} of {len(own)})",
-                    "" if statuses[0] == EXACT else own[0]["reason"],
-                )
+                status, count = Counter(each["status"] for each in own).most_common(1)[0]
+                numbers = (str(len(own)), *median_and_worst(each["mse"] for each in own))
+                seconds = f"{statistics.fmean(each['seconds'] for each in own):.2f}"
+                status_shown = status if count == len(own) else f"{status} ({count} of {len(own)})"
+                table.add_row("", name, *numbers, seconds, status_shown, "" if status == EXACT else own[0]["reason"])
             table.add_section()
         return table
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from rgap import losses, models
 from rgap.attacks import IDLG, Adam, Attack, Closed, Recursive
 from rgap.attacks.hybrid import roughness
-from rgap.metrics import score
-from rgap.reproductions.base import Job, Options, Reproduction, labels, of
+from rgap.reproductions.base import Job, Options, Reproduction, judged, labels, of
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture
@@ -82,13 +81,18 @@ class Outcome:
     wrong: int = 0
     """Of a hybrid: pictures for which another member's answer was nearer to the truth."""
 
-    @cached_property
-    def mean(self) -> float:
-        return statistics.fmean(self.mse)
-
-    @cached_property
-    def deviation(self) -> float:
-        return statistics.stdev(self.mse) if len(self.mse) > 1 else 0.0
+    @property
+    def figures(self) -> dict[str, float]:
+        """Over all pictures."""
+        return {
+            "mean": statistics.fmean(self.mse),
+            "deviation": statistics.stdev(self.mse) if len(self.mse) > 1 else 0.0,
+            "median": statistics.median(self.mse),
+            "worst": max(self.mse),
+            "not the best": self.wrong,
+            "pictures": len(self.mse),
+            "seconds": statistics.fmean(self.seconds),
+        }
 
 
 @dataclass(frozen=True)
@@ -140,18 +144,10 @@ class Table1(Reproduction):
         at = range(start, min(start + CHUNK, count))
         updates = [capture(target, images[i].inputs, y[i : i + 1]) for i in at]
         found = self.attacks[name].many(target, updates)
-        values = {
-            "cell": cell.name,
-            "attack": name,
-            "mse": [score(each, images[i].inputs).mse[0] for i, each in zip(at, found, strict=True)],
-            "residual": [each.gradient_residual for each in found],
-            "roughness": [roughness(each.inputs) for each in found],
-            "status": [each.status.value for each in found],
-            "label right": [float(each.labels[0]) == float(y[i]) for i, each in zip(at, found, strict=True)],
-            "seconds": [each.seconds for each in found],
-        }
-        inputs = torch.cat([each.inputs for each in found]).float()
-        return Row(values, {"inputs": inputs, "truth": images.inputs[start : start + len(at)]})
+        truth = images.inputs[start : start + len(at)]
+        values = {"cell": cell.name, "attack": name, **judged(found, truth, y[start : start + len(at)])}
+        values["roughness"] = [roughness(each.inputs) for each in found]
+        return Row(values, {"inputs": torch.cat([each.inputs for each in found]).float(), "truth": truth})
 
     def outcomes(self, rows: Mapping[str, Row]) -> dict[str, dict[str, Outcome]]:
         """By cell, what each attack and each hybrid made of the pictures."""
@@ -174,39 +170,24 @@ class Table1(Reproduction):
         numbers = ("ours", "deviation", "median", "worst", "times better", "not the best", "s a picture")
         table = self.new_table(("network, pictures", "attack", "paper"), numbers)
         for cell in self.cells:
-            for name, outcome in self.outcomes(rows)[cell.name].items():
-                paper = cell.paper.get(name.removesuffix(", smoothing"))
+            for name, found in self.summary(rows)[cell.name].items():
+                mean, deviation = cell.paper.get(name.removesuffix(", smoothing"), (None, None))
+                forms = (("mean", ".1e"), ("deviation", ".0e"), ("median", ".1e"), ("worst", ".0e"))
                 table.add_row(
                     cell.name,
                     name,
-                    "-" if paper is None else f"{paper[0]:.2g} +- {paper[1]:.2g}",
-                    f"{outcome.mean:.1e}",
-                    f"{outcome.deviation:.0e}",
-                    f"{statistics.median(outcome.mse):.1e}",
-                    f"{max(outcome.mse):.0e}",
-                    "-" if paper is None else f"{paper[0] / outcome.mean:.1e}",
-                    f"{outcome.wrong} of {len(outcome.mse)}" if name.startswith("H-GAP") else "",
-                    f"{statistics.fmean(outcome.seconds):.2f}",
+                    "-" if mean is None else f"{mean:.2g} +- {deviation:.2g}",
+                    *(format(found[figure], form) for figure, form in forms),
+                    "-" if mean is None else f"{mean / found['mean']:.1e}",
+                    f"{found['not the best']} of {found['pictures']}" if name.startswith("H-GAP") else "",
+                    f"{found['seconds']:.2f}",
                 )
             table.add_section()
         return table
 
     def summary(self, rows: Mapping[str, Row]) -> dict[str, Any]:
-        return {
-            cell: {
-                name: {
-                    "mean": outcome.mean,
-                    "deviation": outcome.deviation,
-                    "median": statistics.median(outcome.mse),
-                    "worst": max(outcome.mse),
-                    "not the best": outcome.wrong,
-                    "pictures": len(outcome.mse),
-                    "seconds": statistics.fmean(outcome.seconds),
-                }
-                for name, outcome in outcomes.items()
-            }
-            for cell, outcomes in self.outcomes(rows).items()
-        }
+        outcomes = self.outcomes(rows).items()
+        return {cell: {name: outcome.figures for name, outcome in own.items()} for cell, own in outcomes}
 
     def draw(self, rows: Mapping[str, Row]) -> Figure:
         figure = Figure(figsize=(2.6 + 2.2 * len(self.cells), 4.2), layout="constrained", dpi=150)
@@ -234,8 +215,7 @@ class Table1(Reproduction):
         return figure
 
     def remarks(self, rows: Mapping[str, Row]) -> Sequence[str]:
-        outcomes = self.outcomes(rows)
-        slower = [statistics.fmean(o["DLG"].seconds) / statistics.fmean(o["R-GAP"].seconds) for o in outcomes.values()]
+        slower = [found["DLG"]["seconds"] / found["R-GAP"]["seconds"] for found in self.summary(rows).values()]
         return (
             "The paper's mean and deviation, as it prints them (DLG's 1.4 on CNN6 and CIFAR-10 too); it has no Closed.",
             "Nothing is told to any attack. The paper's code is given the label, and changes it so that mu is unique.",

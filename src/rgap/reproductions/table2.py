@@ -6,7 +6,6 @@ Source: J. Zhu and M. Blaschko, *R-GAP: Recursive Gradient Attack on Privacy*, I
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from rgap import attacks, losses
 from rgap.metrics import mse
 from rgap.rank import rank_analysis
 from rgap.reproductions.architectures import INPUT_SHAPE, NETWORKS
-from rgap.reproductions.base import Job, Options, Reproduction, counted, labels
+from rgap.reproductions.base import Job, Options, Reproduction, counted, labels, statuses
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture
@@ -191,7 +190,7 @@ def _summed(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "mse": statistics.mean(errors),
         "worst": max(errors),
-        "statuses": dict(sorted(Counter(each["status"] for each in found).items())),
+        "statuses": statuses(each["status"] for each in found),
         "seconds": statistics.median(each["seconds"] for each in found),
     }
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from rgap import losses, models
 from rgap.attacks import Attack, Bias, Closed, Polish, Recursive
-from rgap.metrics import score
-from rgap.reproductions.base import Job, Options, Reproduction, median_and_worst, of
+from rgap.reproductions.base import Job, Options, Reproduction, judged, median_and_worst, of, scatter
 from rgap.reproductions.models import EXACT, SHAPE, VALUE_RANGE, Cell
 from rgap.store import Row
 from rgap.target import Target
@@ -98,13 +97,7 @@ class Training(Reproduction):
             if attack.obstacle(target, 1) is not None:
                 continue
             found = [attack(target, update) for update in updates]
-            values["attacks"][name] = {
-                "status": [each.status.value for each in found],
-                "reason": [each.reason for each in found],
-                "mse": [
-                    score(each, images[at : at + 1]).mse[0] if each.answers else None for at, each in enumerate(found)
-                ],
-            }
+            values["attacks"][name] = judged(found, images[:count], labels[:count])
         return Row(values, {})
 
     def table(self, rows: Mapping[str, Row]) -> Table:
@@ -123,13 +116,7 @@ class Training(Reproduction):
             for name, own in v["attacks"].items():
                 exact = own["status"].count(EXACT)
                 other = next((r for r, s in zip(own["reason"], own["status"], strict=True) if s != EXACT), "")
-                table.add_row(
-                    *first,
-                    name,
-                    f"{exact} of {len(own['status'])}",
-                    *median_and_worst(own["mse"]),
-                    other,
-                )
+                table.add_row(*first, name, f"{exact} of {len(own['status'])}", *median_and_worst(own["mse"]), other)
                 first = ("", "", "", "", "")
             table.add_section()
         return table
@@ -143,14 +130,8 @@ class Training(Reproduction):
         for ax, cell in zip(axes, self.cells, strict=True):
             stages = [row.values for row in of(rows, cell=cell.name)]
             for name in self.attacks:
-                points = [
-                    (at, max(mse, 1e-18))
-                    for at, stage in enumerate(stages)
-                    for mse in stage["attacks"].get(name, {"mse": []})["mse"]
-                    if mse is not None
-                ]
-                if points:
-                    ax.scatter([x for x, _ in points], [y for _, y in points], s=10, alpha=0.7, label=name)
+                errors = enumerate(stage["attacks"].get(name, {"mse": []})["mse"] for stage in stages)
+                scatter(ax, errors, 1e-18, s=10, alpha=0.7, label=name)
             ax.set_yscale("log")
             ax.set_xticks(range(len(stages)), [f"{s['epochs']}\n{s['accuracy']:.0%}" for s in stages], fontsize=8)
             ax.set_title(cell.name, fontsize=9)
