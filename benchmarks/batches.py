@@ -10,30 +10,16 @@ is not right is wrong. Seconds are those of this machine, the largest of a row's
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from rows import ACTIVATIONS, Tally, measure, parser, perceptron
 from torch import Tensor, nn
 
 from rgap import Target, attacks, capture, data, losses, models
-
-RIGHT = 1e-4
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "ReLU": nn.ReLU,
-    "LeakyReLU": lambda: nn.LeakyReLU(0.2),
-    "tanh": nn.Tanh,
-    "GELU": nn.GELU,
-    "sigmoid": nn.Sigmoid,
-}
 
 
 @dataclass(frozen=True)
@@ -50,16 +36,8 @@ class Row:
     distinct: bool = False
     """Whether no two samples of a batch have one label."""
 
-
-def perceptron(widths: tuple[int, ...], activation: str, bias: bool = True) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in pairwise(widths):
-            layers += [nn.Linear(inputs, outputs, bias=bias), ACTIVATIONS[activation]()]
-        return nn.Sequential(*layers[:-1])
-
-    return make
+    def __str__(self) -> str:
+        return f"{self.name} b={self.samples}"
 
 
 def headed(body: Callable[[], nn.Module], inputs: int, width: int = 128) -> Callable[[], nn.Module]:
@@ -99,23 +77,27 @@ def with_classes(body: Callable[[], nn.Module], classes: int) -> Callable[[], nn
 
 WIDTHS = (3072, 512, 256, 10)
 ROWS = [
-    *(Row(f"3072-512-256-10, {act}", perceptron(WIDTHS, act), b) for act in ACTIVATIONS for b in (8, 16, 32, 64)),
     *(
-        Row(f"3072-512-256-10, {act}, no biases", perceptron(WIDTHS, act, False), b)
+        Row(f"3072-512-256-10, {act}", partial(perceptron, WIDTHS, act), b)
+        for act in ACTIVATIONS
+        for b in (8, 16, 32, 64)
+    ),
+    *(
+        Row(f"3072-512-256-10, {act}, no biases", partial(perceptron, WIDTHS, act, False), b)
         for act in ACTIVATIONS
         for b in (8, 32)
     ),
     *(
-        Row(f"3072-512-256-10, {act}, mean removed", perceptron(WIDTHS, act), 64, centred=True)
+        Row(f"3072-512-256-10, {act}, mean removed", partial(perceptron, WIDTHS, act), 64, centred=True)
         for act in ("ReLU", "tanh")
     ),
-    Row("3072-1000-256-10, ReLU", perceptron((3072, 1000, 256, 10), "ReLU"), 128),
-    *(Row("784-1000-256-10, ReLU", perceptron((784, 1000, 256, 10), "ReLU"), b, "mnist") for b in (64, 128)),
-    Row("200 wide, 6 layers, ReLU, 3 x 224 x 224", perceptron((150528, *[200] * 5, 10), "ReLU"), 20, size=224),
+    Row("3072-1000-256-10, ReLU", partial(perceptron, (3072, 1000, 256, 10), "ReLU"), 128),
+    *(Row("784-1000-256-10, ReLU", partial(perceptron, (784, 1000, 256, 10), "ReLU"), b, "mnist") for b in (64, 128)),
+    Row("200 wide, 6 layers, ReLU, 3 x 224 x 224", partial(perceptron, (150528, *[200] * 5, 10), "ReLU"), 20, size=224),
     *(
         Row(
             f"FCN3, {act}, {'biases' if bias else 'no biases'}",
-            perceptron((784, 1000, 100, 1), act, bias),
+            partial(perceptron, (784, 1000, 100, 1), act, bias),
             b,
             "mnist",
             2,
@@ -125,7 +107,7 @@ ROWS = [
         for b in (2, 5)
     ),
     *(
-        Row(f"one hidden layer, 3072-512-1, {act}", perceptron((3072, 512, 1), act), b, classes=2)
+        Row(f"one hidden layer, 3072-512-1, {act}", partial(perceptron, (3072, 512, 1), act), b, classes=2)
         for act in ("ReLU", "LeakyReLU")
         for b in (4, 8, 16, 32, 64)
     ),
@@ -164,79 +146,44 @@ def run(row: Row, pictures: data.Images, batches: int) -> dict[str, Any]:
     loss = losses.Logistic() if row.classes == 2 else losses.CrossEntropy(row.classes)
     value_range = (-2.0, 2.0) if row.centred else (0.0, 1.0)
     features = row.name.startswith("features")
-    errors: list[float] = []
-    certified = wrong = labels_right = 0
+    tally = Tally()
     seconds, statuses = [], []
     model = row.model().eval()
     for seed in range(batches):
         x, labels = drawn(row, pictures, seed)
         target = Target(model, loss, tuple(x.shape[1:]), value_range, batch_size=row.samples)
         found = attacks.Closed()(target, capture(target, x, labels))
-        truth, given, verdicts = x.double().flatten(1), None, [sample.status for sample in found.samples]
+        seconds.append(found.seconds)
+        statuses.append(found.status.value)
         if features and found.features is not None:
             given, told = found.features.values.flatten(1), found.features.labels
             at = target.network.layers[-1].input_shape
             truth = target.network.forward(x.double())[-2].reshape(row.samples, *at).flatten(1)
-            verdicts = [attacks.Status.EXACT] * len(given)
+            tally.add(given, told, [attacks.Status.EXACT] * len(given), truth, labels)
         elif found.answers:
-            given, told = found.inputs.flatten(1), found.labels
-        seconds.append(found.seconds)
-        statuses.append(found.status.value)
-        if given is None:
-            errors += [float("nan")] * row.samples
-            continue
-        apart = torch.cdist(given, truth).square() / truth.shape[1]
-        nearest = apart.argmin(1)
-        right = (apart.min(1).values < RIGHT) & (told == labels.double()[nearest])
-        exact = torch.tensor([verdict is attacks.Status.EXACT for verdict in verdicts])
-        certified += int((right & exact).sum())
-        wrong += int((~right & exact).sum())
-        labels_right += len(set(nearest[right].tolist()))
-        errors += apart.min(0).values.tolist()
-    known = sorted(error for error in errors if error == error)
+            verdicts = [sample.status for sample in found.samples]
+            tally.add(found.inputs.flatten(1), found.labels, verdicts, x.double().flatten(1), labels)
     return {
         "network": row.name,
         "samples": row.samples,
         "batches": batches,
-        "certified": f"{certified} of {batches * row.samples}",
-        "labels": f"{labels_right} of {batches * row.samples}",
-        "wrong": wrong,
-        "median MSE": statistics.median(known) if known else float("nan"),
-        "worst MSE": known[-1] if known else float("nan"),
+        **tally.figures(batches * row.samples),
         "status": {status: statuses.count(status) for status in sorted(set(statuses))},
         "seconds": max(seconds),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", default="", help="rows whose name, or name and number of samples, contains this")
-    parser.add_argument("--batches", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    chosen = [row for row in ROWS if arguments.only in f"{row.name} b={row.samples}"]
-    channels = {"cifar10": 3, "mnist": 1}
-    names = sorted({row.pictures for row in chosen})
-    pictures = {name: data.folder(arguments.data / name, channels=channels[name]) for name in names}
-    table, results = Table("network", "b", "certified", "labels", "wrong", "median MSE", "worst MSE", "seconds"), []
-    for row in chosen:
-        found = run(row, pictures[row.pictures], arguments.batches)
-        results.append(found)
-        print(json.dumps(found), flush=True)
-        mse = [f"{found[name]:.1e}" for name in ("median MSE", "worst MSE")]
-        table.add_row(
-            row.name,
-            str(row.samples),
-            found["certified"],
-            found["labels"],
-            str(found["wrong"]),
-            *mse,
-            f"{found['seconds']:.1f}",
-        )
-    Console().print(table)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=2))
+    asked = parser(__doc__)
+    asked.add_argument("--batches", type=int, default=3)
+    arguments = asked.parse_args()
+
+    def one(row: Row) -> dict[str, Any]:
+        pictures = data.folder(arguments.data / row.pictures, channels=1 if row.pictures == "mnist" else 3)
+        return run(row, pictures, arguments.batches)
+
+    columns = ("certified", "found", "wrong", "median MSE", "worst MSE", "seconds")
+    measure(((str(row), partial(one, row)) for row in ROWS), arguments.only, "network", columns, arguments.out)
 
 
 if __name__ == "__main__":

@@ -11,30 +11,19 @@ own samples. Seconds of the process on one thread, the largest of a row's client
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from rows import measure
+from rows import Tally, measure, parser, perceptron
 from torch import Tensor, nn
 
 from rgap import Protocol, Target, Update, attacks, capture, data, losses
 from rgap.protocol import Sends
 
-RIGHT = 1e-4
 WIDTHS = (3072, 512, 256, 10)
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "ReLU": nn.ReLU,
-    "LeakyReLU": lambda: nn.LeakyReLU(0.2),
-    "tanh": nn.Tanh,
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,7 @@ ROWS = [
     *(
         Row(activation, samples, minibatch, rate, epochs)
         for samples, minibatch in ((16, 4), (32, 8))
-        for activation in ACTIVATIONS
+        for activation in ("ReLU", "LeakyReLU", "tanh")
         for rate in (0.1, 0.01)
         for epochs in (1, 2, 3, 5)
     ),
@@ -78,21 +67,13 @@ ROWS = [
 ]
 
 
-def perceptron(activation: str) -> nn.Module:
-    torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in pairwise(WIDTHS):
-        layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers[:-1])
-
-
 def client(row: Row, pictures: data.Images, seed: int) -> tuple[Target, Update, Tensor, Tensor, list[set[int]]]:
     """A client of its own draw, with torch's optimiser, and which samples each of its steps was on."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(pictures), generator=generator)[: row.samples]
     x = pictures.inputs[chosen].float()
     labels = torch.randint(10, (row.samples,), generator=generator)
-    model, protocol = perceptron(row.activation), row.protocol
+    model, protocol = perceptron(WIDTHS, row.activation), row.protocol
     target = Target(model, losses.CrossEntropy(10), tuple(x.shape[1:]), (0.0, 1.0), batch_size=row.samples)
     header = capture(target, x, labels.float(), protocol).header
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -124,8 +105,7 @@ def replace_batch(target: Target, samples: int, before: dict[str, Tensor]) -> Ta
 
 
 def run(row: Row, pictures: data.Images, clients: int) -> dict[str, Any]:
-    errors: list[float] = []
-    certified = wrong = labels_right = steps_right = 0
+    tally, steps_right = Tally(), 0
     seconds, wall, statuses, roundings, stated = [], [], [], [], []
     for seed in range(clients):
         target, update, x, labels, steps = client(row, pictures, seed)
@@ -136,28 +116,17 @@ def run(row: Row, pictures: data.Images, clients: int) -> dict[str, Any]:
         statuses.append(f"{found.status.value}: {found.reason}")
         if not found.answers or not found.samples:
             continue
-        apart = torch.cdist(found.inputs.flatten(1), x.double().flatten(1)).square() / x[0].numel()
-        nearest = apart.argmin(1)
-        right = (apart.min(1).values < RIGHT) & (found.labels == labels.double()[nearest])
-        exact = torch.tensor([sample.status is attacks.Status.EXACT for sample in found.samples])
-        certified += int((right & exact).sum())
-        wrong += int((~right & exact).sum())
-        labels_right += len(set(nearest[right].tolist()))
-        errors += apart.min(0).values.tolist()
+        verdicts = [sample.status for sample in found.samples]
+        nearest = tally.add(found.inputs.flatten(1), found.labels, verdicts, x.double().flatten(1), labels)
         stated += [sample.error for sample in found.samples]
         roundings.append(found.answers[0].unexplained)
         steps_right += sum(
             {int(nearest[each]) for each in own} == of for own, of in zip(found.steps, steps, strict=False)
         )
-    total = clients * row.samples
     return {
         "client": str(row),
-        "certified": f"{certified} of {total}",
-        "found": f"{labels_right} of {total}",
         "steps": f"{steps_right} of {clients * len(row.protocol.minibatches(row.samples))}",
-        "wrong": wrong,
-        "median MSE": statistics.median(errors) if errors else float("nan"),
-        "worst MSE": max(errors, default=float("nan")),
+        **tally.figures(clients * row.samples),
         "roundings": max(roundings, default=float("nan")),
         "stated error": max(stated, default=float("nan")),
         "seconds": max(seconds),
@@ -167,12 +136,9 @@ def run(row: Row, pictures: data.Images, clients: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", default="", help="rows that contain this")
-    parser.add_argument("--clients", type=int, default=1)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--clients", type=int, default=1)
+    arguments = asked.parse_args()
     torch.set_num_threads(1)
     pictures = data.folder(arguments.data / "cifar10", channels=3)
     columns = ("certified", "found", "steps", "wrong", "median MSE", "worst MSE", "roundings", "seconds")

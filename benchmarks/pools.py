@@ -9,16 +9,14 @@ Seconds of the process on one thread. A wrong picture that is called exact is co
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rows import measure
+from rows import measure, parser
 from torch import Tensor, nn
 
 from rgap import Target, attacks, capture, data, losses
@@ -123,13 +121,10 @@ def run(name: str, pictures: Tensor, limit: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", default="", help="rows that contain this")
-    parser.add_argument("--pictures", type=int, default=20)
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds for a picture")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--pictures", type=int, default=20)
+    asked.add_argument("--limit", type=float, default=240.0, help="seconds for a picture")
+    arguments = asked.parse_args()
     torch.set_num_threads(1)
     columns = ("exact", "wrong", "median MSE", "worst MSE", "seconds", "most seconds")
 

@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,8 @@ def measure(case: Case, folder: Path, device: str) -> Row:
         found = made(case, case.iterations).many(target, updates[: case.pictures])
         meter.wait()
         seconds = time.perf_counter() - start
-        mse = [score(each, truth[None]).mse[0] if each.answers else math.nan for each, truth in _pairs(found, truths)]
+        pairs = zip(found, truths[: len(found)], strict=True)
+        mse = [score(each, truth[None]).mse[0] if each.answers else math.nan for each, truth in pairs]
         statuses = [each.status.value for each in found]
         row = {"status": {status: statuses.count(status) for status in sorted(set(statuses))}}
     base, peak = meter.read()
@@ -145,12 +146,6 @@ def measure(case: Case, folder: Path, device: str) -> Row:
         "without answer": len(mse) - len(finite),
         **row,
     }
-
-
-def _pairs(
-    found: Sequence[attacks.Reconstruction], truths: torch.Tensor
-) -> Iterable[tuple[attacks.Reconstruction, torch.Tensor]]:
-    return zip(found, truths[: len(found)], strict=True)
 
 
 class Meter:
@@ -253,12 +248,9 @@ def run(cases: Sequence[Case], options: argparse.Namespace, keep: Callable[[list
 
 def find(rows: Sequence[Row], network: str, size: int, method: str, pictures: int = 1, before: int = 0) -> Row | None:
     """The row of a case that did not fail; of several the one with most iterations."""
-    wanted = (network, size, method, pictures, before)
-    fit = [row for row in rows if tuple(row[key] for key in WANTED) == wanted and "error" not in row]
+    wanted = {"network": network, "size": size, "method": method, "pictures": pictures, "before": before}
+    fit = [row for row in rows if row.items() >= wanted.items() and "error" not in row]
     return max(fit, key=lambda row: row["iterations"] or math.inf, default=None)
-
-
-WANTED = ("network", "size", "method", "pictures", "before")
 
 
 def exponent(rows: Sequence[Row], key: str, smallest: int) -> float | None:

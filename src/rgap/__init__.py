@@ -42,28 +42,10 @@ _HOME = {
 _MODULES = ("attacks", "data", "losses", "models", "rank")
 
 __all__ = [
-    "Audit",
-    "NotAChain",
-    "Protocol",
-    "RankAnalysis",
-    "Reconstruction",
-    "Target",
-    "Update",
-    "UpdateError",
-    "attacks",
-    "audit",
-    "audit_updates",
-    "capture",
-    "data",
-    "losses",
-    "models",
-    "preflight",
-    "rank",
-    "rank_analysis",
-    "score",
-    "tokens",
-    "watch",
-]
+    "Audit", "NotAChain", "Protocol", "RankAnalysis", "Reconstruction", "Target", "Update", "UpdateError", "attacks",
+    "audit", "audit_updates", "capture", "data", "losses", "models", "preflight", "rank", "rank_analysis", "score",
+    "tokens", "watch",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

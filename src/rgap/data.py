@@ -142,10 +142,7 @@ def faces(count: int = 5, size: int | tuple[int, int] = (25, 25)) -> Images:
 
 
 def folder(
-    path: str | os.PathLike[str],
-    size: int | tuple[int, int] | None = None,
-    channels: int = 3,
-    limit: int | None = None,
+    path: str | os.PathLike[str], size: int | tuple[int, int] | None = None, channels: int = 3, limit: int | None = None
 ) -> Images:
     """Pictures from a folder: a subfolder for each class, as in torchvision's ImageFolder, or all in one.
 

@@ -31,21 +31,10 @@ from rgap.nn.models import unwrapped
 from rgap.nn.outputs import outputs_of, reason_of, wrong_shape
 
 __all__ = [
-    "BinaryCrossEntropy",
-    "BinaryCrossEntropyOfProbabilities",
-    "CrossEntropy",
-    "Exponential",
-    "Hinge",
-    "Logistic",
-    "Loss",
-    "MarginLoss",
-    "MeanSquaredError",
-    "NegativeLogLikelihood",
-    "OfFunction",
-    "SquaredHinge",
-    "by_name",
+    "BinaryCrossEntropy", "BinaryCrossEntropyOfProbabilities", "CrossEntropy", "Exponential", "Hinge", "Logistic",
+    "Loss", "MarginLoss", "MeanSquaredError", "NegativeLogLikelihood", "OfFunction", "SquaredHinge", "by_name",
     "for_model",
-]
+]  # fmt: skip
 
 TORCH: dict[type[nn.Module], type[Loss]] = {
     nn.CrossEntropyLoss: CrossEntropy,

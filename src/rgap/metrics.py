@@ -77,11 +77,7 @@ def mse(a: Tensor, b: Tensor) -> tuple[float, ...]:
     return tuple(difference.flatten(1).square().mean(1).tolist())
 
 
-def psnr(
-    a: Tensor,
-    b: Tensor,
-    value_range: tuple[float, float] = (0.0, 1.0),
-) -> tuple[float, ...]:
+def psnr(a: Tensor, b: Tensor, value_range: tuple[float, float] = (0.0, 1.0)) -> tuple[float, ...]:
     """The peak signal-to-noise ratio of each input, 10 log10((high - low)^2 / mse), in decibels.
 
     Both are (batch, ...). Inf for an exact match, nan where an input holds nan.
@@ -93,11 +89,7 @@ def psnr(
     return tuple(_decibels(span, error) for error in mse(a, b))
 
 
-def ssim(
-    a: Tensor,
-    b: Tensor,
-    value_range: tuple[float, float] = (0.0, 1.0),
-) -> tuple[float, ...]:
+def ssim(a: Tensor, b: Tensor, value_range: tuple[float, float] = (0.0, 1.0)) -> tuple[float, ...]:
     """The mean structural similarity of each picture: over its channels, and over all whole windows.
 
     Both are (batch, channels, height, width).
@@ -124,13 +116,7 @@ def _ssim_of_one(a: Tensor, b: Tensor, span: float) -> float:
         return math.nan
     with np.errstate(over="ignore", invalid="ignore"):  # a failed attack's values can overflow when squared
         similarity = structural_similarity(
-            x,
-            y,
-            data_range=span,
-            channel_axis=0,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
+            x, y, data_range=span, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
     return float(similarity)
 

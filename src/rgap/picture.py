@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -21,12 +21,35 @@ def is_picture(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and shape[0] in (1, 3) and min(shape[1:]) > 1
 
 
-def show(axes: Axes, picture: Tensor, value_range: tuple[float, float]) -> None:
-    """Draw one input (channels, height, width), values outside the range cut off."""
-    low, high = value_range
-    scaled = ((picture.detach().cpu().double() - low) / (high - low)).nan_to_num().clamp(0, 1)
-    values = scaled.permute(1, 2, 0).numpy()
-    axes.imshow(values, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+def scaled(picture: Tensor, value_range: tuple[float, float] | None) -> Tensor:
+    """One input (channels, height, width) as (height, width, channels) from 0 to 1, values outside the range cut off.
+
+    Where no range is known it is that of the values.
+    """
+    values = picture.detach().cpu().double().nan_to_num(posinf=1e300, neginf=-1e300)
+    low, high = value_range or (float(values.min()), float(values.max()))
+    return ((values - low) / max(high - low, 1e-300)).clamp(0, 1).permute(1, 2, 0)
+
+
+def show(axes: Axes, picture: Tensor, value_range: tuple[float, float] | None) -> None:
+    """Draw one input as `scaled` has it."""
+    axes.imshow(scaled(picture, value_range).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+
+def grid(height: int, width: int, size: tuple[float, float] | None = None) -> tuple[Figure, Any]:
+    """A figure of so many pictures, and its axes, which are not drawn."""
+    from matplotlib.figure import Figure  # takes a second, which only pictures need
+
+    figure = Figure(figsize=size or (1.3 * width + 1.2, 1.55 * height), layout="constrained", dpi=150)
+    axes = figure.subplots(height, width, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return figure, axes
+
+
+def name_row(ax: Axes, words: str, height: float = 0.5) -> None:
+    """Name a row of pictures, at the left of its first."""
+    ax.text(-0.12, height, words, fontsize=8, rotation=90, va="center", ha="right", transform=ax.transAxes)
 
 
 def single(picture: Tensor, value_range: tuple[float, float], path: str | Path) -> None:

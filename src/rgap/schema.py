@@ -10,11 +10,8 @@ from typing import Any
 from jsonschema import Draft202012Validator, TypeChecker
 from jsonschema.validators import extend
 
-KINDS: dict[str, dict[str, Any]] = {
-    "str": {"type": "string"}, "bool": {"type": "boolean"}, "int": {"type": "integer", "maximum": 2**31},
-    "float": {"type": "number"},
-}  # fmt: skip
-"""What a value is in JSON, by the type that a field is declared with. Nothing that is counted is larger."""
+KINDS = {"str": "string", "bool": "boolean", "int": "integer", "float": "number"}
+"""What a value is in JSON, by the type that a field is declared with."""
 
 
 def validator(schema: Mapping[str, Any]) -> Any:
@@ -23,20 +20,22 @@ def validator(schema: Mapping[str, Any]) -> Any:
     return extend(Draft202012Validator, type_checker=types)(schema)  # type: ignore[no-untyped-call]
 
 
-def of_fields(kind: type, nan: bool = False) -> dict[str, Any]:
+def of_fields(kind: type, nan: bool = False, **limits: Any) -> dict[str, Any]:
     """By name, what the fields of a dataclass are in JSON, by their declared types; those of other types are left out.
 
     Args:
         nan: whether null stands for NaN where a number belongs.
+        limits: of whole numbers.
     """
     found = {}
     for field in fields(kind):
         name, optional = str(field.type).removesuffix(" | None"), str(field.type).endswith(" | None")
-        entry = KINDS.get(name.removeprefix("tuple[").removesuffix(", ...]"))
-        if entry is not None:
-            entry = {"type": ["number", "null"]} if nan and entry is KINDS["float"] else entry
+        inner = KINDS.get(name.removeprefix("tuple[").removesuffix(", ...]"))
+        if inner is not None:
+            entry: dict[str, Any] = {"type": [inner, *["null"] * (nan and inner == "number")]}
+            entry |= limits if inner == "integer" else {}
             entry = {"type": "array", "items": entry} if name.startswith("tuple[") else entry
-            found[field.name] = {"oneOf": [entry, {"type": "null"}]} if optional else entry
+            found[field.name] = {"anyOf": [entry, {"type": "null"}]} if optional else entry
     return found
 
 

@@ -54,9 +54,7 @@ class Store:
     def __init__(self, folder: Path, settings: Mapping[str, Any], fresh: bool = False):
         self.folder, self.settings = folder, json.loads(json.dumps(plain(dict(settings))))
         self._lines, self._settings_path, self._tensors = (
-            folder / "rows.jsonl",
-            folder / "settings.json",
-            folder / "tensors",
+            folder / name for name in ("rows.jsonl", "settings.json", "tensors")
         )
         folder.mkdir(parents=True, exist_ok=True)
         if fresh:

@@ -22,7 +22,7 @@ from rgap.files import write_atomically
 from rgap.inversion.rounding import stored_precision
 from rgap.printable import line, listed
 from rgap.protocol import Optimiser, Protocol, Sends
-from rgap.schema import KINDS, of_fields, validator
+from rgap.schema import of_fields, validator
 from rgap.target import Target, fingerprint
 
 FORMAT = 2
@@ -267,19 +267,21 @@ def tolerated(precision: float) -> float:
     return min(math.sqrt(precision), LOOSEST)
 
 
+LARGEST = 2**31
+"""Nothing that a header counts is larger."""
 HEADER = validator(
     {
         "required": ["batch_size"],
         "properties": {
-            **of_fields(Header),
-            "batch_size": {**KINDS["int"], "minimum": 1},
+            **of_fields(Header, maximum=LARGEST),
+            "batch_size": {"type": "integer", "minimum": 1, "maximum": LARGEST},
             "precision": {"type": ["number", "null"], "minimum": 0},
             "buffers": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
         },
     }
 )
 OPTIMISERS = {"enum": [optimiser.value for optimiser in Optimiser]}
-PROTOCOL = validator({"properties": {**of_fields(Protocol), "optimiser": OPTIMISERS}})
+PROTOCOL = validator({"properties": {**of_fields(Protocol, maximum=LARGEST), "optimiser": OPTIMISERS}})
 
 
 def _header(text: str | None, path: Path) -> tuple[Header, list[str]]:

@@ -8,22 +8,6 @@ from rgap.auditing.run import Ended, Step
 from rgap.auditing.verdict import Advice, LayerNote, Verdict
 
 __all__ = [
-    "ATTACKS",
-    "Accounting",
-    "Advice",
-    "AttackRun",
-    "Audit",
-    "Case",
-    "DoseResponse",
-    "Ended",
-    "Interrupted",
-    "LayerNote",
-    "Level",
-    "Response",
-    "Result",
-    "Step",
-    "Verdict",
-    "audit",
-    "audit_updates",
-    "describe",
-]
+    "ATTACKS", "Accounting", "Advice", "AttackRun", "Audit", "Case", "DoseResponse", "Ended", "Interrupted",
+    "LayerNote", "Level", "Response", "Result", "Step", "Verdict", "audit", "audit_updates", "describe",
+]  # fmt: skip

@@ -19,7 +19,7 @@ from rgap.auditing.dose_response import DoseResponse, Response
 from rgap.auditing.results import AttackRun, Level
 from rgap.auditing.verdict import Verdict, rank_sentence
 from rgap.files import plain
-from rgap.picture import is_picture
+from rgap.picture import is_picture, scaled
 from rgap.rank.summary import summarise
 from rgap.target import Target
 
@@ -95,10 +95,7 @@ def png(picture: Tensor, value_range: tuple[float, float] | None) -> str | None:
     """A picture (channels, height, width) as a PNG in base64; None for inputs that are no pictures."""
     if not is_picture(tuple(picture.shape)):
         return None
-    values = picture.detach().cpu().double().nan_to_num(posinf=1e300, neginf=-1e300)
-    low, high = value_range or (float(values.min()), float(values.max()))
-    scaled = ((values - low) / max(high - low, 1e-300)).clamp(0, 1).mul(255).round()
-    array = scaled.permute(1, 2, 0).numpy().astype(np.uint8)
+    array = scaled(picture, value_range).mul(255).round().numpy().astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -12,6 +12,7 @@ from rgap.attacks import Attack, InvertingGradients
 from rgap.auditing.results import EXACT_PSNR, Level, Result, gave_away, or_least
 from rgap.auditing.run import Run, any_seen, cut_off
 from rgap.defences import DPSGD, Defence, gradient_error
+from rgap.defences.noise import check_accounting
 
 SWEPT = 4
 """Samples at the most on which a defence is swept."""
@@ -34,11 +35,7 @@ class Accounting:
     delta: float = 1e-5
 
     def __post_init__(self) -> None:
-        if not (0 < self.rate <= 1 and 0 < self.delta < 1 and self.steps >= 0):
-            raise ValueError(
-                f"got rate={self.rate}, steps={self.steps}, delta={self.delta}: expected 0 < rate <= 1, steps >= 0, "
-                "0 < delta < 1"
-            )
+        check_accounting(self.rate, self.steps, self.delta)
 
 
 @dataclass(frozen=True)

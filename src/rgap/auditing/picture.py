@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from rgap.auditing.audit import Audit
-from rgap.picture import is_picture, save, show
+from rgap.picture import grid, is_picture, name_row, save, show
 from rgap.report.digest import SHOWN
 
 ACROSS = 8
@@ -27,10 +25,7 @@ def side_by_side(audit: Audit, path: str | Path) -> None:
     cases = audit.cases[:SHOWN]
     rows = math.ceil(len(cases) / ACROSS)
     columns = min(len(cases), ACROSS)
-    figure = Figure(figsize=(1.45 * columns + 0.9, 3.5 * rows), layout="constrained", dpi=150)
-    axes = figure.subplots(2 * rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
+    figure, axes = grid(2 * rows, columns, (1.45 * columns + 0.9, 3.5 * rows))
     for at, case in enumerate(cases):
         row, column = divmod(at, ACROSS)
         best = case.best
@@ -48,7 +43,5 @@ def side_by_side(audit: Audit, path: str | Path) -> None:
             case.level.value if best is None else f"{best.status.value}{error}", fontsize=7, parse_math=False
         )
     for row in range(2 * rows):
-        left = axes[row][0]
-        word = "from its gradient" if row % 2 else "original"
-        left.text(-0.12, 0.5, word, fontsize=8, rotation=90, va="center", ha="right", transform=left.transAxes)
+        name_row(axes[row][0], "from its gradient" if row % 2 else "original")
     save(figure, path)

@@ -168,10 +168,7 @@ class DPSGD(Defence):
         Source: I. Mironov, K. Talwar and L. Zhang, *Renyi Differential Privacy of the Sampled Gaussian Mechanism*,
         2019, arXiv:1908.10530.
         """
-        if not (0 < rate <= 1 and 0 < delta < 1 and steps >= 0):
-            raise ValueError(
-                f"got rate={rate}, steps={steps}, delta={delta}: expected 0 < rate <= 1, steps >= 0, 0 < delta < 1"
-            )
+        check_accounting(rate, steps, delta)
         try:
             rdp = importlib.import_module("opacus.accountants.analysis.rdp")
         except ImportError as error:
@@ -185,6 +182,14 @@ class DPSGD(Defence):
             spent = rdp.compute_rdp(q=rate, noise_multiplier=self.multiplier, steps=steps, orders=_ORDERS)
             epsilon, _ = rdp.get_privacy_spent(orders=_ORDERS, rdp=spent, delta=delta)
         return max(0.0, float(epsilon))
+
+
+def check_accounting(rate: float, steps: int, delta: float) -> None:
+    """Raise ValueError for what no differential privacy is counted with."""
+    if not (0 < rate <= 1 and 0 < delta < 1 and steps >= 0):
+        raise ValueError(
+            f"got rate={rate}, steps={steps}, delta={delta}: expected 0 < rate <= 1, steps >= 0, 0 < delta < 1"
+        )
 
 
 _ORDERS = [

@@ -11,17 +11,6 @@ from rgap.models.resnet import residual, resnet18, resnet20, settled
 from rgap.models.vit import vit_tiny
 
 __all__ = [
-    "cnn6",
-    "cnn6_d",
-    "convnet",
-    "fcn3",
-    "lenet",
-    "mlp",
-    "residual",
-    "resnet18",
-    "resnet20",
-    "settled",
-    "strided",
-    "vgg11",
-    "vit_tiny",
-]
+    "cnn6", "cnn6_d", "convnet", "fcn3", "lenet", "mlp", "residual", "resnet18", "resnet20", "settled", "strided",
+    "vgg11", "vit_tiny",
+]  # fmt: skip

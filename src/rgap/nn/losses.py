@@ -15,19 +15,9 @@ from rgap.nn.loss import Loss
 from rgap.nn.margin_losses import Exponential, Hinge, Logistic, MarginLoss, SquaredHinge
 
 __all__ = [
-    "BinaryCrossEntropy",
-    "BinaryCrossEntropyOfProbabilities",
-    "CrossEntropy",
-    "Exponential",
-    "Hinge",
-    "Logistic",
-    "Loss",
-    "MarginLoss",
-    "MeanSquaredError",
-    "NegativeLogLikelihood",
-    "SquaredHinge",
-    "by_name",
-]
+    "BinaryCrossEntropy", "BinaryCrossEntropyOfProbabilities", "CrossEntropy", "Exponential", "Hinge", "Logistic",
+    "Loss", "MarginLoss", "MeanSquaredError", "NegativeLogLikelihood", "SquaredHinge", "by_name",
+]  # fmt: skip
 
 SURE = 20.0
 """A value that is as many times its rounding is not zero."""

@@ -146,10 +146,7 @@ def closing(defence: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _curve(defence: dict[str, Any], key: str, across: str, title: str) -> Curve | None:
-    points = sorted(
-        (point for point in defence["points"] if point[key] is not None),
-        key=lambda point: point["strength"],
-    )
+    points = sorted((p for p in defence["points"] if p[key] is not None), key=lambda point: point["strength"])
     if not points:
         return None
     axis = _Axis([point[key] for point in points])
@@ -160,14 +157,7 @@ def _curve(defence: dict[str, Any], key: str, across: str, title: str) -> Curve 
         # Where nothing came back there is no PSNR; such a point is as low as any.
         return _BOTTOM - (_BOTTOM - _TOP) * min(max(float(psnr or _LOWEST), _LOWEST), highest) / highest
 
-    dots = tuple(
-        Dot(
-            axis.place(point[key]),
-            down(point["median_psnr"]),
-            bool(point["recovered"]),
-        )
-        for point in points
-    )
+    dots = tuple(Dot(axis.place(p[key]), down(p["median_psnr"]), bool(p["recovered"])) for p in points)
     end = closing(defence)
     closes = None
     if end is not None and end[key] is not None:

@@ -243,20 +243,6 @@ def median_and_worst(errors: Iterable[float | None]) -> tuple[str, str]:
     return (f"{statistics.median(known):.1e}", f"{max(known):.0e}") if known else ("-", "-")
 
 
-def grid(height: int, width: int) -> tuple[Figure, Any]:
-    """A figure of so many pictures, and its axes, which are not drawn."""
-    figure = Figure(figsize=(1.3 * width + 1.2, 1.55 * height), layout="constrained", dpi=150)
-    axes = figure.subplots(height, width, squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    return figure, axes
-
-
-def name_row(ax: Axes, words: str, height: float = 0.5) -> None:
-    """Name a row of pictures, at the left of its first."""
-    ax.text(-0.12, height, words, fontsize=8, rotation=90, va="center", ha="right", transform=ax.transAxes)
-
-
 def statuses(found: Iterable[str]) -> dict[str, int]:
     """How many ended in which way."""
     return dict(sorted(Counter(found).items()))

@@ -37,8 +37,8 @@ from rgap.attacks import DLG, Adam, Matching, Recursive
 from rgap.losses import Logistic, MarginLoss
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
-from rgap.picture import show
-from rgap.reproductions.base import Job, Options, Reproduction, counted, grid, labels, statuses
+from rgap.picture import grid, show
+from rgap.reproductions.base import Job, Options, Reproduction, counted, labels, statuses
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture

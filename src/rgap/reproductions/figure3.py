@@ -11,8 +11,7 @@ from typing import ClassVar
 
 from matplotlib.figure import Figure
 
-from rgap.picture import show
-from rgap.reproductions.base import grid, name_row
+from rgap.picture import grid, name_row, show
 from rgap.reproductions.table1 import CELLS, VALUE_RANGE, Cell, Table1, tensors
 from rgap.store import Row
 

@@ -19,8 +19,8 @@ from torch import nn
 
 from rgap import losses, models
 from rgap.attacks import IDLG, LBFGS, InvertingGradients, Matching
-from rgap.picture import show
-from rgap.reproductions.base import Job, Options, Reproduction, grid, judged, name_row, of
+from rgap.picture import grid, name_row, show
+from rgap.reproductions.base import Job, Options, Reproduction, judged, of
 from rgap.store import Row
 from rgap.target import Target
 from rgap.update import capture
