@@ -22,22 +22,17 @@ if TYPE_CHECKING:
 # Public names and where they live. Each is imported when it is first used: torch takes seconds, and `rgap --help`
 # needs none of it.
 _HOME = {
-    "Audit": "rgap.auditing",
-    "NotAChain": "rgap.nn.obstacles",
-    "Protocol": "rgap.protocol",
-    "RankAnalysis": "rgap.rank",
-    "Reconstruction": "rgap.attacks",
-    "Target": "rgap.target",
-    "Update": "rgap.update",
-    "UpdateError": "rgap.update",
-    "audit": "rgap.auditing",
-    "audit_updates": "rgap.auditing",
-    "capture": "rgap.update",
-    "preflight": "rgap.checks",
-    "rank_analysis": "rgap.rank",
-    "score": "rgap.metrics",
-    "tokens": "rgap.embedding",
-    "watch": "rgap.watching",
+    "attacks": ("Reconstruction",),
+    "auditing": ("Audit", "audit", "audit_updates"),
+    "checks": ("preflight",),
+    "embedding": ("tokens",),
+    "metrics": ("score",),
+    "nn.obstacles": ("NotAChain",),
+    "protocol": ("Protocol",),
+    "rank": ("RankAnalysis", "rank_analysis"),
+    "target": ("Target",),
+    "update": ("Update", "UpdateError", "capture"),
+    "watching": ("watch",),
 }
 _MODULES = ("attacks", "data", "losses", "models", "rank")
 
@@ -51,8 +46,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"rgap.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"rgap.{module}"), name)
     raise AttributeError(f"module 'rgap' has no attribute {name!r}")
 
 

@@ -33,11 +33,11 @@ def shown(name: str) -> str:
     return line(name, NAME)
 
 
-def listed(names: Iterable[str]) -> str:
-    """Names in one line, the first eight of many."""
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names in one line, the first few of many."""
     names = list(names)
-    text = ", ".join(map(shown, names[:8]))
-    return text if len(names) <= 8 else f"{text} and {len(names) - 8} more"
+    text = ", ".join(map(shown, names[:most]))
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
 def _hides(character: str) -> bool:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rgap.attacks.progress import Reporter
 from rgap.cli.console import bar
-from rgap.reproductions import NAMES, figure1
+from rgap.reproductions import CATALOGUE, figure1
 from rgap.store import Row
 
 
@@ -23,7 +23,7 @@ def test_without_a_name_it_lists_what_there_is(
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = run(capsys, "reproduce")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[2:] if line and line[0] != " "] == list(NAMES)
+    assert [line.split()[0] for line in out.splitlines()[2:] if line and line[0] != " "] == list(CATALOGUE)
     assert "losses, and the product" in " ".join(out.split())
     assert "200 products for each loss" in " ".join(out.split())
 
@@ -32,14 +32,14 @@ def test_the_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "reproduce", "--json")
     assert (code, err) == (0, "")
     listed = json.loads(out)
-    assert [each["name"] for each in listed] == list(NAMES)
+    assert [each["name"] for each in listed] == list(CATALOGUE)
     assert next(each for each in listed if each["name"] == "figure1")["count"] == 200
 
 
 def test_help_lists_every_name(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "reproduce", "--help")
     assert code == 0
-    assert all(f"  {name} " in out for name in NAMES)
+    assert all(f"  {name} " in out for name in CATALOGUE)
     assert "--fresh" in out
 
 

@@ -23,8 +23,9 @@ from rich.table import Table
 from rgap.attacks import DLG
 from rgap.attacks.distance import cosine
 from rgap.cli import main
-from rgap.reproductions import NAMES, Job, Options, Reproduction, ReproductionError, by_name, reproduce
+from rgap.reproductions import CATALOGUE, Job, Options, Reproduction, ReproductionError, by_name, reproduce
 from rgap.reproductions.base import labels
+from rgap.reproductions.catalogue import Entry
 from rgap.store import Row, Store, StoreError
 
 
@@ -33,8 +34,7 @@ class Squares(Reproduction):
     """A reproduction that takes no time and notes what it does."""
 
     name: ClassVar[str] = "squares"
-    title: ClassVar[str] = "Squares"
-    count: ClassVar[int] = 4
+    entry: ClassVar[Entry] = Entry("", "Squares", 4)
 
     power: int = 2
     attack: DLG = field(default_factory=DLG)
@@ -333,7 +333,7 @@ def test_a_count_below_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_name_has_its_module() -> None:
-    for name in NAMES:
+    for name in CATALOGUE:
         assert by_name(name).name == name
     package = importlib.import_module("rgap.reproductions")
     with pytest.raises(ReproductionError, match="unknown reproduction 'table9': expected one of table1, table2"):

@@ -115,8 +115,8 @@ def test_the_small_one_is_what_the_name_stands_for(name: str) -> None:
     known = by_name(name)
     assert type(known) is type(CASES[name].small)
     assert known.name == name
-    assert known.title
-    assert known.count >= 1
+    assert known.entry.title
+    assert known.entry.count >= 1
 
 
 @every_case
@@ -159,7 +159,7 @@ def test_the_table_stands_beside_the_papers(name: str, folder: Path) -> None:
     rows = reproduce(small, Options(count=CASES[name].count), folder / name)
     out = io.StringIO()
     Console(file=out, width=250).print(small.table(rows))
-    assert small.title in out.getvalue()
+    assert small.entry.title in out.getvalue()
     assert "paper" in out.getvalue().lower()
     assert len(out.getvalue().splitlines()) > 2
     assert isinstance(small.draw(rows), Figure)

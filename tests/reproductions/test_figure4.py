@@ -155,7 +155,7 @@ def test_the_same_seed_gives_the_same_row() -> None:
 
 
 def test_the_reproduction_is_the_paper_s() -> None:
-    made = figure4.REPRODUCTION
+    made = figure4.Figure4()
     assert [network.name for network in made.networks] == ["CNN6", "FCN3"]
     assert len(made.jobs(Options(), 3)) == 6
     assert made.shown in made.deviations

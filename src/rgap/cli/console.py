@@ -111,6 +111,8 @@ def bar(console: Console, quiet: bool, patience: float = 0.0) -> Iterator[Callab
 
     timer = Timer(patience, progress.start)
     timer.start()
+    if not patience:
+        timer.join()
     try:
         with watching(lambda tick: progress.update(task, description=f"{present}: {tick_line(tick)}")):
             yield step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,7 @@ import click
 
 from rgap.cli.console import bar, report, table
 from rgap.cli.options import COUNT, PATH, SEED, output_options
-
-NAMES = {
-    "table1": "Table 1: mean MSE of R-GAP, DLG and H-GAP (50 pictures)",
-    "table2": "Table 2: index and reconstruction error of five networks (6 pictures)",
-    "figure1": "Figure 1: losses, and the product that tells the margin (200 products for each loss)",
-    "figure3": "Figure 3: R-GAP, DLG and H-GAP on CNN6 (6 pictures)",
-    "figure4": "Figure 4: twin data, two inputs with one gradient (10 pictures)",
-    "figure5": "Figure 5: noise on the gradient, against the width of the network (5 pictures)",
-    "figure6": "Figure 6: batches of two on FCN3, R-GAP and DLG (10 batches of two)",
-    "figure7": "Figure 7: batches of five on FCN3, R-GAP and DLG (10 batches of five)",
-    "inverting-gradients": "Inverting Gradients: PSNR in dB on untrained networks, one picture a gradient "
-    "(20 pictures)",
-    "models": "Models that people train, and the attacks on each (no table of the paper) (20 pictures)",
-    "training": "What training changes (no figure of the paper) (5 pictures)",
-}
-"""What there is to reproduce, by name, as --help tells it: a test holds it against the reproductions."""
+from rgap.reproductions.catalogue import CATALOGUE
 
 
 class _WithNames(click.Command):
@@ -34,12 +18,12 @@ class _WithNames(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Names"):
-            formatter.write_dl(list(NAMES.items()))
+            formatter.write_dl([(name, str(entry)) for name, entry in CATALOGUE.items()])
         super().format_epilog(ctx, formatter)
 
 
 @click.command("reproduce", cls=_WithNames)
-@click.argument("name", type=click.Choice(tuple(NAMES)), metavar="[NAME]", required=False)
+@click.argument("name", type=click.Choice(tuple(CATALOGUE)), metavar="[NAME]", required=False)
 @click.option(
     "--data",
     type=PATH,
@@ -71,26 +55,18 @@ def command(name: str | None, out: Path, fresh: bool, as_json: bool, **named: An
     console.print(chosen.table(rows))
     for remark in chosen.remarks(rows):
         console.print(f"- {remark}")
-    number = options.count or chosen.count
-    console.print(f"\n{number} {chosen.counted}, seed {options.seed}; {chosen.pictures(options)}.")
+    number = options.count or chosen.entry.count
+    console.print(f"\n{number} {chosen.entry.counted}, seed {options.seed}; {chosen.pictures(options)}.")
     console.print(f"Picture: {folder / name}.png, numbers: {folder / name}.json", soft_wrap=True)
-
-
-def _known() -> Iterator[tuple[str, str, int, str]]:
-    """Name, title, count, and what is counted, of everything there is."""
-    from rgap.reproductions import by_name
-
-    for name in NAMES:
-        found = by_name(name)
-        yield name, found.title, found.count, found.counted
 
 
 def _list(as_json: bool) -> None:
     if as_json:
-        keys = ("name", "title", "count", "counted")
-        click.echo(json.dumps([dict(zip(keys, known, strict=True)) for known in _known()]))
+        keys = ("title", "count", "counted")
+        found = [{"name": name} | {key: getattr(entry, key) for key in keys} for name, entry in CATALOGUE.items()]
+        click.echo(json.dumps(found))
         return
     made = table("rgap reproduce NAME", ("name", "what", "by default"))
-    for name, title, count, counted in _known():
-        made.add_row(name, title, f"{count} {counted}")
+    for name, entry in CATALOGUE.items():
+        made.add_row(name, entry.title, f"{entry.count} {entry.counted}")
     report().print(made)

@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
 
-from rgap.cli.console import NONE, number, report, say, table
+from rgap.cli.console import NONE, bar, number, report, say, table
 from rgap.cli.options import COUNT, PATH
 from rgap.files import plain
 from rgap.sweeps.job import AXES
@@ -167,25 +165,18 @@ def _count(plan: Plan, store: Path, as_json: bool) -> None:
 @contextmanager
 def _progress(console: Console, quiet: bool) -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]:
     """A bar with rate and time left; lines now and then where there is no window."""
-    if quiet or not console.is_terminal:
-        last = 0.0
+    last = 0.0
+    with bar(console, quiet) as move:
 
         def step(now: Progress) -> None:
             nonlocal last
-            if not quiet and now.seconds - last >= EVERY:
+            ended = now.done + now.failed
+            move(f"jobs, {_pace(now)}", ended, now.total, "")
+            if not quiet and not console.is_terminal and now.seconds - last >= EVERY:
                 last = now.seconds
-                console.print(f"{now.done + now.failed} of {now.total} jobs, {_pace(now)}", highlight=False)
+                console.print(f"{ended} of {now.total} jobs, {_pace(now)}", highlight=False)
 
         yield step, lambda text: None if quiet else console.print(text, highlight=False)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("jobs", total=None, pace="starting")
-
-        def move(now: Progress) -> None:
-            bar.update(task, completed=now.done + now.failed, total=now.total, pace=_pace(now))
-
-        yield move, lambda text: bar.console.print(text, highlight=False)
 
 
 def _pace(now: Progress) -> str:

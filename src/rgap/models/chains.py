@@ -199,12 +199,8 @@ def strided(
     Layers conv1, act1, ..., flatten, fc: (batch, in_channels, height, width) to (batch, 1).
 
     Args:
-        in_channels: of the input.
-        size: (height, width) of the input, or one number for both.
+        in_channels, size, activation, bias, seed: as of `cnn6`.
         widths: channels after each convolution.
-        activation: makes a new activation each time; by default LeakyReLU with slope 0.2.
-        bias: give every layer a bias.
-        seed: of the weights.
 
     Raises:
         ValueError: in_channels, size or a width is less than 1.
@@ -260,10 +256,7 @@ def lenet(in_channels: int = 3, size: int = 32, classes: int = 10, seed: int = 0
     (batch, classes).
 
     Args:
-        in_channels: of the input.
-        size: its height and width.
-        classes: outputs, one for each.
-        seed: of the weights.
+        in_channels, size, classes, seed: as of `vgg11`.
 
     Raises:
         ValueError: an argument is less than 1.
@@ -284,11 +277,8 @@ def convnet(in_channels: int = 3, size: int = 32, classes: int = 10, width: int 
     (batch, classes).
 
     Args:
-        in_channels: of the input.
-        size: its height and width, 9 or more.
-        classes: outputs, one for each.
-        width: channels after the first convolution.
-        seed: of the weights.
+        in_channels, classes, width, seed: as of `vgg11`.
+        size: height and width of the input, 9 or more.
 
     Raises:
         ValueError: an argument is less than 1, or the size less than 9.

@@ -144,12 +144,9 @@ def resnet18(
     (batch, classes).
 
     Args:
-        in_channels: of the input.
-        size: its height and width. No weight depends on it, since `pool` leaves one value of every channel: the network
-            takes pictures of any size.
-        classes: outputs, one for each.
-        width: channels after the first convolution.
-        seed: of the weights.
+        in_channels, classes, width, seed: as of `resnet20`.
+        size: height and width of the input. No weight depends on it, since `pool` leaves one value of every channel:
+            the network takes pictures of any size.
 
     Raises:
         ValueError: an argument is less than 1.
@@ -192,15 +189,13 @@ def residual(
     (batch, in_channels, size, size) to (batch, classes).
 
     Args:
-        in_channels: of the input.
-        size: its height and width.
+        in_channels, size, seed: as of `resnet20`.
         classes: outputs, one for each; 1 for the binary losses.
         width: channels in the blocks.
         blocks: how many.
         activation: makes a new activation each time; by default LeakyReLU with slope 0.2.
         bias: give every layer a bias.
         norm: batch norm after every convolution of a block; the network is in evaluation mode.
-        seed: of the weights.
 
     Raises:
         ValueError: an argument is less than 1.

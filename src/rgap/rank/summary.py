@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rgap.nn.obstacles import Kind, Obstacle
+from rgap.printable import listed
 
-NAMED = 3
-"""How many of several names are written out."""
+names = partial(listed, most=3)
+"""A few of several names, and how many more there are."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,3 @@ def summarise(obstacles: Iterable[Obstacle]) -> tuple[Group, ...]:
         Group(tuple(dict.fromkeys(o.what for o in same)), tuple(o.where for o in same), kind, remedy)
         for (kind, remedy), same in found.items()
     )
-
-
-def names(found: Sequence[str]) -> str:
-    """The first few, and how many more."""
-    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    return ", ".join(found[:NAMED]) + more

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
-from rgap.reproductions.base import Job, Options, Reproduction, ReproductionError, reproduce
+from rgap.reproductions.catalogue import CATALOGUE
 
-NAMES = (
-    "table1", "table2", "figure1", "figure3", "figure4", "figure5", "figure6", "figure7", "inverting-gradients",
-    "models", "training",
-)  # fmt: skip
-"""In the paper's order; then one of another paper, which checks the attack that it brings, and two
-of no paper: models that people train, and what training changes."""
+if TYPE_CHECKING:
+    from rgap.reproductions.base import Job, Options, Reproduction, ReproductionError, reproduce
 
-HOMES = {"figure6": ("batches", "Figure6"), "figure7": ("batches", "Figure7")}
-"""Module and name of those that have no module of their own name."""
+__all__ = ["CATALOGUE", "Job", "Options", "Reproduction", "ReproductionError", "by_name", "reproduce"]
 
-__all__ = ["NAMES", "Job", "Options", "Reproduction", "ReproductionError", "by_name", "reproduce"]
+
+def __getattr__(name: str) -> Any:
+    """All else when it is first used: `rgap reproduce --help` needs no torch."""
+    if name in __all__:
+        return getattr(importlib.import_module("rgap.reproductions.base"), name)
+    raise AttributeError(f"module 'rgap.reproductions' has no attribute {name!r}")
 
 
 def by_name(name: str) -> Reproduction:
@@ -26,8 +26,8 @@ def by_name(name: str) -> Reproduction:
     Raises:
         ReproductionError: there is none; the message lists those there are.
     """
-    if name not in NAMES:
-        raise ReproductionError(f"unknown reproduction {name!r}: expected one of {', '.join(NAMES)}")
-    home, own = HOMES.get(name, (name.replace("-", "_"), "REPRODUCTION"))
-    made = getattr(importlib.import_module(f"rgap.reproductions.{home}"), own)
-    return cast(Reproduction, made() if isinstance(made, type) else made)
+    if name not in CATALOGUE:
+        error: type[Exception] = __getattr__("ReproductionError")
+        raise error(f"unknown reproduction {name!r}: expected one of {', '.join(CATALOGUE)}")
+    module, _, own = CATALOGUE[name].home.partition(".")
+    return cast("Reproduction", getattr(importlib.import_module(f"rgap.reproductions.{module}"), own)())

@@ -24,6 +24,7 @@ from rgap.data import Images
 from rgap.files import plain, write_atomically
 from rgap.metrics import score
 from rgap.picture import save
+from rgap.reproductions.catalogue import CATALOGUE, Entry
 from rgap.store import Row, Store
 
 
@@ -91,12 +92,12 @@ class Reproduction(ABC):
     """
 
     name: ClassVar[str]
-    """As on the command line, such as ``table1``."""
-    title: ClassVar[str]
-    count: ClassVar[int]
-    """How many pictures it takes unless told otherwise."""
-    counted: ClassVar[str] = "pictures"
-    """What the count counts."""
+    """As on the command line, such as ``table1``, and in the catalogue."""
+
+    @property
+    def entry(self) -> Entry:
+        """What the catalogue says of it."""
+        return CATALOGUE[self.name]
 
     @abstractmethod
     def jobs(self, options: Options, count: int) -> Sequence[Job]:
@@ -116,7 +117,7 @@ class Reproduction(ABC):
 
     def new_table(self, text: Sequence[str], numbers: Sequence[str] = ()) -> Table:
         """With these columns, those of numbers to the right."""
-        table = Table(*text, title=self.title, title_justify="left", box=None)
+        table = Table(*text, title=self.entry.title, title_justify="left", box=None)
         for name in numbers:
             table.add_column(name, justify="right")
         return table
@@ -148,7 +149,7 @@ def reproduce(
         StoreError: the folder holds a run with other settings.
         ReproductionError: the data is missing.
     """
-    count = reproduction.count if options.count is None else options.count
+    count = reproduction.entry.count if options.count is None else options.count
     if count < 1:
         raise ReproductionError(f"count is {count}: expected 1 or more")
     settings = {
@@ -191,8 +192,8 @@ def _write(
         "format": 1,
         "kind": "rgap-reproduction",
         **settings,
-        "counted": reproduction.counted,
-        "title": reproduction.title,
+        "counted": reproduction.entry.counted,
+        "title": reproduction.entry.title,
         "pictures": reproduction.pictures(options),
         "result": reproduction.summary(rows),
         "remarks": list(reproduction.remarks(rows)),

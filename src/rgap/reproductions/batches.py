@@ -151,7 +151,6 @@ class Batches(Reproduction):
         hidden: widths of the network.
     """
 
-    count: ClassVar[int] = 10
     size: ClassVar[int]
     """Pictures in a batch."""
 
@@ -261,8 +260,6 @@ class Figure6(Batches):
     """Batches of two."""
 
     name: ClassVar[str] = "figure6"
-    title: ClassVar[str] = "Figure 6: batches of two on FCN3, R-GAP and DLG"
-    counted: ClassVar[str] = "batches of two"
     size: ClassVar[int] = 2
 
 
@@ -271,8 +268,6 @@ class Figure7(Batches):
     """Batches of five."""
 
     name: ClassVar[str] = "figure7"
-    title: ClassVar[str] = "Figure 7: batches of five on FCN3, R-GAP and DLG"
-    counted: ClassVar[str] = "batches of five"
     size: ClassVar[int] = 5
 
 

@@ -83,9 +83,6 @@ class Figure1(Reproduction):
     """Four losses; their turning points, minima and roots by search and as `rgap.losses` gives them."""
 
     name: ClassVar[str] = "figure1"
-    title: ClassVar[str] = "Figure 1: losses, and the product that tells the margin"
-    count: ClassVar[int] = 200
-    counted: ClassVar[str] = "products for each loss"
 
     def jobs(self, options: Options, count: int) -> Sequence[Job]:
         return [Job(curve.ours.name, lambda curve=curve: _measured(curve, count)) for curve in CURVES]  # type: ignore[misc]
@@ -201,6 +198,3 @@ def _frame(axes: Axes) -> None:
     axes.axhline(0, color="#bbbbbb", linewidth=0.6, zorder=0)
     axes.axvline(0, color="#bbbbbb", linewidth=0.6, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-REPRODUCTION = Figure1()

@@ -24,8 +24,6 @@ class Figure3(Table1):
     """CNN6 alone, on a few pictures of each kind that are shown."""
 
     name: ClassVar[str] = "figure3"
-    title: ClassVar[str] = "Figure 3: R-GAP, DLG and H-GAP on CNN6"
-    count: ClassVar[int] = 6
 
     cells: tuple[Cell, ...] = tuple(cell for cell in CELLS if cell.network == "CNN6")
 
@@ -51,6 +49,3 @@ class Figure3(Table1):
                     if at == 0:
                         name_row(ax, word)
         return figure
-
-
-REPRODUCTION = Figure3()

@@ -134,8 +134,6 @@ class Figure4(Reproduction):
     """
 
     name: ClassVar[str] = "figure4"
-    title: ClassVar[str] = "Figure 4: twin data, two inputs with one gradient"
-    count: ClassVar[int] = 10
 
     networks: tuple[Network, ...] = NETWORKS
     margin: float = 0.7
@@ -376,6 +374,3 @@ def _counted(found: Mapping[str, Any]) -> str:
 
 def _apart(search: Mapping[str, Any]) -> str:
     return f"{search['to picture']:.0e} to picture,\n{search['to twin']:.0e} to twin"
-
-
-REPRODUCTION = Figure4()

@@ -115,8 +115,6 @@ class Figure5(Reproduction):
     """
 
     name: ClassVar[str] = "figure5"
-    title: ClassVar[str] = "Figure 5: noise on the gradient, against the width of the network"
-    count: ClassVar[int] = 5
 
     networks: tuple[Network, ...] = NETWORKS
     levels: tuple[float, ...] = LEVELS
@@ -318,6 +316,3 @@ class Figure5(Reproduction):
             "evenly grey picture.",
             f"The error that the attack states allows for rounding only: under noise it is too small{understated}.",
         )
-
-
-REPRODUCTION = Figure5()

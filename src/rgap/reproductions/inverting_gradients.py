@@ -76,8 +76,6 @@ class Inverting(Reproduction):
     """Each setting on its pictures."""
 
     name: ClassVar[str] = "inverting-gradients"
-    title: ClassVar[str] = "Inverting Gradients: PSNR in dB on untrained networks, one picture a gradient"
-    count: ClassVar[int] = 20
 
     settings: tuple[Setting, ...] = SETTINGS
 
@@ -151,6 +149,3 @@ class Inverting(Reproduction):
             "The authors know the label or infer it; here it is inferred from the last layer's gradient.",
             "L-BFGS on the squared distance, DLG's setting, comes far nearer on a smooth network such as LeNet.",
         )
-
-
-REPRODUCTION = Inverting()

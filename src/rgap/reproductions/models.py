@@ -73,8 +73,6 @@ class Models(Reproduction):
     """
 
     name: ClassVar[str] = "models"
-    title: ClassVar[str] = "Models that people train, and the attacks on each (no table of the paper)"
-    count: ClassVar[int] = 20
 
     cells: tuple[Cell, ...] = CELLS
     iterations: int = 200
@@ -97,7 +95,7 @@ class Models(Reproduction):
 
     def _target(self, cell: Cell, options: Options) -> tuple[Target, Tensor]:
         """With the pictures, and batch norm as it is on others."""
-        images = options.colour(self.count if options.count is None else options.count).inputs
+        images = options.colour(self.entry.count if options.count is None else options.count).inputs
         model = cell.build(seed=options.seed)
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
             generator = torch.Generator().manual_seed(options.seed)
@@ -204,5 +202,3 @@ class Models(Reproduction):
 
 WRONG = 1e-6
 """An answer called exact whose MSE is above this is wrong."""
-
-REPRODUCTION = Models()

@@ -107,8 +107,6 @@ class Table1(Reproduction):
     """
 
     name: ClassVar[str] = "table1"
-    title: ClassVar[str] = "Table 1: mean MSE of R-GAP, DLG and H-GAP"
-    count: ClassVar[int] = 50
 
     cells: tuple[Cell, ...] = CELLS
     iterations: int = 1500
@@ -245,6 +243,3 @@ def _choose(members: Sequence[Mapping[str, Sequence[float]]], figure: str) -> Ou
 def tensors(rows: Mapping[str, Row], cell: Cell, attack: str, name: str) -> Tensor:
     """What the jobs of one attack on one cell left, put together."""
     return torch.cat([row.tensors[name] for row in of(rows, cell=cell.name, attack=attack)])
-
-
-REPRODUCTION = Table1()

@@ -47,8 +47,6 @@ class Table2(Reproduction):
     """
 
     name: ClassVar[str] = "table2"
-    title: ClassVar[str] = "Table 2: index and reconstruction error of five networks"
-    count: ClassVar[int] = 6
 
     networks: tuple[tuple[Callable[[int], nn.Sequential], int], ...] = NETWORKS
 
@@ -193,6 +191,3 @@ def _summed(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "statuses": statuses(each["status"] for each in found),
         "seconds": statistics.median(each["seconds"] for each in found),
     }
-
-
-REPRODUCTION = Table2()

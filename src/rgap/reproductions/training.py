@@ -47,8 +47,6 @@ class Training(Reproduction):
     """
 
     name: ClassVar[str] = "training"
-    title: ClassVar[str] = "What training changes (no figure of the paper)"
-    count: ClassVar[int] = 5
 
     cells: tuple[Cell, ...] = CELLS
     epochs: tuple[int, ...] = (0, 1, 5, 20, 60)
@@ -150,6 +148,3 @@ class Training(Reproduction):
             "that a small gradient is as telling as a large one until it underflows; what a saturated loss loses is "
             "the last layer's k, a difference of two numbers that are nearly equal.",
         )
-
-
-REPRODUCTION = Training()
