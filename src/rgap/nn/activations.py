@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -362,3 +364,20 @@ class Mish(NonMonotone):
 
 SELU = ELU(alpha=1.6732632423543772848170429916717, scale=1.0507009873554804934193349852946)
 """The self-normalising ELU of Klambauer et al. 2017, with its two constants."""
+
+ACTIVATIONS: dict[str, Callable[[dict[str, Any]], Activation]] = {
+    "leaky_relu": lambda a: LeakyReLU(float(a["negative_slope"])) if a["negative_slope"] else ReLU(),
+    "relu": lambda a: ReLU(),
+    "sigmoid": lambda a: Sigmoid(),
+    "tanh": lambda a: Tanh(),
+    "softplus": lambda a: Softplus(float(a["beta"]), float(a["threshold"])),
+    "elu": lambda a: ELU(float(a["alpha"]), float(a["scale"])),
+    "selu": lambda a: SELU,
+    # Those that a plain chain does not hold: they have two inputs for one output, or lose values.
+    "hardtanh": lambda a: Hardtanh(float(a["min_val"]), float(a["max_val"])),
+    "relu6": lambda a: Hardtanh(0.0, 6.0),
+    "gelu": lambda a: GELU(str(a["approximate"])),
+    "silu": lambda a: SiLU(),
+    "mish": lambda a: Mish(),
+}
+"""By the name of the operation, from its arguments; an activation of one's own is one entry more."""

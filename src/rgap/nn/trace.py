@@ -1,12 +1,12 @@
 """From an ``nn.Module`` to a `Graph`: its layers, what stands in the way of a plain chain, and its operations.
 
-torch.export gives the operations; `ACTIVATIONS`, `rgap.nn.layer_calls.LAYERS` and `rgap.nn.obstacles` say what each is.
+torch.export gives the operations; `rgap.nn.activations.ACTIVATIONS`, `rgap.nn.layer_calls.LAYERS` and
+`rgap.nn.obstacles` say what each is.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,21 +15,7 @@ from torch import nn
 from torch.fx import Node
 
 from rgap.nn import obstacles
-from rgap.nn.activations import (
-    ELU,
-    GELU,
-    SELU,
-    Activation,
-    Hardtanh,
-    Identity,
-    LeakyReLU,
-    Mish,
-    ReLU,
-    Sigmoid,
-    SiLU,
-    Softplus,
-    Tanh,
-)
+from rgap.nn.activations import ACTIVATIONS, ELU, Activation, Identity, LeakyReLU, Softplus
 from rgap.nn.build import Program
 from rgap.nn.calls import VIEWS, operation, where
 from rgap.nn.calls import arguments as arguments_of
@@ -44,23 +30,6 @@ _NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
 
 _SMOOTH = 16
 """The threshold from which on Softplus steps down by less than float32 can tell, log(1 + 1/e^threshold)."""
-
-ACTIVATIONS: dict[str, Callable[[dict[str, Any]], Activation]] = {
-    "leaky_relu": lambda a: LeakyReLU(float(a["negative_slope"])) if a["negative_slope"] else ReLU(),
-    "relu": lambda a: ReLU(),
-    "sigmoid": lambda a: Sigmoid(),
-    "tanh": lambda a: Tanh(),
-    "softplus": lambda a: Softplus(float(a["beta"]), float(a["threshold"])),
-    "elu": lambda a: ELU(float(a["alpha"]), float(a["scale"])),
-    "selu": lambda a: SELU,
-    # Those that a plain chain does not hold: they have two inputs for one output, or lose values.
-    "hardtanh": lambda a: Hardtanh(float(a["min_val"]), float(a["max_val"])),
-    "relu6": lambda a: Hardtanh(0.0, 6.0),
-    "gelu": lambda a: GELU(str(a["approximate"])),
-    "silu": lambda a: SiLU(),
-    "mish": lambda a: Mish(),
-}
-"""By the name of the operation, from its arguments; an activation of one's own is one entry more."""
 
 
 def follow(model: nn.Module, input_shape: tuple[int, ...], outputs: int | None = 1, ending: str = "") -> Graph:
