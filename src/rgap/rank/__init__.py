@@ -1,8 +1,7 @@
 """Which layer protects the input, before any gradient exists: the paper's index, and the rank it stands for."""
 
 from rgap.rank.analysis import RankAnalysis, rank_analysis
-from rgap.rank.batch import LargestBatch
-from rgap.rank.counts import LayerRank, Measured
+from rgap.rank.counts import LargestBatch, LayerRank, Measured
 from rgap.rank.figure import plot
 
 __all__ = ["LargestBatch", "LayerRank", "Measured", "RankAnalysis", "plot", "rank_analysis"]

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from rgap.nn.obstacles import Kind, NotAChain, Obstacle
 from rgap.rank import measured
-from rgap.rank.batch import LargestBatch, largest_batch
-from rgap.rank.counts import LayerRank, Measured, count
+from rgap.rank.counts import LargestBatch, LayerRank, Measured, count, largest_batch
 from rgap.rank.estimated import estimate
 from rgap.rank.measured import Free, Rows
 from rgap.rank.sequence import LayerSequence, layer_sequence, passed
