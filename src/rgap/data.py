@@ -274,8 +274,8 @@ def _converted(picture: Image.Image, file: Path, channels: int) -> Image.Image:
         if picture.mode not in _MODES[other]:
             raise DataError(f"{file} has mode {picture.mode}: expected 8-bit colour, or 8- or 16-bit grey; convert it")
         raise DataError(
-            f"got a {_KIND[other]} picture (mode {picture.mode}) in {file}, expected {_expected(channels)}: "
-            f"pass channels={other} or convert it"
+            f"got a {_KIND[other]} picture (mode {picture.mode}) in {file}, "
+            f"expected {channels} channel{'s' * (channels > 1)}: pass channels={other} or convert it"
         )
     if picture.mode.startswith("I;16"):
         # convert("L") would cut off every value above 255.
@@ -283,10 +283,6 @@ def _converted(picture: Image.Image, file: Path, channels: int) -> Image.Image:
     if picture.mode == "P":
         picture = picture.convert("RGBA")  # a palette with transparency has no direct way to RGB
     return picture.convert("RGB" if channels == 3 else "L")
-
-
-def _expected(channels: int) -> str:
-    return "3 channels" if channels == 3 else "1 channel"
 
 
 def _cut(

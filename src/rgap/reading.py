@@ -111,7 +111,8 @@ def read_pair(
     with _named(Path(before)):
         _check_weights(old, target)
     with _named(Path(after)):
-        values = {name: _difference(old[name], t) for name, t in new.items() if name in old}
+        both = {name: (old[name], t) for name, t in new.items() if name in old}
+        values = {name: (t.double() - t0.double()).to(_coarser(t0.dtype, t.dtype)) for name, (t0, t) in both.items()}
         statistics = [name for name in buffers if name in held and name.split(".")[-1] in naming.STATISTICS]
         moved = any(not torch.equal(held[name], buffers[name]) for name in statistics)
         return Update(values, replace(_header(protocol, batch_size), training=True if moved else None), buffers)
@@ -130,10 +131,6 @@ def _weights(
 def _refuse_update(own: bool) -> None:
     if own:
         raise ReadError("got an update written by rgap, expected weights; read it with read_update")
-
-
-def _difference(before: Tensor, after: Tensor) -> Tensor:
-    return (after.double() - before.double()).to(_coarser(before.dtype, after.dtype))
 
 
 def _coarser(*dtypes: torch.dtype) -> torch.dtype:

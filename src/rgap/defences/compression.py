@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.defences.base import Defence, Gradients, largest_magnitude, not_negative
-from rgap.defences.noise import uniform
+from rgap.defences.noise import fresh
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,11 @@ class Quantise(Defence):
         if largest == 0:
             return gradient
         exact = gradient / largest * steps
-        whole = (exact + uniform(gradient, generator)).floor() if self.stochastic else exact.round()
+        whole = (
+            (exact + fresh(gradient, generator).uniform_(generator=generator).to(gradient)).floor()
+            if self.stochastic
+            else exact.round()
+        )
         rounded: Tensor = whole.clamp(-steps, steps) / steps * largest
         return rounded
 

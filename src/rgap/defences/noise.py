@@ -49,7 +49,9 @@ class Noise(Defence):
         """Noise of standard deviation 1 in the shape of a gradient."""
 
     def run(self, gradients: Gradients, generator: torch.Generator | None) -> Gradients:
-        deviation = self.deviation * (_root_mean_square(gradients) if self.relative else 1.0)
+        count = sum(g.numel() for g in gradients.values())
+        root_mean_square = l2_norm(gradients.values()) / math.sqrt(max(1, count))
+        deviation = self.deviation * (root_mean_square if self.relative else 1.0)
         return {name: g + deviation * self.draw(g, generator) for name, g in gradients.items()}
 
 
@@ -60,7 +62,7 @@ class GaussianNoise(Noise):
     about: ClassVar[str] = "Adds normal noise to every value."
 
     def draw(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        return _normal(like, generator)
+        return fresh(like, generator).normal_(generator=generator).to(like)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class LaplaceNoise(Noise):
     about: ClassVar[str] = "Adds Laplace noise to every value."
 
     def draw(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        return _laplace(like, generator)
+        # The difference of two exponential values, whose variances of 1 add up to 2.
+        one, other = (fresh(like, generator).exponential_(generator=generator) for _ in range(2))
+        return ((one - other) / math.sqrt(2)).to(like)
 
 
 @dataclass(frozen=True)
@@ -200,30 +204,7 @@ _ORDERS = [
 ]
 
 
-def _root_mean_square(gradients: Gradients) -> float:
-    return l2_norm(gradients.values()) / math.sqrt(max(1, sum(g.numel() for g in gradients.values())))
-
-
-# Drawn where the generator is, in float64: the same seed gives the same values whatever the gradient's type and device.
-
-
-def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device=home(generator)).to(like)
-
-
-def _laplace(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Of standard deviation 1: the difference of two exponential values, whose variances of 1 add up to 2."""
-    one, other = (
-        torch.empty(like.shape, dtype=torch.float64, device=home(generator)).exponential_(generator=generator)
-        for _ in range(2)
-    )
-    return ((one - other) / math.sqrt(2)).to(like)
-
-
-def uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """From 0 to 1, 1 excluded."""
-    return torch.rand(like.shape, generator=generator, dtype=torch.float64, device=home(generator)).to(like)
-
-
-def home(generator: torch.Generator | None) -> torch.device | None:
-    return None if generator is None else generator.device
+def fresh(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Room for draws: where the generator is, in float64, so that the same seed gives the same values whatever the
+    gradient's type and device."""
+    return torch.empty(like.shape, dtype=torch.float64, device=None if generator is None else generator.device)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from rgap.files import plain
 from rgap.nn.obstacles import Kind, Obstacle
 from rgap.printable import listed
 
@@ -42,13 +43,7 @@ class Group:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {
-            "count": self.count,
-            "what": list(self.what),
-            "where": list(self.where),
-            "kind": self.kind.value,
-            "remedy": self.remedy,
-        }
+        return plain({"count": self.count, **asdict(self), "kind": self.kind.value})
 
 
 def summarise(obstacles: Iterable[Obstacle]) -> tuple[Group, ...]:

@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rgap import losses, models
-from rgap.attacks import IDLG, Adam, Attack, Bias, Closed, Recursive, Status
+from rgap.attacks import IDLG, Attack, Bias, Closed, Recursive, Status
+from rgap.attacks.presets import SIGNED_ADAM
 from rgap.losses import Loss
 from rgap.models.common import leaky_relu
 from rgap.rank import rank_analysis
@@ -79,8 +80,7 @@ class Models(Reproduction):
 
     @property
     def attacks(self) -> dict[str, Attack]:
-        adam = Adam(rate=0.025, signed=True, decay=(3 / 8, 5 / 8, 7 / 8))
-        matching = IDLG(minimiser=adam, boxed=True, iterations=self.iterations, dtype=torch.float32)
+        matching = IDLG(minimiser=SIGNED_ADAM, boxed=True, iterations=self.iterations, dtype=torch.float32)
         return {"recursive": Recursive(), "joint": Closed(), "bias": Bias(), "matching": matching}
 
     def jobs(self, options: Options, count: int) -> Sequence[Job]:

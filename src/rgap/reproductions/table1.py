@@ -17,8 +17,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rgap import losses, models
-from rgap.attacks import IDLG, Adam, Attack, Closed, Recursive
+from rgap.attacks import IDLG, Attack, Closed, Recursive
 from rgap.attacks.hybrid import roughness
+from rgap.attacks.presets import SIGNED_ADAM
 from rgap.reproductions.base import Job, Options, Reproduction, judged, labels, of
 from rgap.store import Row
 from rgap.target import Target
@@ -117,9 +118,8 @@ class Table1(Reproduction):
     def attacks(self) -> dict[str, Attack]:
         """DLG is tuned: both labels and several starts are tried, and Adam steps over the kinks of LeakyReLU, at which
         L-BFGS ends."""
-        adam = Adam(rate=0.025, signed=True, decay=(3 / 8, 5 / 8, 7 / 8))
         dlg = IDLG(
-            minimiser=adam,
+            minimiser=SIGNED_ADAM,
             boxed=True,
             restarts=self.restarts,
             scout=self.scout,
