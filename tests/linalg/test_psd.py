@@ -99,6 +99,32 @@ def test_definite_matrices_take_the_fast_path_and_others_do_not() -> None:
     assert psd.factor(short.T @ short, TOLERANCE).method == "eigen"
 
 
+@pytest.mark.parametrize(("count", "rank", "decades"), [(300, 299, 2), (300, 180, 3), (256, 2, 0), (300, 299, 0)])
+def test_a_plain_rank_is_told_by_pivots_as_by_eigenvalues(
+    count: int, rank: int, decades: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = rows(count, torch.logspace(0, -decades, rank, dtype=torch.float64), 5)
+    found = psd.factor(r.T @ r, TOLERANCE)
+    monkeypatch.setattr(psd, "PIVOTED", count + 1)
+    oracle = psd.factor(r.T @ r, TOLERANCE)
+    assert (found.method, oracle.method) == ("pivoted", "eigen")
+    assert found.rank == oracle.rank == rank
+    assert 0.3 * oracle.condition <= found.condition <= oracle.condition * (1 + 1e-6)
+    right = torch.linspace(-1, 1, 2 * count, dtype=torch.float64).reshape(count, 2)
+    assert torch.allclose(found.solve(right), oracle.solve(right), rtol=1e-6, atol=1e-6 * 10**decades)
+    assert torch.allclose(found.null @ found.null.T, oracle.null @ oracle.null.T, atol=1e-7)
+
+
+@pytest.mark.parametrize("decades", [4.5, 5.5, 6.5, 7.5])
+def test_eigenvalues_decide_where_the_spectrum_goes_through_the_tolerance(decades: float) -> None:
+    r = rows(300, torch.logspace(0, -decades, 300, dtype=torch.float64), 6)
+    short = r - r @ torch.linalg.svd(r)[2][:5].T @ torch.linalg.svd(r)[2][:5]  # without its five largest
+    found = psd.factor(short.T @ short, TOLERANCE)
+    values = torch.linalg.svdvals(short)
+    # One or two lie so near the tolerance that rounding moves them across.
+    assert abs(found.rank - int((values > max(TOLERANCE, (300 * 2.2e-16) ** 0.5) * values[0]).sum())) <= 2
+
+
 @pytest.mark.parametrize("smallest", [1e-2, 1e-3, 1e-4, 1e-5])
 def test_the_tolerance_is_on_singular_values_of_the_rows(smallest: float) -> None:
     spectrum = torch.tensor([1.0, 0.5, 0.2, smallest], dtype=torch.float64)

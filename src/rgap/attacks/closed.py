@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -56,6 +57,8 @@ class Recursive(BatchAttack):
     visible: float = 0.01
     seed: int = 0
     solver: Solver = "auto"
+    virtual: ClassVar[bool] = False
+    """Whether layers may tell what those behind them leave open."""
 
     def obstacle(self, target: Target, samples: int) -> str | None:
         found = obstacle(target)
@@ -97,7 +100,7 @@ class Recursive(BatchAttack):
         state = State(z, k, None, torch.zeros_like(z))
         paths = Paths.begin(state, torch.tensor(of, device=z.device), batch.k_error / COVERS)
         ends: list[list[Candidate]] = [[] for _ in starts]
-        for end in recurse(network, observed, paths, Reporter(self.name, len(network.segments))):
+        for end in recurse(network, observed, paths, Reporter(self.name, len(network.segments)), self.virtual):
             at, s = of[end.root], slice(end.root, end.root + 1)
             end = replace(end, cotangent=k[s], label=batch.labels[s], margin=float(batch.margins[end.root]))
             end = self.finish(target, observed.one(at), end)
@@ -131,7 +134,7 @@ class Recursive(BatchAttack):
         good.sort(key=lambda a: range_misfit(a.inputs, target.value_range))
         if len(good) > 1 and target.value_range is not None:
             assumptions += (f"of {len(good)} answers the one that fits the value range {target.value_range} is first",)
-        assumptions += tuple({a.joint.prior: None for a in good if a.joint is not None})
+        assumptions += tuple({a.joint.prior: None for a in good if a.joint is not None and a.joint.prior is not None})
         status, reason = judge(good, target, update, self.visible)
         if status is Status.NOT_CONVERGED:
             reason += saturated(target, start.output, update.precision, tolerance)
@@ -159,6 +162,7 @@ class Closed(Recursive):
 
     joint: JointSolve = JOINT
     search: Search = SEARCH
+    virtual: ClassVar[bool] = True
 
     def obstacle(self, target: Target, samples: int) -> str | None:
         if samples == 1:
@@ -194,7 +198,7 @@ class Closed(Recursive):
 
     def finish(self, target: Target, observed: Observation, candidate: Candidate) -> Candidate:
         """Solve jointly from the input to the last value that is known for certain; nothing if the input is."""
-        if candidate.stop is None and candidate.layers[0].open_since is None:
+        if candidate.stop is None and candidate.layers[0].open_since is None and candidate.told is None:
             return candidate
         report = Reporter(f"{self.name}, layers together, step", self.joint.continuation.max_steps)
         return self.joint(target.network, observed, candidate, target.value_range, agreement(observed.eps), report)

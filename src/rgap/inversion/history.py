@@ -9,9 +9,32 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rgap.inversion.layer import LayerSystem
 from rgap.inversion.report import JointReport, LayerReport
 from rgap.inversion.state import State, Stop
 from rgap.nn.activations import Activation, Identity
+
+
+@dataclass(frozen=True, eq=False)
+class Open:
+    """A layer that leaves something of its input open."""
+
+    system: LayerSystem
+    """Its constraints, for several candidates."""
+    s: int
+    """Which of them is the candidate's."""
+    error: Float[Tensor, "1 c n"]
+    """One draw of the error of what it tells."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What layers left open, and those before them told (`rgap.inversion.null_space`)."""
+
+    steps: int
+    """Linearisations."""
+    condition: float
+    """The worst of the constraints that told it."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +51,16 @@ class History:
     """Likewise for the cotangent."""
     certain: tuple[int, State] | None = None
     """The last value up to which nothing was left open, with its value_id; set when something is."""
+    open: Open | None = None
+    """The layer just passed, if it leaves something open and nothing behind it does."""
+    told: Told | None = None
 
     @property
     def open_since(self) -> str | None:
         """The layer whose free dimensions reach what is known here."""
         return self.value_open or self.cotangent_open
 
-    def solved(self, report: LayerReport, value_id: int, state: State) -> History:
+    def solved(self, report: LayerReport, value_id: int, state: State, layer: Open) -> History:
         """Behind a layer whose output had this state."""
         certain = self.certain
         if certain is None and (report.open_since or self.cotangent_open) is not None:
@@ -45,7 +71,16 @@ class History:
             values={**self.values, value_id: state.value},
             value_open=report.open_since,
             certain=certain,
+            open=layer if report.open_since == report.name else None,
         )
+
+    def completed(self, steps: int, condition: float) -> History:
+        """What the layer just passed left open is known."""
+        report = replace(self.layers[0], open_since=None)
+        if self.told is not None:
+            steps, condition = steps + self.told.steps, max(condition, self.told.condition)
+        told = Told(steps, max(condition, report.condition))
+        return replace(self, layers=(report, *self.layers[1:]), value_open=None, open=None, told=told)
 
     def passed_block(self, reports: Sequence[LayerReport]) -> History:
         return replace(self, layers=(*reports, *self.layers))
@@ -91,6 +126,8 @@ class Candidate:
     """Which of its numbers are known at all; None means all of them."""
     stopped: State | None = None
     """What is known where the recursion stopped; None if it did not."""
+    told: Told | None = None
+    """What was left open behind the present value and is known all the same; the last certain value is behind it."""
 
     def scaled(self, factor: float, label: Tensor, margin: float) -> Candidate:
         """The same direction for another candidate, in a network that scales."""
@@ -172,6 +209,7 @@ class Paths:
                     twin=None if here.alternative is None else here.alternative.value,
                     known=None if here.row_weight is None else here.row_weight > 0,
                     stopped=None if stop is None else here,
+                    told=history.told,
                 )
             )
         return found

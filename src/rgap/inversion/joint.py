@@ -82,6 +82,11 @@ class JointSolve:
         refused = _refused(system, start)
         if refused is not None:
             return replace(candidate, note=f"what is in front is not solved jointly: {refused}")
+        if candidate.told is not None and candidate.layers[0].open_since is None:
+            at = system.linearise(candidate.value)
+            if system.distance(at) <= tolerance:
+                return self._refined(network, observed, candidate, system, at, probe)
+            start = at
         direct = Direct(RANK_ROUNDINGS * observed.eps)
         solver: Solver = Iterative() if iterative else direct
         try:
@@ -100,18 +105,37 @@ class JointSolve:
             return replace(
                 candidate, note=f"{' and '.join(_names(front))} were not solved jointly: the time was up", cut_off=True
             )
-        joint = JointReport(
-            layers=_names(front),
-            unknowns=system.unknowns,
-            rows=system.weight_rows + system.gradient_rows,
-            rank=sure.rank,
-            condition=sure.condition,
-            steps=found.steps,
-            converged=distance <= tolerance,
-            prior=str(prior),
-        )
+        joint = self._report(system, found.steps, sure.rank, sure.condition, distance <= tolerance, str(prior))
         twin = _twin(network, observed, at.x)
         return replace(candidate, value=at.x, std=sure.std, joint=joint, stop=None, twin=twin, known=None)
+
+    def _refined(
+        self,
+        network: Network,
+        observed: Observation,
+        candidate: Candidate,
+        system: ConstraintSystem,
+        at: Linearisation,
+        probe: torch.Generator,
+    ) -> Candidate:
+        """The input that the recursion found with virtual constraints, once more from all constraints together."""
+        assert candidate.told is not None
+        jacobian = Jacobian(system, at, {})
+        residual, noise = (jacobian.weighted(rows) for rows in (system.residual(at), system.noise(probe)))
+        try:
+            x, std = Iterative().refine(jacobian, residual, noise, at.x)
+        except OutOfTime:  # it is found already, only not as precisely
+            x, std = at.x, candidate.std
+        condition = max(candidate.told.condition, *(layer.condition for layer in candidate.layers))
+        joint = self._report(system, candidate.told.steps, system.unknowns, condition, True, None)
+        return replace(candidate, value=x, std=std, joint=joint, twin=_twin(network, observed, x), known=None)
+
+    @staticmethod
+    def _report(
+        system: ConstraintSystem, steps: int, rank: int, condition: float, converged: bool, prior: str | None
+    ) -> JointReport:
+        rows = system.weight_rows + system.gradient_rows
+        return JointReport(_names(system.network), system.unknowns, rows, rank, condition, steps, converged, prior)
 
     def _too_large(self, system: ConstraintSystem) -> str:
         count = system.unknowns

@@ -19,10 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.block import solve_block
-from rgap.inversion.history import Candidate, Paths
+from rgap.inversion.history import Candidate, Open, Paths
 from rgap.inversion.layer import LayerSolution, LayerSystem
 from rgap.inversion.non_monotone import both_branches, choose_branch
 from rgap.inversion.norm import before_norm
+from rgap.inversion.null_space import complete
 from rgap.inversion.report import layer_report
 from rgap.inversion.rounding import NEAREST, rounding
 from rgap.inversion.sides import (
@@ -54,6 +55,7 @@ def recurse(
     observed: Observation,
     paths: Paths,
     report: Callable[[int, float], None] = lambda done, loss: None,
+    virtual: bool = False,
 ) -> list[Candidate]:
     """Algorithm 1, for all candidates of all updates together; those that contradict their constraints fall out.
 
@@ -61,6 +63,7 @@ def recurse(
         network: up to the value that is known.
         paths: what is known of that value, for each candidate.
         report: is called with the number of segments that were passed.
+        virtual: whether a layer before may tell what one leaves open: virtual constraints (Section 4).
     """
     for count, segment in enumerate(reversed(network.segments)):
         deadline.check()
@@ -72,6 +75,7 @@ def recurse(
                 found = solve_block(network.part([segment]), segment.exit, observed, paths)
             case Linear():
                 found = solve_layer(op, segment.exit, observed, paths)  # Eqs. 15 and 16; the cotangent W'k of Eq. 6
+                found = complete(network, segment.exit - 1, found) if virtual else found
             case Elementwise():
                 found = invert_activation(op.activation, paths)  # z = f^-1(x), k = cotangent * f'(z) of Eq. 6
             case Pool():
@@ -124,7 +128,8 @@ def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) 
         one, size = slice(s, s + 1), float(error[s].square().mean().sqrt())
         weight = None if row_weight is None else row_weight[one]
         report = layer_report(layer, k[one], weight, solution, s, size, k_open or z_open or own, has_gradient)
-        history.append(replace(before, cotangent_open=k_open).solved(report, value_id, state.one(s)))
+        passed = replace(before, cotangent_open=k_open)
+        history.append(passed.solved(report, value_id, state.one(s), Open(system, s, error[one])))
     # Directions that the constraints hardly determine are the same in all channels: so is the error of each pixel.
     pixel = error.square().mean(1, keepdim=True).sqrt().expand(error.shape)
     cotangent = layer.unpack_input(_behind(layer, k, observed.eps))

@@ -58,8 +58,8 @@ class JointReport:
     """Linearisations."""
     converged: bool
     """Whether the recomputed gradient agrees."""
-    prior: str
-    """What was taken for granted where constraints were still missing."""
+    prior: str | None
+    """What was taken for granted where constraints were still missing; None if nothing was."""
 
     @property
     def free(self) -> int:

@@ -136,6 +136,7 @@ class Iterative(Solver):
     """Relative residual at which a step ends: what it leaves the next step takes up."""
     max_steps: int = 600
     max_steps_last: int = 1500
+    max_steps_refine: int = 1000
     probe_rtol: float = 1e-6
     probe_steps: int = 6000
     probes: int = 3
@@ -158,6 +159,14 @@ class Iterative(Solver):
         # Of noise the size alone matters.
         moved = cg.solve(operator.normal, operator.rmv(noise), max(self.rtol, 1e-3), self.max_steps).x
         return float(moved.square().mean().sqrt())
+
+    def refine(
+        self, operator: LinearOperator, residual: Float[Tensor, "1 rows"], noise: Float[Tensor, "1 rows"], x: Tensor
+    ) -> tuple[Tensor, float]:
+        """An x that is nearly right, moved towards least squares; and how far one draw of the rows' noise moves it."""
+        right = torch.cat([operator.rmv(residual), operator.rmv(noise)])
+        move, moved = cg.solve(operator.normal, right, self.rtol, self.max_steps_refine).x
+        return x + move, float(moved.square().mean().sqrt())
 
     def determine(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> Determined:
         drawn = probes(operator, self.probes)

@@ -1,16 +1,23 @@
-"""Solving with one symmetric positive semidefinite matrix: Cholesky where it is definite, its eigenvalues where not."""
+"""Solving with one symmetric positive semidefinite matrix: Cholesky where it is definite, with pivots where its rank is
+plain, its eigenvalues where it is not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
+from scipy.linalg import lapack
 from torch import Tensor
 
 ITERATIONS = 12
 """Steps of power and inverse iteration for the condition estimate; more change it by a few per cent."""
+PIVOTED = 256
+"""Unknowns from which a Cholesky factor with pivots is tried before eigenvalues, which take six times as long."""
+GAP = 100.0
+"""Singular values that are kept are this far above the tolerance, and those that are not below it, or eigenvalues
+decide."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,11 @@ class Factor:
         """The minimum-norm least-squares solution of M y = rhs."""
         if self.method == "cholesky":
             return cholesky_solve(rhs, self._solve[0])
+        if self.method == "pivoted":
+            lower, kept, null = self._solve
+            found = torch.zeros_like(rhs)
+            found[kept] = cholesky_solve((rhs - null @ (null.mT @ rhs))[kept], lower)
+            return found - null @ (null.mT @ found)
         vectors, inverse = self._solve
         return vectors @ (inverse[:, None] * (vectors.mT @ rhs))
 
@@ -36,6 +48,8 @@ class Factor:
         """An orthonormal basis of the null space."""
         if self.method == "cholesky":
             return self._solve[0].new_zeros(len(self._solve[0]), 0)
+        if self.method == "pivoted":
+            return self._solve[2]
         vectors, inverse = self._solve
         return vectors[:, inverse == 0]
 
@@ -55,11 +69,15 @@ def factor(matrix: Float[Tensor, "n n"], tolerance: float, size: float = 0.0) ->
     tolerance = max(tolerance, (count * torch.finfo(matrix.dtype).eps) ** 0.5)
     lower, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0:
-        largest, inverse_of_smallest = _extremes(lower)
+        largest = _largest(lambda v: lower @ (lower.mT @ v), matrix)
+        inverse_of_smallest = _largest(lambda v: cholesky_solve(v, lower), matrix)
         condition = (max(largest, size) * inverse_of_smallest) ** 0.5
         # The estimate errs on the low side: leave a margin before a matrix is called definite.
         if condition < 0.3 / tolerance:
             return Factor(count, condition, "cholesky", (lower,))
+    found = _pivoted(matrix, tolerance, size) if count >= PIVOTED else None
+    if found is not None:
+        return found
     values, vectors = torch.linalg.eigh(matrix)
     largest = max(float(values[-1]), size)
     keep = values > tolerance**2 * largest
@@ -92,17 +110,43 @@ def congruent(matrix: Float[Tensor, "c n cn"], basis: Float[Tensor, "n d"]) -> F
     return out.reshape(c * d, c * d)
 
 
-def _extremes(lower: Tensor) -> tuple[float, float]:
-    """The largest eigenvalue of lower lower' and of its inverse, estimated from below."""
-    start = torch.ones(len(lower), 1, dtype=lower.dtype, device=lower.device)
+def _pivoted(matrix: Float[Tensor, "n n"], tolerance: float, size: float) -> Factor | None:
+    """A factor of as many rows and columns as are independent (Cholesky with pivots); None where the singular values
+    do not part clearly at the tolerance."""
+    diagonal, count = matrix.diagonal(), len(matrix)
+    if matrix.dtype != torch.float64 or not bool(diagonal.isfinite().all()) or not bool(diagonal.any()):
+        return None
+    least = tolerance**2 * max(float(diagonal.max()), size)
+    packed, order, rank, _ = lapack.dpstrf(matrix.cpu().numpy(), tol=least, lower=1)
+    if rank == 0:
+        return None
+    whole = torch.as_tensor(packed, device=matrix.device).tril()[:, :rank]
+    pivots = torch.as_tensor(order, device=matrix.device).long() - 1
+    lower, rest = whole[:rank].contiguous(), whole[rank:]
+    dropped = diagonal[pivots[rank:]] - rest.square().sum(1)
+    # Of P [-L^-T R'; 1], which the matrix maps to zero.
+    null = matrix.new_zeros(count, count - rank)
+    null[pivots[:rank]] = -torch.linalg.solve_triangular(lower.mT, rest.mT, upper=True)
+    null[pivots[rank:]] = torch.eye(count - rank, dtype=matrix.dtype, device=matrix.device)
+    null = torch.linalg.qr(null)[0]
+    found = Factor(rank, 1.0, "pivoted", (lower, pivots[:rank], null))
+
+    def product(v: Tensor) -> Tensor:
+        return whole @ (whole.mT @ v)
+
+    largest = max(_largest(product, matrix), size)
+    condition = (largest * _largest(found.solve, matrix)) ** 0.5
+    clear = condition * GAP**0.5 < 1 / tolerance and float(dropped.clamp(min=0).sum()) * GAP < largest / condition**2
+    return replace(found, condition=condition) if clear else None
+
+
+def _largest(apply: Callable[[Tensor], Tensor], like: Float[Tensor, "n n"]) -> float:
+    """The largest eigenvalue of a positive semidefinite matrix of like's size, estimated from below."""
+    start = like.new_ones(len(like), 1)
     start[1::2] = -0.7  # any fixed vector will do that is not constant: the image's mean is no small direction
-    start = start + torch.linspace(0, 1, len(lower), dtype=lower.dtype, device=lower.device)[:, None]
-    norms = []
-    for apply in (lambda v: lower @ (lower.mT @ v), lambda v: cholesky_solve(v, lower)):
-        v = start / start.norm()
-        for _ in range(ITERATIONS):
-            w = apply(v)
-            norm = w.norm()
-            v = w / norm
-        norms.append(float(norm))
-    return norms[0], norms[1]
+    v = start + torch.linspace(0, 1, len(like), dtype=like.dtype, device=like.device)[:, None]
+    norm = v.norm()
+    for _ in range(ITERATIONS):
+        w = apply(v / norm)
+        norm, v = w.norm(), w
+    return float(norm)

@@ -58,7 +58,7 @@ def test_a_layer_with_free_dimensions_is_counted_exactly_and_solved_with_least_n
     x = torch.randn(1, 3, layer.pixels, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     z, grad = layer.output(x), layer.grad_weight(x, k)
     exact, drawn = (LayerSystem(layer, k, None, 1e-6, solver=solver) for solver in ("auto", "iterative"))
-    assert (exact.method, drawn.method) == (("eigen",), ("iterative",))
+    assert (exact.method, drawn.method) == (("pivoted",), ("iterative",))
     assert exact.rank[0] < layer.unknowns
     assert drawn.rank[0] == pytest.approx(exact.rank[0], abs=6 * (2 * (layer.unknowns - exact.rank[0])) ** 0.5)
     first, second = exact.solve(z, grad).x, drawn.solve(z, grad).x

@@ -59,3 +59,18 @@ class Factorisation:
 
     def method(self, s: int) -> str:
         return next(factor.method for (at, _), (_, factor) in self._factors.items() if at == s)
+
+    def null(self, s: int) -> Float[Tensor, "u free"]:
+        """An orthonormal basis of what a system leaves open, its groups one after another."""
+        found = []
+        for (at, _), (basis, factor) in self._factors.items():
+            if at == s:
+                own = factor.null.reshape(-1, basis.shape[1], factor.null.shape[1])
+                found.append((basis @ own).flatten(0, 1))
+        return psd.block_diagonal(found)
+
+    def columns(self, s: int, right: Float[Tensor, "c n m"]) -> Float[Tensor, "c n m"]:
+        """As `solve` for many right sides of one system of one group."""
+        basis, factor = self._factors[s, 0]
+        rhs = basis.mT @ right
+        return basis @ factor.solve(rhs.flatten(0, 1)).reshape(rhs.shape)

@@ -41,7 +41,7 @@ class LayerSolution:
     weight_misfit: Float[Tensor, " s"]
     """Root mean square of W x + b - z over the rows in use: if z were right it would be rounding."""
     method: tuple[str, ...]
-    """How each was solved: ``channel``, ``cholesky``, ``eigen`` or ``iterative``."""
+    """How each was solved: ``channel``, ``cholesky``, ``pivoted``, ``eigen`` or ``iterative``."""
 
 
 class LayerSystem:
@@ -178,6 +178,15 @@ class LayerSystem:
             elif method != "channel" and self._factorisation is not None:
                 ranks[s] += self._factorisation.rank(s)
         return tuple(ranks)
+
+    def null(self, s: int) -> Float[Tensor, "u free"] | None:
+        """An orthonormal basis of what the constraints of one system leave open; None where no factor tells it."""
+        return None if self._factorisation is None else self._factorisation.null(s)
+
+    def covariance(self, s: int, right: Float[Tensor, "c n m"]) -> Float[Tensor, "c n m"]:
+        """What the inverse normal equations of one system of one group, without what is open, make of m inputs."""
+        assert self._factorisation is not None
+        return self._factorisation.columns(s, right)
 
     @property
     def condition(self) -> tuple[float, ...]:
