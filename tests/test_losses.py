@@ -98,8 +98,8 @@ def test_a_loss_is_what_torch_computes_and_is_attacked_up_to_what_its_ending_tak
             Net(12, lambda z: z.reshape(len(z), 3, 2, 2)),
             "returns .3, 2, 2. for a sample, classes",
         ),
-        (None, Net(8, lambda z: z.reshape(len(z), 2, 4)), "a label for each place is not attacked"),
-        (nn.CrossEntropyLoss(), Net(8, lambda z: z.reshape(len(z), 2, 4)), "expected one for the sample"),
+        (None, Net(8, lambda z: z.reshape(len(z), 2, 4)), "labels are masks: give them"),
+        (nn.CrossEntropyLoss(), Net(8, lambda z: z.reshape(len(z), 2, 4)), "labels are masks"),
     ],
 )
 def test_what_is_no_loss_of_this_model_is_refused_with_the_reason(asked: Any, model: Net, message: str) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from rgap.nn.export import CannotBeTraced, export
 from rgap.nn.kernels import differentiable
+from rgap.nn.label_maps import LabelMaps
 from rgap.nn.losses import (
+    MOST_BINARY,
     SEVERAL,
     BinaryCrossEntropy,
     BinaryCrossEntropyOfProbabilities,
@@ -31,9 +33,9 @@ from rgap.nn.models import unwrapped
 from rgap.nn.outputs import outputs_of, reason_of, wrong_shape
 
 __all__ = [
-    "BinaryCrossEntropy", "BinaryCrossEntropyOfProbabilities", "CrossEntropy", "Exponential", "Hinge", "Logistic",
-    "Loss", "MarginLoss", "MeanSquaredError", "NegativeLogLikelihood", "OfFunction", "SquaredHinge", "by_name",
-    "for_model",
+    "BinaryCrossEntropy", "BinaryCrossEntropyOfProbabilities", "CrossEntropy", "Exponential", "Hinge", "LabelMaps",
+    "Logistic", "Loss", "MarginLoss", "MeanSquaredError", "NegativeLogLikelihood", "OfFunction", "SquaredHinge",
+    "by_name", "for_model",
 ]  # fmt: skip
 
 TORCH: dict[type[nn.Module], type[Loss]] = {
@@ -76,9 +78,9 @@ def for_model(model: nn.Module, input_shape: tuple[int, ...], loss: Any = None) 
     """What a model is trained with, for its number of outputs.
 
     Args:
-        loss: a name of this package, a loss of ``torch.nn`` or its name, a function of outputs and targets, or a
-            `Loss`. None: what the model's outputs suggest: binary cross-entropy where it ends in a sigmoid, else
-            logistic for one output and cross-entropy for several.
+        loss: a name of this package, a loss of ``torch.nn`` or its name, a function of outputs and targets, a `Loss`,
+            or masks (n, h, w) for `LabelMaps`. None: what the model's outputs suggest: binary cross-entropy where it
+            ends in a sigmoid, else logistic for one output and cross-entropy for several.
 
     Raises:
         ValueError: an unknown name, a loss that is not known here or is set in a way that is not, or a loss of several
@@ -89,6 +91,8 @@ def for_model(model: nn.Module, input_shape: tuple[int, ...], loss: Any = None) 
     model = unwrapped(model)
     outputs, refused = _outputs(model, input_shape)
     count = None if outputs is None else outputs[:1].numel()
+    if isinstance(loss, Tensor):
+        return _label_maps(loss, outputs, wrong_shape((2, *input_shape), refused))
     if isinstance(loss, str) and loss in BY_TORCH_NAME:
         loss = getattr(nn, loss)
     if isinstance(loss, type) and issubclass(loss, (Loss, nn.Module)):
@@ -104,9 +108,25 @@ def for_model(model: nn.Module, input_shape: tuple[int, ...], loss: Any = None) 
         loss = "logistic" if count in (None, 1) else "cross-entropy"
     if count is None and loss in SEVERAL:
         raise ValueError(wrong_shape((2, *input_shape), refused))
-    if loss in ("cross-entropy", "nll") and outputs is not None:
+    if outputs is not None and (
+        loss in ("cross-entropy", "nll") or (loss == "bce" and outputs[0].numel() > MOST_BINARY)
+    ):
         _check_classes(outputs)
     return by_name(loss, count)
+
+
+def _label_maps(masks: Tensor, outputs: Tensor | None, wrong: str) -> Loss:
+    """Pixel-wise cross-entropy of a model's outputs with these masks."""
+    if outputs is None:
+        raise ValueError(wrong)
+    if masks.dim() == 4 and masks.shape[1] == 1:
+        masks = masks[:, 0]
+    if outputs.dim() != 4 or masks.dim() != 3 or outputs.shape[2:] != masks.shape[1:]:
+        raise ValueError(
+            f"got masks of shape {tuple(masks.shape[1:])} for a model that returns {tuple(outputs.shape[1:])}, "
+            "expected (h, w) and (classes, h, w)"
+        )
+    return LabelMaps(masks, outputs.shape[1])
 
 
 def _check_classes(outputs: Tensor) -> None:
@@ -114,8 +134,8 @@ def _check_classes(outputs: Tensor) -> None:
     sizes = [size for size in outputs.shape[1:] if size > 1]
     if len(sizes) > 1:
         raise ValueError(
-            f"the model returns {tuple(outputs.shape[1:])} for a sample, classes for each place: a label for each "
-            "place is not attacked, expected one for the sample; a loss of your own may take it (--loss PKG.MOD:LOSS)"
+            f"the model returns {tuple(outputs.shape[1:])} for a sample, classes for each place, whose labels are "
+            "masks: give them (--data FILE.npz with x and masks y of shape (n, h, w), or rgap.losses.LabelMaps)"
         )
 
 

@@ -7,7 +7,7 @@ import importlib
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Samples:
     inputs: Tensor
     names: tuple[str, ...]
     labels: tuple[float, ...] | None = None
+    masks: Tensor | None = None
+    """(n, h, w): where a label is a class for each pixel; labels are then their numbers."""
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -52,7 +54,7 @@ def samples_of(given: Any) -> Samples:
     if isinstance(given, (Tensor, np.ndarray)):
         return _numbered(torch.as_tensor(given), None)
     if isinstance(given, tuple) and len(given) == 2:
-        return _numbered(torch.as_tensor(given[0]), torch.as_tensor(given[1]).flatten().tolist())
+        return _labelled(torch.as_tensor(given[0]), torch.as_tensor(given[1]))
     if hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, Mapping):
         pairs = [given[at] for at in range(len(given))]
         if pairs and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
@@ -64,6 +66,13 @@ def samples_of(given: Any) -> Samples:
         f"got samples of type {type(given).__name__}, expected a tensor or an array (n, *input_shape), a pair of "
         "inputs and labels, rgap.data's pictures, or a torch Dataset of pairs (that of a DataLoader is its .dataset)"
     )
+
+
+def _labelled(inputs: Tensor, labels: Tensor | None = None) -> Samples:
+    """With labels (n,), or masks (n, h, w) or (n, 1, h, w)."""
+    if labels is None or labels.dim() < 3 or labels[:1].numel() == 1:
+        return _numbered(inputs, None if labels is None else labels.flatten().tolist())
+    return replace(_numbered(inputs, range(len(labels))), masks=labels)
 
 
 def _numbered(inputs: Tensor, labels: Sequence[float | int] | None) -> Samples:
@@ -110,7 +119,7 @@ def read(path: Path, label_column: str | None = None, limit: int | None = None) 
         raise DataError(
             f"cannot read {path} as arrays ({reason}); expected numbers as numpy.save and numpy.savez write them"
         ) from error
-    return _numbered(arrays[0], arrays[1].flatten().tolist() if len(arrays) > 1 else None)
+    return _labelled(arrays[0], *arrays[1:])
 
 
 def _rows(file: Any, size: int, limit: int | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from rgap.attacks.base import Attack, BatchAttack, Certificate, certify, gradient_residual
 from rgap.attacks.bias import Bias
+from rgap.attacks.class_shares import class_shares
 from rgap.attacks.closed import Closed, Recursive, Virtual
 from rgap.attacks.hybrid import Hybrid, Rule
 from rgap.attacks.labels import candidates
@@ -49,5 +50,6 @@ __all__ = [
     "Virtual",
     "candidates",
     "certify",
+    "class_shares",
     "gradient_residual",
 ]

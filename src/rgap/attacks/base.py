@@ -78,7 +78,7 @@ class Attack(ABC):
         before = (time.perf_counter() - start) / max(1, len(updates))
         left = [at for at, (outcome, _) in enumerate(followed) if outcome is None or not outcome.answers]
         timed = dict(zip(left, self._timed(target, [plain[at][0] for at in left]), strict=True))
-        found = []
+        found, aid = [], [target.loss.aid] if target.loss.aid else []
         for at, (update, assumptions) in enumerate(plain):
             steps, own = followed[at]
             outcome, seconds = timed.get(at, (steps, 0.0))
@@ -89,7 +89,9 @@ class Attack(ABC):
                     status=outcome.status,
                     reason=outcome.reason,
                     answers=outcome.answers,
-                    assumptions=tuple(dict.fromkeys((*(assumptions if at in timed else ()), *outcome.assumptions))),
+                    assumptions=tuple(
+                        dict.fromkeys((*aid, *(assumptions if at in timed else ()), *outcome.assumptions))
+                    ),
                     # Where the steps were followed, that they moved the weights is no news.
                     preflight=checks[at] if at in timed else Preflight((), ()),
                     tolerance=update.tolerance,

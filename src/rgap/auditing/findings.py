@@ -39,6 +39,8 @@ def findings(target: Target, observed: Sequence[Observed]) -> tuple[str, ...]:
             f"The model returns {target.graph.returned} values, and the loss was taken of one alone, the first or that "
             "called logits or out. What a client adds for the others is not in the gradient that was audited."
         )
+    if target.loss.aid:
+        found.append(f"An aid that no attacker has: {target.loss.aid}.")
     known = [each.truth for each in observed if each.truth is not None]
     outside = range_misfit(target, known) if known else None
     if outside is not None:

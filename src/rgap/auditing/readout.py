@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.attacks import candidates
+from rgap.attacks import candidates, class_shares
 from rgap.attacks.features import features
 from rgap.auditing.observed import Observed
 from rgap.linalg import deadline
+from rgap.losses import LabelMaps
 from rgap.target import Target
 
 AGREES = 1e-3
@@ -35,10 +36,14 @@ class ReadOut:
     """That it reads."""
     features: int = 0
     """Samples of which they were read off, exactly as far as anyone knows."""
+    shares: float | None = None
+    """Of label maps, how far off the classes' shares of the pixels are at the most; None if they are not known."""
 
     @property
     def labels_told(self) -> str:
         """Whose labels, for a sentence; empty if nobody's."""
+        if self.shares is not None:
+            return f"each class's share of the label maps (to {self.shares:.1%} of the pixels)"
         return _of("the label", "the labels", self.labels, self.samples)
 
     @property
@@ -65,18 +70,34 @@ def _of(one: str, several: str, some: int, count: int) -> str:
 
 def read_out(target: Target, observed: Sequence[Observed]) -> ReadOut:
     """Look at each update as long as there is time; what was not looked at does not count."""
-    labels, samples, found = 0, 0, []
+    labels, samples, found, off = 0, 0, [], []
     for each in observed:
         if deadline.used() >= 1:
             break
         samples += each.samples
-        labels += _labels(target, each)
+        if isinstance(target.loss, LabelMaps):
+            off += _shares(target, target.loss, each)
+        else:
+            labels += _labels(target, each)
         if each.samples == 1:
             found.append(_features(target, each))
     read = [one for one in found if one is not None]
     layer, values = Counter(read).most_common(1)[0][0] if read else ("", 0)
     known = all(each.truth is not None for each in observed)
-    return ReadOut(samples, labels, known, layer, values, read.count((layer, values)))
+    return ReadOut(samples, labels, known, layer, values, read.count((layer, values)), max(off, default=None))
+
+
+def _shares(target: Target, loss: LabelMaps, observed: Observed) -> list[float]:
+    """How far the classes' shares of the pixels are from the true ones; empty if there are none."""
+    update, _ = observed.update.to_gradient(target)
+    if observed.labels is None:
+        return []
+    try:
+        told = class_shares(target, update)
+    except ValueError:
+        return []
+    truth = torch.stack([loss.shares(label) for label in observed.labels]).mean(0)
+    return [float((told - truth).abs().max())]
 
 
 def _labels(target: Target, observed: Observed) -> int:

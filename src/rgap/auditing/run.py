@@ -98,7 +98,7 @@ class Run:
         return {
             "results": RESULTS,
             "fingerprint": self.target.fingerprint,
-            "loss": self.target.loss.name,
+            "loss": _told(self.target.loss),
             "batch_size": self.target.batch_size,
             "protocol": str(self.protocol),
             "model": hashlib.sha256(repr(self.target.model).encode()).hexdigest(),
@@ -293,9 +293,12 @@ def _rounded(seconds: float) -> str:
 
 def _key(attack: Attack, at: int, defence: str = "") -> str:
     """Of one attack on one update, which may be defended."""
-    # A function's repr holds its address, which is another one in the next process.
-    settings = re.sub(r"<function (\S+) at 0x[0-9a-f]+>", r"\1", repr(attack))
-    return f"{defence}|{at}|{settings}"
+    return f"{defence}|{at}|{_told(attack)}"
+
+
+def _told(thing: object) -> str:
+    """Its repr, without addresses of functions and objects, which are others in the next process."""
+    return re.sub(r"<(?:function )?(\S+)(?: object)? at 0x[0-9a-f]+>", r"\1", repr(thing))
 
 
 def all_exact(results: Sequence[Result]) -> bool:

@@ -158,7 +158,7 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int, told: str, target: 
             f"The sample that came back best: {worst.attack}, {worst.psnr:.0f} dB, mean squared error {worst.mse:.0e}, "
             f"in {worst.seconds:.1f} s."
         )
-        if all(r.labels_right for r in compared):
+        if all(r.labels_right for r in compared) and not target.loss.aid:
             found.append("The label of each of them was inferred as well; the attack was told nothing.")
     batches = [case for case in cases if any(result.of > 1 for result in case.results)]
     if batches:

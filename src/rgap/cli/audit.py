@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DEFENCES = (
     "Clip", "DPSGD", "DropBias", "Freeze", "GaussianNoise", "LaplaceNoise", "Quantise", "Sign", "Soteria", "TopK",
 )  # fmt: skip
+MASKS = (None, "cross-entropy", "bce", "CrossEntropyLoss", "BCEWithLogitsLoss")
+"""Losses that masks are labels of."""
 
 
 @click.command("audit")
@@ -74,6 +76,8 @@ def command(
     swept = [kind.__name__ for kind in ALL] if "all" in defences else defences
     armed = tuple(by_name(name) for name in swept)
     given = _given(ctx, named, folder, label_column, count)
+    if given is not None and given.masks is not None and named["loss"] in MASKS:
+        named["loss"] = given.masks
     target = options.make_target(**named)
     samples = _pictures(target, folder, count) if given is None else given
     one = partial(

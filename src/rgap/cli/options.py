@@ -293,7 +293,7 @@ def make_target(
     model: str,
     weights: Path | None,
     ignore: tuple[str, ...],
-    loss: str | None,
+    loss: str | torch.Tensor | None,
     input_shape: tuple[int, ...],
     value_range: tuple[float, float] | None,
     seed: int,
@@ -350,11 +350,11 @@ def _module(model: str, input_shape: tuple[int, ...], seed: int) -> nn.Module:
         raise click.BadParameter(f"--model: {error}") from error
 
 
-def _named_loss(loss: str | None) -> Any:
-    """A name as it is, or what lies under PKG.MOD:LOSS."""
+def _named_loss(loss: Any) -> Any:
+    """A name or masks as they are, or what lies under PKG.MOD:LOSS."""
     from rgap.models.named import ModelError, imported
 
-    if loss is None or ":" not in loss:
+    if not isinstance(loss, str) or ":" not in loss:
         return loss
     try:
         return imported(loss, "loss")

@@ -32,6 +32,11 @@ class Loss(ABC):
     """A function that belongs to the loss where the model does it last, such as ``log_softmax``: outputs are then what
     it takes, in all but `per_sample`, `__call__` and `expected`, which take what the model gives."""
 
+    @property
+    def aid(self) -> str:
+        """What an attacker is taken to know of the labels, for people; empty if it is nothing."""
+        return ""
+
     def __init_subclass__(cls, **arguments: object) -> None:
         super().__init_subclass__(**arguments)
         if "name" not in vars(cls):

@@ -163,7 +163,7 @@ def largest_batches(network: Network, loss: Loss) -> dict[int, int]:
     }
     places = [at for at, each in enumerate(network.segments) if told(network, each, gradients)]
     found = {}
-    for at, following in zip(places, [*places[1:], None], strict=True):
+    for at, following in zip(places, [*places, None][1:], strict=True):
         segment = network.segments[at]
         first, part = _layer(network, segment), network.part(network.segments[at:])
         most = [0]
