@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -87,7 +88,7 @@ class DataFrame(list[dict[str, Any]]):
         return [{name: row[name] for name in chosen} for row in self]
 
 
-def test_the_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Cell by cell; what the last line of a cell gives is what a notebook shows."""
     if importlib.util.find_spec("pandas") is None:
         stand_in = SimpleNamespace(DataFrame=DataFrame, __spec__=ModuleSpec("pandas", None))  # torch asks for the spec
@@ -104,6 +105,9 @@ def test_the_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
             exec(compile(ast.Module([*body, *kept], []), "notebook", "exec"), scope)
             if isinstance(last, ast.Expr):
                 shown.append(eval(compile(ast.Expression(last.value), "notebook", "eval"), scope))
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("Trying Closed, Bias on 2 samples")
+    assert next(line for line in told if re.match(r"\d+/\d+ ", line)).startswith("1/4 ")
     rank, audited, rows, found = shown
     assert "No layer protects the input" in str(rank)
     assert audited.verdict.level.value == "exact"

@@ -172,7 +172,7 @@ def audit(
         folder: where results are kept as they come; an audit that was interrupted goes on from there.
         fresh: forget what is in the folder.
         about: model, data and command in words, for the report.
-        progress: called before each step.
+        progress: called before each step; `print` does, in a notebook too.
 
     Raises:
         ValueError: samples or labels do not fit; says what was got and what was expected.

@@ -47,6 +47,10 @@ class Step:
     note: str = ""
     """What is known by now, for people who wait."""
 
+    def __str__(self) -> str:
+        """In a line or two, so that `print` is a progress for `rgap.audit`."""
+        return "\n".join(filter(None, (self.note, f"{self.done + 1}/{self.total} {self.what}")))
+
 
 class Ended(Enum):
     """How an audit ended."""
