@@ -1,14 +1,42 @@
-"""How many updates fit into memory at once."""
+"""How much memory is free, and how many updates fit into it at once."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
+import torch
+
 from rgap.inversion.layer import Solver
 from rgap.inversion.layer import bytes_needed as layer_bytes
-from rgap.memory import free, readable
 from rgap.nn.network import Network
 
 MOST, CANDIDATES = 64, 2
 """Updates that are followed at once, at the most; candidates that each may have on the way, about."""
+
+_LIMITS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Where a container says what it may use and what it uses: less may be free there than in the machine."""
+
+
+def free(device: torch.device) -> int:
+    """Bytes that can still be had on a device; of the processor's memory, within a container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = int(psutil.virtual_memory().available)
+    for limit, used in _LIMITS:
+        try:
+            found = min(found, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue  # no container, or one without a limit
+    return max(found, 0)
+
+
+def readable(count: int | float) -> str:
+    """A number of bytes in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(count / 2**20, 1):.0f} MiB"
 
 
 def bytes_needed(network: Network, solver: Solver = "auto") -> tuple[int, int]:

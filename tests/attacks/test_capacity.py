@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from rgap import memory
+from rgap.attacks import capacity as memory
 
 CPU = torch.device("cpu")
 
