@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap.inversion.root import leading_pair
+from rgap.inversion.subspace.head import ranks
 from rgap.nn.layers import Layer
 from rgap.nn.losses import MarginLoss
 from rgap.nn.network import Network
@@ -75,6 +76,8 @@ class Preflight:
 def preflight(target: Target, update: Update) -> Preflight:
     """Compare an update with the target; never raises for an update that `Update.check` accepts."""
     findings = [*_header(target, update), *_values(update), *_rank(target, update)]
+    contradicted = batch_size_misfit(target, update) if update.samples(target) > 1 else None
+    findings += [] if contradicted is None else [contradicted]
     products: tuple[tuple[str, float], ...] = ()
     whole = all(name in update.gradients for name in target.parameters)
     network = _chain(target) if whole and update.norm > 0 else None
@@ -180,6 +183,36 @@ def _rank(target: Target, update: Update) -> list[str]:
         f"the gradient of {', '.join(found)} is not of rank one, as that of one sample is; in brackets how much is "
         "left over: it is of several samples or local steps, or noise, weight decay or compression changed it"
     ]
+
+
+def batch_size_misfit(target: Target, update: Update) -> str | None:
+    """What the ranks of the Linear layers' gradients say against the number of samples, in a sentence; None if nothing
+    does. Several local steps are left alone."""
+    told = update.samples(target)
+    if len(update.header.protocol.minibatches(update.samples_of_one(target))) > 1:
+        return None
+    try:
+        network = target.network
+    except NotImplementedError:
+        return None
+    gradients = {name: g.double().to(network.device) for name, g in update.gradients.items()}
+    found = [each for each in ranks(network, target.loss, gradients, update.precision) if each[2] >= each[1]]
+    name, rank, _ = max((each for each in found if each[2] >= told or each[1] > told), key=_by_rank, default=("", 0, 0))
+    if rank > told:
+        return (
+            f"The update says that it is of {told} sample{'s' * (told > 1)}, but the gradient of {name} has rank "
+            f"{rank}: it is of so many samples or more."
+        )
+    if 0 < rank < told:
+        return (
+            f"The update says that it is of {told} samples, but the gradient of {name} has rank {rank}: it is of "
+            f"fewer, or {told - rank} of them give no gradient, are the same as others or combine them."
+        )
+    return None
+
+
+def _by_rank(found: tuple[str, int, int]) -> int:
+    return found[1]
 
 
 def _products(layers: Sequence[Layer], update: Update) -> tuple[tuple[tuple[str, float], ...], list[float]]:

@@ -13,6 +13,7 @@ from rgap.attacks import Closed, Hybrid, Polish, Reconstruction, Rule, Status
 from rgap.defences import DropBias
 from rgap.linalg.deadline import within
 from tests.inversion.subspace.cases import perceptron
+from tests.nn.modules import Skip
 
 CLASSES = 6
 
@@ -91,15 +92,67 @@ def test_where_inputs_are_not_had_labels_and_features_are() -> None:
     assert "labels of all 4" in found.reason
 
 
-def test_a_batch_size_that_the_rank_contradicts_is_a_finding() -> None:
-    x, labels = draw(5, (30,))
-    target = target_of(perceptron((30, 24, 20, CLASSES), "relu"), (30,), 3)
-    update = capture(replace(target, batch_size=5), x, labels)
-    wrong = Update(dict(update.gradients), replace(update.header, batch_size=3))
-    found = Closed()(target, wrong)
-    assert any("says 3" in each and "is 5" in each for each in found.assumptions)
+@pytest.mark.parametrize("inside", [12, 4, 1])
+def test_back_through_a_block(inside: int) -> None:
+    """Its constraints are taken jointly, whether one layer after another would lead through it or not."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        inner = nn.Sequential(nn.Conv2d(12, inside, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(inside, 12, 3, 1, 1))
+        behind = nn.Sequential(nn.Flatten(), nn.Linear(192, 40), nn.LeakyReLU(0.2), nn.Linear(40, CLASSES))
+        stem = nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1), nn.LeakyReLU(0.2))
+        model = nn.Sequential(stem, Skip(inner, act=nn.LeakyReLU(0.2)), behind)
+    x, labels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([4.0, 0.0])
+    target = target_of(model, (3, 8, 8), 2)
+    found = Closed()(target, capture(target, x, labels))
     assert found.status is Status.EXACT, str(found)
     assert matched(found, x, labels) < 1e-3
+    assert [layer.name for layer in found.layers] == ["0.0", "1.inner.0", "1.inner.2"]
+
+
+@pytest.mark.parametrize("unit", [0, 37, 150])
+def test_a_value_that_its_error_puts_on_the_wrong_side_of_its_kink_is_put_right(unit: int) -> None:
+    """It spoils the gradient rows of the layer in front for all samples, which share them."""
+    x, labels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([4.0, 0.0, 2.0])
+    target = target_of(convolutional(), (3, 8, 8), 3)
+    row = torch.func.grad(lambda each: target.network.forward(each[None])[1].flatten()[unit])(x[1].double())
+    z = target.network.forward(x.double())[1][1].flatten()[unit]
+    x[1] -= (row * (z + 1e-7) / row.square().sum()).float()
+    found = Closed()(target, capture(target, x, labels))
+    assert found.status in (Status.EXACT, Status.PARTIAL), str(found)
+    assert found.gradient_residual < found.tolerance
+    assert matched(found, x, labels) < 1e-3
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_what_counting_rules_out_is_said_at_once(samples: int) -> None:
+    """Of what one layer tells no more gets to the layers in front than its input has numbers."""
+    layers = [nn.Conv2d(3, 4, 5, 2, 2), nn.Sigmoid(), nn.Conv2d(4, 4, 5, 2, 2), nn.Sigmoid()]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, CLASSES))
+    x = torch.rand(samples, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    target = target_of(model, (3, 16, 16), samples)
+    found = Closed()(target, capture(target, x, torch.arange(samples).float()))
+    assert found.status is Status.PARTIAL, str(found)
+    assert found.features is not None
+    # Of each 64 values behind, 256 between and 768 in front; 400 and 300 weights for all of them.
+    rows = min(256 * samples, 64 * samples + 400) + 300
+    assert f"leave {768 * samples - rows} of {768 * samples} dimensions free" in found.reason
+
+
+@pytest.mark.parametrize("told", [3, 5, 7])
+@pytest.mark.parametrize("activation", ["relu", "leaky"])
+def test_a_batch_size_that_the_rank_contradicts_is_a_finding(told: int, activation: str) -> None:
+    x, labels = draw(5, (30,))
+    target = target_of(perceptron((30, 24, 20, CLASSES), activation), (30,), told)
+    update = capture(replace(target, batch_size=5), x, labels)
+    found = Closed()(target, Update(dict(update.gradients), replace(update.header, batch_size=told)))
+    said = [each for each in found.preflight.findings if "has rank 5" in each]
+    assert len(said) == (told != 5)
+    assert all(f"of {told} samples" in each for each in said)
+    assert (found.status is Status.EXACT) is (told <= 5), str(found)
+    if told <= 5:
+        assert matched(found, x, labels) < 1e-3
 
 
 def test_samples_that_are_the_same_are_given_as_often_as_they_are() -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from small_audits import pictures
 from torch import Tensor, nn
 
-from rgap import Target, audit, audit_updates, capture, losses, models
+from rgap import Target, Update, audit, audit_updates, capture, losses, models
 from rgap.attacks import Answer, BatchFeatures, Bias, Closed, Reconstruction, Recursive, Sample, Status
 from rgap.auditing import AttackRun, Audit, Case, Level, describe
 from rgap.auditing.results import Result, from_certificate, judge
 from rgap.auditing.verdict import verdict
-from rgap.checks import Preflight
+from rgap.checks import Preflight, batch_size_misfit
 from rgap.cli import tables
 from rgap.report import render
 from rgap.report.reading import check
@@ -155,6 +156,25 @@ def test_an_audit_of_batches_runs_the_closed_form_by_default_and_leaves_out_what
     check(json.loads(json.dumps(document)))
     assert [attack["certified"] for attack in document["attacks"]] == [None, None, 8]
     assert "Certified" in render(document)
+
+
+@pytest.mark.parametrize(("told", "said"), [(1, "or more"), (3, "or more"), (5, ""), (6, "of fewer"), (8, "of fewer")])
+def test_a_number_of_samples_that_the_gradient_contradicts_is_a_finding_of_the_verdict(told: int, said: str) -> None:
+    update = capture(perceptron(5), pictures(5).inputs.float(), torch.arange(5).float())
+    wrong = Update(dict(update.gradients), replace(update.header, batch_size=told))
+    found = audit_updates(perceptron(told), {"client": wrong}, attacks=[Bias()])
+    ranks = [each for each in found.verdict.findings if "has rank 5" in each]
+    assert len(ranks) == bool(said)
+    assert all(said in each and f"of {told} sample" in each for each in ranks)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid])
+@pytest.mark.parametrize("samples", [2, 4, 7])
+def test_a_number_of_samples_that_is_right_is_no_finding(activation: type[nn.Module], samples: int) -> None:
+    model = models.mlp(16, (14, 12), CLASSES, activation, seed=3)
+    target = Target(model, losses.CrossEntropy(CLASSES), (1, 4, 4), RANGE, samples)
+    update = capture(target, pictures(samples).inputs.float(), torch.arange(samples).float() % CLASSES)
+    assert batch_size_misfit(target, update) is None
 
 
 def test_updates_of_batches_that_a_server_was_sent_count_sample_by_sample() -> None:

@@ -113,6 +113,13 @@ def test_the_adjoint_is_that_of_the_product(name: str, samples: int, doubt: str)
 
 
 @every_system
+def test_there_is_no_more_rank_than_is_counted(name: str, samples: int) -> None:
+    of = case(name, samples)
+    jacobian = Jacobian(of.system, of.near(), {})
+    assert int(torch.linalg.matrix_rank(jacobian.to_dense())) <= of.system.rank_at_most <= of.system.unknowns
+
+
+@every_system
 def test_products_are_central_differences_of_the_rows(name: str, samples: int) -> None:
     of = case(name, samples)
     at, step = of.near(), 1e-6

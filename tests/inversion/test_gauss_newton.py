@@ -8,7 +8,7 @@ import torch
 from rgap import Target, data, losses, models
 from rgap.inversion.gauss_newton import gauss_newton
 from rgap.inversion.samples import layer_by_layer
-from rgap.inversion.state import State
+from rgap.inversion.state import Observation, State
 from rgap.inversion.system import ConstraintSystem
 from rgap.linalg.least_squares import Iterative
 
@@ -31,7 +31,8 @@ def test_a_batch_behind_the_convolutions_of_cnn6_is_recovered(samples: int) -> N
     output = State(values[end], cotangent, None, EPS * values[end].abs())
     gradients = {name: grad.float().double() for name, grad in target.gradient(x, labels).items()}
     system = ConstraintSystem(whole.part(front), output, gradients, EPS)
-    start = layer_by_layer(system.network, output, gradients, EPS, EPS ** (2 / 3)).state
+    observed = Observation({name: grad[None] for name, grad in gradients.items()}, EPS, EPS ** (2 / 3))
+    start = layer_by_layer(system.network, output, observed).state
     assert start is not None
     assert float((start.value - x).square().mean((1, 2, 3)).max()) < 1e-8
     found = gauss_newton(system, Iterative(), None, 200 * EPS, system.linearise(start.value))

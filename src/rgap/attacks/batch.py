@@ -11,7 +11,7 @@ from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, BatchFeatures, Outcome, Sample, Status
 from rgap.attacks.verdict import EXPLAINED, SOLVED, range_misfit
 from rgap.inversion.batch import Features, Inputs, back, find_features
-from rgap.inversion.gauss_newton import Continuation
+from rgap.inversion.joint import JointSolve
 from rgap.inversion.subspace.peel import Search
 from rgap.target import Target
 from rgap.update import Update
@@ -24,7 +24,7 @@ def invert_batch(
     target: Target,
     update: Update,
     search: Search,
-    continuation: Continuation,
+    joint: JointSolve,
     tolerance: float,
     rank_tolerance: float,
     visible: float,
@@ -45,7 +45,6 @@ def invert_batch(
     assumptions = [ORDER, WHOSE.format(clients)] if clients > 1 else [ORDER]
     if found is None:
         return Outcome(Status.NOT_CONVERGED, nowhere(target, count), assumptions=(ORDER,))
-    assumptions += _about_count(found, count)
     if not len(found.samples):
         reason = f"none of {found.count} samples was told apart in front of {found.layer}"
         return Outcome(Status.NOT_CONVERGED, reason, assumptions=tuple(assumptions))
@@ -61,8 +60,8 @@ def invert_batch(
         rank_tolerance,
         tolerance,
         target.value_range,
-        continuation,
-        Reporter("Closed, layers together, step", continuation.max_steps),
+        joint,
+        Reporter("Closed, layers together, step", joint.continuation.max_steps),
     )
     features = _features(found)
     if isinstance(inputs, str):
@@ -77,20 +76,6 @@ def nowhere(target: Target, count: int) -> str:
         f"nowhere in the network do {count} samples leave two Linear layers' gradients, or the last one's, rank to "
         "spare: they are told apart where fewer samples than inputs and outputs meet in a layer"
     )
-
-
-def _about_count(found: Features, told: int) -> list[str]:
-    """What the gradient's rank says of the number of samples."""
-    rank = found.spaces.left
-    where = f"the rank of {found.layer}'s gradient"
-    if rank > told:
-        return [f"the update says {told} sample(s), but {where} is {rank}: at least so many are taken"]
-    if rank < told and found.found < told:
-        missing = told - rank
-        return [
-            f"{where} is {rank} of {told}: {missing} sample(s) give no gradient, are the same as others or combine them"
-        ]
-    return []
 
 
 def _of(some: int, count: int) -> str:

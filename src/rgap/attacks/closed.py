@@ -186,9 +186,7 @@ class Closed(Recursive):
             if at not in outcomes:
                 eps = update.precision
                 tolerance = eps ** (2 / 3) if self.rank_tolerance is None else self.rank_tolerance
-                outcome = invert_batch(
-                    target, update, self.search, self.joint.continuation, agreement(eps), tolerance, self.visible
-                )
+                outcome = invert_batch(target, update, self.search, self.joint, agreement(eps), tolerance, self.visible)
                 late = used() >= 1 and outcome.status is not Status.EXACT
                 outcomes[at] = replace(outcome, status=Status.CUT_OFF) if late else outcome
         return [outcomes[at] for at in range(len(updates))]

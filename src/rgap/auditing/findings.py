@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rgap.auditing.local_steps import obstacles, sent_buffers
 from rgap.auditing.observed import Observed
-from rgap.checks import changes_with_mode, range_misfit
+from rgap.checks import batch_size_misfit, changes_with_mode, range_misfit
 from rgap.losses import MeanSquaredError
 from rgap.target import Target
 
@@ -49,7 +49,8 @@ def findings(target: Target, observed: Sequence[Observed]) -> tuple[str, ...]:
     for each in observed:
         found += obstacles(target, each.update)
         buffers = sent_buffers(target, each.update)
-        found += [buffers] if buffers else []
+        contradicted = batch_size_misfit(target, each.update)
+        found += [said for said in (buffers, contradicted) if said]
     return tuple(dict.fromkeys(found))[:MOST]
 
 

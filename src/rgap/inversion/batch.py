@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.inversion.gauss_newton import Continuation, determine, gauss_newton
+from rgap.inversion.joint import JointSolve, names
+from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
 from rgap.inversion.report import JointReport, LayerReport
 from rgap.inversion.samples import Passed, layer_by_layer
-from rgap.inversion.state import Cause, State
+from rgap.inversion.state import Cause, Observation, State
 from rgap.inversion.subspace.head import Spaces, spaces
 from rgap.inversion.subspace.identify import Samples
 from rgap.inversion.subspace.pattern import by_patterns
@@ -22,7 +23,6 @@ from rgap.inversion.subspace.peel import Search
 from rgap.inversion.subspace.together import by_labels
 from rgap.inversion.system import ConstraintSystem
 from rgap.linalg.deadline import OutOfTime
-from rgap.linalg.least_squares import Iterative
 from rgap.nn.losses import Loss
 from rgap.nn.network import Network
 from rgap.nn.ops import Linear
@@ -85,10 +85,10 @@ class Features:
                 continue
             if op.layer.weight_name not in gradients:
                 continue
-            x, k = op.layer.pack_input(values[node.reads[0]]), op.layer.pack_output(k) * share[:, None, None]
-            wide = op.layer.side_by_side(len(x))
-            found = wide.grad_weight(x.movedim(0, 1).flatten(1)[None], k.movedim(0, 1).flatten(1)[None])
-            given = op.layer.pack_weight(gradients[op.layer.weight_name][None])
+            layer = op.layer.side_by_side(len(share))
+            k = k * share.reshape(-1, *[1] * (k.dim() - 1))
+            found = layer.grad_weight(layer.pack_input(values[node.reads[0]]), layer.pack_output(k))
+            given = layer.pack_weight(gradients[layer.weight_name][None])
             worst = max(worst, float((found - given).norm() / given.norm().clamp(min=1e-300)))
         return worst
 
@@ -155,13 +155,14 @@ def back(
     rank_tolerance: float,
     tolerance: float,
     value_range: tuple[float, float] | None,
-    continuation: Continuation,
+    solve: JointSolve,
     report: Callable[[int, float], None] = lambda step, distance: None,
 ) -> Inputs | str:
     """The inputs behind features of all samples, layer by layer or jointly; or why not.
 
     Args:
         tolerance: distance of the gradients at which they agree.
+        solve: how layers are solved jointly.
         report: is called with the number of steps and what they miss.
     """
     head = features.spaces.head
@@ -171,11 +172,14 @@ def back(
     if front.layers and not features.complete:
         return "all samples share the gradients of the layers in front, and some samples are missing"
     state = features.state
-    passed = layer_by_layer(front, state, gradients, eps, rank_tolerance, report)
+    observed = Observation({name: grad[None] for name, grad in gradients.items()}, eps, rank_tolerance)
+    passed = layer_by_layer(front, state, observed, report)
     if not front.layers:
         return str(passed.stop) if passed.stop else Inputs(passed.state.value, features.error)
     if passed.stop is None:
         system = ConstraintSystem(front, state, gradients, eps)
+        # A last unit or two may still be on the wrong side.
+        passed = passed.moved(refine_sides(system, passed.state.value, tolerance))
         agrees = system.distance(system.linearise(passed.state.value)) <= tolerance
         # Where every layer determines its inputs, there is nothing that all of them together would add.
         if agrees or passed.certain[0] == 0:
@@ -183,7 +187,7 @@ def back(
             return Inputs(passed.state.value, error, passed.layers)
     if passed.stop is not None and passed.stop.cause is Cause.LOSSY:
         return str(passed.stop)
-    return _jointly(front, passed, gradients, eps, tolerance, value_range, continuation, report)
+    return _jointly(front, passed, gradients, eps, tolerance, value_range, solve, report)
 
 
 def _jointly(
@@ -193,7 +197,7 @@ def _jointly(
     eps: float,
     tolerance: float,
     value_range: tuple[float, float] | None,
-    continuation: Continuation,
+    solve: JointSolve,
     report: Callable[[int, float], None],
 ) -> Inputs | str:
     """The layers up to the last value that is certain together, from what they gave one by one."""
@@ -202,28 +206,16 @@ def _jointly(
     system = ConstraintSystem(front, state, gradients, eps)
     if not system.nodes:
         return str(passed.stop or "no gradient in front of the features was sent")
-    free = system.unknowns - system.weight_rows - system.gradient_rows
+    free = system.unknowns - system.rank_at_most
     if free > 0:
-        names = " and ".join(layer.name for layer in front.layers)
-        return f"{names} leave {free} of {system.unknowns} dimensions free at least, whatever the attack"
+        which = " and ".join(names(system))
+        return f"{which} leave {free} of {system.unknowns} dimensions free at least, whatever the attack"
     low, high = value_range or (0.0, 0.0)
     prior = Prior(front.input_shape, (low + high) / 2)
     start = None if passed.stop else system.linearise(passed.state.value)
+    probe = torch.Generator(device=front.device).manual_seed(0)
     try:
-        found = gauss_newton(system, Iterative(), prior, tolerance, start, replace(continuation, doubt=(4,)), report)
-        at = system.linearise(found.x)
-        sure = determine(system, at, Iterative(), torch.Generator(device=found.x.device).manual_seed(0))
+        found = solve.solve(system, solve.solver(system, "auto"), prior, tolerance, start, probe, report)
     except OutOfTime:
         return "the layers in front were not solved jointly: the time was up"
-    joint = JointReport(
-        layers=tuple(layer.name for layer in front.layers),
-        unknowns=system.unknowns,
-        rows=system.weight_rows + system.gradient_rows,
-        rank=sure.rank,
-        condition=sure.condition,
-        steps=found.steps,
-        converged=found.distance <= tolerance,
-        prior=str(prior),
-    )
-    error = found.x.new_full((len(found.x),), sure.std)
-    return Inputs(found.x, error, passed.layers, joint)
+    return Inputs(found.x, found.x.new_full((len(found.x),), found.std), passed.layers, found.report)

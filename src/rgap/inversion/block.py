@@ -40,8 +40,7 @@ def solve_block(network: Network, value_id: int, observed: Observation, paths: P
     found = []
     for s, history in enumerate(paths.history):
         one = observed.one(int(paths.update[s]))
-        probe = observed.probe(value_id, paths.state.value.device)
-        found.append(_solve_one(network, one, paths.state.one(s), history.open_since, probe))
+        found.append(solve_one(network, value_id, one, paths.state.one(s), history.open_since))
     passed = [s for s, each in enumerate(found) if not isinstance(each, Stop)]
     if not passed:
         return next(each for each in found if isinstance(each, Stop))
@@ -51,12 +50,13 @@ def solve_block(network: Network, value_id: int, observed: Observation, paths: P
     return replace(kept, state=State.concatenate([state for state, _ in through]), history=tuple(histories))
 
 
-def _solve_one(
-    network: Network, observed: Observation, state: State, open_since: str | None, probe: torch.Generator
+def solve_one(
+    network: Network, value_id: int, observed: Observation, state: State, open_since: str | None
 ) -> tuple[State, tuple[LayerReport, ...]] | Stop:
     """For one candidate: what is known of the block's input, and its layers' reports from the input to the output.
 
     Args:
+        state: (b, *shape), of all samples of one update.
         open_since: a layer that leaves the block's output open.
     """
     end = network.nodes[-1].op
@@ -66,7 +66,7 @@ def _solve_one(
     lossy = next((node.op for node in network.nodes if isinstance(node.op, (Norm, Other, Pool))), None)
     if lossy is not None:
         return Stop(lossy, Cause.LOSSY, lossy.loses)
-    block = BlockValues(network, observed, state, probe)
+    block = BlockValues(network, observed, state, observed.probe(value_id, state.value.device))
     block.propagate()
     determined = 0 in block.values and 0 in block.ks
     # Where one value after another led to the input it used some of the rows and not others; all of them know better.
@@ -103,7 +103,7 @@ class BlockValues:
 
     def __init__(self, network: Network, observed: Observation, state: State, probe: torch.Generator):
         self.network, self.observed, self.probe = network, observed, probe
-        end = len(network.nodes)
+        end, self.samples = len(network.nodes), len(state.value)
         self.values: dict[int, Estimate] = {end: Estimate(state.value, state.row_weight, state.std)}
         self.ks: dict[int, Tensor] = {end: state.cotangent}
         self.slopes: dict[int, Tensor] = {}
@@ -166,7 +166,7 @@ class BlockValues:
             norm = self.network.nodes[behind[0]].op if len(behind) == 1 else None
             if not isinstance(op, Linear) or not op.has_gradient or not isinstance(norm, BatchNorm):
                 continue
-            layer, k = op.layer, self.ks.get(behind[0] + 1)
+            layer, k = op.layer.side_by_side(self.samples), self.ks.get(behind[0] + 1)
             if k is None or layer.weight_name not in self.observed.gradients:
                 continue
             grad = layer.pack_weight(self.observed.gradients[layer.weight_name])
@@ -175,7 +175,7 @@ class BlockValues:
                 continue
             noise = self._draw(grad) * rounding(grad, self.observed.eps)
             error = found.system.apply_inverse(torch.zeros_like(found.system.k), noise).square().mean().sqrt()
-            x = layer.unpack_input(found.solution.x).reshape(1, *self.network.shapes[value])
+            x = layer.unpack_input(found.solution.x).reshape(-1, *self.network.shapes[value])
             self.values[value] = Estimate(x, None, error.reshape(1, *[1] * (x.dim() - 1)))
             nothing = torch.zeros_like(found.system.k)
             self.reports[node_id] = layer_report(
@@ -238,7 +238,7 @@ class BlockValues:
             op, k, out = self.network.nodes[node_id].op, self.ks.get(node_id + 1), self.values.get(node_id + 1)
             if not isinstance(op, Linear) or (out is None and (k is None or not op.has_gradient)):
                 continue
-            layer = op.layer
+            layer = op.layer.side_by_side(self.samples)
             zeros = layer.weight.new_zeros(1, layer.outputs, layer.positions)
             if k is not None and op.has_gradient:
                 k, grad = layer.pack_output(k), layer.pack_weight(self.observed.gradients[layer.weight_name])
@@ -258,7 +258,7 @@ class BlockValues:
             (each.layer.groups, each.layer.channels, each.layer.pixels) == (first.groups, first.channels, first.pixels)
             for _, each, _, _ in rows
         )
-        if not alike or first.unknowns // first.groups > DENSE:
+        if not alike or first.unknowns // first.groups > DENSE // self.samples:
             if inverted is not None and inverted.full:
                 self.values[value] = inverted
             return
@@ -278,7 +278,7 @@ class BlockValues:
             return
         solution = system.solve(*rhs[0], rhs[1:], observed_input)
         error = self._error(system, rows, solution, inverted, observed_input)
-        x = first.unpack_input(solution.x).reshape(1, *self.network.shapes[value])
+        x = first.unpack_input(solution.x).reshape(-1, *self.network.shapes[value])
         self.values[value] = Estimate(x, None, error.reshape(1, *[1] * (x.dim() - 1)))
         for node_id, each, _, _ in rows:
             has_gradient = bool(each.k.any())
@@ -311,7 +311,7 @@ class BlockValues:
         """Where to begin looking for the block's input: what enters the sum, if its shape is the input's."""
         shape = self.network.shapes[0]
         known = [self.values[at] for at in sorted(self.values) if self.network.shapes[at] == shape]
-        return known[0].value if known else self.network.layers[0].weight.new_zeros(1, *shape)
+        return known[0].value if known else self.ks[len(self.network.nodes)].new_zeros(self.samples, *shape)
 
     def take(self, found: BlockInput) -> None:
         """The block's input as it was found from all constraints jointly."""

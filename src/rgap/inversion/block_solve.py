@@ -18,7 +18,7 @@ from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.linalg.least_squares import Determined, Iterative
 from rgap.nn.network import Network
 
-SOLVER = Iterative(rtol=1e-9, max_steps=400)
+SOLVER = Iterative(rtol=1e-4, max_steps=400)
 SCHEDULE = Continuation(patience=4, doubt=(4,))
 AGREES = 1e-6
 """Relative distance of outputs and gradients above which what was found is not the input."""
@@ -31,7 +31,7 @@ class BlockInput:
     """A block's input."""
 
     x: Tensor
-    """(1, *shape)"""
+    """(b, *shape)"""
     cotangent: Tensor
     """Of the same shape."""
     std: float
@@ -44,7 +44,7 @@ def solve_jointly(network: Network, observed: Observation, output: State, start:
 
     Args:
         observed: of one update.
-        start: (1, *shape), where to begin.
+        start: (b, *shape), where to begin.
     """
     gradients = {name: grad[0] for name, grad in observed.gradients.items()}
     system = ConstraintSystem(network, output, gradients, observed.eps)
@@ -71,15 +71,15 @@ def _reports(system: ConstraintSystem, at: Linearisation, sure: Determined) -> d
     return {
         node: LayerReport(
             name=layer.name,
-            unknowns=layer.unknowns,
-            weight_rows=layer.weight_rows,
+            unknowns=system.samples * layer.unknowns,
+            weight_rows=system.samples * layer.weight_rows,
             gradient_rows=layer.gradient_rows,
-            rank=layer.unknowns,
+            rank=system.samples * layer.unknowns,
             condition=sure.condition,
             weight_residual=weight,
             gradient_residual=_relative(missed.gradient[which], system.gradients[which]),
             error=sure.std,
-            dead_units=int((system.k(at, node)[0] == 0).all(-1).sum()),
+            dead_units=int((system.k(at, node) == 0).all(-1).all(0).sum()),
             method="block",
         )
         for which, (node, layer) in enumerate(zip(system.nodes, system.layers, strict=True))

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.gauss_newton import CONTINUATION, Continuation, Solution, determine, gauss_newton
 from rgap.inversion.history import Candidate, Paths
 from rgap.inversion.jacobian import Jacobian
+from rgap.inversion.layer import Solver as Kind
 from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
 from rgap.inversion.recursion import recurse
@@ -31,6 +33,15 @@ from rgap.nn.pools import Pool
 
 RANK_ROUNDINGS = 8
 """Singular values of the joint constraints below so many roundings of the gradient count as zero."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """The inputs of all samples from the constraints of several layers."""
+
+    x: Float[Tensor, "b ..."]
+    std: float
+    report: JointReport
 
 
 @dataclass(frozen=True)
@@ -73,8 +84,8 @@ class JointSolve:
         system = ConstraintSystem(front, candidate.certain, gradients, observed.eps)
         if not system.nodes:
             return candidate  # no gradient adds to what stopped the recursion, such as a crop of the input
-        iterative = observed.solver == "iterative" or (observed.solver == "auto" and system.unknowns > self.dense)
-        if not iterative and system.unknowns > self.largest:
+        solver = self.solver(system, observed.solver)
+        if isinstance(solver, Direct) and system.unknowns > self.largest:
             return replace(candidate, note=self._too_large(system))
         low, high = value_range or (0.0, 0.0)
         prior, probe = Prior(network.input_shape, (low + high) / 2), observed.probe(0, network.device)
@@ -87,27 +98,56 @@ class JointSolve:
             if system.distance(at) <= tolerance:
                 return self._refined(network, observed, candidate, system, at, probe)
             start = at
-        direct = Direct(RANK_ROUNDINGS * observed.eps)
-        solver: Solver = Iterative() if iterative else direct
         try:
-            found = _by_routes(network, candidate, system, gradients, prior.centre, report)
-            if found is None:
-                found = gauss_newton(system, solver, prior, tolerance, start, self.continuation, report)
-            at, distance = system.linearise(found.x), found.distance
-            if distance > tolerance:  # a last unit or two may still be on the wrong side
-                at = system.linearise(refine_sides(system, found.x, tolerance))
-                distance = system.distance(at)
-            sure = determine(system, at, solver, probe)
-            # At an input that is not the sample's the number is one of many: an estimate of it will do.
-            if iterative and distance <= tolerance and sure.rank < system.unknowns <= self.counted:
-                sure = determine(system, at, direct, probe)
+            routed = _by_routes(network, candidate, system, gradients, prior.centre, report)
+            found = self.solve(system, solver, prior, tolerance, start, probe, report, routed)
         except OutOfTime:
-            return replace(
-                candidate, note=f"{' and '.join(_names(front))} were not solved jointly: the time was up", cut_off=True
-            )
+            note = f"{' and '.join(names(system))} were not solved jointly: the time was up"
+            return replace(candidate, note=note, cut_off=True)
+        twin = _twin(network, observed, found.x)
+        return replace(candidate, value=found.x, std=found.std, joint=found.report, stop=None, twin=twin, known=None)
+
+    def solver(self, system: ConstraintSystem, chosen: Kind) -> Solver:
+        """By a factor or by products, as is chosen, or whichever the number of unknowns asks for."""
+        if chosen == "direct" or (chosen == "auto" and system.unknowns <= self.dense):
+            return self._direct(system)
+        return Iterative()
+
+    def _direct(self, system: ConstraintSystem) -> Direct:
+        return Direct(RANK_ROUNDINGS * system.eps)
+
+    def solve(
+        self,
+        system: ConstraintSystem,
+        solver: Solver,
+        prior: Prior,
+        tolerance: float,
+        start: Linearisation | None,
+        probe: torch.Generator,
+        report: Callable[[int, float], None],
+        found: Solution | None = None,
+    ) -> Solved:
+        """The inputs of all samples.
+
+        Args:
+            start: where to linearise first; the middle of the prior if None.
+            found: if the inputs were found otherwise.
+
+        Raises:
+            OutOfTime: the time was up.
+        """
+        if found is None:
+            found = gauss_newton(system, solver, prior, tolerance, start, self.continuation, report)
+        at, distance = system.linearise(found.x), found.distance
+        if distance > tolerance:  # a last unit or two may still be on the wrong side
+            at = system.linearise(refine_sides(system, found.x, tolerance))
+            distance = system.distance(at)
+        sure = determine(system, at, solver, probe)
+        # At an input that is not the sample's the number is one of many: an estimate of it will do.
+        if isinstance(solver, Iterative) and distance <= tolerance and sure.rank < system.unknowns <= self.counted:
+            sure = determine(system, at, self._direct(system), probe)
         joint = self._report(system, found.steps, sure.rank, sure.condition, distance <= tolerance, str(prior))
-        twin = _twin(network, observed, at.x)
-        return replace(candidate, value=at.x, std=sure.std, joint=joint, stop=None, twin=twin, known=None)
+        return Solved(at.x, sure.std, joint)
 
     def _refined(
         self,
@@ -135,7 +175,7 @@ class JointSolve:
         system: ConstraintSystem, steps: int, rank: int, condition: float, converged: bool, prior: str | None
     ) -> JointReport:
         rows = system.weight_rows + system.gradient_rows
-        return JointReport(_names(system.network), system.unknowns, rows, rank, condition, steps, converged, prior)
+        return JointReport(names(system), system.unknowns, rows, rank, condition, steps, converged, prior)
 
     def _too_large(self, system: ConstraintSystem) -> str:
         count = system.unknowns
@@ -169,7 +209,9 @@ def _by_routes(
     return Solution(found.x, system.distance(system.linearise(found.x)), found.steps)
 
 
-def _names(front: Network) -> tuple[str, ...]:
+def names(system: ConstraintSystem) -> tuple[str, ...]:
+    """Of the layers that are solved jointly."""
+    front = system.network
     return tuple(layer.name for layer in front.layers) or tuple(node.op.name for node in front.nodes)
 
 

@@ -38,7 +38,7 @@ from rgap.inversion.sides import (
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.unpool import before_pool
 from rgap.linalg import deadline
-from rgap.nn.activations import Activation, NonMonotone
+from rgap.nn.activations import Activation, Inverse, NonMonotone
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Elementwise, Linear, Norm, Op
@@ -103,17 +103,8 @@ def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) 
     grad = torch.zeros_like(layer.weight).expand(count, *layer.weight.shape)
     if has_gradient:
         grad = layer.pack_weight(observed.gradient(layer.weight_name, paths.update))
-    other = state.alternative
-    if other is not None and bool((other.value != state.value).any()):
-        state, other = choose_branch(op, state, other, observed), None
-    if other is not None and layer.bias_name in observed.gradients:
-        state = sides_by_bias(layer, state, other, observed.gradient(layer.bias_name, paths.update), observed.eps)
-    system, solution = _solve(op, state, grad, has_gradient, observed)
-    if other is not None:  # of slopes
-        chosen = _sides(op, state, other, solution, grad, observed)
-        if chosen is not state:
-            state = chosen
-            system, solution = _solve(op, state, grad, has_gradient, observed)
+    bias = observed.gradient(layer.bias_name, paths.update) if layer.bias_name in observed.gradients else None
+    state, system, solution = solve_sides(op, state, grad, bias, has_gradient, observed)
     k = layer.pack_output(state.cotangent)
     row_weight = None if state.row_weight is None else layer.pack_output(state.row_weight)
     # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
@@ -136,6 +127,27 @@ def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) 
     solved = State(layer.unpack_input(solution.x), cotangent, None, layer.unpack_input(pixel))
     residual = torch.maximum(solution.weight_residual, solution.gradient_residual)
     return replace(paths, state=solved, history=tuple(history)).scattered(observed.eps).plausible(residual)
+
+
+def solve_sides(
+    op: Linear, state: State, grad: Float[Tensor, "s g j i"], bias: Tensor | None, has_gradient: bool, obs: Observation
+) -> tuple[State, LayerSystem, LayerSolution]:
+    """The layer's constraints and their solution, with the sides of kinks behind it on which the gradients agree.
+
+    Args:
+        bias: gradient of the layer's bias, (s, o); None if there is none.
+    """
+    other = state.alternative
+    if other is not None and bool((other.value != state.value).any()):
+        state, other = choose_branch(op, state, other, obs), None
+    if other is not None and bias is not None:
+        state = sides_by_bias(op.layer, state, other, bias, obs.eps)
+    system, solution = _solve(op, state, grad, has_gradient, obs)
+    if other is not None:  # of slopes
+        chosen = _sides(op, state, other, solution, grad, obs)
+        if chosen is not state:
+            return chosen, *_solve(op, chosen, grad, has_gradient, obs)
+    return state, system, solution
 
 
 def _behind(layer: Layer, k: Float[Tensor, "s o p"], eps: float) -> Float[Tensor, "s c n"]:
@@ -228,14 +240,10 @@ def invert_activation(activation: Activation, paths: Paths) -> Paths:
     """z = f^-1(x) and its cotangent (Eq. 6), a candidate for each choice of sides of values at their kinks."""
     x = paths.state
     std = x.std.expand(x.value.shape)
-    inverse = activation.invert(x.value, std)
-    row_weight = x.weighed(inverse.weight)
+    z, inverse = before_activation(activation, x)
     of, slope = branches(activation, x.value, inverse.slope, std)
-    z = State(inverse.z, x.cotangent, row_weight, std / inverse.slope.abs().clamp(min=1e-12))
-    if isinstance(activation, NonMonotone):
-        z = both_branches(activation, x, z)
-    elif len(of) == len(x.value):
-        z = replace(z, alternative=other_side(activation, x, inverse))
+    if len(of) > len(x.value):
+        z = replace(z, alternative=None)
     found = replace(paths, state=z).select(of)
     k = found.state.cotangent * slope  # Eq. 6
     history = tuple(each.passed_activation(activation) for each in found.history)
@@ -245,6 +253,16 @@ def invert_activation(activation: Activation, paths: Paths) -> Paths:
         change = (activation.slope(moved) - activation.slope(inverse.z))[of]
         found = found.scattered(_relative(found.state.cotangent * change, k))
     return replace(found, state=replace(found.state, cotangent=k), history=history)
+
+
+def before_activation(activation: Activation, x: State) -> tuple[State, Inverse]:
+    """What is known of z = f^-1(x), the cotangent still that of x, with what z may be as well or its slope."""
+    inverse = activation.invert(x.value, x.std.expand(x.value.shape))
+    std = x.std / inverse.slope.abs().clamp(min=1e-12)
+    z = State(inverse.z, x.cotangent, x.weighed(inverse.weight), std)
+    if isinstance(activation, NonMonotone):
+        return both_branches(activation, x, z), inverse
+    return replace(z, alternative=other_side(activation, x, inverse)), inverse
 
 
 def _relative(moved: Tensor, k: Tensor) -> Float[Tensor, " s"]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import torch
 from jaxtyping import Float
@@ -107,6 +108,16 @@ class ConstraintSystem:
     @property
     def gradient_rows(self) -> int:
         return sum(layer.gradient_rows for layer in self.layers)
+
+    @property
+    def rank_at_most(self) -> int:
+        """By count, from the output on: rows behind a value tell no more of it than it has numbers."""
+        rows, network = self.weight_rows, self.network
+        of_node = dict(zip(self.nodes, self.layers, strict=True))
+        for segment in reversed(network.segments):
+            rows += sum(of_node[at].gradient_rows for at in segment.nodes if at in of_node)
+            rows = min(rows, self.samples * prod(network.shapes[segment.entry]))
+        return rows
 
     @cached_property
     def noise_ratios(self) -> tuple[float, ...]:

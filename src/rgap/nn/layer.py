@@ -64,6 +64,8 @@ class Layer:
     """Whether the module's weight has its inputs before its outputs, as a transposed convolution's has."""
     grid: Grid | None = None
     """Of a convolution, behind its table."""
+    samples: int = 1
+    """That each system has side by side, with a sum over all of them in its gradient."""
 
     @property
     def groups(self) -> int:
@@ -104,13 +106,17 @@ class Layer:
     # Between the module's shapes and (channels, pixels).
 
     def pack_input(self, x: Tensor) -> Float[Tensor, "s c n"]:
-        """(s, *input_shape), or anything that flattens to it, as (s, channels, pixels)."""
+        """(s, *input_shape), or anything that flattens to it, as (s, channels, pixels).
+
+        Of a layer on several samples side by side the samples of a system come one after another.
+        """
         x = x.reshape(len(x), *self.input_shape)
         x = x.movedim(-1, 1) if self.channels_last else x
-        return x.reshape(len(x), self.channels, self.pixels)
+        return self.beside(x.reshape(len(x), self.channels, self.pixels // self.samples))
 
     def unpack_input(self, x: Shaped[Tensor, "s c n"]) -> Tensor:
         """(s, channels, pixels) as (s, *input_shape)."""
+        x = self._apart(x)
         if self.channels_last:
             x = x.movedim(1, -1)
         return x.reshape(len(x), *self.input_shape)
@@ -119,13 +125,25 @@ class Layer:
         """(s, *output_shape), or anything that flattens to it, as (s, outputs, positions)."""
         z = z.reshape(len(z), *self.output_shape)
         z = z.movedim(-1, 1) if self.channels_last else z
-        return z.reshape(len(z), self.outputs, self.positions)
+        return self.beside(z.reshape(len(z), self.outputs, self.positions // self.samples))
 
     def unpack_output(self, z: Float[Tensor, "s o p"]) -> Tensor:
         """(s, outputs, positions) as (s, *output_shape)."""
+        z = self._apart(z)
         if self.channels_last:
             z = z.movedim(1, -1)
         return z.reshape(len(z), *self.output_shape)
+
+    def beside(self, values: Shaped[Tensor, "sb c n"]) -> Shaped[Tensor, "s c bn"]:
+        """What is at the pixels or positions of every sample, side by side."""
+        if self.samples == 1:
+            return values
+        return values.reshape(-1, self.samples, *values.shape[1:]).movedim(1, 2).flatten(2)
+
+    def _apart(self, values: Shaped[Tensor, "s c bn"]) -> Shaped[Tensor, "sb c n"]:
+        if self.samples == 1:
+            return values
+        return values.reshape(*values.shape[:2], self.samples, -1).movedim(2, 1).flatten(0, 1)
 
     def pack_weight(self, weight: Tensor) -> Float[Tensor, "s g j i"]:
         """Weights or their gradients, (s, *weight shape of the module), as (s, g, j, i)."""
@@ -279,10 +297,12 @@ class Layer:
     def side_by_side(self, samples: int) -> Layer:
         """The layer on several samples at once, as one on so many times as many pixels: the gradient sums over
         samples as it does over positions."""
+        if samples == 1:
+            return self
         shift = torch.arange(samples, device=self.table.device)[:, None, None] * self.pixels
         table = torch.where(self.table < self.pixels, self.table + shift, samples * self.pixels)
         table = table.movedim(0, 1).flatten(1)
-        return replace(self, table=table, pixels=samples * self.pixels, grid=None)
+        return replace(self, table=table, pixels=samples * self.pixels, grid=None, samples=samples)
 
     @cached_property
     def single(self) -> Layer:

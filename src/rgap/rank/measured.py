@@ -91,7 +91,7 @@ def rows(layer: Layer, k: Float[Tensor, "b o p"], slope: Float[Tensor, "b o p"])
     seen = read[:-1].nonzero()[:, 0]
     norm = layer.weight.norm(dim=-1, keepdim=True)
     norm = torch.where(norm > 0, norm, 1.0)
-    k, slope = _side_by_side(k), _side_by_side(slope)
+    k, slope = layer.beside(k), layer.beside(slope)
     size = k.norm(dim=-1, keepdim=True)
     return Rows(
         replace(layer, weight=layer.weight / norm, table=_renumber(table, seen, pixels), pixels=len(seen)),
@@ -101,10 +101,6 @@ def rows(layer: Layer, k: Float[Tensor, "b o p"], slope: Float[Tensor, "b o p"])
         seen,
         pixels,
     )
-
-
-def _side_by_side(values: Float[Tensor, "b o p"]) -> Float[Tensor, "1 o bp"]:
-    return values.movedim(0, 1).flatten(1)[None]
 
 
 def _renumber(table: Tensor, kept: Tensor, pixels: int) -> Tensor:

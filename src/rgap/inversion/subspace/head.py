@@ -146,6 +146,19 @@ def spaces(network: Network, loss: Loss, gradients: Mapping[str, Tensor], eps: f
             yield alone
 
 
+def ranks(network: Network, loss: Loss, gradients: Mapping[str, Tensor], eps: float) -> Iterator[tuple[str, int, int]]:
+    """Of each layer whose gradient leaves rank to spare its name, the rank, and how many samples it tells at the most.
+
+    Args:
+        gradients, eps: as in `spaces`.
+    """
+    for segment in network.segments:
+        if told(network, segment, gradients):
+            found = _span(network.nodes[segment.nodes[0]].op, gradients, eps)
+            if found.rank and not found.full:
+                yield found.layer.name, found.rank, min(len(found.v) - 1, _rank(network, segment, loss))
+
+
 def largest_batch(network: Network, loss: Loss) -> int:
     """Up to how many samples are told apart by count, at the best place of the network; 0 if there is none."""
     return max(largest_batches(network, loss).values(), default=0)
