@@ -112,7 +112,10 @@ ROWS = [
         for b in (4, 8, 16, 32, 64)
     ),
     *(Row("3 convolutions, 16 x 16", small, b, size=16, distinct=True) for b in (1, 2, 4, 8)),
-    *(Row("CNN6, two Linear layers", headed(models.cnn6, 3200), b, distinct=True) for b in (1, 2, 3)),
+    *(Row("CNN6, two Linear layers", headed(models.cnn6, 3200), b, distinct=True) for b in (1, 2, 3, 4)),
+    *(Row("residual, two Linear layers", headed(models.residual, 3200), b, distinct=True) for b in (2, 4)),
+    Row("LeNet of DLG", models.lenet, 2, distinct=True),
+    Row("LeNet of DLG, 100 classes", with_classes(models.lenet, 100), 16, classes=100, distinct=True),
     *(
         Row(
             f"features of ResNet-20, {classes} classes",
