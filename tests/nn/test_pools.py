@@ -9,6 +9,7 @@ from torch import nn
 from rgap import Target, losses
 from rgap.nn.pools import MaxPool, MeanPool, Pool
 from tests.auditing.small_audits import seeded
+from tests.nn.modules import Call
 
 POOLS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "plain": (nn.MaxPool2d(2), (2, 8, 8)),
@@ -33,6 +34,9 @@ POOLS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "mean, one dimension": (nn.AvgPool1d(3, 2, 1), (2, 11)),
     "mean, three dimensions": (nn.AvgPool3d(2), (2, 4, 4, 6)),
     "mean, adaptive": (nn.AdaptiveAvgPool2d((3, 2)), (2, 7, 8)),
+    "mean of all places": (Call(lambda x: x.mean((2, 3))), (2, 5, 4)),
+    "mean of all places, kept": (Call(lambda x: x.mean([-1, -2], keepdim=True)), (2, 5, 4)),
+    "mean of a signal": (Call(lambda x: x.mean(-1)), (2, 7)),
 }
 
 

@@ -418,7 +418,9 @@ OBSTACLES: dict[str, Row] = {
     "adaptive_avg_pool3d": Row(
         lambda z: functional.adaptive_avg_pool3d(z[:, None], 2), "adaptive_avg_pool3d", Kind.PASSED, MEANS
     ),
-    "mean": Row(lambda z: z.mean((2, 3)), "mean", Kind.NOT_YET, FLATTENED),
+    "mean": Row(lambda z: z.mean(2), "mean", Kind.NOT_YET, FLATTENED),
+    "mean of all places": Row(lambda z: z.mean((2, 3)), "mean", Kind.PASSED, MEANS),
+    "mean of all places, kept": Row(lambda z: z.mean((-1, -2), keepdim=True), "mean", Kind.PASSED, MEANS),
     "permute": Row(lambda z: z.permute(0, 2, 3, 1), "permute", Kind.PASSED, PLAIN),
     "transpose": Row(lambda z: z.transpose(2, 3), "transpose", Kind.PASSED, PLAIN),
     "matmul": Row(lambda z: z @ torch.ones(4, 3), "matmul", Kind.PASSED, PLAIN),

@@ -154,7 +154,7 @@ class Run:
             own = [self.of_update(at, [attack]) for each, at in short if each is attack]
             for why, count in ((LATE, own.count([])), (CUT_OFF, len(own) - own.count([]))):
                 if count:
-                    self.put_off(f"{attack.name} on {count} updates", why)
+                    self.put_off(f"{attack.name} on {count} update{'s' * (count != 1)}", why)
         self.unfinished = bool(short)
 
     def _rank(self) -> None:

@@ -126,7 +126,8 @@ def pool(
         input_shape: of one sample.
         output_shape: likewise.
     """
-    strided, adaptive = _STRIDED.fullmatch(operation), _ADAPTIVE.fullmatch(operation)
+    name = as_pool(operation, arguments, len(input_shape) + 1)
+    strided, adaptive = _STRIDED.fullmatch(name), _ADAPTIVE.fullmatch(name)
     found = strided or adaptive
     if found is None or len(input_shape) != int(found[2]) + 1:
         return None
@@ -144,12 +145,20 @@ def pool(
                 return None  # its divisor counts padding up to an edge of its own
             divisor = math.prod(kernel)
     else:
-        reads = [_adaptive(size, count) for size, count in zip(sizes, counts, strict=True)]
+        reads = [_adaptive(size, count) for size, count in zip(sizes, counts or (1,) * spatial, strict=True)]
     table, shapes = _table(reads, sizes), (tuple(input_shape), tuple(output_shape))
     if maximum:
         return MaxPool(where, operation, table, *shapes)
     inside = (table < math.prod(sizes)).double()
     return MeanPool(where, operation, table, *shapes, inside / (divisor or inside.sum(1, keepdim=True)))
+
+
+def as_pool(operation: str, arguments: dict[str, Any], dims: int) -> str:
+    """The name of the pool that an operation is: a mean over all places is one to a single window."""
+    over = arguments.get("dim") or ()
+    over = over if isinstance(over, Sequence) else (over,)
+    every = operation == "mean" and 3 <= dims <= 5 and sorted(each % dims for each in over) == list(range(2, dims))
+    return f"adaptive_avg_pool{dims - 2}d" if every else operation
 
 
 def _spread(value: Any, spatial: int) -> tuple[int, ...]:

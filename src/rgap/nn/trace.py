@@ -24,6 +24,7 @@ from rgap.nn.graph import Graph, Use
 from rgap.nn.layer_calls import LAYERS, LayerCall
 from rgap.nn.models import in_mode
 from rgap.nn.obstacles import PASSED, Kind, Obstacle
+from rgap.nn.pools import as_pool
 
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 _NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
@@ -118,6 +119,8 @@ class _Walk:
         what = f"{name} of {inputs} values" if inputs > 1 else name
         if name in CASTS:
             what = f"a cast to {str(node.meta['val'].dtype).removeprefix('torch.')}"
+        if name == "mean":
+            name = as_pool(name, arguments_of(node), node.all_input_nodes[0].meta["val"].dim())
         self.block(where(node), what, *obstacles.about(name.removeprefix("_")))
 
     def dropout(self, node: Node, data: Node, arguments: dict[str, Any]) -> None:
