@@ -65,9 +65,30 @@ def test_a_model_without_trained_parameters_is_refused(model: nn.Module) -> None
 @pytest.mark.parametrize("shape", [(3, 4, 4), (2, 5, 4), (32,), (2, 1, 1), (1, 2, 4, 4)])
 def test_an_input_shape_that_the_model_does_not_take_is_refused(shape: tuple[int, ...]) -> None:
     start = re.escape(f"the model does not take an input of shape (1, {', '.join(map(str, shape))}): ")
-    end = re.escape("input_shape is one sample's shape without the batch: check it against the model.")
-    with pytest.raises(ValueError, match=f"^{start}.+\\. {end}$"):
+    end = re.escape("input_shape is one sample's shape without the batch: ")
+    with pytest.raises(ValueError, match=f"^{start}.+\\. {end}.+\\.$"):
         target_of(net(), shape)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "said"),
+    [
+        (nn.Conv2d(1, 2, 3), (3, 8, 9), "the model takes 1 channels, such as 1,8,9"),
+        (nn.Sequential(nn.ReLU(), nn.Conv1d(4, 2, 3)), (2, 7), "the model takes 4 channels, such as 4,7"),
+        (nn.Conv3d(2, 2, 2), (1, 3, 4, 5), "the model takes 2 channels, such as 2,3,4,5"),
+        (nn.Linear(6, 2), (5,), "a Linear layer of the model takes 6 values, and of this shape it is given 5"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 2)),
+            (3, 8, 8),
+            "takes 64 values, and of this shape it is given 192",
+        ),
+        (nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Flatten(), nn.Linear(6, 2)), (7,), "check it against the model"),
+    ],
+)
+def test_what_shape_it_takes_is_said_where_a_layer_tells(model: nn.Module, shape: tuple[int, ...], said: str) -> None:
+    for loss in (losses.CrossEntropy(2), "cross-entropy"):
+        with pytest.raises(ValueError, match=f"without the batch: .*{said}\\.$"):
+            Target(model, loss, shape)
 
 
 # What is in it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,4 +57,15 @@ def wrong_shape(shape: Sequence[int], reason: str) -> str:
             f"{wrong}What torch.export makes takes batches of the size that it was made with: export it with "
             "dynamic_shapes of the batch, or give the model that was exported"
         )
-    return f"{wrong}input_shape is one sample's shape without the batch: check it against the model."
+    return f"{wrong}input_shape is one sample's shape without the batch: {_expected(shape, reason)}."
+
+
+def _expected(shape: Sequence[int], reason: str) -> str:
+    """What a shape should be, as far as torch's words on a layer tell."""
+    channels = re.search(r"to have (\d+) channels", reason)
+    if channels:
+        return f"the model takes {channels[1]} channels, such as {','.join(map(str, (channels[1], *shape[2:])))}"
+    values = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)", reason)
+    if values:
+        return f"a Linear layer of the model takes {values[2]} values, and of this shape it is given {values[1]}"
+    return "check it against the model"
