@@ -162,10 +162,12 @@ def test_weights_without_values_are_refused_where_a_loss_is_chosen(loss: str | N
 
 
 def test_what_torch_export_made_for_any_batch_is_attacked() -> None:
+    """Of a model of its own: torch gives the guards of a program to a later one of the same operations."""
     dynamic = ({0: torch.export.Dim.DYNAMIC},)
-    made = torch.export.export(plain().eval(), (torch.rand(2, 6),), dynamic_shapes=dynamic).module()
-    target = Target(in_mode(made, training=False), losses.CrossEntropy(3), (6,))
-    x = torch.rand(1, 6)
+    plain = nn.Sequential(nn.Linear(5, 7), nn.Sigmoid(), nn.Linear(7, 4))
+    made = torch.export.export(plain.eval(), (torch.rand(2, 5),), dynamic_shapes=dynamic).module()
+    target = Target(in_mode(made, training=False), losses.CrossEntropy(4), (5,))
+    x = torch.rand(1, 5)
     found = Closed()(target, capture(target, x, torch.tensor([1.0])))
     torch.testing.assert_close(found.inputs.float(), x, rtol=0, atol=1e-4)
 
