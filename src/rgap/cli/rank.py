@@ -11,26 +11,37 @@ import click
 
 from rgap.cli.capture import sample as read_sample
 from rgap.cli.console import bar, report
-from rgap.cli.options import COUNT, PATH, make_target, output_options, target_options
+from rgap.cli.options import COUNT, PATH, Number, make_target, output_options, target_options
 from rgap.files import write_atomically
 
+BUDGET = 60.0
+"""Seconds for the free dimensions of a model that is no chain."""
 PATIENCE = 2.0
 """Seconds before a progress bar appears."""
 
 
 @click.command("rank")
 @target_options
-@click.option("--measure/--no-measure", default=True, help="Measure ranks too, where the model is a chain.")
+@click.option("--measure/--no-measure", default=True, help="Measure ranks too, or what stays free of the input.")
+@click.option("--budget", type=Number(min=0), default=BUDGET, show_default=True, help="Seconds for what stays free.")
 @click.option("--batch-size", type=COUNT, help="Samples behind one gradient; default 1.")
 @click.option("--sample", type=PATH, help="Picture to measure at; default: random values in the range.")
 @output_options()
-def command(measure: bool, batch_size: int | None, sample: Path | None, out: Path, as_json: bool, **named: Any) -> None:
+def command(
+    measure: bool,
+    budget: float,
+    batch_size: int | None,
+    sample: Path | None,
+    out: Path,
+    as_json: bool,
+    **named: Any,
+) -> None:
     """Count and measure which layer protects the input, before any update.
 
     For every layer the unknowns |x|, the constraints |W|, |z| and |V|, the paper's index |x| - |W| - |z| - |V|, and
-    the dimensions of its input that stay free, alone and with all later layers. Models that are no chain of layers are
-    counted, not measured. Also up to which batch the network gives everything away, by count. Writes rank.json and
-    rank.png.
+    the dimensions of its input that stay free, alone and with all later layers. Of models that are no chain of layers
+    those of the model's input are measured, whatever the attack. Also up to which batch the network gives everything
+    away, by count. Writes rank.json and rank.png.
     """
     from rgap.cli import tables
     from rgap.rank import plot, rank_analysis
@@ -45,6 +56,8 @@ def command(measure: bool, batch_size: int | None, sample: Path | None, out: Pat
             batch_size,
             measure,
             progress=lambda layer: step(f"after {layer.name}", next(done), layers, ""),
+            seconds=budget,
+            looked=lambda count, of: step("directions of the input", count, of, ""),
         )
     out.mkdir(parents=True, exist_ok=True)
     document = analysis.to_dict()

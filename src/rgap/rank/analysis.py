@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rgap.linalg.deadline import within
 from rgap.nn.obstacles import Kind, NotAChain, Obstacle
 from rgap.rank import measured
 from rgap.rank.counts import LargestBatch, LayerRank, Measured, count, largest_batch
 from rgap.rank.estimated import estimate
+from rgap.rank.local import Local, free_dimensions
 from rgap.rank.measured import Free, Rows
 from rgap.rank.sequence import LayerSequence, layer_sequence, passed
 from rgap.rank.summary import Group, names, summarise
@@ -27,6 +29,7 @@ NAMED = 3
 """Layers, or kinds of obstacles, that the verdict names."""
 
 Progress = Callable[[LayerRank], None]
+Looked = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class RankAnalysis:
     batch: LargestBatch | None = None
     """Up to how many samples behind one gradient the network gives everything away, by count; None if the closed form
     cannot pass it."""
+    local: Local | None = None
+    """What stays free to first order, whatever the attack; measured where the ranks of single layers are not."""
 
     @property
     def largest_batch(self) -> int | None:
@@ -66,6 +71,8 @@ class RankAnalysis:
     @property
     def joint_free(self) -> int | None:
         """Dimensions of the input that the gradients of all layers together leave free; None if not measured."""
+        if self.local is not None:
+            return self.local.free if self.local.complete else None
         return self.layers[0].joint_free
 
     @property
@@ -131,9 +138,27 @@ class RankAnalysis:
         more = f" and {len(groups) - NAMED} more kinds" if len(groups) > NAMED else ""
         named = ", ".join(str(group) for group in groups[:NAMED]) + more
         why = f"the recursion cannot pass this model ({named})" if stops else f"it is no plain chain, with {named}"
+        alone = "the counts take each layer alone, as if skip connections, normalisation and pooling were not there"
+        if self.local is None:
+            nothing = f"This says nothing certain of the model's input: {why}, so ranks were not measured"
+            return f"{stated} {nothing}, and {alone}."
+        return f"{self._free} {stated} But {alone}: {why}."
+
+    @property
+    def _free(self) -> str:
+        """What stays free of the input, whatever the attack."""
+        assert self.local is not None
+        size, free = self.layers[0].unknowns, self.local.free
+        at = "at the sample" if self.at_sample else "at a drawn input"
+        if not self.local.complete:
+            return (
+                f"At most {free} of {size} dimensions of the input stay free: that far was measured in the time, {at}."
+            )
+        if not free:
+            return f"No dimension of the input stays free, measured {at}: near it the gradients tell every input apart."
         return (
-            f"{stated} This says nothing certain of the model's input: {why}, so ranks were not measured, and the "
-            "counts take each layer alone, as if skip connections, normalisation and pooling were not there."
+            f"{free} of {size} dimensions of the input ({100 * free / size:.2g} %) stay free, whatever the attack: "
+            f"along them no gradient moves, measured {at} with every side and route known."
         )
 
     @property
@@ -187,6 +212,7 @@ class RankAnalysis:
             "index": self.index,
             "critical": self.critical.name,
             "joint_free": self.joint_free,
+            "free_at_most": None if self.local is None else self.local.free,
             "largest_batch": self.largest_batch,
             "largest_batch_layer": self.largest_batch_layer,
             "batch_size": self.batch_size,
@@ -236,6 +262,8 @@ def rank_analysis(
     measure: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
+    seconds: float | None = None,
+    looked: Looked = lambda done, of: None,
 ) -> RankAnalysis:
     """Count and measure the constraints on every layer's input, before any gradient exists.
 
@@ -244,7 +272,7 @@ def rank_analysis(
 
     Layers are measured that stand one behind the other, with activations, reordering and batch norm with fixed
     statistics between them. Any other model is counted all the same, layer by layer: `RankAnalysis.notes` says what the
-    counts leave out.
+    counts leave out. What stays free of its input to first order is measured (`RankAnalysis.local`).
 
     Args:
         sample: (b, *input_shape), where to measure; by default drawn uniformly from the target's value range.
@@ -252,6 +280,8 @@ def rank_analysis(
         measure: whether to measure ranks; the counts alone need no matrix and take no time.
         seed: of the sample drawn, of k at the last layer and of the probes for layers too large to measure.
         progress: called after each layer that was measured, from the last to the first.
+        seconds: that measuring what stays free of the input may take; None: as long as that takes.
+        looked: called with how many directions of the input were looked at, of how many.
 
     Raises:
         NotAChain: the model cannot be traced, or has no Linear or convolutional layer: there is nothing to count.
@@ -262,12 +292,25 @@ def rank_analysis(
     batch = _batch_size(target, sample, batch_size)
     counts = count(target.graph, batch)
     sequence = layer_sequence(target)
-    measure = measure and sequence is not None
+    generator, local = torch.Generator().manual_seed(seed), None
     if measure and sequence is not None:
-        generator = torch.Generator().manual_seed(seed)
         counts = _measured(sequence, counts, _sample(target, batch, sample, generator), generator, progress)
+    elif measure:
+        with within(seconds):
+            local = _local(target, _sample(target, batch, sample, generator), generator, looked)
     obstacles = target.obstacles if sequence is None else ()
-    return RankAnalysis(counts, batch, measure and sample is not None, obstacles, _largest_batch(target))
+    return RankAnalysis(counts, batch, measure and sample is not None, obstacles, _largest_batch(target), local)
+
+
+def _local(target: Target, sample: Tensor, generator: torch.Generator, looked: Looked) -> Local | None:
+    """What stays free of the sample; None where an operation cannot be differentiated."""
+    try:
+        network = target.network
+        x = sample.to(network.device, torch.float64)
+        drawn = torch.randn(len(x), *network.shapes[-1], generator=generator, dtype=torch.float64)
+        return free_dimensions(network, x, drawn.to(x.device), generator, looked)
+    except (NotAChain, RuntimeError, NotImplementedError):
+        return None
 
 
 def _largest_batch(target: Target) -> LargestBatch | None:
