@@ -57,3 +57,18 @@ def test_a_gradient_of_full_rank_tells_nothing() -> None:
     layer = linear("fc", torch.eye(3, 4, dtype=torch.float64), None, (4,), "fc.weight", None)
     span = Span.of(layer, torch.eye(3, 4, dtype=torch.float64), None, 1e-7)
     assert span.full
+
+
+@pytest.mark.parametrize("times", [0.1, 1.0, 3.0, 6.0])
+def test_the_noise_is_that_of_the_gradient_where_it_is_more_than_one_rounding(times: float) -> None:
+    """Sums over many samples are rounded at each of them."""
+    generator = torch.Generator().manual_seed(0)
+    left, right, drawn = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((40, 5), (5, 30), (40, 30))
+    )
+    eps, grad = 1e-7, left @ right
+    rounding = times * eps * float(grad.square().mean().sqrt()) * drawn
+    layer = linear("fc", torch.zeros(40, 30, dtype=torch.float64), None, (30,), "fc.weight", None)
+    span = Span.of(layer, grad + rounding, None, eps)
+    assert span.rank == 5
+    assert span.noise / float(torch.linalg.matrix_norm(rounding, 2)) == pytest.approx(max(1.0, 1 / times), rel=0.25)

@@ -51,8 +51,12 @@ class Span:
         q, r = torch.linalg.qr(grad.mT)
         u, sizes, small = torch.linalg.svd(r.mT, full_matrices=False)
         spread = float(grad.square().mean().sqrt())
-        noise = eps * spread * (grad.shape[0] ** 0.5 + grad.shape[1] ** 0.5)
+        (rows, columns), norm = grad.shape, grad.shape[0] ** 0.5 + grad.shape[1] ** 0.5
+        noise = eps * spread * norm
         rank = int((sizes > GAP * noise).sum())
+        # What is left over is rounding: of a sum it grows with the root of the number of samples.
+        over = (rows - rank) * (columns - rank)
+        noise = max(noise, norm * float(sizes[rank:].square().sum() / max(1, over)) ** 0.5)
         return cls(layer, u[:, :rank], sizes[:rank].diag(), q @ small[:rank].mT, rank, noise, grad_bias is not None)
 
     @property
