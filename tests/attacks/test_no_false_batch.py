@@ -1,6 +1,6 @@
 """A random search for samples of batches that are certified and are none: small networks, gradients clean and spoilt.
 
-`python tests/attacks/test_no_false_batch.py FIRST COUNT` searches on, and counts how many batches are told apart of
+`python -m tests.attacks.test_no_false_batch FIRST COUNT` searches on, and counts how many batches are told apart of
 those whose number of samples the largest batch allows.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rgap import Target, Update, capture, losses
 from rgap.attacks import Closed, Reconstruction, Status
 from rgap.inversion.subspace.head import largest_batch
+from tests.nn.modules import Skip
 
 ACTIVATIONS = [nn.Sigmoid, nn.Tanh, nn.ReLU, lambda: nn.LeakyReLU(0.2), nn.ELU, nn.Softplus, nn.GELU, nn.SiLU]
 SPOILT = ("clean", "half", "noise", "one layer scaled", "another batch's layer", "another number of samples")
@@ -35,7 +36,10 @@ def drawn(seed: int) -> tuple[Target, Tensor, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if one(0, 0, 1):
-            layers = [nn.Conv2d(3, one(6, 12), 3, one(1, 2), 1, bias=bias), activation()]
+            channels = one(6, 12)
+            layers = [nn.Conv2d(3, channels, 3, one(1, 2), 1, bias=bias), activation()]
+            if one(0, 0, 1):
+                layers.append(Skip(nn.Conv2d(channels, channels, 3, 1, 1, bias=bias), act=activation()))
         layers.append(nn.Flatten())
         width = nn.Sequential(*layers)(torch.zeros(1, *size)).shape[1]
         for wide in [one(12, 24, 40) for _ in range(one(0, 1, 2, 2, 3))]:

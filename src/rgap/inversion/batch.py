@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.inversion.jacobian import Jacobian
 from rgap.inversion.joint import JointSolve, names
 from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
@@ -23,9 +24,11 @@ from rgap.inversion.subspace.peel import Search
 from rgap.inversion.subspace.together import by_labels
 from rgap.inversion.system import ConstraintSystem
 from rgap.linalg.deadline import OutOfTime
+from rgap.linalg.least_squares import Iterative
 from rgap.nn.losses import Loss
 from rgap.nn.network import Network
 from rgap.nn.ops import Linear
+from rgap.nn.pools import Pool
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,22 +175,40 @@ def back(
     if front.layers and not features.complete:
         return "all samples share the gradients of the layers in front, and some samples are missing"
     state = features.state
+    system = ConstraintSystem(front, state, gradients, eps)
+    free = system.unknowns - system.rank_at_most
+    if front.layers and free > 0 and not any(isinstance(node.op, Pool) for node in front.nodes):
+        which = " and ".join(names(system))
+        return f"{which} leave {free} of {system.unknowns} dimensions free at least, whatever the attack"
     observed = Observation({name: grad[None] for name, grad in gradients.items()}, eps, rank_tolerance)
     passed = layer_by_layer(front, state, observed, report)
     if not front.layers:
         return str(passed.stop) if passed.stop else Inputs(passed.state.value, features.error)
     if passed.stop is None:
-        system = ConstraintSystem(front, state, gradients, eps)
         # A last unit or two may still be on the wrong side.
         passed = passed.moved(refine_sides(system, passed.state.value, tolerance))
         agrees = system.distance(system.linearise(passed.state.value)) <= tolerance
         # Where every layer determines its inputs, there is nothing that all of them together would add.
         if agrees or passed.certain[0] == 0:
-            error = passed.state.std.expand(passed.state.value.shape).flatten(1).square().mean(1).sqrt()
-            return Inputs(passed.state.value, error, passed.layers)
+            x = passed.state.value
+            x = _refined(system, x, tolerance) if len(passed.layers) > 1 else x
+            return Inputs(x, passed.state.rms_std, passed.layers)
     if passed.stop is not None and passed.stop.cause is Cause.LOSSY:
         return str(passed.stop)
     return _jointly(front, passed, gradients, eps, tolerance, value_range, solve, report)
+
+
+def _refined(system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance: float) -> Float[Tensor, "b ..."]:
+    """Inputs that were found layer by layer, once more from all constraints together."""
+    at = system.linearise(x)
+    jacobian = Jacobian(system, at, {})
+    noise = system.noise(torch.Generator(device=x.device).manual_seed(0))
+    try:
+        moved, _ = Iterative().refine(jacobian, jacobian.weighted(system.residual(at)), jacobian.weighted(noise), x)
+    except OutOfTime:  # they are found already, only not as precisely
+        return x
+    moved = refine_sides(system, moved, tolerance)  # the move may bring a unit to its other side
+    return moved if system.distance(system.linearise(moved)) <= system.distance(at) else x
 
 
 def _jointly(
@@ -206,10 +227,6 @@ def _jointly(
     system = ConstraintSystem(front, state, gradients, eps)
     if not system.nodes:
         return str(passed.stop or "no gradient in front of the features was sent")
-    free = system.unknowns - system.rank_at_most
-    if free > 0:
-        which = " and ".join(names(system))
-        return f"{which} leave {free} of {system.unknowns} dimensions free at least, whatever the attack"
     low, high = value_range or (0.0, 0.0)
     prior = Prior(front.input_shape, (low + high) / 2)
     start = None if passed.stop else system.linearise(passed.state.value)
