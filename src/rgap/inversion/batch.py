@@ -96,6 +96,15 @@ class Features:
         return worst
 
     @property
+    def scatter(self) -> float:
+        """How far the features' errors move their cotangents, relatively."""
+        head, samples = self.spaces.head, self.samples
+        generator = torch.Generator(device=samples.x.device).manual_seed(0)
+        draw = torch.randn(samples.x.shape, generator=generator, dtype=samples.x.dtype, device=samples.x.device)
+        k, moved = (head.k(head.values(x), samples.labels) for x in (samples.x, samples.x + self.error[:, None] * draw))
+        return float((moved - k).norm() / k.norm().clamp(min=torch.finfo(k.dtype).tiny))
+
+    @property
     def state(self) -> State:
         """Value and cotangent of each one in the mean's gradient."""
         head, samples = self.spaces.head, self.samples
@@ -181,7 +190,7 @@ def back(
         which = " and ".join(names(system))
         return f"{which} leave {free} of {system.unknowns} dimensions free at least, whatever the attack"
     observed = Observation({name: grad[None] for name, grad in gradients.items()}, eps, rank_tolerance)
-    passed = layer_by_layer(front, state, observed, report)
+    passed = layer_by_layer(front, state, observed, report, features.scatter)
     if not front.layers:
         return str(passed.stop) if passed.stop else Inputs(passed.state.value, features.error)
     if passed.stop is None:

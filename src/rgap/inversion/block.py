@@ -73,8 +73,8 @@ def solve_one(
     found = solve_jointly(network, observed, state, block.values[0].value if determined else block.start())
     if isinstance(found, BlockInput):
         block.take(found)
-    elif not determined:
-        return found
+    elif not determined or block.samples > 1:
+        return found  # of several samples no candidate is compared with others later on
     value = block.values[0]
     reports = tuple(block.reports[node] for node in sorted(block.reports))
     return State(value.value, block.ks[0], None, value.std), reports

@@ -110,7 +110,10 @@ def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) 
     # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
     z_std = layer.pack_output(state.std.expand(state.value.shape)).maximum(solution.weight_misfit[:, None, None])
     state = replace(state, std=layer.unpack_output(z_std).reshape(state.value.shape))
-    error = propagate(system, z_std, solution.x, grad, observed, paths, value_id)
+    probe = observed.probe(value_id, k.device)
+    error = propagate(
+        system, z_std, solution.x, grad, observed.eps, paths.cotangent_error, paths.cotangent_scatter, probe
+    )
     history = []
     for s, before in enumerate(paths.history):
         k_open = None if op.cotangent_parameter in observed.gradients else before.cotangent_open
@@ -215,24 +218,28 @@ def propagate(
     z_std: Tensor,
     x: Float[Tensor, "s c n"],
     grad: Tensor,
-    observed: Observation,
-    paths: Paths,
-    value_id: int,
+    eps: float,
+    cotangent_error: Float[Tensor, " s"],
+    cotangent_scatter: Float[Tensor, " s"],
+    probe: torch.Generator,
 ) -> Float[Tensor, "s c n"]:
     """One draw of the noise on the right, pushed through the solver, the same draw for all candidates.
 
     z carries the error of the layers after this one, grad W its rounding, and an error of k acts like one of grad W: a
     factor of all of k, of which the size and not a draw counts, and what moves each of its values on its own.
+
+    Args:
+        cotangent_error, cotangent_scatter: as in `Paths`.
     """
-    layer, k, probe = system.layer, system.k, observed.probe(value_id, system.k.device)
+    layer, k = system.layer, system.k
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(1, *shape, generator=probe, dtype=k.dtype, device=k.device)
 
-    grad_noise = draw(*grad.shape[1:]) * rounding(grad, observed.eps)
-    grad_noise = grad_noise + grad * paths.cotangent_error[:, None, None, None]
+    grad_noise = draw(*grad.shape[1:]) * rounding(grad, eps)
+    grad_noise = grad_noise + grad * cotangent_error[:, None, None, None]
     z_noise = draw(layer.outputs, layer.positions) * z_std
-    moved = k * draw(layer.outputs, layer.positions).sign() * paths.cotangent_scatter[:, None, None]
+    moved = k * draw(layer.outputs, layer.positions).sign() * cotangent_scatter[:, None, None]
     return system.apply_inverse(z_noise, grad_noise + layer.grad_weight(x, moved))
 
 
@@ -248,11 +255,15 @@ def invert_activation(activation: Activation, paths: Paths) -> Paths:
     k = found.state.cotangent * slope  # Eq. 6
     history = tuple(each.passed_activation(activation) for each in found.history)
     if not activation.kinked:
-        # Where the slope vanishes z moves by the root of what moves x.
-        moved = inverse.z + std / inverse.slope.abs().maximum(std.sqrt())
-        change = (activation.slope(moved) - activation.slope(inverse.z))[of]
-        found = found.scattered(_relative(found.state.cotangent * change, k))
+        found = found.scattered(_relative(found.state.cotangent * slope_error(activation, inverse, std)[of], k))
     return replace(found, state=replace(found.state, cotangent=k), history=history)
+
+
+def slope_error(activation: Activation, inverse: Inverse, std: Tensor) -> Tensor:
+    """How far an error of the output moves the slopes of an activation without kinks."""
+    # Where the slope vanishes z moves by the root of what moves x.
+    moved = inverse.z + std / inverse.slope.abs().maximum(std.sqrt())
+    return activation.slope(moved) - activation.slope(inverse.z)
 
 
 def before_activation(activation: Activation, x: State) -> tuple[State, Inverse]:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from rgap.inversion.block import solve_one
-from rgap.inversion.recursion import before_activation, solve_sides
+from rgap.inversion.recursion import before_activation, propagate, slope_error, solve_sides
 from rgap.inversion.report import LayerReport, layer_report
-from rgap.inversion.rounding import rounding
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.unpool import before_pool
 from rgap.nn.network import Network
@@ -32,8 +31,15 @@ class Passed:
     certain: tuple[int, State]
     """The last value that every layer behind it determines, with its value_id."""
     layers: tuple[LayerReport, ...]
+    scatter: float = 0.0
+    """How far each value of the cotangent may be off on its own, root mean square, relative to theirs."""
     stop: Stop | None = None
     """The operation that was not passed."""
+
+    def scattered(self, moved: Tensor, k: Tensor) -> Passed:
+        """The values of a cotangent k moved by that much more."""
+        more = float(moved.norm() / k.norm().clamp(min=torch.finfo(k.dtype).tiny))
+        return replace(self, scatter=(self.scatter**2 + more**2) ** 0.5)
 
     def moved(self, x: Tensor) -> Passed:
         """With other values at the end."""
@@ -45,6 +51,7 @@ def layer_by_layer(
     output: State,
     observed: Observation,
     report: Callable[[int, float], None] = lambda step, missed: None,
+    scatter: float = 0.0,
 ) -> Passed:
     """Back from what is known of each sample's output, to the inputs or to an operation that is not inverted.
 
@@ -52,61 +59,81 @@ def layer_by_layer(
         output: value, cotangent and error of the output, (b, *shape).
         observed: of one update, the sum over the samples.
         report: is called with the number of steps through a pool and what they miss.
+        scatter: of the output's cotangent, as `Passed` has it.
     """
-    passed = Passed(output, (len(network.nodes), output), ())
+    passed = Passed(output, (len(network.nodes), output), (), scatter)
     gradients = {name: grad[0] for name, grad in observed.gradients.items()}
     for segment in reversed(network.segments):
         op, state = network.nodes[segment.nodes[-1]].op, passed.state
         if segment.block:
-            unsent = any(layer.weight_name not in gradients for layer in network.part([segment]).layers)
+            block = network.part([segment])
+            unsent = any(layer.weight_name not in gradients for layer in block.layers)
             open_since = next((each.name for each in passed.layers if each.open_since), None)
             found = (
                 Stop(op, Cause.LOSSY, "a gradient of its layers was not sent")
                 if unsent
-                else solve_one(network.part([segment]), segment.exit, observed, state, open_since)
+                else solve_one(block, segment.exit, observed, state, open_since)
             )
             if isinstance(found, Stop):
                 return replace(passed, stop=found)
             passed, state = replace(passed, layers=(*found[1], *passed.layers)), found[0]
+            if not any(activation.kinked for _, activation in block.activations):
+                moved = _cotangent(block, state.value + state.std * _draw(state.value), passed.state.cotangent)
+                passed = passed.scattered(moved - state.cotangent, state.cotangent)
         elif isinstance(op, Linear):
             if op.layer.weight_name not in gradients or not op.has_gradient:
                 return replace(passed, stop=Stop(op, Cause.LOSSY, "its gradient is not its own, or was not sent"))
-            state, own = _layer(replace(op, layer=op.layer.side_by_side(len(state.value))), state, observed)
+            state, own = _layer(replace(op, layer=op.layer.side_by_side(len(state.value))), passed, observed)
             passed = replace(passed, layers=(own, *passed.layers))
         elif isinstance(op, Elementwise):
+            std = state.std.expand(state.value.shape)
             state, inverse = before_activation(op.activation, state)
-            state = replace(state, cotangent=state.cotangent * inverse.slope)  # Eq. 6
+            k = state.cotangent * inverse.slope  # Eq. 6
+            if not op.activation.kinked:
+                passed = passed.scattered(state.cotangent * slope_error(op.activation, inverse, std), k)
+            state = replace(state, cotangent=k)
         elif isinstance(op, Pool):
             before = before_pool(network, segment.nodes[-1], state, gradients, observed.eps, report)
             if isinstance(before, str):
                 return replace(passed, stop=Stop(op, Cause.LOSSY, before))
             state = before
         else:
-            value, moved = op.invert(state.value), op.invert(state.value + state.std)
-            if value is None or moved is None:
+            value, beside = op.invert(state.value), op.invert(state.value + state.std)
+            if value is None or beside is None:
                 return replace(passed, stop=Stop(op, Cause.LOSSY, op.loses))
-            state = State(value, op.cotangent(state.cotangent, value), None, (moved - value).abs())
+            state = State(value, op.cotangent(state.cotangent, value), None, (beside - value).abs())
         determined = all(layer.open_since is None for layer in passed.layers)
         certain = (segment.entry, state) if determined else passed.certain
         passed = replace(passed, state=state, certain=certain)
     return passed
 
 
-def _layer(op: Linear, state: State, observed: Observation) -> tuple[State, LayerReport]:
+def _cotangent(network: Network, x: Tensor, output: Tensor) -> Tensor:
+    """That of a network's input, given that of its output."""
+    values = network.forward(x)
+    found = network.cotangents(values, network.slopes(values), output)[0]
+    return torch.zeros_like(x) if found is None else found
+
+
+def _draw(like: Tensor) -> Tensor:
+    generator = torch.Generator(device=like.device).manual_seed(0)
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def _layer(op: Linear, passed: Passed, observed: Observation) -> tuple[State, LayerReport]:
     """The layer's inputs from their weight rows and the gradient rows that they share (Eqs. 15 and 16)."""
     layer = op.layer
     grad = layer.pack_weight(observed.gradients[layer.weight_name])
     bias = observed.gradients.get(layer.bias_name or "")
-    state, system, solution = solve_sides(op, state, grad, bias, True, observed)
+    state, system, solution = solve_sides(op, passed.state, grad, bias, True, observed)
     k = layer.pack_output(state.cotangent)
     weight = None if state.row_weight is None else layer.pack_output(state.row_weight)
     generator = torch.Generator(device=k.device).manual_seed(0)
     std = layer.pack_output(state.std.expand(state.value.shape)).maximum(solution.weight_misfit[:, None, None])
-    noise = [
-        size * torch.randn(size.shape, generator=generator, dtype=k.dtype, device=k.device)
-        for size in (std, rounding(grad, observed.eps))
-    ]
-    moved = system.apply_inverse(noise[0], noise[1]).square().mean().sqrt()
+    moved = propagate(
+        system, std, solution.x, grad, observed.eps, std.new_zeros(1), std.new_tensor([passed.scatter]), generator
+    )
+    moved = moved.square().mean().sqrt()
     x = layer.unpack_input(solution.x)
     open_since = layer.name if solution.rank[0] < layer.unknowns else None
     report = layer_report(layer, k, weight, solution, 0, float(moved), open_since)
