@@ -12,6 +12,7 @@ from rgap import Protocol, Target, Update, capture, losses
 from rgap.auditing import audit_updates
 from rgap.auditing.local_steps import obstacles, sent_buffers
 from rgap.protocol import Optimiser, Sends
+from rgap.report import render
 
 
 def make_target(samples: int, *middle: nn.Module, pool: bool = False) -> Target:
@@ -98,6 +99,21 @@ def test_an_audit_names_bounds_and_buffers_and_claims_no_labels_of_several_steps
     assert "3 buffers were sent that have moved" in text
     assert found.read is not None
     assert found.read.labels == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"epochs": 2, "minibatch": 2, "shuffled": False}, "in 2, 4 of the 4 that were followed"),
+        ({"epochs": 9, "minibatch": 2}, "4 samples in 9 epochs leave 36 hidden vectors in 3&#39;s difference"),
+        ({"epochs": 2, "minibatch": 2, "optimiser": Optimiser.ADAM}, "adam divides every gradient by its own size"),
+    ],
+)
+def test_a_report_says_of_each_sample_its_steps_or_the_bound(fields: dict[str, Any], says: str) -> None:
+    middle = (nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 22), nn.Tanh(), nn.Linear(22, 10))
+    target = make_target(4, *middle)
+    found = audit_updates(target, {"one": sent(target, **fields)}, attacks=["closed"])
+    assert says in render(found.to_dict())
 
 
 @pytest.mark.parametrize("samples", [300, 500])

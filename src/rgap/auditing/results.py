@@ -17,6 +17,7 @@ from rgap.attacks import JointReport, LayerReport, Reconstruction, Sample, Statu
 from rgap.auditing.describe import restored, solved
 from rgap.files import plain
 from rgap.metrics import score
+from rgap.printable import listed
 
 EXACT_PSNR = 50.0
 """In dB: errors below a step of 8-bit pixels."""
@@ -79,6 +80,8 @@ class Result:
     """Samples behind the update."""
     features: str = ""
     """The layer whose reading of this sample is known, although the sample is not; empty if there is none."""
+    local_steps: tuple[str, ...] = ()
+    """In which of the client's local steps the sample was, and the bound that kept them from being followed."""
 
     @property
     def level(self) -> Level:
@@ -284,8 +287,16 @@ def _result(
         compared=compared,
         of=of,
         features=found.features.layer if found.features is not None and place is not None and inputs is None else "",
+        local_steps=_local_steps(found, place),
         **quality,
     )
+
+
+def _local_steps(found: Reconstruction, place: int | None) -> tuple[str, ...]:
+    """What the client's local steps tell of the sample at one place of the reconstruction."""
+    own = [str(at) for at, members in enumerate(found.steps, 1) if place in members]
+    bound = () if found.bound is None else (str(found.bound),)
+    return (f"in {listed(own)} of the {len(found.steps)} that were followed", *bound) if own else bound
 
 
 def _sample(found: Reconstruction, place: int | None) -> Sample | None:
