@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rgap import Protocol, Target, capture, losses
-from rgap.attacks.local_steps import plan_of
-from rgap.inversion.walk import Client, Difference, Walk, Weights
+from rgap.attacks.local_steps import client_of, plan_of
+from rgap.inversion.walk import Client, Difference, Walk
 from rgap.protocol import Sends
 from tests.inversion.subspace.cases import perceptron
 
@@ -18,12 +18,7 @@ CLASSES = 6
 def client(activation: str = "tanh", dtype: torch.dtype = torch.float64) -> tuple[Target, Client]:
     model = perceptron((30, 24, 20, CLASSES), activation).to(dtype)
     target = Target(model, losses.CrossEntropy(CLASSES), (30,), (0.0, 1.0), batch_size=6)
-    weights = {name: w.double() for name, w in target.parameters.items()}
-
-    def gradient(at: Weights, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return target.gradient(x, labels, weights=at)
-
-    return target, Client(target.loss, target.input_shape, weights, target.network_at, gradient)
+    return target, client_of(target)
 
 
 def samples(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rgap.attacks.labels import one_hot
 from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, Outcome, Sample, Status
 from rgap.attacks.verdict import EXPLAINED, range_misfit
@@ -41,20 +42,31 @@ def invert_steps(target: Target, update: Update, search: Search, visible: float)
         target.network  # noqa: B018
     except NotImplementedError:
         return None
-    weights = {name: w.double() for name, w in target.parameters.items()}
+    client = client_of(target)
     eps = max(float(torch.finfo(w.dtype).eps) for w in target.parameters.values())
     own = max([float(torch.finfo(update.dtype).eps), update.header.precision or 0.0])
-    steps = len(protocol.minibatches(told))
-    difference = Difference.of(sent, weights, eps, own, steps)
+
+    def after(steps: int) -> Difference:
+        return Difference.of(sent, client.weights, eps, own, steps)
+
+    found = recover(client, lambda n: plan_of(protocol, n), told, after, search, Reporter("Closed", told))
+    if found.stop is None and len(found.order) == 1:
+        return None
+    return _verdict(target, update, found, told, visible)
+
+
+def client_of(target: Target) -> Client:
+    """What a target's server can compute for a client of its."""
+    smooth = target.gradient_function(torch.float64)
 
     def gradient(at: Weights, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return target.gradient(x, labels, weights=at)
 
-    client = Client(target.loss, target.input_shape, weights, target.network_at, gradient)
-    found = recover(client, lambda n: plan_of(protocol, n), told, difference, search, Reporter("Closed", told))
-    if found.stop is None and len(found.order) == 1:
-        return None
-    return _verdict(target, update, found, told, visible)
+    def differentiable(at: Weights, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return smooth(x, one_hot(target.loss, labels).to(x), dict(at))
+
+    weights = {name: w.double() for name, w in target.parameters.items()}
+    return Client(target.loss, target.input_shape, weights, target.network_at, gradient, differentiable)
 
 
 def plan_of(protocol: Protocol, samples: int) -> Plan:

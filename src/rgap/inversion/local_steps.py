@@ -18,13 +18,18 @@ from torch import Tensor
 
 from rgap.inversion.subspace.peel import Search
 from rgap.inversion.subspace.span import Span
-from rgap.inversion.subspace.step import Candidates, Place, find_step, layer_of
+from rgap.inversion.subspace.step import FITS, Candidates, Place, find_step, layer_of
+from rgap.inversion.unrolled import in_their_span
 from rgap.inversion.walk import Client, Difference, Plan, Walk
 from rgap.linalg.anderson import anderson
 from rgap.nn.network import Network
 
 AGREES = 1.2
 """Roundings by which a difference is missed where nothing but rounding is left of it (root mean square)."""
+UNEXPLAINED = 2.0
+"""Roundings above which all parameters decide together, and not the first layer's alone."""
+MOST_COUNTS = 64
+"""Numbers of samples that are tried, at the most, where the client's own does not explain the rank."""
 REFINEMENTS = 30
 """Simulations of all steps, at the most."""
 
@@ -76,7 +81,7 @@ def recover(
     client: Client,
     plan: Callable[[int], Plan],
     samples: int,
-    difference: Difference,
+    sent: Callable[[int], Difference],
     search: Search,
     report: Callable[[int, float], None],
 ) -> Recovered:
@@ -85,15 +90,14 @@ def recover(
     Args:
         plan: of so many samples.
         samples: as the client tells it. Where the rank of the first layer's difference is larger, that counts.
+        sent: what was sent, after so many steps.
         report: is called with the number of samples that were found.
     """
     network = client.network(client.weights)
-    if Place.layers(network, difference.sent) is None:
+    if Place.layers(network, sent(1).sent) is None:
         text = "several local steps are told apart where two Linear layers stand before all others that are trained"
         return _stopped(client, Bound(Limit.PLACE, text))
-    # What weight decay alone moves is no part of any sample's.
-    moved = Walk(client, plan(samples)).without_decay(difference.sent)
-    first = Place.of(network, client.loss, moved, difference.noise, None, 1).spaces.first
+    first = _counted(client, plan, samples, sent)
     if not first.biased:
         text = "without a bias in the first layer samples are known up to their scale only, and no step can be made"
         return _stopped(client, Bound(Limit.PLACE, text), first.rank)
@@ -101,10 +105,31 @@ def recover(
         text = f"the first layer's difference has full rank, {first.rank}: more samples than it tells apart"
         return _stopped(client, Bound(Limit.WIDTH, text), first.rank)
     steps = plan(max(samples, first.rank))
+    difference = sent(steps.steps)
     bound = _bound(network, difference, steps, first.rank)
     if bound is not None:
         return _stopped(client, bound, first.rank)
     return _Recovery(client, steps, difference, search, first).run(report)
+
+
+def _counted(client: Client, plan: Callable[[int], Plan], samples: int, sent: Callable[[int], Difference]) -> Span:
+    """The first layer's spaces, after the steps of the fewest samples that explain its rank.
+
+    They hang on how many steps there were: every one of them rounds the weights, and what weight decay moves is no part
+    of any sample's. So a client that says too little is tried with more.
+    """
+    network, count = client.network(client.weights), samples
+    for _ in range(MOST_COUNTS):
+        steps = plan(count)
+        difference, walk = sent(steps.steps), Walk(client, steps)
+        moved = walk.without_decay(difference.sent)
+        first = Place.of(network, client.loss, moved, difference.noise, None, 1).spaces.first
+        more = count + steps.sizes[0] if steps.expansion[-1][0] else 2 * count
+        most = min(first.layer.outputs, first.layer.unknowns)
+        if first.rank <= count or more > most or plan(more).steps == steps.steps:
+            break
+        count = more
+    return first
 
 
 def _stopped(client: Client, bound: Bound, samples: int = 0) -> Recovered:
@@ -146,6 +171,10 @@ class _Recovery:
     first: Span
     """Of the first layer's whole difference."""
 
+    @property
+    def _samples(self) -> int:
+        return max(self.plan.samples, self.first.rank)
+
     def place(self, walk: Walk) -> Place:
         """Before the next step."""
         plan, step = self.plan, walk.step
@@ -167,24 +196,46 @@ class _Recovery:
             used = {each for members in order[epoch * plan.epoch :] for each in members}
             free = [each for each in range(len(known)) if each not in used]
             if not epoch:
-                size, clipped = plan.sizes[step], plan.clip_norm is not None
-                found, near = find_step(place, size, clipped, known, near, self._later(step), self.search, generator)
-                members = tuple(range(len(known), len(known) + len(found)))
-                known, error = known.and_(found), torch.cat([error, place.error(found.x)])
-                report(len(known), float("nan"))
-                if len(found) < plan.sizes[step]:
-                    return self._short(known, error, order, place, len(found))
+                members, missing = tuple[int, ...](), plan.sizes[step]
             elif not plan.shuffled:
-                members = order[step - plan.epoch]
+                members, missing = order[step - plan.epoch], 0
             else:
                 off = place.misfit(known.x[free])[0]
                 by = off.argsort()
-                members = tuple(free[each] for each in by[: plan.sizes[step]].tolist())
-                rest = off[by[plan.sizes[step] :]]
-                certain &= not len(rest) or bool(rest[0] > 2 * off[by[plan.sizes[step] - 1]])
+                # A sample that the epochs before left out, to have no minibatch too small, is not known yet.
+                strange = int((off[by[: plan.sizes[step]]] > FITS).sum()) + max(0, plan.sizes[step] - len(free))
+                missing = min(strange, self.first.rank - len(known))
+                own = plan.sizes[step] - missing
+                members = tuple(free[each] for each in by[:own].tolist())
+                rest = off[by[own:]]
+                certain &= not len(rest) or not own or bool(rest[0] > 2 * off[by[own - 1]])
+            if missing:
+                found, near = self._find(place, known, near, members, missing, step, generator)
+                members += tuple(range(len(known), len(known) + len(found)))
+                known, error = known.and_(found), torch.cat([error, place.error(found.x)])
+                report(len(known), float("nan"))
+                if len(found) < missing:
+                    return self._short(known, error, order, place, len(members))
             order.append(members)
             walk = walk.all(self._inputs(known.x), known.labels, [members])
         return self._refined(known, error, tuple(order), walk, certain)
+
+    def _find(
+        self,
+        place: Place,
+        known: Candidates,
+        near: Tensor,
+        members: tuple[int, ...],
+        missing: int,
+        step: int,
+        generator: torch.Generator,
+    ) -> tuple[Candidates, Tensor]:
+        """The samples of a step that are not known yet, as `find_step` has them, beside those that are."""
+        size, clipped, at = self.plan.sizes[step], self.plan.clip_norm is not None, list(members)
+        if at:
+            x, labels = known.x[at], known.labels[at]
+            place = place.without(x, labels, place.share(x, labels) if clipped else 1 / size)
+        return find_step(place, missing, size, clipped, known, near, self._later(step), self.search, generator)
 
     def _inputs(self, x: Float[Tensor, "n u"]) -> Tensor:
         return x.reshape(-1, *self.client.input_shape)
@@ -210,7 +261,7 @@ class _Recovery:
                 "steps would be read, or weights in double precision"
             )
         x = self._inputs(known.x)
-        return Recovered(x, known.labels, error, tuple(order), samples=plan.samples, stop=Bound(limit, text))
+        return Recovered(x, known.labels, error, tuple(order), samples=self._samples, stop=Bound(limit, text))
 
     def _refined(
         self, known: Candidates, error: Tensor, order: tuple[tuple[int, ...], ...], walk: Walk, certain: bool
@@ -236,8 +287,13 @@ class _Recovery:
             flat, misfit = anderson(move, x.flatten(), REFINEMENTS, AGREES)
             x = flat.reshape(x.shape)
             walk = Walk(self.client, self.plan).all(self._inputs(x), labels, order)
+        if misfit > UNEXPLAINED:
+            better = in_their_span(self.client, self.plan, self.difference, layer, x, labels, order)
+            there = Walk(self.client, self.plan).all(self._inputs(better), labels, order)
+            if self.difference.misfit(there) < misfit:
+                x, walk, misfit = better, there, self.difference.misfit(there)
         missed = self.difference.missed(walk)
-        return Recovered(self._inputs(x), labels, error, order, misfit, missed, certain, self.plan.samples)
+        return Recovered(self._inputs(x), labels, error, order, misfit, missed, certain, self._samples)
 
     def _cotangents(self, walk: Walk, x: Float[Tensor, "s u"], labels: Float[Tensor, " s"]) -> Float[Tensor, "s o"]:
         """Of some samples, behind the first layer."""

@@ -64,6 +64,8 @@ class Client:
     network: Callable[[Weights], Network]
     gradient: Callable[[Weights, Tensor, Tensor], dict[str, Tensor]]
     """Of the mean loss at some weights, for inputs and labels."""
+    differentiable: Callable[[Weights, Tensor, Tensor], dict[str, Tensor]]
+    """The same as a function that torch.func differentiates; of inputs without their shape, (b, n), too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,7 @@ class Walk:
     plan: Plan
     gradients: tuple[Weights, ...] = ()
     """Of the steps so far."""
-    factors: tuple[float, ...] = ()
+    factors: tuple[Tensor | float, ...] = ()
     """What clipping multiplied each of them by."""
 
     @property
@@ -111,12 +113,12 @@ class Walk:
     def then(self, x: Tensor, labels: Float[Tensor, " b"]) -> Walk:
         """After one step more, on these samples."""
         found, plan = self.client.gradient(self.weights, x, labels), self.plan
-        factor = 1.0
+        factor: Tensor | float = 1.0
         if plan.clip_norm is not None:
             if plan.proximal:
                 found = {n: g + plan.proximal * (self.weights[n] - self.client.weights[n]) for n, g in found.items()}
-            size = math.sqrt(sum(float(g.square().sum()) for g in found.values()))
-            factor = min(1.0, plan.clip_norm / (size + 1e-6))
+            size = torch.stack([g.square().sum() for g in found.values()]).sum().sqrt()
+            factor = (plan.clip_norm / (size + 1e-6)).clamp(max=1.0)
             found = {n: g * factor for n, g in found.items()}
         return replace(self, gradients=(*self.gradients, found), factors=(*self.factors, factor))
 

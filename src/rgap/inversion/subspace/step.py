@@ -33,6 +33,8 @@ ABOVE = 1.5
 """Times the norm of the rounding below which a singular value is none; that of weights is known well."""
 NEAR = 1e-2
 """Two inputs that differ by less than this part of their size are one candidate."""
+FITS = 30.0
+"""Times what rounding explains, squared, by which a sample may miss the row space."""
 SLACK = (1.0, 2.0, 2.0, 4.0, 4.0, 8.0)
 """By attempt: times what rounding explains, by which a cotangent may miss the column space. Later ones allow for the
 errors of the samples before."""
@@ -189,6 +191,7 @@ class Candidates:
 
 def find_step(
     place: Place,
+    count: int,
     size: int,
     clipped: bool,
     known: Candidates,
@@ -200,7 +203,8 @@ def find_step(
     """The samples of one step of the first epoch, as many as are found, and about where those of later steps are.
 
     Args:
-        size: how many samples the step is on.
+        count: how many samples are to be found.
+        size: how many the step is on.
         clipped: whether the share of a sample in the step's gradient is not known, because that was clipped.
         known: those of the steps before.
         near: about where samples are, from the steps before.
@@ -224,8 +228,8 @@ def find_step(
             others = torch.cat([known.x, found.x, near[[*taken, *kept]]])
             if bool(((others - near[at]).norm(dim=1) < NEAR * near[at].norm()).any()):
                 continue
-            fits = off[at] <= 30 and share[at] < APPROXIMATE[0] and off_k[at] <= SLACK[min(attempt, len(SLACK) - 1)]
-            if fits and len(found) + len(taken) < size:
+            fits = off[at] <= FITS and share[at] < APPROXIMATE[0] and off_k[at] <= SLACK[min(attempt, len(SLACK) - 1)]
+            if fits and len(found) + len(taken) < count:
                 taken.append(at)
             elif cost[at] < APPROXIMATE[0] ** 2 and share[at] < APPROXIMATE[1]:
                 kept.append(at)
@@ -234,7 +238,7 @@ def find_step(
             own = place.share(new.x, new.labels) if clipped else 1 / size
             found, place = found.and_(new), place.without(new.x, new.labels, own)
         near = near[kept[: max(0, place.rank - len(known) - len(found))]]
-        if len(found) == size:
+        if len(found) == count:
             break
     return found, near
 

@@ -1,0 +1,82 @@
+"""Gauss-Newton on all local steps: what one layer alone leaves is met by all parameters together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rgap import Protocol, Target, capture, losses
+from rgap.attacks.local_steps import client_of, plan_of
+from rgap.inversion.local_steps import Place
+from rgap.inversion.subspace.step import layer_of
+from rgap.inversion.unrolled import in_their_span
+from rgap.inversion.walk import Client, Difference, Plan, Walk
+from rgap.nn.layers import Layer
+from rgap.protocol import Sends
+from tests.inversion.subspace.cases import perceptron
+
+CLASSES, SAMPLES = 6, 4
+ORDER = [(0, 1), (2, 3), (0, 1), (2, 3)]
+EPS = float(torch.finfo(torch.float32).eps)
+
+
+def sent(model: nn.Module, **arguments: object) -> tuple[Client, Plan, Difference, Layer, Tensor, Tensor]:
+    """A client's difference, and its samples."""
+    target = Target(model, losses.CrossEntropy(CLASSES), (30,), (0.0, 1.0), batch_size=SAMPLES)
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.rand(SAMPLES, 30, generator=generator), torch.arange(SAMPLES).float()
+    told = Protocol(Sends.DIFFERENCE, learning_rate=0.1, epochs=2, minibatch=2, shuffled=False, **arguments)  # type: ignore[arg-type]
+    server = client_of(target)
+    moved = {name: d.double() for name, d in capture(target, x, labels, told).gradients.items()}
+    segments = Place.layers(target.network, moved)
+    assert segments is not None
+    difference = Difference.of(moved, server.weights, EPS, EPS, len(ORDER))
+    return (
+        server,
+        plan_of(told, SAMPLES),
+        difference,
+        layer_of(target.network, segments[0]),
+        x.double(),
+        labels.double(),
+    )
+
+
+def mixed(x: Tensor, by: float) -> Tensor:
+    """A little of the others in each sample."""
+    drawn = torch.randn(len(x), len(x), generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    return x + by * drawn @ x
+
+
+@pytest.mark.parametrize("activation", ["tanh", "leaky", "gelu"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"clip_norm": 0.5, "proximal": 0.3}, {"momentum": 0.9, "weight_decay": 1e-2}], ids=str
+)
+def test_samples_that_are_a_little_off_are_brought_to_the_rounding(
+    activation: str, arguments: dict[str, float]
+) -> None:
+    server, plan, difference, layer, x, labels = sent(perceptron((30, 24, 20, CLASSES), activation), **arguments)
+    start = mixed(x, 1e-4)
+    found = in_their_span(server, plan, difference, layer, start, labels, ORDER)
+    assert difference.misfit(Walk(server, plan).all(start, labels, ORDER)) > 20
+    assert difference.misfit(Walk(server, plan).all(found, labels, ORDER)) < 2
+    assert float((found - x).norm()) < 0.01 * float((start - x).norm())
+
+
+class Shifted(nn.Module):
+    """Knows the shape of the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.linspace(0, 1, 30))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.mean
+
+
+@pytest.mark.parametrize("front", [Shifted(), nn.Softsign(), nn.Unflatten(1, (5, 6))])
+def test_where_something_stands_in_front_nothing_is_done(front: nn.Module) -> None:
+    behind = perceptron((30, 24, 20, CLASSES), "tanh")
+    server, plan, difference, layer, x, labels = sent(nn.Sequential(front, nn.Flatten(), behind))
+    start = mixed(x, 1e-4)
+    assert torch.equal(in_their_span(server, plan, difference, layer, start, labels, ORDER), start)
