@@ -6,6 +6,7 @@ it. There a client of n samples is a network of n inputs, and the samples are n 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -51,7 +52,7 @@ def in_their_span(
     q: Tensor = torch.linalg.qr(x.mT)[0]
     small = replace(client, weights={**client.weights, name: whole @ q}, gradient=client.differentiable)
     sent = {**difference.sent, name: difference.sent[name] @ q}
-    scale = sum(each.numel() for each in sent.values()) ** 0.5
+    scale = math.sqrt(sum(each.numel() for each in sent.values()))
 
     def residual(flat: Float[Tensor, " m"]) -> Float[Tensor, " r"]:
         made = Walk(small, plan).all(flat.reshape(n, n), labels, order).end
