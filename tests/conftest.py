@@ -27,7 +27,7 @@ tracing.follow_once()
 
 # No check hangs on the clock: neither a deadline nor the one for slow drawing.
 STILL = {"database": None, "deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("same", derandomize=True, **STILL)
+settings.register_profile("same", derandomize=True, max_examples=25, **STILL)
 # Examples that are written down are not drawn; when one fails, nothing else would be.
 settings.register_profile("explore", derandomize=False, phases=[Phase.generate, Phase.shrink], **STILL)
 settings.load_profile("same")

@@ -73,7 +73,7 @@ def found(result: Preflight) -> str:
 # What fits passes.
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(clients())
 def test_an_update_that_fits_passes(client: Client) -> None:
     result = preflight(client.target, capture(client.target, client.x, client.y))
@@ -82,7 +82,7 @@ def test_an_update_that_fits_passes(client: Client) -> None:
     assert str(result) == "the update fits the model"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(clients())
 def test_products_are_margin_times_slope(client: Client) -> None:
     """Eq. 10 with biases: the whole sum is <k_i, z_i>, and mu * dl/dmu at the last layer."""
@@ -100,7 +100,7 @@ def test_products_are_margin_times_slope(client: Client) -> None:
             assert product == pytest.approx(float(mu.detach() * slope), rel=1e-9, abs=1e-12)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.sampled_from(sorted(ACTIVATIONS)), st.booleans(), st.sampled_from(LOSSES), st.integers(0, 99), LABELS,
     st.sampled_from([0.3, 1.0, 2.5]),
@@ -156,7 +156,7 @@ def test_a_model_that_is_no_chain_is_checked_by_its_header_alone() -> None:
 # One layer changed.
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.sampled_from(HOMOGENEOUS), st.booleans(), st.integers(0, 99), LABELS, st.integers(0, 3),
     FACTOR | FACTOR.map(lambda f: 1 / f) | st.just(0.0) | st.just(-1.0),
@@ -213,7 +213,7 @@ def test_of_two_layers_neither_is_blamed_alone(at: str, label: float, factor: fl
 # All changed.
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.booleans(), st.integers(0, 99), LABELS)
 def test_other_weights_are_told(bias: bool, seed: int, label: float) -> None:
     target = small_target(bias=bias, seed=seed)
@@ -234,7 +234,7 @@ def test_a_local_step_is_told() -> None:
     assert "after a local step" in str(preflight(target, unsaid(update)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.sampled_from(sorted(ACTIVATIONS)), st.integers(0, 99), LABELS, FACTOR | FACTOR.map(lambda f: 1 / f),
     st.sampled_from(LOSSES),
@@ -369,7 +369,7 @@ def test_one_coarse_tensor_is_enough_for_the_note(dtype: torch.dtype) -> None:
     assert f"the gradient is in {str(dtype)[6:]}: " in found(preflight(target, Update(gradients)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.sampled_from([torch.float16, torch.bfloat16]), st.sampled_from(sorted(ACTIVATIONS)), st.booleans(),
     st.sampled_from(LOSSES), st.integers(0, 99), LABELS,

@@ -166,7 +166,7 @@ def test_a_zero_gradient_survives(row: Row, dtype: torch.dtype) -> None:
 
 
 @every_defence
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     dtype=st.sampled_from(DTYPES), strengths=st.integers(0, 10), exponent=st.integers(-45, 38), zeros=st.integers(0, 4)
 )
@@ -262,7 +262,7 @@ def test_noise_is_the_same_in_every_type() -> None:
 
 
 @given(norm=st.floats(1e-6, 1e6), scale=st.floats(1e-6, 1e6))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=15)
 def test_clip_scales_to_the_norm_and_leaves_shorter_updates(norm: float, scale: float) -> None:
     update = some(scale=scale)
     after = Clip(norm)(update)
@@ -282,7 +282,7 @@ def test_dpsgd_is_clipping_and_noise_in_the_unit_of_the_norm() -> None:
 
 
 @given(keep=st.floats(0.001, 1.0), seed=st.integers(0, 1000))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=15)
 def test_top_k_keeps_what_sorting_puts_first(keep: float, seed: int) -> None:
     update = some(seed=seed)
     values = flat(update).tolist()
@@ -303,7 +303,7 @@ def test_sign_keeps_signs_and_the_mean_magnitude_of_each_tensor() -> None:
 
 
 @given(bits=st.integers(2, 7), seed=st.integers(0, 1000))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_quantise_takes_the_nearest_of_its_values(bits: int, seed: int) -> None:
     update = some(seed=seed)
     after = Quantise(bits)(update)
@@ -349,7 +349,7 @@ def test_drop_bias_zeroes_names_and_vectors() -> None:
 
 
 @given(share=st.floats(0, 1), seed=st.integers(0, 1000))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_soteria_hides_the_columns_with_the_largest_norms(share: float, seed: int) -> None:
     update = some(seed=seed)
     for defence, name in [(Soteria(share), "fc1.weight"), (Soteria(share, layer="fc2"), "fc2.weight")]:

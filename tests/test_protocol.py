@@ -171,7 +171,7 @@ def test_clients_are_still_counted_when_the_rest_is_undone() -> None:
     assert plain.samples(target) == 4
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     optimiser=st.sampled_from(list(Optimiser)),
     steps=st.integers(1, 12),
@@ -319,7 +319,7 @@ protocols = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(protocol=protocols, size=st.integers(1, 99))
 @example(protocol=FULL, size=10)
 def test_a_file_keeps_the_protocol(protocol: Protocol, size: int, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -595,9 +596,9 @@ def test_resnet_50_is_counted_at_full_resolution_in_seconds(monkeypatch):
     rank_analysis(target(shape=(1, 1, 1)), measure=False)  # what torch imports to trace is not counted
     monkeypatch.setattr(layers, "convolution", refuse)
     monkeypatch.setattr(layers, "linear", refuse)
-    start = time.perf_counter()
+    start = time.process_time()  # whatever runs beside it
     analysis = rank_analysis(Target(model, losses.Logistic(), (3, 224, 224)))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(analysis.layers) == 54
     assert counted(analysis) == seen_by_hooks(model, (3, 224, 224))
     assert {layer.measured for layer in analysis.layers} == {Measured.NO}
@@ -609,8 +610,13 @@ def test_resnet_50_is_counted_at_full_resolution_in_seconds(monkeypatch):
     assert (reads["blocks.1.conv2"], reads["blocks.1.conv3"]) == ("blocks.1.conv1", "blocks.1.conv2")
 
 
+@cache
+def of_a_deep_model() -> RankAnalysis:
+    return rank_analysis(Target(ResNet50().eval(), losses.Logistic(), (3, 32, 32)))
+
+
 def test_what_the_counts_of_a_model_leave_out_is_said_in_few_lines():
-    analysis = rank_analysis(Target(ResNet50().eval(), losses.Logistic(), (3, 32, 32)))
+    analysis = of_a_deep_model()
     assert "the recursion cannot pass" in analysis.verdict
     assert "batch_norm" not in analysis.verdict
     assert "skip connections, normalisation and pooling" in analysis.verdict
@@ -748,7 +754,7 @@ def test_transformer_layers_and_products_written_by_hand_are_counted():
     assert sizes == [(40, 192, 120), (40, 64, 40), (40, 128, 80), (80, 128, 40), (40, 24, 15)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -775,7 +781,7 @@ def test_unread_values_are_those_that_no_gradient_reaches(size, kernel, stride, 
 
 
 def test_the_plot_of_a_deep_model_is_a_picture(tmp_path):
-    plot(rank_analysis(Target(ResNet50().eval(), losses.Logistic(), (3, 32, 32))), tmp_path / "rank.png")
+    plot(of_a_deep_model(), tmp_path / "rank.png")
     assert (tmp_path / "rank.png").read_bytes().startswith(b"\x89PNG")
 
 

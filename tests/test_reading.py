@@ -126,7 +126,7 @@ def named(draw: st.DrawFn, dtypes: list[torch.dtype]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_every_format_keeps_every_bit(kind: str, data: st.DataObject) -> None:
     others = [torch.int64, torch.uint8]
@@ -553,7 +553,7 @@ def test_exact_names_match() -> None:
     assert (made.missing, made.left_over, dict(made.renamed)) == ((), ("x",), {})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     wrappers=st.lists(st.sampled_from(["module.", "_orig_mod.", "model.", "net.", "_module."]), min_size=1, max_size=4),
     there=st.sets(st.sampled_from(NAMES), min_size=1),

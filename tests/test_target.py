@@ -170,7 +170,7 @@ def test_the_fingerprint_is_the_models() -> None:
     assert fingerprint(Renamed(net())) != found
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.sampled_from(["0.weight", "0.bias", "3.weight", "3.bias"]), st.data())
 def test_the_fingerprint_changes_with_the_last_bit_of_any_weight(name: str, draw: st.DataObject) -> None:
     model = net()

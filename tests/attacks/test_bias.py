@@ -20,7 +20,7 @@ from rgap.inversion.bias import divide
 from rgap.inversion.history import Candidate
 from rgap.inversion.rounding import stored_precision
 
-DRAWN = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+DRAWN = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FOUR = losses.CrossEntropy(4)
 
 

@@ -46,13 +46,13 @@ class Row:
     """Whether it may call an answer exact."""
     needs_bias: bool = False
     """Whether it has no answer on a model without biases."""
-    examples: int = 10
+    examples: int = 6
     """How many random networks it is tried on."""
 
 
 ROWS = [
-    Row(Recursive(), chain_only=True, exact=True, examples=12),
-    Row(Closed(), chain_only=True, exact=True, examples=12),
+    Row(Recursive(), chain_only=True, exact=True, examples=8),
+    Row(Closed(), chain_only=True, exact=True, examples=8),
     Row(DLG(iterations=4), chain_only=False, exact=False),
     Row(IDLG(iterations=4), chain_only=False, exact=False),
     Row(InvertingGradients(iterations=4), chain_only=False, exact=False),
@@ -61,7 +61,7 @@ ROWS = [
     Row(FeatureMatching(iterations=4, finish=0), chain_only=False, exact=False, examples=4),
     Row(Hybrid((Recursive(), DLG(iterations=4))), chain_only=False, exact=True),
     Row(Polish(Recursive(), steps=2, inner=4), chain_only=True, exact=True),
-    Row(Bias(), chain_only=False, exact=True, needs_bias=True, examples=40),
+    Row(Bias(), chain_only=False, exact=True, needs_bias=True, examples=20),
 ]
 every_attack = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.attack.name)
 GOOD = (Status.EXACT, Status.AMBIGUOUS, Status.REPRODUCED)

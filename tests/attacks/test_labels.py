@@ -16,7 +16,7 @@ from rgap import Target, Update, capture, data, losses, models
 from rgap.attacks.label_counts import Counts, counts, whole_numbers
 from rgap.attacks.labels import Candidates, candidates, of_one, one_hot
 
-DRAWN = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+DRAWN = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 NONNEGATIVE = {"relu", "sigmoid", "softplus"}
 
 
@@ -228,7 +228,7 @@ def test_one_hot() -> None:
             assert row == [1.0 if label == each else 0.0 for each in loss.labels]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(-0.3, 1.0), min_size=2, max_size=4).filter(lambda s: sum(s) > 0.1), st.integers(1, 6))
 def test_whole_numbers_are_the_nearest_with_their_sum(shares: list[float], b: int) -> None:
     exact = [b * max(0.0, s) / sum(max(0.0, t) for t in shares) for s in shares]

@@ -74,7 +74,7 @@ def flat(gradients: Mapping[str, Tensor], names: list[str]) -> np.ndarray:
     return np.concatenate([gradients[name].numpy().ravel() for name in names])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**31))
 def test_distances_are_those_of_all_entries_in_one_vector(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +93,7 @@ def test_distances_are_those_of_all_entries_in_one_vector(seed: int) -> None:
     assert float(cosine({name: -g for name, g in known.items()}, known)) == pytest.approx(2)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(2, 5), st.integers(2, 5), st.integers(0, 2**31))
 def test_total_variation_is_the_mean_over_neighbours(b: int, c: int, h: int, w: int, seed: int) -> None:
     x = torch.randn(b, c, h, w, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

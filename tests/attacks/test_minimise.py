@@ -220,7 +220,7 @@ def test_patience_counts_from_the_last_fall_by_a_tenth() -> None:
     assert set(found.ended) == {"did not fall by a tenth in 3 iterations"}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.floats(1e-3, 10.0), min_size=1, max_size=20),
     st.floats(1e-3, 1.0),
@@ -337,7 +337,7 @@ def test_a_slope_that_is_not_finite_ends_in_a_reason(minimiser: Minimiser) -> No
 # Adam.
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seeds, st.booleans(), st.integers(1, 40), st.sampled_from([(), (0.5,), (0.25, 0.5, 0.9)]))
 def test_adam_is_that_of_torch_on_one_system_at_a_time(
     seed: int, signed: bool, iterations: int, decay: tuple[float, ...]
@@ -387,7 +387,7 @@ def test_lbfgs_refuses_what_it_cannot_keep_to() -> None:
     assert str(refused.value) == "L-BFGS cannot keep a guess in the value range: use Adam, or boxed=False"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seeds, st.integers(1, 5), st.integers(0, 4), st.data())
 def test_the_direction_is_that_of_the_explicit_inverse_hessian(
     seed: int, size: int, pairs: int, data: st.DataObject
@@ -433,7 +433,7 @@ def test_the_history_is_as_long_as_asked_for(history: int) -> None:
     assert lengths == [min(at, history) for at in range(12)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seeds, st.floats(-4.0, 4.0))
 def test_a_line_search_ends_where_both_conditions_hold(seed: int, size: float) -> None:
     """Sufficient decrease and less slope, on a quartic that is bounded below; from steps too short and too long."""

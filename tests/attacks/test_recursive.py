@@ -23,7 +23,7 @@ from rgap.nn import layers
 from rgap.nn.ops import Linear
 from tests.auditing.small_audits import seeded
 
-THOROUGH = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+THOROUGH = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def attack(target: Target, x: torch.Tensor, label: float) -> attacks.Reconstruction:
@@ -310,7 +310,7 @@ def test_a_picture_of_many_pixels_is_recovered_without_a_matrix() -> None:
 
 
 @pytest.mark.parametrize("outputs", [30, 10])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_sides_of_kinks_are_told_from_the_gradient(outputs: int, seed: int) -> None:
     """Whether the weight rows are enough by themselves (30 outputs) or those of the sure units are needed (10)."""

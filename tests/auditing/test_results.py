@@ -23,7 +23,7 @@ def random_batch(count: int, seed: int, shape: tuple[int, ...] = (3,)) -> torch.
     return torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(count=st.integers(1, 5), seed=st.integers(0, 2**31))
 def test_batches_are_matched_so_that_the_errors_are_least_altogether(count: int, seed: int) -> None:
     truth, guess = random_batch(count, seed), random_batch(count, seed + 1)
@@ -178,7 +178,7 @@ results = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(before=results)
 def test_a_result_survives_json(before: Result) -> None:
     text = json.dumps(before.to_dict(), allow_nan=False)

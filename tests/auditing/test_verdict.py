@@ -48,7 +48,7 @@ def texts(found: Verdict) -> list[str]:
     return inside(own)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=6))
 def test_levels_and_numbers(kinds: list[str]) -> None:
     found = verdict_of(*kinds)

@@ -63,7 +63,7 @@ def head_only(
     return Target(model, loss, (count,)), features, torch.tensor([label])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(clients())
 def test_the_truth_is_a_candidate(client: Client) -> None:
     output, margin, k = true_head(client.target, client.x, client.y)
@@ -81,7 +81,7 @@ def test_the_truth_is_a_candidate(client: Client) -> None:
     assert len(candidates.assumptions) == 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(clients())
 def test_every_candidate_is_possible(client: Client) -> None:
     """Each gives back the product, with a label and a slope of the loss; none is given twice."""
@@ -102,7 +102,7 @@ def test_every_candidate_is_possible(client: Client) -> None:
     assert len(set(rows)) == len(rows)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(clients())
 def test_the_label_is_read_where_the_bias_or_the_features_sign_shows_it(client: Client) -> None:
     target = client.target
@@ -177,7 +177,7 @@ def test_rounding_at_the_turning_point_does_not_lose_the_truth(
     assert abs(float(candidates.k[at]) / k - 1) <= 3 * float(candidates.k_error[at]) + 1e-6
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.sampled_from(LOSSES), st.floats(-2, 0.95), st.sampled_from([None, 0.4]), st.integers(0, 2**31),
     st.sampled_from([1e-3, 1e-7]),
@@ -302,7 +302,7 @@ def a_head(
     return loss, layer, gradients, label, z.grad[0].double(), z[0].detach().double()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.sampled_from(KINDS), st.integers(2, 10), st.sampled_from([0.1, 1.0, 4.0, 15.0]),
     st.sampled_from(["sent", "frozen", "none"]), st.sampled_from([torch.float64, torch.float32]), st.integers(0, 2**31),

@@ -25,7 +25,7 @@ def times(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: (matrix @ x.flatten(1)[..., None]).reshape(x.shape)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 12), st.data())
 def test_every_system_has_its_own_solution_of_least_norm(
     seed: int, systems: int, half: int, data: st.DataObject
@@ -40,7 +40,7 @@ def test_every_system_has_its_own_solution_of_least_norm(
     assert torch.allclose(found.x, expected, rtol=1e-8, atol=1e-9 * float(expected.abs().max()))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 12))
 def test_the_condition_is_that_of_the_matrix_when_all_directions_were_seen(seed: int, count: int) -> None:
     matrix = matrices(seed, 2, count, count)
@@ -106,7 +106,7 @@ def test_a_step_that_rounding_spoilt_ends_what_is_known_of_the_condition(stumble
     assert float(found.condition[1]) == pytest.approx(float(truth[1]), rel=1e-3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.floats(-1, 5), st.floats(-1, 5)), max_size=8))
 def test_whatever_the_steps_were_the_condition_is_a_number(steps: list[tuple[float, float]]) -> None:
     lengths, turns = ([torch.tensor([pair[at]]) for pair in steps] for at in range(2))

@@ -35,7 +35,7 @@ def matrices(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return rows(count, spectrum, seed), rhs
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(matrices())
 def test_solve_is_the_pseudo_inverse(drawn: tuple[Tensor, Tensor]) -> None:
     r, rhs = drawn
@@ -47,7 +47,7 @@ def test_solve_is_the_pseudo_inverse(drawn: tuple[Tensor, Tensor]) -> None:
     assert float((found - expected).norm()) <= 1e-8 * scale
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(matrices())
 def test_rank_and_condition_are_those_of_the_rows(drawn: tuple[Tensor, Tensor]) -> None:
     r, _ = drawn
@@ -66,7 +66,7 @@ def test_rank_and_condition_are_those_of_the_rows(drawn: tuple[Tensor, Tensor]) 
         assert found.condition == pytest.approx(condition, rel=1e-6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(matrices())
 def test_null_is_an_orthonormal_basis_of_what_the_rows_do_not_see(drawn: tuple[Tensor, Tensor]) -> None:
     r, _ = drawn
@@ -79,7 +79,7 @@ def test_null_is_an_orthonormal_basis_of_what_the_rows_do_not_see(drawn: tuple[T
     assert float((r @ null).norm()) <= 1e-6 * float(r.norm())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(matrices(), st.sampled_from([float("nan"), 1e9, 0.0]))
 def test_only_the_lower_triangle_is_read(drawn: tuple[Tensor, Tensor], above: float) -> None:
     r, rhs = drawn
@@ -187,7 +187,7 @@ def test_one_unknown(value: float) -> None:
     assert float(found.solve(torch.tensor([[2.0]], dtype=torch.float64))) == pytest.approx(2 / value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(0, 2**31))
 def test_cholesky_solve(count: int, width: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ from rgap.linalg.roots import bisect, find_roots, minimise
 GRID = torch.linspace(-10.0, 10.0, 401, dtype=torch.float64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(-9.9, 9.9), min_size=1, max_size=4, unique=True))
 def test_the_roots_of_a_polynomial_are_found(roots: list[float]) -> None:
     """Also two between neighbours of the grid, and those on it; never more than there are."""

@@ -98,7 +98,7 @@ def models(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...], int]:
     return nn.Sequential(*chosen, nn.Flatten(), head).double().eval(), shape, seed
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(models())
 def test_a_random_network_is_its_module(drawn: tuple[nn.Module, tuple[int, ...], int]) -> None:
     model, shape, seed = drawn

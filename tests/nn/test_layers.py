@@ -149,7 +149,7 @@ def every_layer(test: Callable[[Case], None]) -> Callable[..., None]:
     """Run a test on many draws of every row."""
 
     @pytest.mark.parametrize("kind", LAYERS)
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=10, deadline=None)
     @given(data=st.data())
     def run(kind: str, data: st.DataObject) -> None:
         test(data.draw(LAYERS[kind]))

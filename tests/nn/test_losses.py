@@ -96,7 +96,7 @@ def test_a_batch_gives_the_mean(row: Row) -> None:
 
 
 @every_loss
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     product=st.one_of(
         st.floats(-1.2, 40.0, allow_subnormal=False),
@@ -130,7 +130,7 @@ def test_every_root_on_a_grid_is_found_and_no_other(row: Row, product: float) ->
 
 
 @every_loss
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(mu=st.floats(-300.0, 30.0))
 def test_a_margin_is_among_the_roots_of_its_product(row: Row, mu: float) -> None:
     here = at(row, mu)
@@ -183,7 +183,7 @@ def test_a_product_of_zero_with_a_gradient_is_a_margin_of_zero(row: Row) -> None
 
 
 @every_loss
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(mu=st.floats(-20.0, 20.0))
 def test_margin_inverts_the_slope_where_one_margin_has_it(row: Row, mu: float) -> None:
     here = at(row, mu)
@@ -257,7 +257,7 @@ def test_every_loss_is_covered() -> None:
 # Cross-entropy.
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 2**31))
 def test_cross_entropy_is_minus_the_log_of_the_labels_share(classes: int, batch: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -346,7 +346,7 @@ def a_batch(loss: Loss, batch: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @of_all
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 2**31))
 def test_a_certain_label_gives_the_loss_itself(loss: Loss, batch: int, seed: int) -> None:
     outputs, which = a_batch(loss, batch, seed)
@@ -356,7 +356,7 @@ def test_a_certain_label_gives_the_loss_itself(loss: Loss, batch: int, seed: int
 
 
 @of_all
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 2**31))
 def test_an_uncertain_label_gives_the_mean_over_labels(loss: Loss, batch: int, seed: int) -> None:
     """Sample by sample and label by label."""
@@ -409,7 +409,7 @@ def drawn_labels(loss: Loss, batch: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", WEIGHTED, ids=str)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 2**31))
 def test_a_loss_of_several_outputs_is_torchs(loss: Loss, batch: int, seed: int) -> None:
     outputs = 2 * torch.randn(batch, loss.outputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -421,7 +421,7 @@ def test_a_loss_of_several_outputs_is_torchs(loss: Loss, batch: int, seed: int) 
 
 
 @pytest.mark.parametrize("loss", [*WEIGHTED, *(row.ours for row in LOSSES)], ids=str)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**31))
 def test_the_output_gradient_is_autograds_of_each_sample_alone(loss: Loss, seed: int) -> None:
     outputs = 2 * torch.randn(3, loss.outputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -508,7 +508,7 @@ class OfSamples(Loss):
 
 
 @every_loss
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(product=st.one_of(st.floats(-1.2, 40.0, allow_subnormal=False), st.floats(-0.6, -1e-6)))
 @example(product=-0.9921875)  # next to the corner of the hinge
 def test_roots_of_a_value_alone_are_those_in_closed_form(row: Row, product: float) -> None:

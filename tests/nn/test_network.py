@@ -193,7 +193,7 @@ def test_writes_through_views_are_followed() -> None:
 # Flags, by their definitions.
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(client=clients(), seed=st.integers(0, 2**16))
 def test_flags_hold_what_they_promise(client: Client, seed: int) -> None:
     network, model = client.target.network, client.target.model

@@ -302,7 +302,7 @@ def plain_tags() -> list[tuple[str, tuple[str, ...]]]:
     return Page(render(put(rich(2), "plain"))).tags
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     text=st.text(st.characters(codec=None), min_size=1, max_size=200)
     | st.sampled_from(HOSTILE)
@@ -565,7 +565,7 @@ def test_other_json_is_refused(value: Any) -> None:
         reading.check(value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_any_value_in_any_place_is_either_shown_or_refused(data: st.DataObject) -> None:
     audit = rich(1)

@@ -275,7 +275,7 @@ def test_json_that_is_no_row_is_dropped(tmp_path: Path, line: str) -> None:
 
 
 @given(cut=st.floats(0, 1), flip=st.booleans())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 def test_a_row_whose_tensors_are_not_whole_is_done_again(
     tmp_path_factory: pytest.TempPathFactory, cut: float, flip: bool
 ) -> None:

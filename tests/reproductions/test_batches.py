@@ -114,7 +114,7 @@ def test_what_a_combination_leaves_is_its_distance() -> None:
 
 
 @given(st.integers(1, 5), st.integers(0, 2**31))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=15)
 def test_the_assignment_is_the_best_of_all(b: int, seed: int) -> None:
     truth, found = batch(b, seed), batch(b, seed + 1)
     order, errors = assigned(found, truth)

@@ -64,7 +64,7 @@ def test_what_was_found_comes_back_as_it_was(tmp_path: Path) -> None:
     assert (row["state"], row["attempts"], row["failure"]) == ("done", 1, None)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_every_job_is_done_once_whatever_the_runs_do(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

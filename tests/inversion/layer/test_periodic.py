@@ -67,7 +67,7 @@ def around(layer: Layer) -> Tensor:
     return dense.reshape(g, j * math.prod(counts), weight.shape[2], *whole)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(convolutions(), st.integers(0, 2**31))
 def test_it_is_the_inverse_of_the_periodic_layer_cut_off(layer: Layer, seed: int) -> None:
     grid, dense = layer.grid, around(layer)

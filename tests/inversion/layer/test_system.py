@@ -251,7 +251,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-8) -> bool:
     return float((found - expected).norm()) <= tolerance * (float(expected.norm()) + 1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problems(), st.integers(0, 2**31), SOLVERS)
 def test_consistent_constraints_give_the_input_or_its_part_that_they_see(
     drawn: Drawn, seed: int, solver: Solver
@@ -267,7 +267,7 @@ def test_consistent_constraints_give_the_input_or_its_part_that_they_see(
         assert close(found, x)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problems())
 def test_rank_is_that_of_both_kinds_of_rows_together(drawn: Drawn) -> None:
     clear(drawn)
@@ -278,7 +278,7 @@ def test_rank_is_that_of_both_kinds_of_rows_together(drawn: Drawn) -> None:
     assert drawn.system().rank == (expected,)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problems())
 def test_conjugate_gradients_see_whether_all_dimensions_are_determined(drawn: Drawn) -> None:
     """They count by a draw, but never find none open where some are, or some where none are."""
@@ -291,7 +291,7 @@ def test_conjugate_gradients_see_whether_all_dimensions_are_determined(drawn: Dr
         assert found.rank[0] == full
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problems(), st.integers(0, 2**31), st.floats(1e-6, 1.0), SOLVERS)
 def test_inconsistent_constraints_are_solved_dominant_directions_first(
     drawn: Drawn, seed: int, size: float, solver: Solver
@@ -310,7 +310,7 @@ def lengths(drawn: Drawn | Several) -> tuple[int, int]:
 # Several layers that read one input, and an input whose own values are known.
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(several(), st.integers(0, 2**31), SOLVERS)
 def test_layers_of_one_input_give_the_input_or_its_part_that_they_see(
     drawn: Several, seed: int, solver: Solver
@@ -331,7 +331,7 @@ def joint_rows(drawn: Several, g: int) -> Tensor:
     return equilibrated(W, K, rows)[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(several(), st.integers(0, 2**31), st.floats(1e-6, 1.0), SOLVERS)
 def test_layers_of_one_input_are_solved_dominant_directions_first(
     drawn: Several, seed: int, size: float, solver: Solver
@@ -344,7 +344,7 @@ def test_layers_of_one_input_are_solved_dominant_directions_first(
     assert close(drawn.solve(z, grad, solver), by_group(drawn, dominant_first, z, grad), 1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(several(), st.integers(0, 2**31))
 def test_what_is_not_known_of_several_rows_does_not_matter(drawn: Several, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -357,7 +357,7 @@ def test_what_is_not_known_of_several_rows_does_not_matter(drawn: Several, seed:
         assert torch.allclose(getattr(moved, name), getattr(plain, name), atol=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(several(), st.integers(0, 2**31))
 def test_residuals_of_several_layers_are_those_of_all_their_rows(drawn: Several, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -376,7 +376,7 @@ def test_residuals_of_several_layers_are_those_of_all_their_rows(drawn: Several,
     assert float(found.weight_misfit) == pytest.approx(float(misfit.norm()) / count**0.5, rel=1e-9, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problems(weighted=True), st.integers(0, 2**31))
 def test_rows_of_weight_zero_are_dropped(drawn: Drawn, seed: int) -> None:
     """Whatever stands in them."""
@@ -391,7 +391,7 @@ def test_rows_of_weight_zero_are_dropped(drawn: Drawn, seed: int) -> None:
         assert torch.allclose(getattr(moved, name), getattr(plain, name), atol=1e-6)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problems(), st.integers(0, 2**31))
 def test_determined_by_the_gradient_means_that_z_does_not_matter(drawn: Drawn, seed: int) -> None:
     clear(drawn)
@@ -418,7 +418,7 @@ def test_determined_by_the_gradient_means_that_z_does_not_matter(drawn: Drawn, s
         assert system.method != ("channel",)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problems(), st.integers(0, 2**31))
 def test_residuals_are_those_of_the_dense_matrices(drawn: Drawn, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -471,7 +471,7 @@ def test_without_any_row_nothing_is_known() -> None:
     assert system.determined_by_gradient == [False]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(problems(), st.integers(2, 4), st.integers(0, 2**31))
 def test_several_systems_at_once_equal_each_alone(drawn: Drawn, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
