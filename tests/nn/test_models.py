@@ -162,7 +162,7 @@ def test_weights_without_values_are_refused_where_a_loss_is_chosen(loss: str | N
 
 
 def test_what_torch_export_made_for_any_batch_is_attacked() -> None:
-    """Of a model of its own: torch gives the guards of a program to a later one of the same operations."""
+    """Of a model of its own: behind the tests above, one of the same operations was held to their batch size."""
     dynamic = ({0: torch.export.Dim.DYNAMIC},)
     plain = nn.Sequential(nn.Linear(5, 7), nn.Sigmoid(), nn.Linear(7, 4))
     made = torch.export.export(plain.eval(), (torch.rand(2, 5),), dynamic_shapes=dynamic).module()
