@@ -92,7 +92,9 @@ def start(folder: Path, *arguments: str, shell: str = "", **environment: str) ->
     Args:
         shell: what runs before it in the same process, such as a limit.
     """
-    command = [sys.executable, "-c", "from rgap.cli import main; main()", "sweep", *arguments]
+    # A shell's background job ignores the interrupt, and so would all that the tests start there.
+    run = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from rgap.cli import main; main()"
+    command = [sys.executable, "-c", run, "sweep", *arguments]
     if shell:
         command = ["sh", "-c", f'{shell}; exec "$0" "$@"', *command]
     return subprocess.Popen(
