@@ -82,7 +82,16 @@ def test_without_time_it_is_a_bound() -> None:
     found = rank_analysis(target, seconds=0.0)
     assert found.local == local.Local(100, False)
     assert found.joint_free is None
-    assert "At most 100 of 100" in found.verdict
+    assert "not measured: it takes more time" in found.verdict
+
+
+def test_what_would_not_end_in_the_time_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("begun")
+
+    monkeypatch.setattr(local, "_Sketch", refuse)
+    found = rank_analysis(target_of(maxima), seconds=1e-4)
+    assert found.local == local.Local(100, False)
 
 
 @pytest.mark.parametrize("drawn", [8, 20, 60])

@@ -14,7 +14,7 @@ from rgap.nn.obstacles import Kind, NotAChain, Obstacle
 from rgap.rank import measured
 from rgap.rank.counts import LargestBatch, LayerRank, Measured, count, largest_batch
 from rgap.rank.estimated import estimate
-from rgap.rank.local import Local, free_dimensions
+from rgap.rank.local import Local, free_dimensions, worth
 from rgap.rank.measured import Free, Rows
 from rgap.rank.sequence import LayerSequence, layer_sequence, passed
 from rgap.rank.summary import Group, names, summarise
@@ -25,6 +25,8 @@ FORMAT = 1
 LARGEST_BASIS = 2**26
 """Entries of the free directions that are followed from one layer to the one before it."""
 
+SECONDS = 10.0
+"""For what stays free of the input of a model that is no chain, unless told otherwise."""
 NAMED = 3
 """Layers, or kinds of obstacles, that the verdict names."""
 
@@ -150,6 +152,10 @@ class RankAnalysis:
         assert self.local is not None
         size, free = self.layers[0].unknowns, self.local.free
         at = "at the sample" if self.at_sample else "at a drawn input"
+        if not self.local.complete and free == size:
+            return (
+                "What stays free of the input was not measured: it takes more time than was given (--budget, seconds)."
+            )
         if not self.local.complete:
             return (
                 f"At most {free} of {size} dimensions of the input stay free: that far was measured in the time, {at}."
@@ -262,7 +268,7 @@ def rank_analysis(
     measure: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
-    seconds: float | None = None,
+    seconds: float = SECONDS,
     looked: Looked = lambda done, of: None,
 ) -> RankAnalysis:
     """Count and measure the constraints on every layer's input, before any gradient exists.
@@ -280,7 +286,8 @@ def rank_analysis(
         measure: whether to measure ranks; the counts alone need no matrix and take no time.
         seed: of the sample drawn, of k at the last layer and of the probes for layers too large to measure.
         progress: called after each layer that was measured, from the last to the first.
-        seconds: that measuring what stays free of the input may take; None: as long as that takes.
+        seconds: that measuring what stays free of the input may take: minutes for a large model, whose bound falls as
+            long as that goes on. Of a model that is so large that nothing would be seen in the time, it is not begun.
         looked: called with how many directions of the input were looked at, of how many.
 
     Raises:
@@ -296,19 +303,23 @@ def rank_analysis(
     if measure and sequence is not None:
         counts = _measured(sequence, counts, _sample(target, batch, sample, generator), generator, progress)
     elif measure:
-        with within(seconds):
-            local = _local(target, _sample(target, batch, sample, generator), generator, looked)
+        local = _local(target, _sample(target, batch, sample, generator), generator, seconds, looked)
     obstacles = target.obstacles if sequence is None else ()
     return RankAnalysis(counts, batch, measure and sample is not None, obstacles, _largest_batch(target), local)
 
 
-def _local(target: Target, sample: Tensor, generator: torch.Generator, looked: Looked) -> Local | None:
+def _local(target: Target, sample: Tensor, generator: torch.Generator, seconds: float, looked: Looked) -> Local | None:
     """What stays free of the sample; None where an operation cannot be differentiated."""
+    uses = [(use, target.parameters.get(use.weight_name or "")) for use in target.graph.uses]
+    products = sum(use.outputs * use.weight_gradients // len(weight) for use, weight in uses if weight is not None)
+    if not worth(len(sample) * products, seconds):
+        return Local(sample.numel(), False)
     try:
         network = target.network
         x = sample.to(network.device, torch.float64)
         drawn = torch.randn(len(x), *network.shapes[-1], generator=generator, dtype=torch.float64)
-        return free_dimensions(network, x, drawn.to(x.device), generator, looked)
+        with within(seconds):
+            return free_dimensions(network, x, drawn.to(x.device), generator, looked)
     except (NotAChain, RuntimeError, NotImplementedError):
         return None
 

@@ -28,7 +28,9 @@ MORE = 16
 SPARE = 64
 """Rows that are kept beyond one for each unknown: drawn sums of all rows."""
 TOGETHER = 2**24
-"""Values of one parameter's moves that are held at once."""
+"""Values of all parameters' moves that are held at once."""
+RATE = 2**30
+"""Multiplications a second that a look at one direction is taken to do; a slow machine does that many."""
 TOLERANCE = 1e-6
 """Singular values below this part of the largest are zero: a move that small is less than float32 rounds."""
 
@@ -78,6 +80,16 @@ def free_dimensions(
     return Local(unknowns - rank, True)
 
 
+def worth(products: int, seconds: float) -> bool:
+    """Whether that time is enough to see that any directions depend on each other.
+
+    Args:
+        products: that one input takes from the network's input to its output.
+    """
+    # Forward, backward and the weights' gradients; each is differentiated, which takes three times as many.
+    return MORE * 9 * products <= RATE * seconds
+
+
 def _cosines(rows: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
     """Their cosine transform, orthonormal: it spreads each value over all others."""
     return torch.as_tensor(dct(rows.cpu().numpy(), norm="ortho")).to(rows)
@@ -104,7 +116,7 @@ class _Sketch:
     def __init__(self, network: Network, x: Tensor, cotangent: Tensor, rows: int, generator: torch.Generator):
         self.network, self.x, self.cotangent, self.rows = network, x, cotangent, rows
         sizes = [part.shape[1:].numel() for part in self._sent(x[None])]
-        self.together = max(1, min(FIRST, TOGETHER // max(sizes)))
+        self.together = max(1, min(FIRST, TOGETHER // sum(sizes)))
         self._signs = [
             2.0 * torch.randint(2, (size,), generator=generator, device=x.device).to(x) - 1 for size in sizes
         ]
