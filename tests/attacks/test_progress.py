@@ -79,7 +79,7 @@ def of(batch: int, loss: losses.Loss, shape: tuple[int, ...], *layers: nn.Module
     return target, capture(target, x, torch.arange(batch).double() if loss.labels[0] == 0 else torch.ones(batch))
 
 
-OPEN = (nn.Conv2d(1, 12, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(12, 4, 3, 2), nn.LeakyReLU(0.2), nn.Flatten())
+OPEN = (nn.Conv2d(1, 12, 3, 1, 1), nn.Sigmoid(), nn.Conv2d(12, 4, 3, 2), nn.LeakyReLU(0.2), nn.Flatten())
 POOLED = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 4))
 
 

@@ -119,7 +119,8 @@ def test_names(kind: str, content: bytes, folder: Path, capsys: pytest.CaptureFi
     if not content:
         assert "cannot read " in refused(capsys, *audit(name))
         return
-    code, out, _ = told(capsys, *audit(name), "--out", f"{name}-out")
+    code, out, err = told(capsys, *audit(name), "--out", f"{name}-out")
+    assert not code, ascii(err)
     assert code == 0
     assert "Report: " in out
     assert (folder / f"{name}-out" / "audit.html").is_file()

@@ -85,6 +85,26 @@ def test_without_time_it_is_a_bound() -> None:
     assert "not measured: it takes more time" in found.verdict
 
 
+@pytest.mark.parametrize(
+    ("middle", "samples", "measured"),
+    [
+        (lambda: nn.BatchNorm1d(12), 1, False),  # torch itself takes no single sample there
+        (lambda: nn.BatchNorm1d(12), 2, False),
+        (lambda: nn.Dropout(), 1, False),
+        (lambda: nn.LayerNorm(12), 2, True),
+        (lambda: nn.BatchNorm1d(12).eval(), 2, True),
+    ],
+)
+def test_samples_that_are_mixed_or_drawn_anew_are_not_measured_alone(
+    middle: Callable[[], nn.Module], samples: int, measured: bool
+) -> None:
+    part = middle()
+    model = nn.Sequential(nn.Linear(6, 12), part, nn.ReLU(), nn.Unflatten(1, (3, 4)), nn.MaxPool1d(2), nn.Flatten())
+    model.append(nn.Linear(6, 3))
+    target = Target(model.train(part.training), losses.CrossEntropy(3), (6,), (0.0, 1.0), samples)
+    assert (rank_analysis(target).local is not None) == measured
+
+
 def test_what_would_not_end_in_the_time_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("begun")

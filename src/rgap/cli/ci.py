@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ def _source(model: str, page: Path) -> tuple[str, int | None]:
     here = Path.cwd()
     if not path.is_relative_to(here):
         path, at = page.resolve(), None
-    return (quote(path.relative_to(here).as_posix()) if path.is_relative_to(here) else path.as_uri()), at
+    return (quote(os.fsencode(path.relative_to(here).as_posix())) if path.is_relative_to(here) else path.as_uri()), at
 
 
 def _junit(outcomes: Sequence[Outcome], condition: Condition | None, ended: bool) -> bytes:

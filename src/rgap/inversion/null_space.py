@@ -151,7 +151,9 @@ class _VirtualRows:
         opened = pulled @ self.null
         basis = torch.linalg.qr(opened, mode="complete")[0][:, opened.shape[1] :]  # of rows that c does not move
         core = pulled @ spread  # A C A'
-        force = basis @ torch.linalg.solve(basis.mT @ core @ basis, -basis.mT @ missed)
+        # There may be more rows than the layer tells directions: then some of them repeat others.
+        inverse = torch.linalg.pinv(basis.mT @ core @ basis, rtol=1e-12, hermitian=True)
+        force = -basis @ (inverse @ (basis.mT @ missed))
         c = torch.linalg.lstsq(opened, -(missed + core @ force)).solution
         moved: Tensor = self.null @ c + spread @ force
         return moved

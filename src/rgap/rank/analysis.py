@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgap.linalg.deadline import within
+from rgap.linalg.deadline import share, within
 from rgap.nn.obstacles import Kind, NotAChain, Obstacle
+from rgap.nn.ops import Other
 from rgap.rank import measured
 from rgap.rank.counts import LargestBatch, LayerRank, Measured, count, largest_batch
 from rgap.rank.estimated import estimate
@@ -309,13 +310,16 @@ def rank_analysis(
 
 
 def _local(target: Target, sample: Tensor, generator: torch.Generator, seconds: float, looked: Looked) -> Local | None:
-    """What stays free of the sample; None where an operation cannot be differentiated."""
+    """What stays free of the samples; None where an operation cannot be differentiated or knows more than a sample."""
     uses = [(use, target.parameters.get(use.weight_name or "")) for use in target.graph.uses]
     products = sum(use.outputs * use.weight_gradients // len(weight) for use, weight in uses if weight is not None)
-    if not worth(len(sample) * products, seconds):
+    left = share(1.0)
+    if not worth(len(sample) * products, sample.numel(), seconds if left is None else min(left, seconds)):
         return Local(sample.numel(), False)
     try:
         network = target.network
+        if any(isinstance(node.op, Other) and node.op.beyond_one_sample(len(sample)) for node in network.nodes):
+            return None
         x = sample.to(network.device, torch.float64)
         drawn = torch.randn(len(x), *network.shapes[-1], generator=generator, dtype=torch.float64)
         with within(seconds):

@@ -25,6 +25,8 @@ FIRST = 64
 """Directions that are drawn before the first look at their rank; twice as many before each other."""
 MORE = 16
 """Directions beyond the rank that show that there is no more."""
+TELLING = 16
+"""A bound tells something if it leaves out at least one of so many dimensions."""
 SPARE = 64
 """Rows that are kept beyond one for each unknown: drawn sums of all rows."""
 TOGETHER = 2**24
@@ -80,14 +82,15 @@ def free_dimensions(
     return Local(unknowns - rank, True)
 
 
-def worth(products: int, seconds: float) -> bool:
-    """Whether that time is enough to see that any directions depend on each other.
+def worth(products: int, unknowns: int, seconds: float) -> bool:
+    """Whether that time is enough for as many directions as tell something.
 
     Args:
-        products: that one input takes from the network's input to its output.
+        products: that the inputs take from the network's input to its output.
+        unknowns: values of the inputs.
     """
     # Forward, backward and the weights' gradients; each is differentiated, which takes three times as many.
-    return MORE * 9 * products <= RATE * seconds
+    return max(MORE, unknowns // TELLING) * 9 * products <= RATE * seconds
 
 
 def _cosines(rows: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
