@@ -28,10 +28,9 @@ federation: .venv/flower
 	FLWR_TELEMETRY_ENABLED=0 .venv/bin/python examples/federation/run.py
 
 # The same examples every time. One thread for each of the two processes: processes that share cores and spin are many
-# times slower. What is compiled is kept, whatever the environment says: the tests start many processes.
+# times slower.
 test: .venv/test
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(CURDIR)/.venv/pycache" \
-		.venv/bin/python -m pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal tests
 
 # Other examples, until the time is over; then what failed and what to add as a test.
 MINUTES = 10

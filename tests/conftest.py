@@ -6,6 +6,7 @@ before, or what else was imported. With --hypothesis-seed=N, which `make explore
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import zlib
@@ -24,6 +25,9 @@ import tracing
 
 shapes.thin_out()
 tracing.follow_once()
+# What is compiled is kept, whatever the environment says: each worker reads every test, and many tests start processes.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # No check hangs on the clock: neither a deadline nor the one for slow drawing.
 STILL = {"database": None, "deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}

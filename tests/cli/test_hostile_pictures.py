@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import os
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hostile import NAMES, refused, told
 from PIL import Image
@@ -41,6 +41,7 @@ def bmp(width: int, height: int) -> bytes:
     return b"BM" + struct.pack("<IHHI", 100, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, *[0] * 6)
 
 
+BOMB = zlib.compress(bytes(2**27), 1)
 SCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(ran) (w) file closefile showpage\n"
 TOO_LARGE = [
     (256, 4, 1, 90_000), (257, 4, 1, 90_000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8),
@@ -64,8 +65,8 @@ FILES: dict[str, bytes] = {
     "a PNG of 2.5 gigapixels": png(50_000, 50_000, rows=bytes(9000)),
     "a PNG of 60 megapixels": png(10_000, 6_000, rows=bytes(9000)),
     "a PNG of no width": png(0, 9),
-    "a PNG whose text is a bomb": png(9, 9, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**27)))),
-    "a PNG whose profile is a bomb": png(9, 9, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**27)))),
+    "a PNG whose text is a bomb": png(9, 9, chunk(b"zTXt", b"a\0\0" + BOMB)),
+    "a PNG whose profile is a bomb": png(9, 9, chunk(b"iCCP", b"a\0\0" + BOMB)),
     "a TIFF of 8 gigapixels": tiff(*TOO_LARGE),
     "a TIFF that goes round": tiff(following=8),
     "a TIFF of a million tags": b"II*\0" + struct.pack("<IH", 8, 65535) + bytes(2000),
@@ -148,9 +149,10 @@ def test_large_pictures_are_taken(folder: Path) -> None:
         assert data.picture(folder / f"a.{ending}", 8).inputs.shape == (1, 3, 8, 8)
 
 
-def archive(**arrays: np.ndarray) -> bytes:
+def archive(name: str, content: bytes) -> bytes:
     file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as made:
+        made.writestr(f"{name}.npy", content)
     return file.getvalue()
 
 
@@ -158,7 +160,13 @@ def array(header: str, content: bytes = b"") -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + content
 
 
-TABLES: dict[str, tuple[str, bytes]] = {
+def zip_bomb() -> bytes:
+    """More zeros than are taken, in a megabyte."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': (1, {2**26 + 1})}}\n"
+    return archive("x", array(header, bytes(4 * (2**26 + 1))))
+
+
+TABLES: dict[str, tuple[str, bytes | Callable[[], bytes]]] = {
     "no array": ("npy", b"\x1b[2J"),
     "an array of objects": ("npy", array("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", b"\x80\x02cos\n.")),
     "a claim": ("npy", array(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**40}, 4)}}")),
@@ -166,8 +174,8 @@ TABLES: dict[str, tuple[str, bytes]] = {
     "less than nothing": ("npy", array("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 4)}")),
     "brackets": ("npy", array("(" * 9000)),
     "no archive": ("npz", b"PK\x03\x04\x1b[2J"),
-    "other names": ("npz", archive(**{"a\x1b[2J": np.ones(3)})),
-    "a zip bomb": ("npz", archive(x=np.zeros((1, 2**27), np.float32))),
+    "other names": ("npz", archive("a\x1b[2J", b"")),
+    "a zip bomb": ("npz", zip_bomb),
     "no rows": ("csv", b""),
     "a cell without end": ("csv", b"a,b\n" + b"1" * 200_000 + b",2\n"),
     "no UTF-8": ("csv", b"a,b\n\xff\xfe,1\n"),
@@ -179,5 +187,5 @@ TABLES: dict[str, tuple[str, bytes]] = {
 @pytest.mark.parametrize("kind", TABLES)
 def test_a_table(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ending, content = TABLES[kind]
-    (folder / f"t.{ending}").write_bytes(content)
+    (folder / f"t.{ending}").write_bytes(content if isinstance(content, bytes) else content())
     assert f"t.{ending}" in refused(capsys, "audit", "--data", f"t.{ending}", "--label-column", "b")
