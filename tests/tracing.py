@@ -1,36 +1,54 @@
-"""torch.export follows a structure of torch's own modules once in a process: most tests make one of few, often."""
+"""torch.export follows a structure of modules once in a process: most tests make one of few, often."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+import inspect
+from collections.abc import Callable, Hashable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLAIN = (int, float, str, bool, tuple, type(None))
+OF_ALL = frozenset(vars(nn.Module()))
+"""What every module has."""
 
 
 def follow_once() -> None:
     """To be called before anything is traced."""
-    export, known = torch.export.export, {}
+    export, known = torch.export.export, dict[Hashable, ExportedProgram]()
 
-    def found(model: nn.Module, args: tuple[Tensor, ...], **named: Any) -> Any:
+    def once(key: Hashable, make: Callable[[], ExportedProgram], still: Callable[[], bool]) -> ExportedProgram:
+        if key not in known:
+            program = make()
+            if not still():
+                return program
+            known[key] = program
+        return own(known[key], key)
+
+    def own(original: ExportedProgram, key: Hashable) -> ExportedProgram:
+        """A copy: whoever asks changes the graph."""
+        program = copy.copy(original)
+        graph = copy.deepcopy(original.graph)
+        for node, first in zip(graph.nodes, original.graph.nodes, strict=True):
+            node.name = first.name
+        program._graph_module = GraphModule({}, graph)
+        program.run_decompositions = lambda table: once(  # type: ignore[method-assign]
+            (key, repr(table)), lambda: original.run_decompositions(table), lambda: True
+        )
+        return program
+
+    def found(model: nn.Module, args: tuple[Tensor, ...], **named: Any) -> ExportedProgram:
         key = structure(model, *args)
         if key is None:
             return export(model, args, **named)
-        if key not in known:
-            known[key] = export(model, args, **named)
-        # Whoever asks changes the graph.
-        program = copy.copy(known[key])
-        graph = copy.deepcopy(program.graph)
-        for node, original in zip(graph.nodes, program.graph.nodes, strict=True):
-            node.name = original.name
-        program._graph_module = GraphModule({}, graph)
-        return program
+        # Code that keeps something for its next call is followed in each.
+        return once(key, lambda: export(model, args, **named), lambda: structure(model, *args) == key)
 
     torch.export.export = found
 
@@ -40,19 +58,48 @@ def structure(model: nn.Module, example: Tensor) -> Hashable:
     parts: list[Hashable] = [_kind(example)]
     tensors: dict[int, int] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        settings = {key: value for key, value in vars(module).items() if not key.startswith("_")}
-        own = type(module).__module__.startswith("torch.nn.modules.")
-        if not own or any(getattr(module, hooks) for hooks in HOOKS):
-            return None
-        if not all(isinstance(value, PLAIN) for value in settings.values()):
+        code = _code(type(module))
+        torchs = code == ()
+        settings = {
+            key: _setting(value)
+            for key, value in vars(module).items()
+            if key == "training" or (key not in OF_ALL and not (torchs and key.startswith("_")))
+        }
+        if code is None or None in settings.values() or any(getattr(module, hooks) for hooks in HOOKS):
             return None
         held = [*module._parameters.items(), *module._buffers.items()]
         shared = [
             (key, value is not None and (_kind(value), tensors.setdefault(id(value), len(tensors))))
             for key, value in held
         ]
-        parts.append((name, type(module), repr(sorted(settings.items())), tuple(shared)))
+        parts.append((name, type(module), code, tuple(sorted(settings.items())), tuple(shared)))
     return tuple(parts)
+
+
+def _code(kind: type[nn.Module]) -> Hashable:
+    """What a module of one's own computes, unless that hangs on what is around its class; nothing for torch's."""
+    if kind.__module__.startswith("torch.nn.modules."):
+        return ()
+    # What is rgap's own the tests wrap, to check shapes.
+    code = [
+        _setting(inspect.unwrap(value) if inspect.isfunction(value) and each.__module__.startswith("rgap.") else value)
+        for each in kind.__mro__
+        if each.__module__.partition(".")[0] not in ("torch", "builtins")
+        for name, value in vars(each).items()
+        if inspect.isfunction(value) or not name.startswith("__")
+    ]
+    return None if None in code or not code else tuple(code)
+
+
+def _setting(value: object) -> Hashable:
+    """All there is to a value that cannot change; None where there may be more."""
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if isinstance(value, BuiltinFunctionType):
+        return value
+    if isinstance(value, FunctionType) and set(value.__code__.co_freevars) <= {"__class__"}:
+        return value.__code__, repr(value.__defaults__), repr(value.__kwdefaults__)
+    return None
 
 
 def _kind(value: Tensor) -> Hashable:
