@@ -790,6 +790,14 @@ def test_the_public_names_are_there():
     assert rgap.RankAnalysis is RankAnalysis
 
 
+@pytest.mark.parametrize("convolutions", [1, 2, 5])
+def test_each_obstacle_is_counted_on_its_own(convolutions: int) -> None:
+    body = [part for _ in range(convolutions) for part in (nn.Conv1d(2, 2, 3, padding=1), nn.Hardtanh())]
+    target = Target(nn.Sequential(*body, nn.Flatten(1), nn.GELU(), nn.Linear(8, 3)).eval(), None, (2, 4))
+    times = f"{convolutions} x " if convolutions > 1 else ""
+    assert [str(group) for group in summarise(target.obstacles)] == [f"{times}hardtanh, gelu"]
+
+
 @pytest.mark.parametrize(("blocks", "times"), [(1, ""), (2, "2 x "), (9, "9 x ")])
 def test_the_same_obstacle_again_and_again_is_one_sentence(blocks: int, times: str) -> None:
     body = [part for _ in range(blocks) for part in (nn.Conv1d(2, 2, 3, padding=1), nn.MaxPool1d(1))]

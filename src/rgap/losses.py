@@ -129,14 +129,22 @@ def _label_maps(masks: Tensor, outputs: Tensor | None, wrong: str) -> Loss:
     return LabelMaps(masks, outputs.shape[1])
 
 
+class NeedsMasks(ValueError):
+    """The model returns classes for each place of a map."""
+
+    def __init__(self, outputs: Tensor):
+        self.outputs = outputs
+        super().__init__(
+            f"the model returns {tuple(outputs.shape[1:])} for a sample, classes for each place, whose labels are "
+            "masks: give them (--data FILE.npz with x and masks y of shape (n, h, w), or rgap.losses.LabelMaps)"
+        )
+
+
 def _check_classes(outputs: Tensor) -> None:
     """Refuse classes for each place of a map."""
     sizes = [size for size in outputs.shape[1:] if size > 1]
     if len(sizes) > 1:
-        raise ValueError(
-            f"the model returns {tuple(outputs.shape[1:])} for a sample, classes for each place, whose labels are "
-            "masks: give them (--data FILE.npz with x and masks y of shape (n, h, w), or rgap.losses.LabelMaps)"
-        )
+        raise NeedsMasks(outputs)
 
 
 def _of_torch(loss: nn.Module, found: Tensor | None, wrong: str) -> Loss:

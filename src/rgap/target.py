@@ -302,6 +302,17 @@ class Target:
         found = torch.autograd.grad(loss, [state[n] for n in names], allow_unused=True)
         return {n: torch.zeros_like(state[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
+    def backward(self, inputs: Tensor, k: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The outputs, and every parameter's gradient from their cotangent k, in float64 where the model allows that.
+
+        Both can be differentiated again, by inputs that ask for it. A parameter that nothing reads is left out.
+        """
+        state = _copies(self._state)
+        trained = {name: state[name].requires_grad_() for name in self.parameters}
+        outputs = self._run(state, inputs)
+        found = torch.autograd.grad(outputs, list(trained.values()), k, create_graph=True, allow_unused=True)
+        return outputs, {name: g for name, g in zip(trained, found, strict=True) if g is not None}
+
     def label_gradients(self, inputs: Tensor, labels: Tensor, name: str) -> Tensor:
         """One parameter's gradient at each of several labels of one sample, (labels, *shape), by one forward pass."""
         state = _copies(self._state)

@@ -80,7 +80,7 @@ def test_models_that_are_no_chain(
 ) -> None:
     code, out, err = run(capsys, "rank", *residual, "--out", tmp_path)
     assert (code, err) == (0, "")
-    assert "not measured" in out
+    assert "measured" not in out.split("- ")[0]  # no column of layers that were not
     document = " ".join(out.split())
     assert "no plain chain: add of 2 values (the recursion passes it)" in document
     assert "the input of c is no single layer's output" in document
@@ -88,6 +88,29 @@ def test_models_that_are_no_chain(
     layers = json.loads((tmp_path / "rank.json").read_text())["layers"]
     assert [layer["name"] for layer in layers] == ["a", "b", "c"]
     assert [layer["virtual_rows"] for layer in layers] == [0, 4 * 144 - 144, 0]
+
+
+MAPS = "from torch import nn\n\n\ndef make():\n    return {}\n"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "nn.Conv2d(1, 2, 3, padding=1)",
+        "nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 1))",
+        "nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(1, 2, 3), nn.Upsample(scale_factor=2), nn.Conv2d(2, 2, 3))",
+    ],
+)
+def test_networks_of_maps_need_no_masks(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    (tmp_path / "my_maps.py").write_text(MAPS.format(model))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_maps", raising=False)
+    code, out, err = run(capsys, "rank", "--model", "my_maps:make", *SMALL, "--out", tmp_path)
+    assert (code, err) == (0, "")
+    assert "the input" in out
 
 
 @pytest.mark.parametrize(("patience", "shown"), [(0.0, True), (60.0, False)])

@@ -554,6 +554,7 @@ def frozen(*names: str) -> nn.Module:
 
 
 COMPUTED = "use plain parameters"
+SECOND = "a Linear layer that reads the batch as its second dimension, as in torch's attention"
 ENDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[tuple[str, str, Kind, str]]]] = {
     "shared module": (
         shared_weight,
@@ -637,6 +638,16 @@ ENDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[tuple[str, 
         lambda: Model(lambda m, x: {"a": m.a(x), "b": m.b(x)}, a=nn.Linear(4, 1), b=nn.Linear(4, 1)),
         (4,),
         [("forward", "returns 2 values", Kind.SETTING, "return one tensor of outputs")],
+    ),
+    "linear behind a transposed batch": (
+        lambda: Model(lambda m, x: m.a(x.transpose(0, 1)).transpose(0, 1), a=nn.Linear(4, 1)),
+        (3, 4),
+        [
+            ("transpose", "transpose", Kind.PASSED, "ranks are measured"),
+            ("a", SECOND, Kind.NOT_YET, "attack the part"),
+            ("transpose_1", "transpose", Kind.PASSED, "ranks are measured"),
+            ("a", "3 outputs a sample, the loss takes 1", Kind.SETTING, "single output"),
+        ],
     ),
     "linear without a batch": (
         lambda: Model(lambda m, x: m.a(x.squeeze(0)), a=nn.Linear(4, 1)),

@@ -14,6 +14,7 @@ from rgap.auditing.results import EXACT_PSNR, FOUND_FREE, RECOGNISABLE_PSNR, REC
 from rgap.auditing.run import Ended
 from rgap.checks import changes_with_mode
 from rgap.rank import RankAnalysis
+from rgap.rank.summary import percent
 from rgap.target import Target
 
 WEAK_EPSILON = 10.0
@@ -207,9 +208,9 @@ def rank_sentence(rank: RankAnalysis, leaks: bool) -> str:
     """What the ranks say, beside what the attacks found: free dimensions that a prior filled protect nothing."""
     if not leaks or not rank.joint_free:
         return rank.verdict
-    size, free = rank.layers[0].unknowns, rank.joint_free
+    size, free = rank.unknowns, rank.joint_free
     return (
-        f"The constraints leave {free} of {size} dimensions of the input ({100 * free / size:.2g} %) free. That "
+        f"The constraints leave {free} of {size} dimensions of the input ({percent(free / size)}) free. That "
         "protected nothing here: the rest was enough, and a prior filled what was free."
     )
 

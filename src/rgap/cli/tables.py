@@ -136,12 +136,13 @@ def ranks(analysis: RankAnalysis) -> Table:
     measured = any(layer.free is not None for layer in analysis.layers)
     numbers = ("|x|", "|W|", "|z|", "|V|", "index", *(("rank", "free", "joint") if measured else ()))
     made = table("Unknowns against constraints", ("layer",), numbers)
-    made.add_column("measured", no_wrap=True)
+    if measured:
+        made.add_column("measured", no_wrap=True)
     for layer in analysis.layers:
         counts = (layer.unknowns, layer.gradient_rows, layer.weight_rows, layer.virtual_rows)
         index = Text(str(layer.index), style="bold" if layer is analysis.critical else "")
-        cells = (_known(layer.rank), about(layer), _known(layer.joint_free)) if measured else ()
-        made.add_row(_end(layer.name, 20), *map(str, counts), index, *cells, layer.measured.value)
+        cells = (_known(layer.rank), about(layer), _known(layer.joint_free), layer.measured.value)
+        made.add_row(_end(layer.name, 20), *map(str, counts), index, *(cells if measured else ()))
     return made
 
 

@@ -19,7 +19,7 @@ from rgap.nn.export import Exported
 from rgap.nn.graph import Use
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network, Node
-from rgap.nn.ops import TRAINING, Affine, Concat, Elementwise, Gather, Linear, Norm, Op, Other, Sum
+from rgap.nn.ops import Affine, Concat, Elementwise, Gather, Linear, Norm, Op, Other, Sum
 from rgap.nn.pools import pool
 
 # Operations whose output values are input values, or zeros.
@@ -215,7 +215,7 @@ class _Build:
     def other(self, node: Traced, where: str, name: str, arguments: dict[str, Any], data: list[Traced]) -> Other:
         """What no closed form passes."""
         trains = arguments.get("train") or arguments.get("training") or arguments.get("use_input_stats")
-        mode = TRAINING if trains else ""
+        mode = " in training mode" if trains else ""
         function = self.function(node, data)
         sizes = sum(each.meta["val"].numel() for each in data), node.meta["val"].numel()
         lost = ""

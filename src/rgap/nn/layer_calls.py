@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from rgap.nn import layers
 from rgap.nn.layers import Layer
+from rgap.nn.obstacles import Kind
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class LayerCall:
     """Values of the input that at least one kernel position reads."""
     make: partial[Layer] | None
     """Makes the layer from ``name``, ``weight``, ``bias``, ``weight_name`` and ``bias_name``; None if none can."""
-    misuse: tuple[str, str] | None = None
-    """What is wrong with how it is called, and the remedy."""
+    misuse: tuple[str, Kind, str] | None = None
+    """What is wrong with how it is called, of which kind that is, and the remedy."""
 
 
 Read = Callable[[Node, dict[str, Any]], LayerCall]
@@ -39,7 +40,10 @@ def linear(node: Node, arguments: dict[str, Any]) -> LayerCall:
     shape = _shape(x)
     misuse = None
     if len(shape) < 2 or shape[0] != 1:
-        misuse = ("a Linear layer whose first dimension is not the batch", "keep the batch in front")
+        misuse = ("a Linear layer whose first dimension is not the batch", Kind.SETTING, "keep the batch in front")
+    if len(shape) > 2 and shape[0] != 1 == shape[1]:
+        what = "a Linear layer that reads the batch as its second dimension, as in torch's attention"
+        misuse = (what, Kind.NOT_YET, "attack the part of the model in front of it or behind it")
     make = partial(layers.linear, input_shape=shape[1:])
     return LayerCall(x, arguments["weight"], arguments.get("bias"), math.prod(shape), make, misuse)
 
@@ -60,7 +64,7 @@ def convolution(node: Node, arguments: dict[str, Any]) -> LayerCall:
     dims = len(kernel)
     misuse = None
     if len(shape) < dims + 2 or shape[0] != 1:
-        misuse = ("a convolution across the batch", "keep the dimension of the batch")
+        misuse = ("a convolution across the batch", Kind.SETTING, "keep the dimension of the batch")
     stride, dilation = _each(arguments["stride"], dims), _each(arguments["dilation"], dims)
     padding: list[tuple[int, int]]
     if arguments["padding"] == "same":

@@ -18,9 +18,6 @@ from rgap.nn.activations import Activation
 from rgap.nn.kernels import differentiable
 from rgap.nn.layers import Layer
 
-TRAINING = " in training mode"
-"""Ends the name of an operation that does something else in training."""
-
 torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]  # thousands of lines
 
 
@@ -316,11 +313,6 @@ class Other(Op):
         if self.detached:
             return tuple(k.new_zeros(len(k), *x.shape[1:]) for x in xs)
         return super().vjp(k, xs)
-
-    def beyond_one_sample(self, samples: int) -> bool:
-        """Whether what it makes of a sample depends on more than the sample: on the others, or on chance."""
-        name, trains = self.what.split()[0], self.what.endswith(TRAINING)
-        return trains and ("dropout" in name or (name == "batch_norm" and samples > 1))
 
     @property
     def loses(self) -> str:

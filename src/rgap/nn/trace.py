@@ -147,8 +147,7 @@ class _Walk:
             if call.x is not data:
                 return
         if call.misuse is not None:
-            what, remedy = call.misuse
-            self.block(where(node), what, Kind.SETTING, remedy)
+            self.block(where(node), *call.misuse)
         self.count(node, call)
 
     def parameter(self, node: Node, argument: Any, role: str) -> str | None:

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rgap.linalg.deadline import share, within
 from rgap.nn.obstacles import Kind, NotAChain, Obstacle
-from rgap.nn.ops import Other
 from rgap.rank import measured
 from rgap.rank.counts import LargestBatch, LayerRank, Measured, count, largest_batch
 from rgap.rank.estimated import estimate
 from rgap.rank.local import Local, free_dimensions, worth
 from rgap.rank.measured import Free, Rows
 from rgap.rank.sequence import LayerSequence, layer_sequence, passed
-from rgap.rank.summary import Group, names, summarise
+from rgap.rank.summary import Group, names, percent, summarise
 from rgap.target import Target
 
 FORMAT = 1
@@ -50,6 +50,8 @@ class RankAnalysis:
     cannot pass it."""
     local: Local | None = None
     """What stays free to first order, whatever the attack; measured where the ranks of single layers are not."""
+    uncounted: tuple[str, ...] = ()
+    """Parameters of a model that is no chain that belong to no layer that is counted, but for batch norm's."""
 
     @property
     def largest_batch(self) -> int | None:
@@ -70,6 +72,11 @@ class RankAnalysis:
     def critical(self) -> LayerRank:
         """The layer with the largest index."""
         return max(self.layers, key=lambda layer: layer.index)
+
+    @property
+    def unknowns(self) -> int:
+        """Dimensions of the input that `joint_free` counts."""
+        return self.layers[0].unknowns if self.local is None else self.local.unknowns
 
     @property
     def joint_free(self) -> int | None:
@@ -98,9 +105,9 @@ class RankAnalysis:
     @property
     def verdict(self) -> str:
         """Which layer protects the input, in a sentence or two."""
-        size, joint = self.layers[0].unknowns, self.joint_free
+        size, joint = self.unknowns, self.joint_free
         by_count = f"the paper's index is {self.index}"
-        if self.obstacles:
+        if self.obstacles or self.local is not None:
             return self._counted
         if self.layers[0].measured is Measured.NO:
             if self.index > 0:
@@ -121,7 +128,7 @@ class RankAnalysis:
         name = "Unread pixels protect part of the input" if layer is None else f"{layer.name} protects the input"
         unread = f" ({self.layers[0].unseen} are read by no kernel)" if self.layers[0].unseen else ""
         return (
-            f"{name}: {joint} of its {size} dimensions ({100 * joint / size:.2g} %) stay free{unread}, whatever all "
+            f"{name}: {joint} of its {size} dimensions ({percent(joint / size)}) stay free{unread}, whatever all "
             f"layers tell together; {stated}.{against}"
         )
 
@@ -140,7 +147,8 @@ class RankAnalysis:
         groups = sorted(summarise(stops or self.obstacles), key=lambda group: -group.count)
         more = f" and {len(groups) - NAMED} more kinds" if len(groups) > NAMED else ""
         named = ", ".join(str(group) for group in groups[:NAMED]) + more
-        why = f"the recursion cannot pass this model ({named})" if stops else f"it is no plain chain, with {named}"
+        why = f"the recursion cannot pass this model ({named})" if stops else "it is no plain chain"
+        why += f", with {named}" if named and not stops else ""
         alone = "the counts take each layer alone, as if skip connections, normalisation and pooling were not there"
         if self.local is None:
             nothing = f"This says nothing certain of the model's input: {why}, so ranks were not measured"
@@ -151,21 +159,26 @@ class RankAnalysis:
     def _free(self) -> str:
         """What stays free of the input, whatever the attack."""
         assert self.local is not None
-        size, free = self.layers[0].unknowns, self.local.free
+        size, free = self.unknowns, self.local.free
         at = "at the sample" if self.at_sample else "at a drawn input"
         if not self.local.complete and free == size:
             return (
-                "What stays free of the input was not measured: it takes more time than was given (--budget, seconds)."
+                "What stays free of the input was not measured: it takes more time than was given (--budget, in Python "
+                "seconds=)."
             )
         if not self.local.complete:
             return (
-                f"At most {free} of {size} dimensions of the input stay free: that far was measured in the time, {at}."
+                f"At most {free} of {size} dimensions of the input stay free, {at}: the time was up before it was "
+                "known how many (--budget, in Python seconds=)."
             )
         if not free:
-            return f"No dimension of the input stays free, measured {at}: near it the gradients tell every input apart."
+            return (
+                f"No dimension of the input stays free, measured {at}: near it the gradients tell every input apart. "
+                "Whether an attack finds it is another question (rgap audit)."
+            )
         return (
-            f"{free} of {size} dimensions of the input ({100 * free / size:.2g} %) stay free, whatever the attack: "
-            f"along them no gradient moves, measured {at} with every side and route known."
+            f"{free} of {size} dimensions of the input ({percent(free / size)}) stay free, whatever the attack: along "
+            f"them nothing that is sent changes, measured {at}. An attack can only guess them from what is usual."
         )
 
     @property
@@ -184,6 +197,11 @@ class RankAnalysis:
         unsent = [layer.name for layer in self.layers if not layer.gradient_rows]
         if unsent:
             found.append(f"no gradient is sent for the weights of {names(unsent)}: |W| is 0")
+        if self.uncounted:
+            found.append(
+                f"the gradients of {names(self.uncounted)} are in no count: only those of Linear and convolutional "
+                "layers are"
+            )
         unread = [layer.name for layer in self.layers if layer.reads is None]
         if unread:
             found.append(f"the input of {names(unread)} is no single layer's output: no |V| is handed down, it is 0")
@@ -305,26 +323,33 @@ def rank_analysis(
         counts = _measured(sequence, counts, _sample(target, batch, sample, generator), generator, progress)
     elif measure:
         local = _local(target, _sample(target, batch, sample, generator), generator, seconds, looked)
-    obstacles = target.obstacles if sequence is None else ()
-    return RankAnalysis(counts, batch, measure and sample is not None, obstacles, _largest_batch(target), local)
+    # Batch norm with fixed statistics keeps no model from being a chain.
+    obstacles = tuple(each for each in target.obstacles if each.what != "batch_norm") if sequence is None else ()
+    uncounted = _uncounted(target) if sequence is None else ()
+    at_sample = measure and sample is not None
+    return RankAnalysis(counts, batch, at_sample, obstacles, _largest_batch(target), local, uncounted)
+
+
+def _uncounted(target: Target) -> tuple[str, ...]:
+    """Parameters whose gradients are sent and that no count knows."""
+    counted = {name for use in target.graph.uses for name in (use.weight_name, use.bias_name)}
+    norms = {f"{name}." for name, module in target.model.named_modules() if isinstance(module, _BatchNorm)}
+    return tuple(
+        name for name in target.parameters if name not in counted and f"{name.rpartition('.')[0]}." not in norms
+    )
 
 
 def _local(target: Target, sample: Tensor, generator: torch.Generator, seconds: float, looked: Looked) -> Local | None:
-    """What stays free of the samples; None where an operation cannot be differentiated or knows more than a sample."""
+    """What stays free of the samples; None where the model draws at random or cannot be differentiated twice."""
     uses = [(use, target.parameters.get(use.weight_name or "")) for use in target.graph.uses]
     products = sum(use.outputs * use.weight_gradients // len(weight) for use, weight in uses if weight is not None)
     left = share(1.0)
     if not worth(len(sample) * products, sample.numel(), seconds if left is None else min(left, seconds)):
-        return Local(sample.numel(), False)
+        return Local(sample.numel(), sample.numel(), False)
     try:
-        network = target.network
-        if any(isinstance(node.op, Other) and node.op.beyond_one_sample(len(sample)) for node in network.nodes):
-            return None
-        x = sample.to(network.device, torch.float64)
-        drawn = torch.randn(len(x), *network.shapes[-1], generator=generator, dtype=torch.float64)
         with within(seconds):
-            return free_dimensions(network, x, drawn.to(x.device), generator, looked)
-    except (NotAChain, RuntimeError, NotImplementedError):
+            return free_dimensions(target, sample, generator, looked)
+    except (RuntimeError, ValueError, NotImplementedError):  # as of batch norm in training mode for a single sample
         return None
 
 

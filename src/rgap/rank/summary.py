@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,12 +16,20 @@ names = partial(listed, most=3)
 """A few of several names, and how many more there are."""
 
 
+def percent(part: float) -> str:
+    """Two digits of a small one, and never 100 % of what is not all, nor 0 % of what is not nothing."""
+    per_cent = 100 * part
+    return f"{int(per_cent)} %" if per_cent >= 99 else f"{per_cent:.2g} %"
+
+
 @dataclass(frozen=True)
 class Group:
     """Obstacles with the same remedy."""
 
     what: tuple[str, ...]
     """Each different obstacle once."""
+    times: tuple[int, ...]
+    """How often each of them is met."""
     where: tuple[str, ...]
     """Of every obstacle."""
     kind: Kind
@@ -31,8 +40,7 @@ class Group:
         return len(self.where)
 
     def __str__(self) -> str:
-        times = f"{self.count} x " if self.count > 1 else ""
-        return times + names(self.what)
+        return names([f"{n} x {what}" if n > 1 else what for what, n in zip(self.what, self.times, strict=True)])
 
     @property
     def sentence(self) -> str:
@@ -51,7 +59,8 @@ def summarise(obstacles: Iterable[Obstacle]) -> tuple[Group, ...]:
     found: dict[tuple[Kind, str], list[Obstacle]] = {}
     for obstacle in obstacles:
         found.setdefault((obstacle.kind, obstacle.remedy), []).append(obstacle)
-    return tuple(
-        Group(tuple(dict.fromkeys(o.what for o in same)), tuple(o.where for o in same), kind, remedy)
-        for (kind, remedy), same in found.items()
-    )
+    groups = []
+    for (kind, remedy), same in found.items():
+        whats = Counter(o.what for o in same)
+        groups.append(Group(tuple(whats), tuple(whats.values()), tuple(o.where for o in same), kind, remedy))
+    return tuple(groups)
