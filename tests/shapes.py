@@ -1,7 +1,8 @@
 """Shapes in annotations are checked once in a process for each kind of call: of arguments and result, types and shapes.
 
 A check takes longer than most of what it checks, and solvers call the same products ten thousand times. Whether it
-passes hangs on the kind alone, and so on no other test: what did not pass is checked again at the next call.
+passes hangs on the kind alone, and so on no other test: what did not pass is checked again at the next call. To see of
+what kind a call is takes its time too: behind the first hundred of a function in a test it is one call in sixteen.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from beartype._check.code import codemain
 
 passed: set[int] = set()
 """Hashes of kinds of calls: of kinds themselves there would be too much to keep."""
+
+
+FIRST, EVERY = 100, 16
+calls: dict[int, int] = {}
+"""Of each function, in this test; to be cleared before the next."""
 
 
 def thin_out() -> None:
@@ -55,6 +61,9 @@ def thinned(plain: Callable[..., Any], check: Callable[[Any], Callable[..., Any]
 
     @functools.wraps(plain)
     def call(*args: Any, **named: Any) -> Any:
+        calls[code] = count = calls.get(code, 0) + 1
+        if count > FIRST and count % EVERY:
+            return plain(*args, **named)
         kinds: list[Hashable] = [code, *named]
         for value in (*args, *named.values()):
             look = looks[type(value)]

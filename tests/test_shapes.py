@@ -42,6 +42,19 @@ def test_each_kind_of_call_is_checked_once() -> None:
     assert len(seen) == count + 2
 
 
+@pytest.mark.parametrize("before", [0, shapes.FIRST - 1, 1000, 10_000])
+def test_a_wrong_argument_is_seen_soon_in_the_longest_loop(before: int) -> None:
+    for _ in range(before):
+        cholesky_solve(UNIT, UNIT)
+    with pytest.raises(TypeCheckError):  # noqa: PT012
+        for _ in range(shapes.EVERY):
+            cholesky_solve(UNIT.int(), UNIT)
+
+
+def test_each_test_begins_anew() -> None:
+    assert not shapes.calls
+
+
 @pytest.mark.parametrize("wrong", [torch.eye(3), UNIT.int(), UNIT[0], [UNIT], None], ids=str)
 def test_a_wrong_result_of_arguments_that_passed_is_seen(wrong: Tensor) -> None:
     found = [UNIT, UNIT, wrong, UNIT, wrong]

@@ -80,14 +80,22 @@ def of(batch: int, loss: losses.Loss, shape: tuple[int, ...], *layers: nn.Module
 
 
 OPEN = (nn.Conv2d(1, 12, 3, 1, 1), nn.Sigmoid(), nn.Conv2d(12, 4, 3, 2), nn.LeakyReLU(0.2), nn.Flatten())
-POOLED = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 4))
+POOLED = (
+    nn.Conv2d(1, 16, 3, padding=1),
+    nn.ReLU(),
+    nn.MaxPool2d(2),
+    nn.Flatten(),
+    nn.Linear(64, 20),
+    nn.ReLU(),
+    nn.Linear(20, 4),
+)
 
 
 @pytest.mark.parametrize(
     ("attack", "target", "told"),
     [
         (Closed(), of(1, losses.Logistic(), (1, 4, 4), *OPEN, nn.Linear(4, 1)), "Closed, layers together, step"),
-        (Closed(), of(1, losses.CrossEntropy(4), (1, 8, 8), *POOLED), "Closed"),
+        (Closed(), of(1, losses.CrossEntropy(4), (1, 4, 4), *POOLED), "Closed"),
         (
             Bias(),
             of(1, losses.Logistic(), (1, 4, 4), nn.Conv2d(1, 9, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, 1)),
