@@ -20,6 +20,7 @@ from rgap.inversion.root import leading_pair
 from rgap.inversion.subspace.head import ranks
 from rgap.nn.layers import Layer
 from rgap.nn.losses import MarginLoss
+from rgap.nn.models import exported_modes
 from rgap.nn.network import Network
 from rgap.target import Target
 from rgap.update import Update
@@ -34,6 +35,9 @@ def changes_with_mode(model: nn.Module) -> tuple[str, ...]:
     modules = list(model.modules())
     dropout = any(isinstance(each, nn.modules.dropout._DropoutNd) and each.p > 0 for each in modules)
     norm = any(isinstance(each, nn.modules.batchnorm._NormBase) for each in modules)
+    names = exported_modes(model) or {}
+    dropout = dropout or any("dropout" in name for name in names)
+    norm = norm or any("norm" in name for name in names)
     return (*[_DROPOUT] * dropout, *[_NORM] * norm)
 
 
@@ -108,7 +112,7 @@ def _header(target: Target, update: Update) -> list[str]:
         findings.append(
             f"the client was in {client} mode: {' and '.join(changing)} may have changed its gradient; the target is "
             f"in {target.mode} mode, make it of a model in the client's "
-            "(model.train() or eval(), --training)"
+            "(model.train() or eval(), --training; what torch.export made stays as it was exported)"
         )
     elif target.mode == "training" and _DROPOUT in changing:
         findings.append("in training mode dropout draws: no gradient that is recomputed agrees with the client's")

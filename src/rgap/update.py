@@ -20,6 +20,7 @@ from torch import Tensor
 from rgap.client import sent_by
 from rgap.files import write_atomically
 from rgap.inversion.rounding import stored_precision
+from rgap.nn.models import trains
 from rgap.printable import line, listed
 from rgap.protocol import Optimiser, Protocol, Sends
 from rgap.schema import of_fields, validator
@@ -366,7 +367,7 @@ def capture(
     generator = generator or torch.Generator().manual_seed(0)
     each = [sent_by(target, x[at : at + own], y[at : at + own], protocol, generator) for at in range(0, len(x), own)]
     gradients, buffers = _mean([found for found, _ in each]), _mean([found for _, found in each])
-    header = Header(own, target.loss.name, target.input_shape, fingerprint(model), model.training, protocol)
+    header = Header(own, target.loss.name, target.input_shape, fingerprint(model), trains(model), protocol)
     return Update(gradients, header, buffers if protocol.buffers else {})
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rgap.federation import given
+from rgap.nn.models import trains
 from rgap.printable import line
 from rgap.target import Target, fingerprint
 from rgap.update import Header, Update, UpdateError
@@ -95,7 +96,7 @@ def watch(
     loss, shape = (None, None) if target is None else (target.loss.name, target.input_shape)
 
     def begin() -> Take:
-        return _begun(seen, module, trained, lambda: Header(size, loss, shape, fingerprint(module), module.training))
+        return _begun(seen, module, trained, lambda: Header(size, loss, shape, fingerprint(module), trains(module)))
 
     if isinstance(watched, Optimizer):
         handles = [watched.register_step_pre_hook(_step(trained, begin))]

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rgap import Target, Update, capture, losses
 from rgap.attacks import IDLG, Bias, Closed
+from rgap.auditing.findings import mode
+from rgap.checks import changes_with_mode
 from rgap.nn.models import in_mode, unwrapped
 
 # torch's own, when what torch.export made is copied.
@@ -170,6 +172,24 @@ def test_what_torch_export_made_for_any_batch_is_attacked() -> None:
     x = torch.rand(1, 5)
     found = Closed()(target, capture(target, x, torch.tensor([1.0])))
     torch.testing.assert_close(found.inputs.float(), x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.cls.__new__:UserWarning")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("part", "name"), [(nn.Dropout(), "dropout"), (nn.BatchNorm1d(9), "batch norm"), (nn.Tanh(), "")]
+)
+def test_what_torch_export_made_is_in_the_mode_it_was_made_in(part: nn.Module, name: str, training: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 9), part, nn.Linear(9, 3)).train(training)
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    made = torch.export.export(model, (torch.rand(4, 6),), dynamic_shapes=dynamic).module()
+    target = Target(made, losses.CrossEntropy(3), (6,), batch_size=2)
+    assert target.mode == ("training" if training and name else "evaluation")
+    assert changes_with_mode(made) == ((name,) if name else ())
+    update = capture(target, torch.rand(2, 6), torch.tensor([1.0, 2.0]))
+    assert update.header.training == (target.mode == "training")
+    if name:
+        assert f"audited in {target.mode} mode" in mode(target)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")

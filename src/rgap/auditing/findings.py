@@ -87,5 +87,6 @@ def mode(target: Target) -> str:
         return f"The model was audited in training mode: {names} as a client has it while it trains."
     return (
         f"The model was audited in evaluation mode. A client that trains has {names} in training mode, which gives "
-        "another gradient, and another result: --training, or model.train() before the target is made."
+        "another gradient, and another result: --training, or model.train() before the target is made; what "
+        "torch.export made stays as it was exported."
     )

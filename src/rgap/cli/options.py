@@ -305,6 +305,7 @@ def make_target(
 ) -> Target:
     """The target the options describe."""
     from rgap import losses
+    from rgap.checks import changes_with_mode
     from rgap.models.inputs import drawn, fixed, normalised
     from rgap.nn.models import in_mode
     from rgap.reading import load_weights
@@ -323,7 +324,13 @@ def make_target(
     if device is not None:
         module = module.to(_device(device))
     chosen = losses.for_model(module, input_shape, _named_loss(loss))
-    return Target(in_mode(module, training), chosen, input_shape, value_range, batch_size)
+    target = Target(in_mode(module, training), chosen, input_shape, value_range, batch_size)
+    if training and target.mode != "training" and changes_with_mode(target.model):
+        message = (
+            "--training: torch.export made the model in evaluation mode, to which it keeps; export one that trains"
+        )
+        raise click.BadParameter(message)
+    return target
 
 
 def _device(name: str) -> torch.device:

@@ -43,6 +43,27 @@ def in_mode(model: nn.Module, training: bool) -> nn.Module:
     return model
 
 
+def exported_modes(model: nn.Module) -> dict[str, bool] | None:
+    """Of what torch.export made, whose own mode means nothing: each operation that trains otherwise than it evaluates,
+    and whether it trains. None of any other model."""
+    found: dict[str, bool] = {}
+    programs = [part for part in model.modules() if isinstance(part, torch.fx.GraphModule)]
+    calls = [node for part in programs for node in part.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    for node in calls:
+        schema = node.target._schema
+        for at, argument in enumerate(schema.arguments):
+            if argument.name in ("train", "training"):
+                trains = node.args[at] if at < len(node.args) else node.kwargs.get(argument.name, False)
+                found[schema.name] = found.get(schema.name, False) or bool(trains)
+    return found if calls else None
+
+
+def trains(model: nn.Module) -> bool:
+    """Whether the model is in training mode; of what torch.export made, whether anything in it is."""
+    exported = exported_modes(model)
+    return model.training if exported is None else any(exported.values())
+
+
 def used_in_place(model: nn.Module, run: Callable[[], Tensor]) -> None:
     """Refuse a model that uses parameters past their names, where no others can be put in their places.
 
