@@ -9,7 +9,7 @@ import torch
 from small_audits import SHAPE, Silent, documented, open_target, pictures, seeded
 from torch import Tensor, nn
 
-from rgap import Target, audit, losses
+from rgap import Target, audit, audit_updates, capture, defences, losses
 from rgap.attacks import Bias, Closed
 from rgap.auditing import Audit
 from rgap.report import render
@@ -113,8 +113,6 @@ def test_what_leaked_is_the_headline_where_no_sample_was_recovered() -> None:
 
 def test_features_and_labels_that_are_not_right_do_not_count() -> None:
     """A defence that moves them takes them away."""
-    from rgap import audit_updates, capture
-
     target, x = pooled(), pictures(1).inputs
     update = capture(target, x, torch.tensor([1.0]))
     for truth, labels, features, right in ((x, [1.0], 1, 1), (x, [2.0], 1, 0), (1 - x, [1.0], 0, 1)):
@@ -124,6 +122,33 @@ def test_features_and_labels_that_are_not_right_do_not_count() -> None:
     unknown = audit_updates(target, {"a": update}, attacks=[Silent()])
     assert unknown.read is not None
     assert (unknown.read.features, unknown.read.labels, unknown.read.known) == (1, 1, False)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("defence", "features", "labels"),
+    [
+        (defences.Clip(0.01), True, True),  # every value by the same factor
+        (defences.GaussianNoise(0.02), False, True),
+        (defences.LaplaceNoise(0.02), False, True),
+        (defences.Quantise(6), False, True),
+        (defences.Sign(), False, True),
+        (defences.DPSGD(0.1, 20.0), False, False),
+    ],
+)
+def test_what_a_defence_hides_is_not_said_to_be_read_off(
+    defence: defences.Defence, features: bool, labels: bool, known: bool
+) -> None:
+    """Whether or not the auditor knows the sample: a client that defends itself sends no more than it sends."""
+    model = seeded(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 9), nn.Tanh(), nn.Linear(9, 3))
+    target, x = Target(model, losses.CrossEntropy(3), SHAPE, (0.0, 1.0)), pictures(1).inputs
+    sent = defence(capture(target, x, torch.tensor([1.0])), torch.Generator().manual_seed(0))
+    found = audit_updates(target, {"a": sent}, {"a": (x, [1.0])} if known else {}, attacks=[Silent()])
+    assert found.read is not None
+    assert (found.read.features > 0) == features
+    assert found.read.labels == labels or known
+    told = [line for line in found.verdict.sentences if "reads could not be read off" in line]
+    assert bool(told) != features
 
 
 def test_batches_and_models_without_biases_are_read_as_far_as_they_go() -> None:

@@ -10,14 +10,20 @@ import torch
 from torch import Tensor
 
 from rgap.attacks import candidates, class_shares
-from rgap.attacks.features import features
+from rgap.attacks.features import Features, features
 from rgap.auditing.observed import Observed
+from rgap.inversion.root import leading_pair
 from rgap.linalg import deadline
 from rgap.losses import LabelMaps
 from rgap.target import Target
+from rgap.update import Update
 
 AGREES = 1e-3
 """Values that differ by less, relative to the largest of them, were read off exactly."""
+SPREAD = 4.0
+"""The largest of many errors is about so many standard deviations."""
+CHANGED = 0.5
+"""Of a single sample's last gradient so much may be left over beside one outer product, if it is to tell the label."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class ReadOut:
     """That it reads."""
     features: int = 0
     """Samples of which they were read off, exactly as far as anyone knows."""
+    hidden: str = ""
+    """The layer whose gradient should tell what it reads and does not, as after noise or compression; else empty."""
     shares: float | None = None
     """Of label maps, how far off the classes' shares of the pixels are at the most; None if they are not known."""
 
@@ -55,6 +63,17 @@ class ReadOut:
         return f"all {self.values} values that {self.layer} reads{of}"
 
     @property
+    def hidden_told(self) -> str:
+        """What a change of the gradient hid, in a sentence; empty if nothing."""
+        if not self.hidden:
+            return ""
+        everywhere = " everywhere" if self.features else ""
+        return (
+            f"What {self.hidden} reads could not be read off{everywhere}: the gradient that was sent contradicts "
+            "itself or the sample, as after noise, quantisation or compression."
+        )
+
+    @property
     def told(self) -> str:
         """Everything, in the order of what it is worth; empty if it is nothing."""
         return " and ".join(filter(None, (self.features_told, self.labels_told)))
@@ -70,7 +89,7 @@ def _of(one: str, several: str, some: int, count: int) -> str:
 
 def read_out(target: Target, observed: Sequence[Observed]) -> ReadOut:
     """Look at each update as long as there is time; what was not looked at does not count."""
-    labels, samples, found, off = 0, 0, [], []
+    labels, samples, found, off, hidden = 0, 0, [], [], ""
     for each in observed:
         if deadline.used() >= 1:
             break
@@ -79,12 +98,15 @@ def read_out(target: Target, observed: Sequence[Observed]) -> ReadOut:
             off += _shares(target, target.loss, each)
         else:
             labels += _labels(target, each)
-        if each.samples == 1:
-            found.append(_features(target, each))
-    read = [one for one in found if one is not None]
-    layer, values = Counter(read).most_common(1)[0][0] if read else ("", 0)
+        one = features(target, each.update.to_gradient(target)[0]) if each.samples == 1 else None
+        if one is not None and one.value_id > 0:
+            if _right(target, each, one):
+                found.append((one.layer, one.x.numel()))
+            else:
+                hidden = one.layer
+    layer, values = Counter(found).most_common(1)[0][0] if found else ("", 0)
     known = all(each.truth is not None for each in observed)
-    return ReadOut(samples, labels, known, layer, values, read.count((layer, values)), max(off, default=None))
+    return ReadOut(samples, labels, known, layer, values, found.count((layer, values)), hidden, max(off, default=None))
 
 
 def _shares(target: Target, loss: LabelMaps, observed: Observed) -> list[float]:
@@ -114,21 +136,28 @@ def _labels(target: Target, observed: Observed) -> int:
         return 0
     told = possible[0].tolist()
     if observed.labels is None:
-        return len(told)
+        return 0 if observed.samples == 1 and _changed(target, update) else len(told)
     if target.loss.labels:
         return (Counter(told) & Counter(observed.labels)).total()
     return sum(abs(a - b) <= AGREES * max(1.0, abs(b)) for a, b in zip(told, observed.labels, strict=True))
 
 
-def _features(target: Target, observed: Observed) -> tuple[str, int] | None:
-    """The layer whose input was read off, and how many values those are; None if there is none, or it is another."""
-    update, _ = observed.update.to_gradient(target)
-    found = features(target, update)
-    if found is None or found.value_id == 0:
-        return None
-    if observed.truth is not None and not _agrees(_value(target, observed.truth, found.value_id), found.x):
-        return None
-    return found.layer, found.x.numel()
+def _changed(target: Target, update: Update) -> bool:
+    """Whether the last layer's gradient is so far from that of one sample that its signs may be anything."""
+    use = target.graph.uses[-1] if target.graph.uses else None
+    gradient = None if use is None else update.gradients.get(use.weight_name or "")
+    if gradient is None or gradient.dim() != 2 or not gradient.any():
+        return False
+    return leading_pair(gradient.double())[-1] > CHANGED
+
+
+def _right(target: Target, observed: Observed, found: Features) -> bool:
+    """Whether what a layer reads was read off, exactly as far as anyone knows."""
+    if observed.truth is not None:
+        return _agrees(_value(target, observed.truth, found.value_id), found.x)
+    sizes = found.x[found.x != 0].abs()
+    signs = len(sizes) > 1 and bool((sizes.max() - sizes.min()) <= AGREES * sizes.max())  # all that a sign leaves
+    return not signs and SPREAD * found.std <= AGREES * float(found.x.abs().max())
 
 
 def _value(target: Target, truth: Tensor, value_id: int) -> Tensor:

@@ -111,7 +111,7 @@ def verdict(
         level,
         headline if exact == count else _so_far(headline, ended, seen > 0 or bool(read_off)),
         tuple(found),
-        tuple(_sentences(cases, exact, seen, told, target)),
+        tuple(_sentences(cases, exact, seen, read, target)),
         _layer(rank, seen > 0, ended is not Ended.WHOLE),
         tuple(_advice(sweeps)) if seen else (),
         (*_limits(target), *_unknown(unknown, count)),
@@ -138,7 +138,7 @@ def _many(some: int, count: int, what: str) -> str:
     return f"{some} of {count} samples {what}."
 
 
-def _sentences(cases: Sequence[Case], exact: int, seen: int, told: str, target: Target) -> list[str]:
+def _sentences(cases: Sequence[Case], exact: int, seen: int, read: ReadOut | None, target: Target) -> list[str]:
     count = len(cases)
     others = sum(case.truth is None and case.level is Level.NOTHING for case in cases)
     tail = f"; of {others} nobody can say: there is nothing to compare with" if others else ""
@@ -170,8 +170,10 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int, told: str, target: 
     apart = _told_apart(cases)
     if apart:
         found.append(f"Told apart in gradients of several samples, although their inputs are not known: {apart}.")
-    if told:
-        found.append(f"Read off at once, without any search: {told}.")
+    if read is not None and read.told:
+        found.append(f"Read off at once, without any search: {read.told}.")
+    if read is not None and read.hidden_told:
+        found.append(read.hidden_told)
     if changes_with_mode(target.model):
         found.append(mode(target))
     return found
