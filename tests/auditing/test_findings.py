@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rgap import Target, audit, audit_updates, capture, defences, losses
 from rgap.attacks import Bias, Closed
 from rgap.auditing import Audit
+from rgap.protocol import Protocol, Sends
 from rgap.report import render
 
 
@@ -149,6 +150,31 @@ def test_what_a_defence_hides_is_not_said_to_be_read_off(
     assert found.read.labels == labels or known
     told = [line for line in found.verdict.sentences if "reads could not be read off" in line]
     assert bool(told) != features
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("classes", "repeats", "steps"), [(3, (30, 12, 6), 1), (2, (30, 14), 1), (3, (20, 8, 2), 3)])
+def test_how_often_each_label_occurs_is_told_of_batches(
+    classes: int, repeats: tuple[int, ...], steps: int, known: bool
+) -> None:
+    labels = [float(label) for label, count in enumerate(repeats) for _ in range(count)]
+    target, x = open_target(len(labels), classes), pictures(len(labels)).inputs
+    protocol = Protocol(Sends.DIFFERENCE, learning_rate=0.1, steps=steps)
+    sent = capture(target, x, torch.tensor(labels), protocol)
+    found = audit_updates(target, {"a": sent}, {"a": (x, labels)} if known else {}, attacks=[Silent()])
+    assert found.read is not None
+    if known and steps == 1:
+        assert not found.read.counts
+        assert 0.9 * len(labels) <= found.read.labels <= len(labels)
+        return
+    assert found.read.labels == 0
+    ((_, own),) = found.read.counts
+    right = sum(min(count, own[label]) for label, count in enumerate(repeats))
+    assert right >= 0.8 * len(labels)
+    assert found.read.counted_right == (right if known else None)
+    (told,) = [line for line in found.verdict.sentences if line.startswith("How often each label occurs is estimated")]
+    assert f"label 0 {own[0.0]} times" in told
+    assert (f"right for {right} of {len(labels)} samples" in told) == known
 
 
 def test_batches_and_models_without_biases_are_read_as_far_as_they_go() -> None:

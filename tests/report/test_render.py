@@ -587,6 +587,16 @@ def test_any_value_in_any_place_is_either_shown_or_refused(data: st.DataObject) 
     assert Page(html).open == []
 
 
+@pytest.mark.parametrize("samples", [1, 3, 40])
+def test_no_sample_is_said_to_be_tried_where_no_attack_ran(samples: int) -> None:
+    audit = rich(samples)
+    for sample in audit["samples"]:
+        sample["results"] = []
+    text = Page(render(audit)).text
+    assert "No sample was attacked: no attack applies to these updates" in text
+    assert "No attack gave a result." not in text
+
+
 def test_results_without_an_answer_are_results() -> None:
     audit = rich(1)
     audit["samples"][0]["results"] = [result("Closed", None, None, 1, reason="a layer is dead")]

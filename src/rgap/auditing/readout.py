@@ -11,10 +11,12 @@ from torch import Tensor
 
 from rgap.attacks import candidates, class_shares
 from rgap.attacks.features import Features, features
+from rgap.attacks.label_counts import counts
 from rgap.auditing.observed import Observed
 from rgap.inversion.root import leading_pair
 from rgap.linalg import deadline
 from rgap.losses import LabelMaps
+from rgap.printable import listed
 from rgap.target import Target
 from rgap.update import Update
 
@@ -42,6 +44,13 @@ class ReadOut:
     """That it reads."""
     features: int = 0
     """Samples of which they were read off, exactly as far as anyone knows."""
+    counts: tuple[tuple[str, dict[float, int]], ...] = ()
+    """Of updates of several samples whose labels are not certain, by the first sample's name: how often each label
+    occurs, estimated."""
+    counted: int = 0
+    """Samples of these updates."""
+    counted_right: int | None = None
+    """How many of their labels the estimates have right; None if that is not known."""
     hidden: str = ""
     """The layer whose gradient should tell what it reads and does not, as after noise or compression; else empty."""
     shares: float | None = None
@@ -61,6 +70,16 @@ class ReadOut:
             return ""
         of = "" if self.features == self.samples else f" of {self.features} of {self.samples} samples"
         return f"all {self.values} values that {self.layer} reads{of}"
+
+    @property
+    def counts_told(self) -> str:
+        """How often each label occurs, in a sentence; empty if that was not estimated."""
+        if not self.counts:
+            return ""
+        right = "" if self.counted_right is None else f", right for {self.counted_right} of {self.counted} samples"
+        each = "; ".join(f"{f'{name}: ' if len(self.counts) > 1 else ''}{_often(own)}" for name, own in self.counts[:2])
+        more = f"; and {len(self.counts) - 2} more updates" if len(self.counts) > 2 else ""
+        return f"How often each label occurs is estimated{right}. {each}{more}."
 
     @property
     def hidden_told(self) -> str:
@@ -87,9 +106,16 @@ def _of(one: str, several: str, some: int, count: int) -> str:
     return f"{several if some > 1 else one} of {some} of {count} samples"
 
 
+def _often(own: dict[float, int]) -> str:
+    """The labels that occur most often."""
+    most = sorted(own.items(), key=lambda each: -each[1])
+    return "label " + listed([f"{label:g} {count} times" for label, count in most if count], 10)
+
+
 def read_out(target: Target, observed: Sequence[Observed]) -> ReadOut:
     """Look at each update as long as there is time; what was not looked at does not count."""
     labels, samples, found, off, hidden = 0, 0, [], [], ""
+    counted: list[tuple[Observed, dict[float, int]]] = []
     for each in observed:
         if deadline.used() >= 1:
             break
@@ -97,7 +123,11 @@ def read_out(target: Target, observed: Sequence[Observed]) -> ReadOut:
         if isinstance(target.loss, LabelMaps):
             off += _shares(target, target.loss, each)
         else:
-            labels += _labels(target, each)
+            certain = _labels(target, each)
+            labels += certain
+            own = None if certain or each.samples == 1 else _counts(target, each)
+            if own is not None:
+                counted.append((each, own))
         one = features(target, each.update.to_gradient(target)[0]) if each.samples == 1 else None
         if one is not None and one.value_id > 0:
             if _right(target, each, one):
@@ -106,7 +136,20 @@ def read_out(target: Target, observed: Sequence[Observed]) -> ReadOut:
                 hidden = one.layer
     layer, values = Counter(found).most_common(1)[0][0] if found else ("", 0)
     known = all(each.truth is not None for each in observed)
-    return ReadOut(samples, labels, known, layer, values, found.count((layer, values)), hidden, max(off, default=None))
+    right = [(Counter(own) & Counter(each.labels)).total() for each, own in counted if each.labels is not None]
+    return ReadOut(
+        samples=samples,
+        labels=labels,
+        known=known,
+        layer=layer,
+        values=values,
+        features=found.count((layer, values)),
+        counts=tuple((each.names[0].partition(",")[0], own) for each, own in counted),
+        counted=sum(each.samples for each, _ in counted),
+        counted_right=sum(right) if len(right) == len(counted) else None,
+        hidden=hidden,
+        shares=max(off, default=None),
+    )
 
 
 def _shares(target: Target, loss: LabelMaps, observed: Observed) -> list[float]:
@@ -135,11 +178,20 @@ def _labels(target: Target, observed: Observed) -> int:
     if len(possible) != 1:
         return 0
     told = possible[0].tolist()
-    if observed.labels is None:
-        return 0 if observed.samples == 1 and _changed(target, update) else len(told)
+    if observed.labels is None:  # of several samples labels are an estimate
+        return 0 if observed.samples > 1 or _changed(target, update) else len(told)
     if target.loss.labels:
         return (Counter(told) & Counter(observed.labels)).total()
     return sum(abs(a - b) <= AGREES * max(1.0, abs(b)) for a, b in zip(told, observed.labels, strict=True))
+
+
+def _counts(target: Target, observed: Observed) -> dict[float, int] | None:
+    """How often each label occurs, estimated; None if the last layer does not tell."""
+    update, _ = observed.update.to_gradient(target)
+    try:
+        return counts(target, update).counts
+    except ValueError:
+        return None
 
 
 def _changed(target: Target, update: Update) -> bool:

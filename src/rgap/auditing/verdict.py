@@ -89,6 +89,8 @@ def verdict(
     elif not tried:
         level = Level.NOTHING
         headline = "No attack ran: this says nothing about what the updates give away."
+        if read is not None and read.counts:
+            headline = "How often each label occurs is estimated. No attack ran, which might give more away."
     elif exact:
         level, headline = Level.EXACT, _many(exact, count, "can be read out of the update exactly")
     elif seen:
@@ -143,7 +145,8 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int, read: ReadOut | Non
     others = sum(case.truth is None and case.level is Level.NOTHING for case in cases)
     tail = f"; of {others} nobody can say: there is nothing to compare with" if others else ""
     seen_or_not = f"{seen - exact} more recognisably, {count - seen - others} not{tail}"
-    found = [f"{exact} of {count} samples recovered exactly, {seen_or_not}."]
+    tried = any(case.results for case in cases)
+    found = [f"{exact} of {count} samples recovered exactly, {seen_or_not}."] if tried else []
     best = [case.best for case in cases if case.best is not None and case.level is not Level.NOTHING]
     unknown = [r for r in best if not r.compared and r.level is not Level.EXACT]
     if unknown:
@@ -172,8 +175,8 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int, read: ReadOut | Non
         found.append(f"Told apart in gradients of several samples, although their inputs are not known: {apart}.")
     if read is not None and read.told:
         found.append(f"Read off at once, without any search: {read.told}.")
-    if read is not None and read.hidden_told:
-        found.append(read.hidden_told)
+    if read is not None:
+        found += filter(None, (read.counts_told, read.hidden_told))
     if changes_with_mode(target.model):
         found.append(mode(target))
     return found

@@ -150,7 +150,8 @@ def _show(result: Audit, out: Path) -> None:
     for sentence in result.verdict.sentences:
         console.print(sentence)
     console.print()
-    console.print(tables.pictures(result))
+    if any(case.results for case in result.cases):
+        console.print(tables.pictures(result))
     console.print(tables.attacks(result))
     first = next(((case, case.best) for case in result.cases if case.best is not None and case.best.layers), None)
     if first is not None:

@@ -62,5 +62,8 @@ def _show(result: Audit, name: str, out: Path) -> None:
     console.print(f"{name}: {result.verdict.headline}", style="bold")
     for finding in result.verdict.findings:
         console.print(f"Check this first: {finding}", style="bold red")
-    console.print(tables.pictures(result))
+    for sentence in result.verdict.sentences:
+        console.print(sentence)
+    if any(case.results for case in result.cases):
+        console.print(tables.pictures(result))
     console.print(f"Report: {out / name}.html\n", soft_wrap=True)
