@@ -86,14 +86,29 @@ def toml(folder: Path, factory: str = "make", seeds: int = 4, count: int = 1, na
     return path
 
 
-def start(folder: Path, *arguments: str, shell: str = "", **environment: str) -> subprocess.Popen[str]:
+FORKED = (
+    "import multiprocessing; from distributed import utils; utils._forkserver_preload_set = True; "
+    "needed = ['distributed', 'rgap.sweeps.equip', 'torch.export._trace']; "
+    "multiprocessing.get_context('forkserver').set_forkserver_preload(needed); "
+)
+
+
+def start(
+    folder: Path, *arguments: str, shell: str = "", fork: bool = False, **environment: str
+) -> subprocess.Popen[str]:
     """`rgap sweep ...` in that folder.
 
     Args:
         shell: what runs before it in the same process, such as a limit.
+        fork: whether its workers are forks of one process that has imported all they need, where many of them die.
     """
     # A shell's background job ignores the interrupt, and so would all that the tests start there.
     run = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from rgap.cli import main; main()"
+    if fork:
+        run, environment = (
+            FORKED + run,
+            {**environment, "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver"},
+        )
     command = [sys.executable, "-c", run, "sweep", *arguments]
     if shell:
         command = ["sh", "-c", f'{shell}; exec "$0" "$@"', *command]
@@ -143,7 +158,8 @@ def done(store: Path) -> int:
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes that a run has started to work for it."""
     children = psutil.Process(process.pid).children(recursive=True)
-    return [each for each in children if "spawn_main" in " ".join(each.cmdline())]
+    forks = [each for each in children if each.ppid() != process.pid]
+    return forks or [each for each in children if "spawn_main" in " ".join(each.cmdline())]
 
 
 def kill(process: psutil.Process | subprocess.Popen[Any]) -> None:

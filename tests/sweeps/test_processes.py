@@ -66,7 +66,7 @@ def test_a_run_that_is_killed_goes_on_and_does_nothing_twice(folder: Path, alone
 
 def test_a_worker_that_is_killed_loses_nothing(folder: Path, alone: dict[str, dict[str, object]]) -> None:
     plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
-    run = start(folder, str(plan), "--workers", "2", RGAP_TEST_NAP="0.3")
+    run = start(folder, str(plan), "--workers", "2", fork=True, RGAP_TEST_NAP="0.3")
     until(lambda: done(store) >= 2)
     victim, *others = workers(run)
     kill(victim)
@@ -107,7 +107,7 @@ def test_the_workers_of_a_run_that_is_killed_do_not_stay(folder: Path) -> None:
 
 def test_a_job_that_kills_its_workers_fails_and_the_others_do_not(folder: Path) -> None:
     plan, store = toml(folder, "poisonous", seeds=4), folder / "plan.sqlite"
-    output = ended(start(folder, str(plan), "--workers", "2"), code=4)
+    output = ended(start(folder, str(plan), "--workers", "2", fork=True), code=4)
     assert "every worker that began this job died" in output
     assert "--retry" in output
     with SweepStore(store, make=False) as opened:
