@@ -577,3 +577,37 @@ def test_what_is_printed_is_a_few_lines() -> None:
     with pytest.raises(TypeError):
         Bias()(target, dict(update.gradients))  # type: ignore[arg-type]
     assert score(found, truth=x.inputs.numpy()).mse == score(found, truth=x.inputs).mse
+
+
+def maps(flip: int) -> losses.LabelMaps:
+    """Two masks that differ in one pixel."""
+    masks = torch.zeros(1, 4, 4)
+    masks[0, flip, flip] = 1
+    return losses.LabelMaps(masks, 2)
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        (maps(0), maps(1)),
+        (losses.CrossEntropy(32), losses.CrossEntropy(32, label_smoothing=0.1)),
+        (losses.CrossEntropy(32, label_smoothing=0.1), losses.CrossEntropy(32, label_smoothing=0.2)),
+        (losses.CrossEntropy(32), losses.CrossEntropy(32, weight=(1.0,) * 31 + (2.0,))),
+    ],
+)
+def test_a_folder_keeps_losses_of_other_settings_apart_and_goes_on(
+    tmp_path: Path, own: losses.Loss, other: losses.Loss
+) -> None:
+    def run_with(loss: losses.Loss) -> int:
+        watched = Watched("A", inner=Silent())
+        model = seeded(nn.Flatten(), nn.Linear(16, 32), nn.Unflatten(1, (2, 4, 4)))
+        if not isinstance(loss, losses.LabelMaps):
+            model = model[:2]
+        target = Target(model, loss, SHAPE, (0.0, 1.0))
+        audit(target, pictures(2), labels=[0, 0], attacks=[watched], folder=tmp_path)
+        return len(watched.seen)
+
+    assert run_with(own) == 2
+    assert run_with(own) == 0  # it is all there
+    with pytest.raises(StoreError, match="holds a run with other settings"):
+        run_with(other)
