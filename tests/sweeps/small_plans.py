@@ -158,8 +158,9 @@ def done(store: Path) -> int:
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes that a run has started to work for it."""
     children = psutil.Process(process.pid).children(recursive=True)
-    forks = [each for each in children if each.ppid() != process.pid]
-    return forks or [each for each in children if "spawn_main" in " ".join(each.cmdline())]
+    names = {each: " ".join(each.cmdline()) for each in children}
+    forks = [each for each in children if "forkserver" in names[each] and each.ppid() != process.pid]
+    return forks or [each for each in children if "spawn_main" in names[each]]
 
 
 def kill(process: psutil.Process | subprocess.Popen[Any]) -> None:
