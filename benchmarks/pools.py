@@ -73,6 +73,15 @@ def le_net(activation: Callable[[], nn.Module]) -> Callable[[int, int], nn.Seque
     return make
 
 
+def vgg(channels: int, size: int) -> nn.Sequential:
+    """VGG-11 in its form for CIFAR-10, with maximum pools."""
+    layers: list[nn.Module] = []
+    for width in (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
+        channels = width or channels
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(10))
+
+
 ROWS: dict[str, tuple[Callable[[int, int], nn.Sequential], str]] = {
     "PyTorch's MNIST example": (example, "mnist"),
     "FedAvg's network, MNIST": (mcmahan, "mnist"),
@@ -82,6 +91,7 @@ ROWS: dict[str, tuple[Callable[[int, int], nn.Sequential], str]] = {
     "FedAvg's network with average pools, CIFAR-10": (lambda c, s: mcmahan(c, s, 2, nn.AvgPool2d), "cifar10"),
     "PyTorch's tutorial network, CIFAR-10": (quickstart, "cifar10"),
     "AlexNet-like beginning, CIFAR-10": (stem, "cifar10"),
+    "VGG-11, CIFAR-10": (vgg, "cifar10"),
     "LeNet-5, average pools, sigmoid, MNIST": (le_net(nn.Sigmoid), "mnist"),
     "LeNet-5, average pools, tanh, MNIST": (le_net(nn.Tanh), "mnist"),
     "LeNet-5, average pools, ReLU, MNIST": (le_net(nn.ReLU), "mnist"),

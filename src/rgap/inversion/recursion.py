@@ -24,6 +24,7 @@ from rgap.inversion.layer import LayerSolution, LayerSystem
 from rgap.inversion.non_monotone import both_branches, choose_branch
 from rgap.inversion.norm import before_norm
 from rgap.inversion.null_space import complete
+from rgap.inversion.read_ahead import read_ahead
 from rgap.inversion.report import layer_report
 from rgap.inversion.rounding import NEAREST, rounding
 from rgap.inversion.sides import (
@@ -65,11 +66,19 @@ def recurse(
         report: is called with the number of segments that were passed.
         virtual: whether a layer before may tell what one leaves open: virtual constraints (Section 4).
     """
+    output, here = paths, len(network.nodes)
     for count, segment in enumerate(reversed(network.segments)):
+        if segment.exit > here:
+            continue
         deadline.check()
         report(count, float("nan"))
         op = network.nodes[segment.nodes[-1]].op
         paths = paths.at(segment.exit)
+        if isinstance(op, Pool):  # what a gradient tells at once is not looked for
+            ahead = read_ahead(network, segment.entry, observed, output, paths)
+            if ahead is not None:
+                here, paths = ahead
+                continue
         match op:
             case _ if segment.block:
                 found = solve_block(network.part([segment]), segment.exit, observed, paths)
@@ -84,7 +93,10 @@ def recurse(
                 behind = network.nodes[segment.entry - 1].op if segment.entry else None
                 found = invert(op, behind, observed, paths)
         if isinstance(found, Stop):
-            return paths.candidates(segment.exit, found)
+            ahead = read_ahead(network, segment.entry, observed, output, paths)
+            if ahead is None:
+                return paths.candidates(segment.exit, found)
+            here, found = ahead
         paths = found
     return paths.at(0).candidates(0)
 

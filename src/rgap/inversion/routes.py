@@ -104,6 +104,10 @@ class Unpooled:
 ANNEALING = Annealing()
 COLDER = Annealing(temperature=1.0)
 """Fewer steps, from a start that is decided sooner."""
+FROM_INPUT = Annealing(max_steps=12, patience=6)
+"""From the network's input, whose neighbouring values are similar: far enough to begin nearer."""
+NEAR = Annealing(temperature=0.3, prior=0.01, patience=30)
+"""From a start of a few per cent's error."""
 VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, gradient=False)
 """Where the maxima alone determine the input: the routes of the present input, and a prior that fades fast."""
 SETTLED = Annealing(solve_rtol=1e-9, solve_steps=1000)
@@ -158,6 +162,11 @@ def find_routes(
         temperature, weight = temperature * schedule.cooling**power, weight * schedule.fading**power
     assert best is not None
     return best
+
+
+def missed_by(part: Pooled, observed: Observed, x: Float[Tensor, "b ..."]) -> float:
+    """How much of what is known behind the pool an input misses, relatively."""
+    return _Point(part, observed, x).missed
 
 
 def _finish(step: _Decided) -> _Decided:

@@ -6,22 +6,27 @@ known at its place, and of the others that they are no larger; of a mean all val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.prior import Prior
 from rgap.inversion.routes import (
     ANNEALING,
     COLDER,
+    FROM_INPUT,
+    NEAR,
     VALUES_ONLY,
     Annealing,
     Observed,
     Pooled,
     Unpooled,
     find_routes,
+    missed_by,
     settle,
 )
 from rgap.inversion.state import State
@@ -30,6 +35,8 @@ from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Elementwise, Linear
 from rgap.nn.pools import MaxPool, MeanPool, Pool
 
+FEWER = 2
+"""So many times fewer unknowns has the network's input where routes are looked for from it first."""
 ENOUGH = 1.25
 """Rows for each unknown with which routes are looked for."""
 MISSED = 200
@@ -149,6 +156,7 @@ def solve_route(
     centre: float,
     with_prior: bool = False,
     report: Callable[[int, float], None] = lambda step, missed: None,
+    whole: Route | None = None,
 ) -> Unpooled | None:
     """The input and the routes; None where the rows are too few to tell them.
 
@@ -156,23 +164,41 @@ def solve_route(
         eps: relative rounding of the gradient.
         centre: of the prior.
         with_prior: whether the prior may decide what too few rows leave open.
+        whole: the same pool from the network's own input on, where that has far fewer unknowns.
     """
     shape = route.part.front.input_shape
     start = observed.value.new_full((len(observed.value), *shape), centre)
     known, unknowns = int(observed.known.sum()), start.numel()
-    tries: list[Annealing] = []
+    tries: list[tuple[Annealing, Tensor]] = []
     if known >= ENOUGH * unknowns:
-        tries.append(VALUES_ONLY)
+        tries.append((VALUES_ONLY, start))
     if with_prior or known + route.part.layer.gradient_rows >= ENOUGH * unknowns:
-        tries += [ANNEALING, COLDER]
+        if whole is not None:
+            tries.append((NEAR, _from_input(whole, observed, eps, report)))
+        tries += [(ANNEALING, start), (COLDER, start)]
     found: Unpooled | None = None
     agrees = MISSED * eps
-    for schedule in tries:
-        tried = find_routes(route.part, observed, Prior(shape, centre), agrees, start, schedule, report)
+    for schedule, begin in tries:
+        tried = find_routes(route.part, observed, Prior(shape, centre), agrees, begin, schedule, report)
         found = tried if found is None or tried.missed < found.missed else found
         if found.missed <= agrees:
             break
     return found
+
+
+def _from_input(
+    whole: Route, observed: Observed, eps: float, report: Callable[[int, float], None]
+) -> Float[Tensor, "b ..."]:
+    """What the layer reads, about: as an input of the network makes it that nearly meets the constraints."""
+    shape, b = whole.part.front.input_shape, len(observed.value)
+    sizes = 2.0 ** torch.arange(-4, 4, dtype=observed.value.dtype, device=observed.value.device)
+    constants = [float(each) for each in torch.cat([sizes, -sizes])]
+    starts = [observed.value.new_full((b, *shape), each) for each in constants]
+    missed = [missed_by(whole.part, observed, start) for start in starts]
+    at = missed.index(min(missed))
+    prior = Prior(shape, constants[at])
+    found = find_routes(whole.part, observed, prior, MISSED * eps, starts[at], FROM_INPUT, report)
+    return whole.part.front.forward(found.x)[-1]
 
 
 def before_pool(
@@ -201,7 +227,9 @@ def before_pool(
     if not len(known):
         return pool.loses
     entry = float(known.abs().mean() / route.part.layer.weight.flatten(1).norm(dim=1).mean())
-    found = solve_route(route, observed, eps, entry, report=report)
+    few = math.prod(network.input_shape) * FEWER <= math.prod(route.part.front.input_shape)
+    whole = route_of(network, node, 0) if few else None
+    found = solve_route(route, observed, eps, entry, report=report, whole=whole)
     if found is None:
         return pool.loses
     if found.missed > LIMIT * MISSED * eps:
