@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from rgap import Target, capture, losses
 from rgap.attacks import Closed, Status
+from rgap.inversion import routes, unpool
 from rgap.inversion.state import State
 from rgap.inversion.unpool import MISSED, before_pool, route_of
 from rgap.nn.pools import Pool
@@ -193,3 +195,34 @@ def test_batches_come_back_through_a_pool(samples: int) -> None:
     apart = torch.cdist(x.flatten(1).double(), found.inputs.flatten(1)).square() / 196
     assert float(apart.min(1).values.max()) < 1e-8
     assert found.labels[apart.argmin(1)].tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize(("width", "activation"), [(24, nn.ReLU()), (32, nn.LeakyReLU(0.2))])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_routes_of_a_layer_that_reads_more_than_the_input_has_begin_at_an_input(
+    width: int, activation: nn.Module, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[float] = []
+    of = unpool._from_input
+
+    def spy(whole: unpool.Route, observed: routes.Observed, *others: Any) -> Tensor:
+        start = of(whole, observed, *others)
+        begun.append(float(start.std()))
+        return start
+
+    monkeypatch.setattr(unpool, "_from_input", spy)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            *(nn.Conv2d(1, 12, 3, padding=1), activation, nn.MaxPool2d(2)),
+            *(nn.Conv2d(12, width, 3, padding=1), activation, nn.MaxPool2d(2), nn.Flatten()),
+            *(nn.Linear(9 * width, 60), activation, nn.Linear(60, 5)),
+        )
+    target = Target(model, losses.CrossEntropy(5), (1, 12, 12), (0.0, 1.0))
+    coarse = torch.rand(1, 1, 5, 5, generator=torch.Generator().manual_seed(seed))
+    x = nn.functional.interpolate(coarse, (12, 12), mode="bicubic").clamp(0, 1)
+    found = Closed()(target, capture(target, x, torch.tensor([2.0])))
+    assert len(begun) == 1
+    assert begun[0] > 0
+    assert found.status is Status.EXACT, found.reason
+    assert float((found.inputs - x).square().mean()) < 1e-11
