@@ -628,7 +628,8 @@ def test_what_the_counts_of_a_model_leave_out_is_said_in_few_lines():
     assert len(analysis.notes) < 10
     said = analysis.to_dict()
     assert json.loads(json.dumps(said, allow_nan=False)) == said
-    assert [group["count"] for group in said["obstacles"]] == [69, 1, 1, 1]
+    # Two pools, the outputs, and one addition for each of the 3 + 4 + 6 + 3 blocks; batch norm here is passed.
+    assert sorted(group["count"] for group in said["obstacles"]) == [1, 1, 1, 16]
     assert len(str(analysis).splitlines()) == 1 + 54 + 1 + len(analysis.notes) + 1
 
 

@@ -26,7 +26,8 @@ def follow_once() -> None:
     def once(key: Hashable, make: Callable[[], ExportedProgram], still: Callable[[], bool]) -> ExportedProgram:
         if key not in known:
             program = make()
-            if not still():
+            # Parts without gradient are modules of their own, which a copy would not have.
+            if not still() or any(True for _ in program.graph_module.children()):
                 return program
             known[key] = program
         return own(known[key], key)
