@@ -19,7 +19,7 @@ from rgap.nn.build import Batch
 from rgap.nn.graph import Graph
 from rgap.nn.kernels import differentiable
 from rgap.nn.losses import Loss, MarginLoss
-from rgap.nn.models import exported_modes, unwrapped, used_in_place
+from rgap.nn.models import trains, unwrapped, used_in_place
 from rgap.nn.network import Network
 from rgap.nn.obstacles import Obstacle
 from rgap.nn.outputs import outputs_of, reason_of, wrong_shape
@@ -237,9 +237,7 @@ class Target:
     def mode(self) -> str:
         """The mode that the model had when the target was made, ``training`` or ``evaluation``; of what torch.export
         made that in which it was made, and ``evaluation`` where that makes no difference."""
-        exported = exported_modes(self.model)
-        training = self._modes[0] if exported is None else any(exported.values())
-        return "training" if training else "evaluation"
+        return "training" if trains(self.model, self._modes[0]) else "evaluation"
 
     @property
     def device(self) -> torch.device:

@@ -121,8 +121,7 @@ def test_names(kind: str, content: bytes, folder: Path, capsys: pytest.CaptureFi
         assert "cannot read " in refused(capsys, *audit(name))
         return
     code, out, err = told(capsys, *audit(name), "--out", f"{name}-out")
-    assert not code, ascii(err)
-    assert code == 0
+    assert code == 0, ascii(err)
     assert "Report: " in out
     assert (folder / f"{name}-out" / "audit.html").is_file()
 

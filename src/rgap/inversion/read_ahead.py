@@ -1,6 +1,6 @@
 """Past what no constraint passes: a value nearer to the input that a gradient alone tells.
 
-A layer whose gradient has fewer dimensions than outputs tells what it reads up to its size, whatever lies behind it
+A layer with no more positions than outputs tells what it reads up to its size, whatever lies behind it
 (`rgap.inversion.subspace.patches`). The size is that with which the network puts out what is known of its output, and
 the layer's own gradient shows whether all of it is right. What lies between is computed, not inverted.
 """
@@ -49,14 +49,17 @@ def read_ahead(
             if op.layer.weight_name not in observed.gradients:
                 continue
             deadline.check()
-            found = _at(network, entry, op.layer, observed, output, paths)
+            found = _at(network, node_id, op.layer, observed, output, paths)
             if found is not None:
                 return entry, found
     return None
 
 
-def _at(network: Network, entry: int, layer: Layer, observed: Observation, output: Paths, paths: Paths) -> Paths | None:
+def _at(
+    network: Network, node_id: int, layer: Layer, observed: Observation, output: Paths, paths: Paths
+) -> Paths | None:
     """The candidates at the value that the layer reads, those of them that its gradient agrees with."""
+    entry = network.nodes[node_id].reads[0]
     tail = network.part([each for each in network.segments if each.entry >= entry])
     directions: dict[int, Direction | None] = {}
     found: list[tuple[int, State, History]] = []
@@ -68,7 +71,7 @@ def _at(network: Network, entry: int, layer: Layer, observed: Observation, outpu
         if direction is None:
             continue
         ends = output.state.one(int((output.root == paths.root[s]).nonzero()[0]))
-        state = _sized(tail, layer, direction, grad, ends, observed.eps)
+        state = _sized(tail, node_id - entry, layer, direction, grad, ends, observed.eps)
         if state is not None:
             found.append((s, state, _history(paths.history[s], layer, direction, state, grad)))
     if not found:
@@ -84,9 +87,20 @@ def _at(network: Network, entry: int, layer: Layer, observed: Observation, outpu
 
 
 def _sized(
-    tail: Network, layer: Layer, direction: Direction, grad: Float[Tensor, "o i"], output: State, eps: float
+    tail: Network,
+    node_id: int,
+    layer: Layer,
+    direction: Direction,
+    grad: Float[Tensor, "o i"],
+    output: State,
+    eps: float,
 ) -> State | None:
-    """The input with its size and sign, and its cotangent; None where the layer's gradient is another one."""
+    """The input with its size and sign, and its cotangent; None where the layer's gradient is another one.
+
+    Args:
+        tail: from what the layer reads to the output.
+        node_id: of the layer in it.
+    """
     unit = layer.unpack_input(direction.x)
     wanted = output.value
     best: tuple[float, float, Tensor] | None = None
@@ -102,7 +116,7 @@ def _sized(
             size -= float((moved * (values[-1] - wanted)).sum() / moved.square().sum())
         values = tail.forward(size * unit)
         cotangent = tail.cotangents(values, tail.slopes(values), output.cotangent)
-        k = cotangent[_output_of(tail, layer)]
+        k = cotangent[node_id + 1]
         if k is None:
             return None
         made = layer.grad_weight(layer.pack_input(values[0]), layer.pack_output(k))[0, 0]
@@ -116,11 +130,6 @@ def _sized(
     # Errors are the same in all channels' pixels, as those of a layer's solution are.
     pixel = (size * direction.error).square().mean(1, keepdim=True).sqrt().expand(direction.x.shape)
     return State(size * unit, there, None, layer.unpack_input(pixel))
-
-
-def _output_of(tail: Network, layer: Layer) -> int:
-    """The value that the layer puts out."""
-    return next(i + 1 for i, node in enumerate(tail.nodes) if isinstance(node.op, Linear) and node.op.layer is layer)
 
 
 def _history(before: History, layer: Layer, direction: Direction, state: State, grad: Tensor) -> History:

@@ -74,11 +74,7 @@ def recurse(
         report(count, float("nan"))
         op = network.nodes[segment.nodes[-1]].op
         paths = paths.at(segment.exit)
-        if isinstance(op, Pool):  # what a gradient tells at once is not looked for
-            ahead = read_ahead(network, segment.entry, observed, output, paths)
-            if ahead is not None:
-                here, paths = ahead
-                continue
+        ahead: tuple[int, Paths] | None = None
         match op:
             case _ if segment.block:
                 found = solve_block(network.part([segment]), segment.exit, observed, paths)
@@ -87,17 +83,20 @@ def recurse(
                 found = complete(network, segment.exit - 1, found) if virtual else found
             case Elementwise():
                 found = invert_activation(op.activation, paths)  # z = f^-1(x), k = cotangent * f'(z) of Eq. 6
-            case Pool():
-                found = unpool(network, segment.exit - 1, observed, paths, partial(_missed, report, count))
+            case Pool():  # what a gradient tells at once is not looked for
+                ahead = read_ahead(network, segment.entry, observed, output, paths)
+                step = partial(_missed, report, count)
+                found = ahead[1] if ahead else unpool(network, segment.exit - 1, observed, paths, step)
             case _:
                 behind = network.nodes[segment.entry - 1].op if segment.entry else None
                 found = invert(op, behind, observed, paths)
         if isinstance(found, Stop):
-            ahead = read_ahead(network, segment.entry, observed, output, paths)
+            if segment.block or not isinstance(op, Pool):  # there it was tried
+                ahead = read_ahead(network, segment.entry, observed, output, paths)
             if ahead is None:
                 return paths.candidates(segment.exit, found)
-            here, found = ahead
-        paths = found
+            found = ahead[1]
+        here, paths = ahead[0] if ahead else segment.entry, found
     return paths.at(0).candidates(0)
 
 

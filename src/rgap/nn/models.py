@@ -58,10 +58,15 @@ def exported_modes(model: nn.Module) -> dict[str, bool] | None:
     return found if calls else None
 
 
-def trains(model: nn.Module) -> bool:
-    """Whether the model is in training mode; of what torch.export made, whether anything in it is."""
+def trains(model: nn.Module, own: bool | None = None) -> bool:
+    """Whether the model is in training mode; of what torch.export made, whether anything in it is.
+
+    Args:
+        own: the mode of another model, where it is not the present one.
+    """
     exported = exported_modes(model)
-    return model.training if exported is None else any(exported.values())
+    own = model.training if own is None else own
+    return own if exported is None else any(exported.values())
 
 
 def used_in_place(model: nn.Module, run: Callable[[], Tensor]) -> None:

@@ -343,11 +343,10 @@ def _local(target: Target, sample: Tensor, generator: torch.Generator, seconds: 
     """What stays free of the samples; None where the model draws at random or cannot be differentiated twice."""
     uses = [(use, target.parameters.get(use.weight_name or "")) for use in target.graph.uses]
     products = sum(use.outputs * use.weight_gradients // len(weight) for use, weight in uses if weight is not None)
-    left = share(1.0)
-    if not worth(len(sample) * products, sample.numel(), seconds if left is None else min(left, seconds)):
-        return Local(sample.numel(), sample.numel(), False)
     try:
         with within(seconds):
+            if not worth(len(sample) * products, sample.numel(), share(1.0) or 0.0):
+                return Local(sample.numel(), sample.numel(), False)
             return free_dimensions(target, sample, generator, looked)
     except (RuntimeError, ValueError, NotImplementedError):  # as of batch norm in training mode for a single sample
         return None

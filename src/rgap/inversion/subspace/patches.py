@@ -42,8 +42,6 @@ class Direction:
     """Of norm 1."""
     error: Float[Tensor, "1 c n"]
     """One draw of what the rounding of the gradient did to it."""
-    positions: int
-    """Dimensions of the row space."""
     gap: float
     """How much less of any other input is in it."""
 
@@ -69,23 +67,23 @@ def input_direction(layer: Layer, grad: Float[Tensor, "o i"], eps: float) -> Dir
     found = _leading(layer, grad, eps)
     if found is None:
         return None
-    x, rank, gap = found
+    x, gap = found
     generator = torch.Generator(device=grad.device).manual_seed(0)
     drawn = torch.randn(grad.shape, generator=generator, dtype=grad.dtype, device=grad.device)
     moved = _leading(layer, grad + drawn * rounding(grad, eps), 2 * eps, x)
     if moved is None:
         return None
     error = moved[0] * float((moved[0] * x).sum().sign()) - x
-    return Direction(x, error, rank, gap)
+    return Direction(x, error, gap)
 
 
-def _leading(layer: Layer, grad: Tensor, eps: float, start: Tensor | None = None) -> tuple[Tensor, int, float] | None:
-    """The input with the largest share, the dimensions of the space, and how much less of any other is in it."""
+def _leading(layer: Layer, grad: Tensor, eps: float, start: Tensor | None = None) -> tuple[Tensor, float] | None:
+    """The input with the largest share, and how much less of any other is in it."""
     span = Span.of(layer, grad, None, eps)
     if not 0 < span.rank <= layer.positions:
         return None
     if layer.positions == 1:
-        return span.v.mT[:1, :, None].reshape(1, layer.channels, layer.pixels), 1, 1.0
+        return span.v.mT[:1, :, None].reshape(1, layer.channels, layer.pixels), 1.0
     like = grad.new_zeros(1, layer.channels, layer.pixels)
     read = layer.patches(torch.ones_like(like))
     size = layer.scatter(torch.ones_like(read)).clamp(min=1.0).rsqrt()
@@ -107,4 +105,4 @@ def _leading(layer: Layer, grad: Tensor, eps: float, start: Tensor | None = None
     if 1 - first > WITHIN or first - second < GAP:
         return None
     x = torch.as_tensor(vectors[:, 1].copy(), dtype=like.dtype, device=like.device).reshape(like.shape) * size
-    return x / x.norm(), span.rank, first - second
+    return x / x.norm(), first - second
