@@ -30,7 +30,7 @@ from rgap.nn.losses import (
     by_name,
 )
 from rgap.nn.models import unwrapped
-from rgap.nn.outputs import outputs_of, reason_of, wrong_shape
+from rgap.nn.outputs import of_fixed_batch, outputs_of, reason_of, wrong_shape
 
 __all__ = [
     "BinaryCrossEntropy", "BinaryCrossEntropyOfProbabilities", "CrossEntropy", "Exponential", "Hinge", "LabelMaps",
@@ -106,7 +106,7 @@ def for_model(model: nn.Module, input_shape: tuple[int, ...], loss: Any = None) 
         return BinaryCrossEntropyOfProbabilities(count)
     if loss is None:
         loss = "logistic" if count in (None, 1) else "cross-entropy"
-    if count is None and loss in SEVERAL:
+    if count is None and (loss in SEVERAL or of_fixed_batch(refused)):
         raise ValueError(wrong_shape((2, *input_shape), refused))
     if outputs is not None and (
         loss in ("cross-entropy", "nll") or (loss == "bce" and outputs[0].numel() > MOST_BINARY)

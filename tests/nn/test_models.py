@@ -13,7 +13,7 @@ from rgap import Target, Update, capture, losses
 from rgap.attacks import IDLG, Bias, Closed
 from rgap.auditing.findings import mode
 from rgap.checks import changes_with_mode
-from rgap.nn.models import in_mode, unwrapped
+from rgap.nn.models import exported_modes, in_mode, unwrapped
 
 # torch's own, when what torch.export made is copied.
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")
@@ -190,6 +190,38 @@ def test_what_torch_export_made_is_in_the_mode_it_was_made_in(part: nn.Module, n
     assert update.header.training == (target.mode == "training")
     if name:
         assert f"audited in {target.mode} mode" in mode(target)
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        (nn.Linear(6, 9), nn.BatchNorm1d(9)),
+        (nn.Unflatten(1, (6, 1)), nn.Conv1d(6, 9, 1), nn.BatchNorm1d(9), nn.Flatten()),
+        (nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 9, (2, 3)), nn.BatchNorm2d(9), nn.Flatten()),
+    ],
+)
+def test_an_exported_model_that_trains_on_one_value_a_channel_is_followed_in_evaluation_mode(
+    front: tuple[nn.Module, ...],
+) -> None:
+    model = nn.Sequential(*front, nn.Tanh(), nn.Linear(9, 3)).train()
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    made = torch.export.export(model, (torch.rand(4, 6),), dynamic_shapes=dynamic).module()
+    target = Target(made, losses.CrossEntropy(3), (6,), batch_size=2)
+    assert exported_modes(made) == {"aten::batch_norm": True}  # itself it stays as it was
+    assert len(target.graph.uses) == 2
+    assert "training mode: it divides by zero, as batch norm" in str(target.obstacles[0])
+    assert "Export it in evaluation mode" in str(target.obstacles[0])
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_a_model_exported_for_one_batch_size_is_told_so(size: int) -> None:
+    plain = nn.Sequential(nn.Linear(6, 10 + size), nn.Tanh(), nn.Linear(10 + size, 3))  # torch knows code again
+    made = torch.export.export(plain, (torch.rand(size, 6),)).module()
+    with pytest.raises(ValueError, match="export it with dynamic_shapes"):  # not taken for a model of one output
+        Target(made, None, (6,), batch_size=size)
+    if size > 1:
+        target = Target(made, losses.CrossEntropy(3), (6,), batch_size=size)
+        assert "export it with dynamic_shapes" in str(target.obstacles[0])
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")

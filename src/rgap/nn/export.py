@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_structure, tree_unflatten
 
 from rgap.nn.calls import BLOCKS, VIEWS, arguments, operation
 from rgap.nn.kernels import differentiable
-from rgap.nn.outputs import outputs_of, reason_of
+from rgap.nn.outputs import FIXED, of_fixed_batch, outputs_of, reason_of
 
 _ONE_TENSOR = tree_structure(0)
 ENDINGS = ("sigmoid", "softmax", "log_softmax")
@@ -73,6 +73,12 @@ class Scripted(CannotBeTraced):
     """A part is a program of torch.jit."""
 
     remedy = "Put the module that it was before torch.jit.script in its place."
+
+
+class FixedBatch(CannotBeTraced):
+    """It was made for batches of another size than one."""
+
+    remedy = f"{FIXED}."
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +163,8 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
         scripted = next((n for n, each in model.named_modules() if isinstance(each, torch.jit.ScriptModule)), None)
         if scripted is not None:
             raise Scripted(f"{scripted} is scripted") from error
-        raise CannotBeTraced(reason_of(error)) from error
+        reason = reason_of(error)
+        raise (FixedBatch if of_fixed_batch(reason) else CannotBeTraced)(reason) from error
     module, signature = program.graph_module, program.graph_signature
     output = next(node for node in module.graph.nodes if node.op == "output")
     returned = list(output.args[0])[-program.call_spec.out_spec.num_leaves :]  # behind the buffers that were changed

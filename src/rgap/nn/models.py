@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 
 def unwrapped(model: Any) -> nn.Module:
@@ -43,19 +46,47 @@ def in_mode(model: nn.Module, training: bool) -> nn.Module:
     return model
 
 
+def evaluating(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, of what torch.export made too: to be looked at, since its weights are others."""
+    with warnings.catch_warnings(action="ignore"):  # torch's own, of what torch.export made
+        found = in_mode(copy.deepcopy(model), training=False)
+    for node, at in _switches(_exported(found)):
+        if at < len(node.args):
+            node.update_arg(at, False)
+    for part in _programs(found):
+        part.recompile()
+    return found
+
+
 def exported_modes(model: nn.Module) -> dict[str, bool] | None:
     """Of what torch.export made, whose own mode means nothing: each operation that trains otherwise than it evaluates,
     and whether it trains. None of any other model."""
     found: dict[str, bool] = {}
-    programs = [part for part in model.modules() if isinstance(part, torch.fx.GraphModule)]
-    calls = [node for part in programs for node in part.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    for node in calls:
-        schema = node.target._schema
-        for at, argument in enumerate(schema.arguments):
-            if argument.name in ("train", "training"):
-                trains = node.args[at] if at < len(node.args) else node.kwargs.get(argument.name, False)
-                found[schema.name] = found.get(schema.name, False) or bool(trains)
+    calls = _exported(model)
+    for node, at in _switches(calls):
+        name = node.target._schema.name  # type: ignore[union-attr]
+        found[name] = found.get(name, False) or bool(at < len(node.args) and node.args[at])
     return found if calls else None
+
+
+def _programs(model: nn.Module) -> list[GraphModule]:
+    return [part for part in model.modules() if isinstance(part, GraphModule)]
+
+
+def _exported(model: nn.Module) -> list[Node]:
+    """The operations of all that torch.export made."""
+    nodes = (node for part in _programs(model) for node in part.graph.nodes)
+    return [node for node in nodes if isinstance(node.target, torch._ops.OpOverload)]
+
+
+def _switches(calls: list[Node]) -> list[tuple[Node, int]]:
+    """The operations that train otherwise than they evaluate, and which argument says so."""
+    return [
+        (node, at)
+        for node in calls
+        for at, argument in enumerate(node.target._schema.arguments)  # type: ignore[union-attr]
+        if argument.name in ("train", "training")
+    ]
 
 
 def trains(model: nn.Module, own: bool | None = None) -> bool:

@@ -9,6 +9,12 @@ from typing import Any
 NAMES = ("logits", "out", "outputs", "output")
 """Under one of these a model that returns a dictionary, or an object like one, has its outputs."""
 
+FIXED = (
+    "What torch.export makes takes batches of the size that it was made with: export it with dynamic_shapes of the "
+    "batch, or give the model that was exported"
+)
+"""What to do about a batch of another size."""
+
 
 def outputs_of(result: Any) -> Any:
     """The outputs that the loss takes: of a dictionary those by their usual name or the only ones, of a tuple the
@@ -34,8 +40,15 @@ def outputs_of(result: Any) -> Any:
 
 def reason_of(error: Exception) -> str:
     """Why a model's code failed, in a line; with the kind of a failure whose own words say little."""
+    if isinstance(error, ZeroDivisionError):
+        return "it divides by zero, as batch norm in training mode does of a single value for each channel"
     said, kind = str(error).strip().partition("\n")[0], type(error).__name__
     return said if said and not isinstance(error, KeyError) else f"{kind}: {said}".rstrip(": ")
+
+
+def of_fixed_batch(reason: str) -> bool:
+    """Whether it is what torch.export made that refuses batches of another size than it was made with."""
+    return "re-export" in reason or "Guard failed" in reason
 
 
 def wrong_shape(shape: Sequence[int], reason: str) -> str:
@@ -52,11 +65,8 @@ def wrong_shape(shape: Sequence[int], reason: str) -> str:
             f"{wrong}Of several inputs one is attacked: give each by its name, the attacked one first (--input-shape "
             "x=3,32,32 --input-shape meta=4), or a module of one input that fixes or splits off the others"
         )
-    if "re-export" in reason or "Guard failed" in reason:  # as what torch.export made refuses other sizes
-        return (
-            f"{wrong}What torch.export makes takes batches of the size that it was made with: export it with "
-            "dynamic_shapes of the batch, or give the model that was exported"
-        )
+    if of_fixed_batch(reason):
+        return wrong + FIXED
     return f"{wrong}input_shape is one sample's shape without the batch: {_expected(shape, reason)}."
 
 

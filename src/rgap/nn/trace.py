@@ -6,7 +6,6 @@ torch.export gives the operations; `rgap.nn.activations.ACTIVATIONS`, `rgap.nn.l
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from rgap.nn.calls import arguments as arguments_of
 from rgap.nn.export import CASTS, CannotBeTraced, Exported, export, needed
 from rgap.nn.graph import Graph, Use
 from rgap.nn.layer_calls import LAYERS, LayerCall
-from rgap.nn.models import in_mode
+from rgap.nn.models import evaluating, exported_modes
 from rgap.nn.obstacles import PASSED, Kind, Obstacle
 from rgap.nn.pools import as_pool
 
@@ -47,10 +46,12 @@ def follow(model: nn.Module, input_shape: tuple[int, ...], outputs: int | None =
         exported = export(model, input_shape)
     except CannotBeTraced as error:
         if any(module.training for module in model.modules()):  # batch norm may refuse a single sample
-            graph = follow(in_mode(copy.deepcopy(model), training=False), input_shape, outputs, ending)
+            graph = follow(evaluating(model), input_shape, outputs, ending)
             if graph.uses:
                 what = f"cannot be traced in training mode: {error}"
-                setting = Obstacle("forward", what, Kind.SETTING, "Call model.eval() first.")
+                made = exported_modes(model) is not None
+                remedy = "Export it in evaluation mode." if made else "Call model.eval() first."
+                setting = Obstacle("forward", what, Kind.SETTING, remedy)
                 return replace(graph, obstacles=(setting, *graph.obstacles))
         return Graph((), (Obstacle("forward", f"cannot be traced: {error}", Kind.NOT_YET, error.remedy),))
     last = exported.ending
