@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from rgap import Target, capture, losses, models
 from rgap.federation import Received, Round, write
+from rgap.models.named import built_in
 
 SMALL = ("--model", "fcn3", "--input-shape", "1,12,12")
 
@@ -46,6 +47,28 @@ def test_attack_writes_and_prints_every_sample(
     assert found["features"].shape[0] == samples
     with Image.open(tmp_path / "reconstruction.png") as picture:
         assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ((1, 1, 2), "label 1 2 times, 2 1 times"),
+        ((0, 0, 0), "label 0 3 times"),
+        ((2, 2, 2, 2, 0), "label 2 4 times, 0 1 times"),
+    ],
+)
+def test_attack_says_how_often_each_label_occurs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, labels: tuple[int, ...], told: str
+) -> None:
+    batch = len(labels)
+    options = ("--model", "lenet", "--loss", "cross-entropy", "--input-shape", "1,28,28", "--batch-size", batch)
+    target = Target(built_in("lenet", (1, 28, 28)), losses.CrossEntropy(10), (1, 28, 28), (0.0, 1.0), batch)
+    x = torch.rand(batch, 1, 28, 28, generator=torch.Generator().manual_seed(batch))
+    capture(target, x, torch.tensor(labels).float()).save(tmp_path / "update.safetensors")
+    code, out, _ = run(capsys, "attack", tmp_path / "update.safetensors", *options, "--budget", 0, "--out", tmp_path)
+    assert code == 0
+    assert f"How often each label occurs is estimated. {told}." in " ".join(out.split())
+    assert told in json.loads((tmp_path / "reconstruction.json").read_text())["read_off"]
 
 
 @pytest.mark.parametrize("samples", [2, 3, 4])

@@ -97,6 +97,12 @@ class ReadOut:
         """Everything, in the order of what it is worth; empty if it is nothing."""
         return " and ".join(filter(None, (self.features_told, self.labels_told)))
 
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """Everything, with what is only estimated and what could not be read, for people."""
+        off = f"Read off at once, without any search: {self.told}." if self.told else ""
+        return tuple(filter(None, (off, self.counts_told, self.hidden_told)))
+
 
 def _of(one: str, several: str, some: int, count: int) -> str:
     if not some:

@@ -173,10 +173,7 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int, read: ReadOut | Non
     apart = _told_apart(cases)
     if apart:
         found.append(f"Told apart in gradients of several samples, although their inputs are not known: {apart}.")
-    if read is not None and read.told:
-        found.append(f"Read off at once, without any search: {read.told}.")
-    if read is not None:
-        found += filter(None, (read.counts_told, read.hidden_told))
+    found += () if read is None else read.sentences
     if changes_with_mode(target.model):
         found.append(mode(target))
     return found

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from rgap.target import Target
 
 
-NAMES = ("the client",)
-
-
 @click.command("attack")
 @click.argument("update", type=options.PATH)
 @config_option
@@ -60,8 +57,8 @@ def command(
     """
     from rgap.attacks import Status
     from rgap.auditing import describe
-    from rgap.auditing.observed import Observed
-    from rgap.auditing.readout import ReadOut, read_out
+    from rgap.auditing.observed import received
+    from rgap.auditing.readout import read_out
     from rgap.linalg import deadline
     from rgap.reading import read_pair, read_update
 
@@ -72,23 +69,23 @@ def command(
     target = options.make_target(**named)
     picture = None if truth is None else sample(target, truth, "leave --truth out")
     if before is None:
-        received = read_update(update, target, protocol, target.batch_size, partial=partial)
+        sent = read_update(update, target, protocol, target.batch_size, partial=partial)
     else:
-        received = read_pair(before, update, target, protocol, target.batch_size, partial=partial)
+        sent = read_pair(before, update, target, protocol, target.batch_size, partial=partial)
     with status(), deadline.within(budget):
-        found = chosen(target, received)
+        found = chosen(target, sent)
     out.mkdir(parents=True, exist_ok=True)
     whole = found.status is Status.EXACT or found.features is not None
-    told = ReadOut(0) if whole else read_out(target, [Observed(received, NAMES)])
+    told = () if whole else read_out(target, received(target, {"the client": sent}, {})).sentences
     scored = None if picture is None or not found.answers else _score(found, picture, target)
-    document = describe(found) | ({} if scored is None else {"score": scored}) | {"read_off": told.told}
+    document = describe(found) | ({} if scored is None else {"score": scored}) | {"read_off": " ".join(told)}
     write_atomically(out / "reconstruction.json", json.dumps(document, indent=1).encode())
     anything = bool(found.answers) or found.features is not None
     written = [out / "reconstruction.json", *(_write(found, target, out) if anything else ())]
     if as_json:
         click.echo(json.dumps(document))
     else:
-        _show(found, scored, told.told, written)
+        _show(found, scored, told, written)
 
 
 def _score(found: Reconstruction, truth: Tensor, target: Target) -> dict[str, float]:
@@ -126,7 +123,7 @@ def _write(found: Reconstruction, target: Target, out: Path) -> list[Path]:
     return written
 
 
-def _show(found: Reconstruction, scored: dict[str, float] | None, told: str, written: Sequence[Path]) -> None:
+def _show(found: Reconstruction, scored: dict[str, float] | None, told: Sequence[str], written: Sequence[Path]) -> None:
     """The layers, then how it ended."""
     from rgap.cli import tables
 
@@ -144,8 +141,8 @@ def _show(found: Reconstruction, scored: dict[str, float] | None, told: str, wri
     label = "" if known is None else ", label " + ", ".join(f"{label:+g}" for label in known.tolist())
     twins = f", {len(found.twins)} twin(s)" if found.twins else ""
     console.print(Text.assemble("\n", (found.status.value, "bold"), visible(f"{label}{twins}: {found.reason}")))
-    if told:
-        console.print(f"Read off at once, without any search: {visible(told)}.")
+    for sentence in told:
+        console.print(visible(sentence))
     if scored is not None:
         figures = (number(scored["psnr"], ".1f"), number(scored["ssim"], ".2f"), number(scored["mse"], ".1e"))
         console.print("Beside the true picture: PSNR {} dB, SSIM {}, mean squared error {}".format(*figures))
