@@ -447,6 +447,30 @@ def test_a_first_layer_without_a_gradient_is_part_of_the_front() -> None:
     assert [layer.name for layer in found.layers] == ["0", "2"]
 
 
+class Gated(nn.Module):
+    """x + g b(a(x)): nothing comes back to a and b where g is zero."""
+
+    def __init__(self, gate: float) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.tensor(gate))
+        self.a, self.b = nn.Linear(48, 60), nn.Linear(60, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("gate", [0.0, 0.5])
+@pytest.mark.parametrize("withheld", [(), ("1.b.weight",), ("1.a.weight", "1.b.weight"), ("1.a.bias", "1.gate")])
+def test_a_block_in_front_some_of_whose_gradients_are_zero_or_missing(gate: float, withheld: tuple[str, ...]) -> None:
+    target = target_of(nn.Flatten(), Gated(gate), nn.Linear(48, 4))
+    x = rand(0, 1, 3, 4, 4)
+    gradients = capture(target, x, torch.tensor([1.0])).gradients
+    found = Bias()(target, Update({name: g for name, g in gradients.items() if name not in withheld}))
+    if found.answers:
+        assert apart(found, x) <= 1e-9
+    assert found.status is Status.EXACT or (gate and withheld), found
+
+
 def test_a_batch_gives_the_mixture_that_its_rows_tell() -> None:
     target = target_of(nn.Flatten(), nn.Linear(48, 9), nn.Tanh(), nn.Linear(9, 4))
     x, y = rand(0, 3, 3, 4, 4), torch.tensor([0.0, 1.0, 3.0])

@@ -68,6 +68,16 @@ class Bias(Attack):
 
     def run(self, target: Target, update: Update) -> Outcome:
         gradients = nonzero(target, update)
+        sent = {n: g.double().to(target.device) for n, g in update.gradients.items() if n in gradients or g.dim() > 1}
+        if len(sent) > len(gradients) and gradients:
+            # A weight's gradient is zero where its layer reads zeros; or it was withheld.
+            found = self._found(target, update, sent)
+            if found.status is Status.EXACT:
+                return found
+        return self._found(target, update, gradients)
+
+    def _found(self, target: Target, update: Update, gradients: dict[str, Tensor]) -> Outcome:
+        """By the gradients that are given, of those that were sent."""
         withheld = _withheld(target, update, set(gradients))
         if withheld is not None:
             return withheld

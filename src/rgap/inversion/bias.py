@@ -121,7 +121,8 @@ def divide(
     of_weight = (rounding(grad_weight[rows], eps) / scale).square().mean(1)
     of_bias = (rounding(grad_bias[rows], eps) / scale).square() * (grad / k[:, None]).square().mean(1)
     disagree = (grad - torch.outer(k, k @ grad / (k @ k))).square().mean()
-    noise = (of_weight + of_bias + disagree).sqrt() / k.abs()
+    # Of a row of zeros there is none.
+    noise = ((of_weight + of_bias + disagree).sqrt() / k.abs()).clamp(min=torch.finfo(k.dtype).tiny)
     # k divides the weight and not the row: a tiny k then overflows nowhere.
     least = noise.min()
     weight = (least / noise).square()

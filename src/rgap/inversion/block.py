@@ -236,11 +236,14 @@ class BlockValues:
         """Of each layer that reads the value and of which something is known: node_id, rows, right side, error of z."""
         for node_id in self.network.readers[value]:
             op, k, out = self.network.nodes[node_id].op, self.ks.get(node_id + 1), self.values.get(node_id + 1)
-            if not isinstance(op, Linear) or (out is None and (k is None or not op.has_gradient)):
+            if not isinstance(op, Linear):
+                continue
+            sent = op.has_gradient and op.layer.weight_name in self.observed.gradients
+            if out is None and (k is None or not sent):
                 continue
             layer = op.layer.side_by_side(self.samples)
             zeros = layer.weight.new_zeros(1, layer.outputs, layer.positions)
-            if k is not None and op.has_gradient:
+            if k is not None and sent:
                 k, grad = layer.pack_output(k), layer.pack_weight(self.observed.gradients[layer.weight_name])
             else:
                 k, grad = zeros, torch.zeros_like(layer.weight)[None]
