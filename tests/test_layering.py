@@ -10,7 +10,7 @@ import rgap
 ROOT = Path(rgap.__file__).parent
 # From the ground up: a part may import those before it.
 ORDER = [
-    "files", "picture", "printable", "schema", "report", "store", "linalg", "nn", "inversion", "losses",
+    "files", "picture", "printable", "schema", "report", "store", "identity", "linalg", "nn", "inversion", "losses",
     "models", "data", "tables", "metrics", "training", "target", "protocol", "client", "update", "embedding",
     "tensorfiles", "naming", "reading", "federation", "watching", "defences", "checks", "rank", "attacks", "auditing",
     "reproductions", "sweeps", "integrations", "cli", "__main__",

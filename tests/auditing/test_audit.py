@@ -586,6 +586,10 @@ def maps(flip: int) -> losses.LabelMaps:
     return losses.LabelMaps(masks, 2)
 
 
+def smoothed(much: float) -> losses.OfFunction:
+    return losses.OfFunction(lambda outputs, targets: much * outputs.logsumexp(1).mean() - outputs.mean(), 32)
+
+
 @pytest.mark.parametrize(
     ("own", "other"),
     [
@@ -593,6 +597,7 @@ def maps(flip: int) -> losses.LabelMaps:
         (losses.CrossEntropy(32), losses.CrossEntropy(32, label_smoothing=0.1)),
         (losses.CrossEntropy(32, label_smoothing=0.1), losses.CrossEntropy(32, label_smoothing=0.2)),
         (losses.CrossEntropy(32), losses.CrossEntropy(32, weight=(1.0,) * 31 + (2.0,))),
+        (smoothed(0.1), smoothed(0.2)),
     ],
 )
 def test_a_folder_keeps_losses_of_other_settings_apart_and_goes_on(

@@ -144,6 +144,23 @@ def test_an_attack_that_finds_no_input_says_what_is_read_off(
     assert told in json.loads((tmp_path / "out" / "reconstruction.json").read_text())["read_off"]
 
 
+@pytest.mark.parametrize("kept", ["fc", "fc.bias", "conv"])
+def test_updates_of_some_layers_are_attacked_where_that_is_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, photograph: Path, kept: str
+) -> None:
+    options = ("--model", "lenet", "--loss", "cross-entropy", "--input-shape", "1,28,28", "--out", tmp_path)
+    update = tmp_path / "update.safetensors"
+    assert run(capsys, "capture", photograph, "--label", 3, *options[:-2], "--out", update)[0] == 0
+    save_file({name: each for name, each in load_file(update).items() if name.startswith(kept)}, update)
+    arguments = ("attack", update, *options, "--attack", "idlg", "--iterations", 1)
+    code, _, err = run(capsys, *arguments)
+    assert code == 1
+    assert "(--partial)" in err
+    code, out, _ = run(capsys, *arguments, "--partial")
+    assert code == 0
+    assert "Written:" in out
+
+
 @pytest.mark.parametrize("other", [False, True])
 def test_what_came_back_is_scored_beside_the_truth(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, photograph: Path, other: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,20 +83,25 @@ def received(target: Target, updates: Mapping[str, Update], truth: Mapping[str, 
     found = []
     for name, update in updates.items():
         update.check(target)
-        count = update.samples(target)
-        names = (name,) if count == 1 else tuple(f"{name}, sample {at + 1}" for at in range(count))
+        one = of_nobody_knows(name, update, target)
         if name not in truth:
-            found.append(Observed(update, names))
+            found.append(one)
             continue
-        inputs, labels = truth[name]
+        (inputs, labels), count = truth[name], one.samples
         if tuple(inputs.shape) != (count, *target.input_shape) or len(labels) != count:
             raise ValueError(
                 f"{name}: got samples of shape {tuple(inputs.shape)} and {len(labels)} labels, expected "
                 f"({count}, {', '.join(map(str, target.input_shape))}) and {count} labels: the update says that it "
                 f"comes from {count} samples"
             )
-        found.append(Observed(update, names, inputs, tuple(float(label) for label in labels)))
+        found.append(replace(one, truth=inputs, labels=tuple(float(label) for label in labels)))
     return found
+
+
+def of_nobody_knows(name: str, update: Update, target: Target) -> Observed:
+    """An update whose samples are not known, with a name for each."""
+    count = update.samples(target)
+    return Observed(update, (name,) if count == 1 else tuple(f"{name}, sample {at + 1}" for at in range(count)))
 
 
 def digest(sent: Sequence[Observed]) -> str:

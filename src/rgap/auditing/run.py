@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from rgap.auditing.guard import guarded, obstacle_of
 from rgap.auditing.observed import Observed, digest
 from rgap.auditing.readout import ReadOut, read_out
 from rgap.auditing.results import AttackRun, Case, Level, Result, from_certificate, judge, span
+from rgap.identity import identity
 from rgap.linalg.deadline import OutOfTime, used, within
 from rgap.protocol import Protocol
 from rgap.rank import RankAnalysis, rank_analysis
@@ -26,7 +26,7 @@ from rgap.store import Row, Store
 from rgap.target import Target
 from rgap.update import Update
 
-RESULTS = 3
+RESULTS = 4
 """Version of what is kept in the folder of an audit."""
 CHUNK = 8
 """Updates of one call of an attack: what an interruption can cost."""
@@ -87,7 +87,7 @@ class Run:
     read: ReadOut | None = None
 
     def __post_init__(self) -> None:
-        self.start = time.perf_counter()
+        self.start, self._identities = time.perf_counter(), dict[int, str]()
         if self.budget is not None and not self.budget >= 0:
             raise ValueError(f"got budget={self.budget}, expected 0 seconds or more, or None")
         self.updates = [each.update for each in self.observed]
@@ -102,7 +102,7 @@ class Run:
         return {
             "results": RESULTS,
             "fingerprint": self.target.fingerprint,
-            "loss": _told(self.target.loss),
+            "loss": identity(self.target.loss),
             "batch_size": self.target.batch_size,
             "protocol": str(self.protocol),
             "model": hashlib.sha256(repr(self.target.model).encode()).hexdigest(),
@@ -213,7 +213,7 @@ class Run:
 
     def results(self, attack: Attack, updates: Mapping[int, Update], defence: str = "") -> dict[int, list[Result]]:
         """One attack on updates by their number, from the store those that are there; fewer if the time is up."""
-        keys = {at: _key(attack, at, defence) for at in updates}
+        keys = {at: self._key(attack, at, defence) for at in updates}
         for at, key in keys.items():
             if key not in self.found and self.store is not None and key in self.store.rows:
                 kept = self._kept(self.store.rows[key], self.observed[at].samples)
@@ -254,13 +254,19 @@ class Run:
         """Of all samples that are known."""
         return span(*(each.truth for each in self.observed if each.truth is not None))
 
+    def _key(self, attack: Attack, at: int, defence: str = "") -> str:
+        """Of one attack on one update, which may be defended; what the attack is, is asked once: some keep count."""
+        if id(attack) not in self._identities:
+            self._identities[id(attack)] = identity(attack)
+        return f"{defence}|{at}|{self._identities[id(attack)]}"
+
     def of_attack(self, attack: Attack) -> list[Result]:
         """What one attack made of all samples of the updates that it was given."""
-        return [result for at in range(len(self.updates)) for result in self.found.get(_key(attack, at), ())]
+        return [result for at in range(len(self.updates)) for result in self.found.get(self._key(attack, at), ())]
 
     def of_update(self, at: int, attacks: Sequence[Attack]) -> list[list[Result]]:
         """What attacks made of one update's samples, by attack; none of those that were not given it."""
-        return [self.found[key] for attack in attacks if (key := _key(attack, at)) in self.found]
+        return [self.found[key] for attack in attacks if (key := self._key(attack, at)) in self.found]
 
     def _exact(self, at: int, attacks: Sequence[Attack]) -> bool:
         return any(results and all_exact(results) for results in self.of_update(at, attacks))
@@ -293,16 +299,6 @@ def _rounded(seconds: float) -> str:
     if seconds < 1:
         return "a second"
     return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-
-
-def _key(attack: Attack, at: int, defence: str = "") -> str:
-    """Of one attack on one update, which may be defended."""
-    return f"{defence}|{at}|{_told(attack)}"
-
-
-def _told(thing: object) -> str:
-    """Its repr, without addresses of functions and objects, which are others in the next process."""
-    return re.sub(r"<(?:function )?(\S+)(?: object)? at 0x[0-9a-f]+>", r"\1", repr(thing))
 
 
 def all_exact(results: Sequence[Result]) -> bool:

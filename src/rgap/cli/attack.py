@@ -57,7 +57,7 @@ def command(
     """
     from rgap.attacks import Status
     from rgap.auditing import describe
-    from rgap.auditing.observed import received
+    from rgap.auditing.observed import of_nobody_knows
     from rgap.auditing.readout import read_out
     from rgap.linalg import deadline
     from rgap.reading import read_pair, read_update
@@ -76,7 +76,7 @@ def command(
         found = chosen(target, sent)
     out.mkdir(parents=True, exist_ok=True)
     whole = found.status is Status.EXACT or found.features is not None
-    told = () if whole else read_out(target, received(target, {"the client": sent}, {})).sentences
+    told = () if whole else read_out(target, [of_nobody_knows("the client", sent, target)]).sentences
     scored = None if picture is None or not found.answers else _score(found, picture, target)
     document = describe(found) | ({} if scored is None else {"score": scored}) | {"read_off": " ".join(told)}
     write_atomically(out / "reconstruction.json", json.dumps(document, indent=1).encode())
