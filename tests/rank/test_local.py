@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from rgap import Target, losses, rank_analysis
 from rgap.linalg.deadline import within
-from rgap.rank import local
+from rgap.rank import analysis, local
 from rgap.rank.summary import percent
 from tests.nn.modules import Skip
 
@@ -142,6 +143,36 @@ def test_what_would_not_end_in_the_time_is_not_begun(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(local, "_rows", refuse)
     found = rank_analysis(target_of(maxima), seconds=1e-4)
     assert found.local == local.Local(100, 100, False)
+
+
+@pytest.mark.parametrize("make", [maxima, means, global_mean, Norms])
+def test_of_a_batch_that_takes_too_long_one_sample_is_measured(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = target_of(make)
+    x = torch.rand(3, 1, 10, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    one, batch = rank_analysis(target, x[:1]), rank_analysis(target, x)
+    monkeypatch.setattr(analysis, "worth", lambda products, unknowns, seconds: unknowns <= 100)
+    found = rank_analysis(target, x)
+    assert found.local is not None
+    assert one.local is not None
+    assert found.local == replace(one.local, alone=True)
+    assert found.joint_free is None
+    assert found.to_dict()["free_alone"] == one.joint_free
+    assert found.to_dict()["free_at_most"] is None
+    assert "of a batch of 3 was not measured" in found.verdict
+    assert batch.joint_free is not None
+    assert 3 * one.local.free <= batch.joint_free
+    if one.local.free:
+        assert f"{one.local.free} of 100 dimensions" in found.verdict
+        assert "In a batch no fewer of each stay free" in found.verdict
+
+
+def test_samples_that_training_mixes_are_not_measured_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis, "worth", lambda products, unknowns, seconds: unknowns <= 100)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(8), nn.Flatten(), nn.Linear(4, 3)
+    )
+    target = Target(model.train(), losses.CrossEntropy(3), (1, 10, 10), (0.0, 1.0), 3)
+    assert rank_analysis(target).local == local.Local(300, 300, False)
 
 
 @pytest.mark.parametrize("drawn", [8, 20, 60])

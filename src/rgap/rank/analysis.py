@@ -82,7 +82,7 @@ class RankAnalysis:
     def joint_free(self) -> int | None:
         """Dimensions of the input that the gradients of all layers together leave free; None if not measured."""
         if self.local is not None:
-            return self.local.free if self.local.complete else None
+            return self.local.free if self.local.complete and not self.local.alone else None
         return self.layers[0].joint_free
 
     @property
@@ -161,6 +161,13 @@ class RankAnalysis:
         assert self.local is not None
         size, free = self.unknowns, self.local.free
         at = "at the sample" if self.at_sample else "at a drawn input"
+        if self.local.alone:
+            one = replace(self, batch_size=1, local=replace(self.local, alone=False))
+            no_fewer = " In a batch no fewer of each stay free." if free and self.local.complete else ""
+            return (
+                f"What stays free of a batch of {self.batch_size} was not measured: it takes more time than was given "
+                f"(--budget, in Python seconds=). Of one sample by itself: {one._free}{no_fewer}"
+            )
         if not self.local.complete and free == size:
             return (
                 "What stays free of the input was not measured: it takes more time than was given (--budget, in Python "
@@ -237,7 +244,8 @@ class RankAnalysis:
             "index": self.index,
             "critical": self.critical.name,
             "joint_free": self.joint_free,
-            "free_at_most": None if self.local is None else self.local.free,
+            "free_at_most": None if self.local is None or self.local.alone else self.local.free,
+            "free_alone": self.local.free if self.local and self.local.alone and self.local.complete else None,
             "largest_batch": self.largest_batch,
             "largest_batch_layer": self.largest_batch_layer,
             "batch_size": self.batch_size,
@@ -345,9 +353,14 @@ def _local(target: Target, sample: Tensor, generator: torch.Generator, seconds: 
     products = sum(use.outputs * use.weight_gradients // len(weight) for use, weight in uses if weight is not None)
     try:
         with within(seconds):
-            if not worth(len(sample) * products, sample.numel(), share(1.0) or 0.0):
+            time = share(1.0) or 0.0
+            if worth(len(sample) * products, sample.numel(), time):
+                return free_dimensions(target, sample, generator, looked)
+            # Of a batch each sample adds what it gives by itself to the gradient, unless norms mix them in training.
+            if len(sample) == 1 or target.mode == "training" or not worth(products, sample[0].numel(), time):
                 return Local(sample.numel(), sample.numel(), False)
-            return free_dimensions(target, sample, generator, looked)
+            found = free_dimensions(target, sample[:1], generator, looked)
+            return None if found is None else replace(found, alone=True)
     except (RuntimeError, ValueError, NotImplementedError):  # as of batch norm in training mode for a single sample
         return None
 

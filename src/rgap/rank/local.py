@@ -45,6 +45,8 @@ class Local:
     free: int
     complete: bool
     """Whether all combinations were looked at that were needed; if not, it is no more than this."""
+    alone: bool = False
+    """Whether it is of one sample by itself, since its batch would have taken too long."""
 
 
 def free_dimensions(
