@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
 import re
 import resource
 import time
@@ -10,9 +12,8 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import pytest
-from command import run
+from threading import Thread
+from unittest import mock
 
 from rgap.cli import main
 
@@ -21,6 +22,10 @@ SECONDS = 2.0
 MEGABYTES = 500
 # Whatever acts on a terminal, turns text around, or cannot be encoded.
 ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# What rich writes of its own: colours, links, the cursor hidden and shown, moved up, and lines cleared.
+OWN = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[[0-9]*[AK]|\r(?=[\n\x1b]|$)")
+# A line that was written and cleared again, as bars are.
+CLEARED = re.compile(r"[^\n]*\n?(?:\x1b\[\?25h)?\r(?:\x1b\[1A)?\x1b\[2K")
 NAMES = {
     "escape": "\x1b]0;owned\x07\x1b[2J",
     "right to left": "\u202egnp.exe",
@@ -60,21 +65,58 @@ def _warm() -> None:
         main([*audit, out])
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """How a command ended, and what it printed, all of which is harmless."""
+class Terminal:
+    """A pseudo-terminal that a stream of this process writes to."""
+
+    def __init__(self) -> None:
+        self._ours, theirs = pty.openpty()
+        self.stream = os.fdopen(theirs, "w", encoding="utf-8", errors="surrogateescape")
+        assert self.stream.isatty()
+        self._parts: list[bytes] = []
+        self._reader = Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with suppress(OSError):  # the other side was closed
+            while part := os.read(self._ours, 65536):
+                self._parts.append(part)
+
+    def end(self) -> str:
+        """What stays, but for what rich writes of its own; nothing that was written acts."""
+        self.stream.close()
+        self._reader.join()
+        os.close(self._ours)
+        text = b"".join(self._parts).decode("utf-8", "surrogateescape").replace("\r\n", "\n")
+        assert harmless(OWN.sub("", text)), ascii(text)
+        return OWN.sub("", CLEARED.sub("", text))
+
+
+def told(*arguments: object) -> tuple[int, str, str]:
+    """How a command ended, and what it printed on a terminal, all of which is harmless."""
     _warm()
     before, start = peak(again=True), time.process_time()
-    code, out, err = run(capsys, *arguments)
-    assert harmless(out), ascii(out)
-    assert harmless(err), ascii(err)
+    out, err = Terminal(), Terminal()
+    plain = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    ended = SystemExit()
+    try:
+        with (
+            mock.patch.dict(os.environ, plain | {"TERM": "xterm-256color", "COLUMNS": "200"}, clear=True),
+            redirect_stdout(out.stream),
+            redirect_stderr(err.stream),
+        ):
+            main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        ended = error
+    finally:
+        printed = out.end(), err.end()
     assert time.process_time() - start < SECONDS
     assert peak() - before < MEGABYTES
-    return code, out, err
+    return int(ended.code or 0), *printed
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def refused(*arguments: object) -> str:
     """Why it was refused, in one line."""
-    code, out, err = told(capsys, *arguments)
+    code, out, err = told(*arguments)
     assert code in (1, 2), (code, out[-500:], err)
     assert out == ""
     *usage, last = err.strip("\n").split("\n")

@@ -12,12 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from hostile import ACTS
+from hostile import ACTS, OWN
 
 SECONDS = 240.0
 """Until whatever hangs is killed; processes beside this one may slow it down many times."""
-# What rich writes of its own: colours, links, the cursor hidden and shown, moved up, and lines cleared.
-OWN = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[[0-9]*[AK]|\r(?=[\n\x1b]|$)")
 RUNS = """
 import json, sys
 from rgap.cli import main

@@ -103,31 +103,31 @@ def audit(folder: object) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("ending", ["png", "tif"])
-def test_a_picture(kind: str, ending: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_picture(kind: str, ending: str, folder: Path) -> None:
     (folder / "in").mkdir()
     (folder / "in" / f"a.{ending}").write_bytes(FILES[kind])
-    assert f"cannot read in/a.{ending} as an image: " in refused(capsys, *audit("in"))
+    assert f"cannot read in/a.{ending} as an image: " in refused(*audit("in"))
     assert not (folder / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("content", [b"", picture()], ids=["damaged", "whole"])
-def test_names(kind: str, content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names(kind: str, content: bytes, folder: Path) -> None:
     """Of a picture, of its class and of the folder, each refused with its name, or shown with it."""
     name = NAMES[kind].replace("/", "|")
     (folder / name / name).mkdir(parents=True)
     (folder / name / name / f"{name}.png").write_bytes(content)
     if not content:
-        assert "cannot read " in refused(capsys, *audit(name))
+        assert "cannot read " in refused(*audit(name))
         return
-    code, out, err = told(capsys, *audit(name), "--out", f"{name}-out")
+    code, out, err = told(*audit(name), "--out", f"{name}-out")
     assert code == 0, ascii(err)
     assert "Report: " in out
     assert (folder / f"{name}-out" / "audit.html").is_file()
 
 
 @pytest.mark.parametrize("kind", ["a loop of folders", "a pipe", "a folder called a picture", "a loop", "nothing"])
-def test_folders(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders(kind: str, folder: Path) -> None:
     (inside := folder / "in").mkdir()
     made: dict[str, Callable[[], object]] = {
         "a loop of folders": lambda: (inside / "a").symlink_to(inside),
@@ -137,7 +137,7 @@ def test_folders(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) ->
         "nothing": lambda: None,
     }
     made[kind]()
-    assert "no images in in" in refused(capsys, *audit("in"))
+    assert "no images in in" in refused(*audit("in"))
 
 
 def test_large_pictures_are_taken(folder: Path) -> None:
@@ -184,7 +184,7 @@ TABLES: dict[str, tuple[str, bytes | Callable[[], bytes]]] = {
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_a_table(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table(kind: str, folder: Path) -> None:
     ending, content = TABLES[kind]
     (folder / f"t.{ending}").write_bytes(content if isinstance(content, bytes) else content())
-    assert f"t.{ending}" in refused(capsys, "audit", "--data", f"t.{ending}", "--label-column", "b")
+    assert f"t.{ending}" in refused("audit", "--data", f"t.{ending}", "--label-column", "b")

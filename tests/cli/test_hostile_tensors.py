@@ -32,8 +32,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def attack(capsys: pytest.CaptureFixture[str], file: object, *more: object) -> str:
-    return refused(capsys, "attack", file, "--model", "hostile_model:make", "--input-shape", "1,2,2", *more)
+def attack(file: object, *more: object) -> str:
+    return refused("attack", file, "--model", "hostile_model:make", "--input-shape", "1,2,2", *more)
 
 
 def headed(header: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -188,7 +188,7 @@ FILES: dict[str, bytes | Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_an_update(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_update(kind: str, folder: Path) -> None:
     made = FILES[kind]
     path = folder / "update.bin"
     if callable(made):
@@ -196,21 +196,21 @@ def test_an_update(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) 
     else:
         path.write_bytes(made)
     for arguments in ([path], [path, "--weights", path]):
-        assert "update.bin" in attack(capsys, *arguments)
+        assert "update.bin" in attack(*arguments)
     assert not (folder / "ran").exists()
     path.unlink()
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_a_name(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name(kind: str, folder: Path) -> None:
     path = folder / NAMES[kind].replace("/", "|")
     path.write_bytes(b"nothing")
-    assert "expected a .safetensors" in attack(capsys, path)
-    assert "expected a .safetensors" in attack(capsys, path, "--weights", path)
+    assert "expected a .safetensors" in attack(path)
+    assert "expected a .safetensors" in attack(path, "--weights", path)
 
 
 @pytest.mark.parametrize("kind", ["a folder", "a pipe", "a device", "a loop"])
-def test_what_is_no_file(kind: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_file(kind: str, folder: Path) -> None:
     path = folder / "update"
     if kind == "a folder":
         path.mkdir()
@@ -220,7 +220,7 @@ def test_what_is_no_file(kind: str, folder: Path, capsys: pytest.CaptureFixture[
         path = Path("/dev/zero")
     else:
         path.symlink_to(path)
-    assert "no such file" in attack(capsys, path)
+    assert "no such file" in attack(path)
 
 
 def test_right_files_are_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from hostile import NAMES, refused, told
 from small_plans import home, toml
-from terminal import assert_harmless, seen
 
 from rgap.cli.sweep import FAILED
 from rgap.sweeps import Plan, sweep
@@ -86,45 +85,31 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_store(kind: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_store(kind: str, whole: Path, tmp_path: Path) -> None:
     shutil.copy(whole, path := tmp_path / "s.sqlite")
     DAMAGES[kind](path)
     for arguments in (("show", path), ("show", path, "--json"), ("export", path, tmp_path / "rows.csv")):
-        assert "s.sqlite" in refused(capsys, "sweep", *arguments)
+        assert "s.sqlite" in refused("sweep", *arguments)
     assert not (tmp_path / "rows.csv").exists()
 
 
-def test_a_store_of_nothing_is_a_new_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_store_of_nothing_is_a_new_one(tmp_path: Path) -> None:
     (tmp_path / "s.sqlite").write_bytes(b"")
-    assert told(capsys, "sweep", "show", tmp_path / "s.sqlite")[0] == 0
+    assert told("sweep", "show", tmp_path / "s.sqlite")[0] == 0
 
 
-def test_text_that_acts_is_shown_and_does_nothing(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_that_acts_is_shown_and_does_nothing(whole: Path, tmp_path: Path) -> None:
     shutil.copy(whole, path := tmp_path / "s.sqlite")
     columns = ("model", "attack", "defence", "image")
     sql(*(f"UPDATE jobs SET {name} = '{ACTS}' || {name}" for name in columns))(path)
     sql(f"UPDATE jobs SET state = 'failed', failure = 'a' || char(10) || '{ACTS}' WHERE seed = 0")(path)
-    code, out, err = told(capsys, "sweep", "show", path, "--by", "model,attack,image")
+    code, out, err = told("sweep", "show", path, "--by", "model,attack,image")
     assert (code, err) == (0, "")
-    assert told(capsys, "sweep", "show", path, "--by", "attack", "--plot", tmp_path / "p.png")[0] == 0
+    assert told("sweep", "show", path, "--by", "attack", "--plot", tmp_path / "p.png")[0] == 0
     assert "[U+001B]]0;x[U+0007]" in "".join(out.split())
 
 
-def test_nothing_in_a_store_acts_on_a_terminal(whole: Path, tmp_path: Path) -> None:
-    shutil.copy(whole, path := tmp_path / "s.sqlite")
-    sql(*(f"UPDATE jobs SET {name} = '{ACTS}' || {name}" for name in ("model", "attack", "defence", "image")))(path)
-    sql(f"UPDATE jobs SET state = 'failed', failure = 'a' || char(10) || '{ACTS}' WHERE seed = 0")(path)
-    text = seen([["sweep", "show", "s.sqlite", "--by", "model,attack,image"]], tmp_path)
-    assert_harmless(text)
-    assert "[U+001B]" in text
-    assert "\x1b[" in text, "without colours it was taken for no terminal"
-
-
-def test_a_store_cannot_say_which_code_runs(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_cannot_say_which_code_runs(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = home(tmp_path)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
@@ -140,21 +125,21 @@ def test_a_store_cannot_say_which_code_runs(
 
 
 @pytest.mark.parametrize("start", ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(1)", "\t=1"])
-def test_no_cell_is_a_formula(start: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_cell_is_a_formula(start: str, whole: Path, tmp_path: Path) -> None:
     shutil.copy(whole, path := tmp_path / "s.sqlite")
     with closing(sqlite3.connect(path, isolation_level=None)) as base:
         base.execute("UPDATE jobs SET image = ?, reason = ?", (start, start))
-    assert told(capsys, "sweep", "export", path, tmp_path / "rows.csv")[0] == 0
+    assert told("sweep", "export", path, tmp_path / "rows.csv")[0] == 0
     text = (tmp_path / "rows.csv").read_text()
     assert f"'{start}" in text
     assert f",{start}" not in text
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_names(kind: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names(kind: str, whole: Path, tmp_path: Path) -> None:
     path = tmp_path / NAMES[kind].replace("/", "|")
-    assert "no such file" in refused(capsys, "sweep", "show", path)
+    assert "no such file" in refused("sweep", "show", path)
     shutil.copy(whole, path)
-    assert told(capsys, "sweep", "show", path, "--plot", f"{path}.png")[0] in (0, FAILED)
+    assert told("sweep", "show", path, "--plot", f"{path}.png")[0] in (0, FAILED)
     zeroed(2, 99)(path)
-    refused(capsys, "sweep", "show", path)
+    refused("sweep", "show", path)
