@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from rgap.attacks.labels import one_hot
+from rgap.attacks.last_layer import Begun, begin, obstacle
 from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, Outcome, Sample, Status
 from rgap.attacks.verdict import EXPLAINED, range_misfit
-from rgap.inversion.local_steps import Bound, Limit, Recovered, recover
+from rgap.inversion.local_steps import UNEXPLAINED, Bound, Limit, Recovered, recover
+from rgap.inversion.prior import Prior
 from rgap.inversion.subspace.peel import Search
+from rgap.inversion.unrolled import SOFTENING, Met, meet
 from rgap.inversion.walk import Client, Difference, Plan, Weights
 from rgap.protocol import Protocol
 from rgap.target import Target
@@ -21,6 +26,10 @@ ORDER = "samples come in the order of the first epoch, and within a minibatch in
 COUNT = "the update says {} samples of a client, the rank of the first layer's difference is {}: so many are taken"
 MOST_STEPS = 2000
 """Steps that are followed one by one; their gradients are kept."""
+MOST_UNROLLED = 64
+"""Steps that are differentiated; every one keeps its own graph."""
+MOST_VALUES = 512
+"""Of a sample whose steps are differentiated: by each of them, some twenty times."""
 
 
 def invert_steps(target: Target, update: Update, search: Search, visible: float) -> Outcome | None:
@@ -52,7 +61,41 @@ def invert_steps(target: Target, update: Update, search: Search, visible: float)
     found = recover(client, lambda n: plan_of(protocol, n), told, after, search, Reporter("Closed", told))
     if found.stop is None and len(found.order) == 1:
         return None
+    plan = plan_of(protocol, told)
+    if not len(found.x) and told == 1 and 1 < plan.steps <= MOST_UNROLLED:
+        found = _together(target, update, client, plan, after(plan.steps)) or found
     return _verdict(target, update, found, told, visible)
+
+
+def _together(target: Target, update: Update, client: Client, plan: Plan, difference: Difference) -> Recovered | None:
+    """The one sample of all steps, from all parameters together; None where none agrees, or its values are too many.
+
+    Its label is one of those that the last layer's gradient allows, taken as a single step's.
+    """
+    if obstacle(target) or math.prod(target.input_shape) > MOST_VALUES:
+        return None
+    begun = begin(target, update.to_gradient(target)[0])
+    if not isinstance(begun, Begun):
+        return None
+    low, high = target.value_range or (0.0, 0.0)
+    prior, order = Prior(target.input_shape, (low + high) / 2), ((0,),) * plan.steps
+    met: list[tuple[Met, Tensor]] = []
+    for value in dict.fromkeys(begun.output.labels.tolist()):
+        label = begun.output.labels.new_full((1,), value, dtype=torch.float64)
+        x = label.new_full((1, *target.input_shape), prior.centre)
+        report = Reporter("Closed, all steps together, step", SOFTENING.soft + SOFTENING.sharp)
+        try:
+            found = meet(client, plan, difference, x, label, order, prior, UNEXPLAINED, report=report)
+        except (RuntimeError, ValueError, IndexError, TypeError):  # torch does not differentiate what the model does
+            return None
+        if difference.misfit(found.walk) <= EXPLAINED:
+            met.append((found, label))
+    if not met:
+        return None
+    found, labels = met[0]
+    misfit, missed = difference.misfit(found.walk), difference.missed(found.walk)
+    error = labels.new_full((1,), found.std * max(1.0, misfit))
+    return Recovered(found.x, labels, error, order, misfit, missed, len(met) == 1, 1)
 
 
 def client_of(target: Target) -> Client:

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.attacks.local_steps import plan_of
+from rgap.attacks.local_steps import MOST_UNROLLED, plan_of
 from rgap.protocol import Protocol
 from rgap.target import GradientFunction, Target
 
-MOST_STEPS = 64
-"""Steps that are differentiated; every one keeps its own graph."""
 FOLLOWED = "{} local steps are simulated, every epoch in the same order of the samples"
 
 
@@ -27,7 +25,7 @@ class LocalSteps:
     def of(protocol: Protocol, samples: int) -> LocalSteps | None:
         """None where its steps are not simulated: Adam's, clipped or averaged ones, none, or too many."""
         plain = protocol.local and protocol.linear and protocol.clip_norm is None and protocol.clients == 1
-        if not plain or not 1 < len(protocol.minibatches(samples)) <= MOST_STEPS:
+        if not plain or not 1 < len(protocol.minibatches(samples)) <= MOST_UNROLLED:
             return None
         return LocalSteps(protocol, samples)
 

@@ -2,21 +2,26 @@
 
 Where the first layer reads the samples themselves its weights act on the space that they span alone, and move within
 it. There a client of n samples is a network of n inputs, and the samples are n n numbers, whatever their size.
+Elsewhere, as behind convolutions, all values of the samples are sought, by products with the steps' derivative. The
+gradient jumps wherever a unit changes its side of a kink; so kinks are rounded off first, and less with each step.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.inversion.walk import Client, Difference, Order, Plan, Walk
-from rgap.linalg import psd
+from rgap.inversion.prior import Prior
+from rgap.inversion.walk import Client, Difference, Order, Plan, Walk, Weights
+from rgap.linalg import deadline, psd
+from rgap.linalg.least_squares import Direct, Regulariser, probes
+from rgap.linalg.operator import LinearOperator
 from rgap.nn.layers import Layer
+from rgap.nn.soft import SoftKinks
 
 STEPS = 10
 """With one matrix: samples are nearly known."""
@@ -24,8 +29,9 @@ ENOUGH = 0.999
 """A step that lowers the residual by less is the last."""
 LARGEST = 1024
 """Unknowns above which no matrix is formed."""
-CHUNK = 32
-"""Of its columns that are computed together."""
+HALVINGS = 5
+"""Of a step that leads astray, at the most."""
+DIRECT = Direct(rank_tolerance=1e-7)
 SAME = 1e-9
 """How well the small network's step must agree with the whole one's, relatively."""
 
@@ -50,39 +56,157 @@ def in_their_span(
     if n * n > LARGEST or whole.shape != (layer.outputs, layer.unknowns):
         return x
     q: Tensor = torch.linalg.qr(x.mT)[0]
-    small = replace(client, weights={**client.weights, name: whole @ q}, gradient=client.differentiable)
-    sent = {**difference.sent, name: difference.sent[name] @ q}
-    scale = math.sqrt(sum(each.numel() for each in sent.values()))
-
-    def residual(flat: Float[Tensor, " m"]) -> Float[Tensor, " r"]:
-        made = Walk(small, plan).all(flat.reshape(n, n), labels, order).end
-        missed = torch.cat([((made[each] - d) / difference.noise[each]).flatten() for each, d in sent.items()])
-        return missed / scale
-
-    at = (x @ q).flatten()
+    small = replace(client, weights={**client.weights, name: whole @ q})
     if not _agrees(client, small, name, q, x, labels):
         return x
-    here, jacobian = residual(at), _jacobian(residual, at)
-    factored = psd.factor(jacobian @ jacobian.mT, 0.0)
+    sent = {**difference.sent, name: difference.sent[name] @ q}
+    made = _made(small, plan, replace(difference, sent=sent), labels, order)
+    at = x @ q
+    operator = Unrolled(made, at)
+    here, factored = operator.missed, psd.factor(operator.gram(), 0.0)
     for _ in range(STEPS):
-        move = factored.solve((jacobian @ here)[:, None])[:, 0]
-        there = residual(at - move)
+        move = factored.solve(operator.rmv(here[None]).reshape(-1, 1)).reshape(at.shape)
+        there = -made(at + move)
         if not float(there.norm()) < ENOUGH * float(here.norm()):
             break
-        at, here = at - move, there
-    return at.reshape(n, n) @ q.mT
+        at, here = at + move, there
+    return at @ q.mT
 
 
-def _jacobian(residual: Callable[[Tensor], Tensor], at: Float[Tensor, " m"]) -> Float[Tensor, "m r"]:
-    """Transposed."""
+@dataclass(frozen=True)
+class Softening:
+    """How kinks get their edges back, and how a prior fades, over the steps of a search."""
 
-    def along(v: Tensor) -> Tensor:
-        moved: Tensor = torch.func.jvp(residual, (at,), (v,))[1]
-        return moved
+    width: float = 0.3
+    """Of the first step's kinks, as in `SoftKinks`."""
+    narrows: float = 0.6
+    weight: float = 1e-2
+    """Of the prior, relative to the rows'."""
+    fades: float = 0.3
+    soft: int = 22
+    """Steps."""
+    sharp: int = 4
+    """Steps on the network as it is, and without the prior."""
+    patience: int = 6
+    """Steps in which the misfit has to halve, or the search is given up."""
 
-    directions = torch.eye(len(at), dtype=at.dtype, device=at.device)
-    columns: Tensor = torch.func.vmap(along, chunk_size=CHUNK, randomness="different")(directions)
-    return columns
+
+SOFTENING = Softening()
+
+
+@dataclass(frozen=True, eq=False)
+class Met:
+    """Samples whose steps come as near to the difference as Gauss and Newton's get."""
+
+    x: Float[Tensor, "n ..."]
+    walk: Walk
+    """Their steps."""
+    operator: Unrolled
+
+    @property
+    def std(self) -> float:
+        """How far the difference's rounding moves their values, root mean square; infinite where some are left free."""
+        operator = self.operator
+        generator = torch.Generator(device=self.x.device).manual_seed(0)
+        drawn = torch.randn(operator.missed.shape, generator=generator, dtype=self.x.dtype, device=self.x.device)
+        sure = DIRECT.determine(operator, drawn[None])
+        return sure.std if sure.rank == operator.unknowns else torch.inf
+
+
+def meet(
+    client: Client,
+    plan: Plan,
+    difference: Difference,
+    x: Float[Tensor, "n ..."],
+    labels: Float[Tensor, " n"],
+    order: Order,
+    prior: Prior,
+    enough: float,
+    softening: Softening = SOFTENING,
+    report: Callable[[int, float], None] = lambda step, misfit: None,
+) -> Met:
+    """Samples that all parameters agree with after all steps, in units of their rounding.
+
+    Args:
+        x: where to begin; the middle of the value range will do.
+        enough: a misfit (`Difference.misfit`) from which on the steps are those at the end.
+    """
+    steps = softening.soft + softening.sharp
+    sharp = _made(client, plan, difference, labels, order)
+    best, least, step, trail = x, torch.inf, 0, list[float]()
+    while step < steps:
+        last = step >= softening.soft
+        soft = client if last else _softened(client, softening.width * softening.narrows**step)
+        operator = Unrolled(_made(soft, plan, difference, labels, order), x)
+        weight = softening.weight * softening.fades**step
+        move = DIRECT.step(operator, operator.missed[None], x, Regulariser(prior, prior.centre, weight, last)) - x
+        points = [x + move * 0.5**halving for halving in range(HALVINGS)]
+        size = float(operator.missed.norm())
+        x = next((each for each in points if float(operator.made(each).norm()) < size), points[-1])
+        misfit = difference.misfit(Walk(client, plan).all(x, labels, order))
+        report(step + 1, misfit)
+        if misfit < least:
+            best, least = x, misfit
+        elif last:
+            break
+        trail.append(misfit)
+        if not last and len(trail) > softening.patience and misfit > trail[-1 - softening.patience] / 2:
+            break
+        step = max(step + 1, softening.soft) if misfit <= enough else step + 1
+    return Met(best, Walk(client, plan).all(best, labels, order), Unrolled(sharp, best))
+
+
+def _softened(client: Client, width: float) -> Client:
+    def differentiable(at: Weights, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        with SoftKinks(width):
+            return client.differentiable(at, x, labels)
+
+    return replace(client, differentiable=differentiable)
+
+
+class Unrolled(LinearOperator):
+    """How the difference after all steps moves with the samples."""
+
+    def __init__(self, made: Callable[[Tensor], Tensor], x: Float[Tensor, "n ..."]):
+        """
+        Args:
+            made: of samples, what their steps make, less what was sent, in roundings.
+        """
+        self.made, self.like, self.in_shape = made, x, tuple(x.shape)
+        here, self._back = torch.func.vjp(made, x)[:2]
+        self.missed: Float[Tensor, " rows"] = -here.detach()
+        self.values = 8 * len(here)
+        drawn = probes(self, 2)
+        self.mean_diagonal = float(self.mv(drawn).square().sum()) / drawn.numel()
+
+    def mv(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d rows"]:
+        def along(v: Tensor) -> Tensor:
+            moved: Tensor = torch.func.jvp(self.made, (self.like,), (v,))[1]
+            return moved
+
+        found: Tensor = torch.func.vmap(along, randomness="different")(x)
+        return found.detach()
+
+    def rmv(self, rows: Float[Tensor, "d rows"]) -> Float[Tensor, "d *in_shape"]:
+        deadline.check()
+        found: Tensor = torch.func.vmap(lambda r: self._back(r)[0])(rows)
+        return found.detach()
+
+
+def _made(
+    client: Client, plan: Plan, difference: Difference, labels: Float[Tensor, " n"], order: Order
+) -> Callable[[Tensor], Tensor]:
+    """What the steps on samples make, less what was sent, each value in units of its rounding."""
+    smooth = replace(client, gradient=client.differentiable)
+
+    sent = {name: d for name, d in difference.sent.items() if difference.noise[name]}
+
+    def made(x: Tensor) -> Float[Tensor, " rows"]:
+        end = Walk(smooth, plan).all(x, labels, order).end
+        parts = ((end[name] - d) / difference.noise[name] for name, d in sent.items())
+        return torch.cat([each.flatten() for each in parts])
+
+    return made
 
 
 def _agrees(
