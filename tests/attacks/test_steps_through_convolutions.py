@@ -14,7 +14,7 @@ from rgap.attacks import Closed, Status
 from rgap.models.chains import chain
 from rgap.protocol import Sends
 
-SIZE = 6
+SIZE = 5
 CONVOLUTIONS = ((6, 3, 1, 1), (8, 3, 2, 1))
 
 
@@ -42,7 +42,7 @@ def off(found: Tensor, x: Tensor) -> float:
     [
         (nn.Sigmoid, 1, 0.1, 2),
         (nn.ReLU, 4, 0.1, 2),
-        (lambda: nn.LeakyReLU(0.2), 4, 0.01, 5),
+        (lambda: nn.LeakyReLU(0.2), 4, 0.01, 3),
         (lambda: nn.LeakyReLU(0.2), 1, 0.1, 2),
     ],
 )

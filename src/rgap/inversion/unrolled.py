@@ -174,17 +174,15 @@ class Unrolled(LinearOperator):
         """
         self.made, self.like, self.in_shape = made, x, tuple(x.shape)
         here, self._back = torch.func.vjp(made, x)[:2]
+        # The adjoint of the adjoint: forward mode would run the steps again for every product.
+        self._forth = torch.func.vjp(lambda rows: self._back(rows)[0], torch.zeros_like(here))[1]
         self.missed: Float[Tensor, " rows"] = -here.detach()
         self.values = 8 * len(here)
         drawn = probes(self, 2)
         self.mean_diagonal = float(self.mv(drawn).square().sum()) / drawn.numel()
 
     def mv(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d rows"]:
-        def along(v: Tensor) -> Tensor:
-            moved: Tensor = torch.func.jvp(self.made, (self.like,), (v,))[1]
-            return moved
-
-        found: Tensor = torch.func.vmap(along, randomness="different")(x)
+        found: Tensor = torch.func.vmap(lambda v: self._forth(v)[0])(x)
         return found.detach()
 
     def rmv(self, rows: Float[Tensor, "d rows"]) -> Float[Tensor, "d *in_shape"]:

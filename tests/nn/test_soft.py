@@ -1,0 +1,42 @@
+"""ReLU and LeakyReLU with rounded kinks: where they stay as they are, and how smooth they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rgap.nn.soft import SoftKinks
+
+KINKED: list[Callable[[Tensor], Tensor]] = [
+    functional.relu,
+    torch.relu,
+    Tensor.relu,
+    lambda z: functional.leaky_relu(z, 0.2),
+    lambda z: functional.leaky_relu(z, negative_slope=-0.3),
+]
+
+
+@pytest.mark.parametrize("activation", KINKED)
+def test_far_from_the_kink_nothing_changes_and_at_it_the_slope_is_the_mean_of_both_sides(
+    activation: Callable[[Tensor], Tensor],
+) -> None:
+    z = torch.tensor([-50.0, 0.0, 50.0], dtype=torch.float64, requires_grad=True)
+    sharp = torch.autograd.grad(activation(z).sum(), z)[0]
+    with SoftKinks(0.01):
+        rounded = activation(z)
+    slope = torch.autograd.grad(rounded.sum(), z)[0]
+    assert rounded[[0, 2]].detach().allclose(activation(z)[[0, 2]].detach())
+    assert slope[[0, 2]].allclose(sharp[[0, 2]])
+    assert slope[1].isclose((sharp[0] + sharp[2]) / 2)
+
+
+def test_other_operations_stay_as_they_are() -> None:
+    z = torch.linspace(-2, 2, 9)
+    with SoftKinks(0.3):
+        found = functional.elu(z), torch.sigmoid(z)
+    assert found[0].equal(functional.elu(z))
+    assert found[1].equal(torch.sigmoid(z))
