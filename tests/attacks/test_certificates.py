@@ -166,6 +166,24 @@ def test_the_stated_error_is_that_of_the_rounding(attack: Attack, kind: torch.dt
         assert 0.1 < apart(found, x) / found.answers[0].error < 10
 
 
+@pytest.mark.parametrize("act", [nn.GELU, nn.SiLU, nn.Mish])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_coarse_gradient_tells_which_of_two_values_an_output_had(act: type[nn.Module], bias: bool) -> None:
+    """Of a layer whose weights alone tell nothing of it, because it reads more than it gives."""
+    model = made(nn.Flatten(), nn.Linear(48, 30, bias=bias), act(), nn.Linear(30, 10, bias=bias))
+    with torch.no_grad():
+        model[1].weight.mul_(4)
+    target = Target(model, losses.CrossEntropy(10), (3, 4, 4), (0.0, 1.0))
+    for seed in range(4):
+        x = rand(seed, 1, 3, 4, 4)
+        clean = capture(target, x, torch.tensor([1.0])).gradients
+        for kind in (torch.float16, torch.bfloat16):
+            found = Recursive()(target, Update({name: g.to(kind).float() for name, g in clean.items()}))
+            assert found.status is Status.EXACT, found
+            assert 0.1 < apart(found, x) / found.answers[0].error < 10
+            assert found.layers[0].weight_residual < 0.02
+
+
 # The value range.
 
 

@@ -1,8 +1,12 @@
-"""Activations with two inputs for one output, such as GELU: which of the two it was, the weight rows decide."""
+"""Activations with two inputs for one output, such as GELU: which of the two it was, the other rows decide."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from rgap.inversion.layer import LayerSystem
 from rgap.inversion.state import Observation, State
@@ -30,18 +34,25 @@ def both_branches(activation: NonMonotone, x: State, upper: State) -> State:
     return State(upper.value, upper.cotangent, upper.row_weight, upper.std, lower)
 
 
-def choose_branch(op: Linear, state: State, other: State, observed: Observation) -> State:
-    """Of two values that each output of the activation allows, the one that the weight rows of all the others predict.
+def choose_branch(
+    op: Linear, state: State, other: State, grad: Float[Tensor, "s g j i"], has_gradient: bool, observed: Observation
+) -> State:
+    """Of two values that each output of the activation allows, the one that the rows of all the others predict.
 
-    The cotangent of a unit depends on which it is, so the gradient rows tell nothing before it is chosen.
+    The cotangent of a unit depends on which it is, so its gradient rows tell nothing before it is chosen; but where the
+    cotangents are the client's own they hang on no choice, and all rows tell.
     """
     layer = op.layer
     uncertain = state.value != other.value
     weight = torch.ones_like(state.value) if state.row_weight is None else state.row_weight
     weight = layer.pack_output(torch.where(uncertain, UNCERTAIN * weight, weight))
-    no_gradient = torch.zeros_like(layer.pack_output(state.cotangent))
-    system = LayerSystem(layer, no_gradient, weight, observed.rank_tolerance, solver=observed.solver)
-    grad = torch.zeros_like(layer.weight).expand(len(no_gradient), *layer.weight.shape)
+    told = torch.full_like(weight, has_gradient)
+    if op.cotangent_parameter in observed.gradients:
+        other = replace(other, cotangent=state.cotangent)
+    else:
+        told = told * ~layer.pack_output(uncertain).any(-1, keepdim=True)
+    k = told * layer.pack_output(state.cotangent)
+    system = LayerSystem(layer, k, weight, observed.rank_tolerance, solver=observed.solver)
     lower = torch.zeros_like(uncertain)
     for _ in range(CHOICES):
         value = torch.where(lower, other.value, state.value)

@@ -153,7 +153,7 @@ def solve_sides(
     """
     other = state.alternative
     if other is not None and bool((other.value != state.value).any()):
-        state, other = choose_branch(op, state, other, obs), None
+        state, other = choose_branch(op, state, other, grad, has_gradient, obs), None
     if other is not None and bias is not None:
         state = sides_by_bias(op.layer, state, other, bias, obs.eps)
     system, solution = _solve(op, state, grad, has_gradient, obs)
