@@ -84,6 +84,47 @@ def test_a_table_that_cannot_be_read_says_where(tmp_path: Path, text: str, colum
 
 
 @pytest.mark.parametrize(
+    ("words", "count", "told"),
+    [
+        (["c", "a", "b"], 1, (2.0,)),
+        (["b", "b", "b", "a"], 3, (1.0, 1.0, 1.0)),
+        (["no", "yes", "maybe", "no"], 2, (1.0, 2.0)),
+        (["3", "1", "no"], 2, (3.0, 1.0)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_classes_are_numbered_over_all_rows_however_few_are_taken(
+    tmp_path: Path, words: list[str], count: int, told: tuple[float, ...], kind: str
+) -> None:
+    path = tmp_path / f"table.{kind}"
+    if kind == "csv":
+        path.write_text("a,y\n" + "".join(f"{at},{word}\n" for at, word in enumerate(words)))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"a": list(range(len(words))), "y": words}), path)
+    assert read(path, "y", count).labels == told
+
+
+@pytest.mark.parametrize("labels", ["1,,0", "yes,,no", ",a,b"])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_row_without_a_label_is_refused(tmp_path: Path, labels: str, kind: str) -> None:
+    words = labels.split(",")
+    path = tmp_path / f"table.{kind}"
+    if kind == "csv":
+        path.write_text("a,y\n" + "".join(f"1,{word}\n" for word in words))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"a": [1] * 3, "y": [word or None for word in words]}), path)
+    with pytest.raises(DataError, match=f"row {words.index('') + 1} of the table has no label"):
+        read(path, "y")
+
+
+def test_a_column_of_names_is_no_column_of_labels(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("a,y\n" + "".join(f"1,name {at}\n" for at in range(10_001)))
+    with pytest.raises(DataError, match="more than 10,000 words as labels"):
+        read(path, "y", 2)
+
+
+@pytest.mark.parametrize(
     ("columns", "label", "inputs", "told"),
     [
         ({"a": [1, 3], "b": [2.5, 4.0], "y": ["no", "yes"]}, "y", [[1, 2.5], [3, 4]], (0.0, 1.0)),

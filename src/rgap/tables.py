@@ -6,7 +6,7 @@ import csv
 import importlib
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -23,6 +23,8 @@ from rgap.printable import line, listed, shown
 INPUTS, LABELS = ("x", "X", "inputs", "data", "images"), ("y", "Y", "labels", "targets")
 """Names under which arrays are looked for in a file of several."""
 FILES = (".csv", ".parquet", ".npy", ".npz")
+CLASSES = 10_000
+"""Words that a label column may have."""
 LARGEST = 2**28
 """Bytes of the rows that are read from one array."""
 
@@ -36,6 +38,8 @@ class Samples:
     labels: tuple[float, ...] | None = None
     masks: Tensor | None = None
     """(n, h, w): where a label is a class for each pixel; labels are then their numbers."""
+    columns: tuple[str, ...] = ()
+    """Names of the inputs' values, of a table."""
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -83,7 +87,8 @@ def _numbered(inputs: Tensor, labels: Sequence[float | int] | None) -> Samples:
 def read(path: Path, label_column: str | None = None, limit: int | None = None) -> Samples:
     """A table, one row a sample, from a .csv with a header or a .parquet; or arrays from a .npy, or .npz with x and y.
 
-    Words in the label column are classes, numbered in alphabetical order. Nothing in a file is executed.
+    Words in the label column are classes, numbered in alphabetical order of all rows, however few are taken. Nothing
+    in a file is executed.
 
     Args:
         label_column: of a table; None: it has none.
@@ -151,9 +156,12 @@ def _table(path: Path, label_column: str | None, limit: int | None) -> Samples:
         try:
             header = next(reader, [])
             rows = [row for row in islice(reader, limit) if row]
+            at = header.index(label_column) if label_column in header else len(header)
+            label_cells = (row[at] for row in chain(rows, reader) if at < len(row))
+            classes = _classes(path, list(islice(label_cells, len(rows))), label_cells)
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {path} as a table ({line(str(error), 200)}); expected UTF-8 text") from error
-    return _of_rows(path, header, rows, label_column, 2)
+    return _of_rows(path, header, rows, label_column, classes, 2)
 
 
 def _parquet(path: Path, label_column: str | None, limit: int | None) -> Samples:
@@ -170,19 +178,29 @@ def _parquet(path: Path, label_column: str | None, limit: int | None) -> Samples
             batches = (each.to_pydict() for each in file.iter_batches(batch_size=max(1, min(size, 10_000))))
             cells = chain.from_iterable(zip(*batch.values(), strict=True) for batch in batches)
             rows = list(islice(cells, size))
+            own = [label_column] if label_column in header else []
+            labels = (cell for batch in file.iter_batches(columns=own) for each in batch for cell in each.to_pylist())
+            told = ("" if cell is None else str(cell) for cell in labels)
+            classes = _classes(path, list(islice(told, len(rows))), told)
     except DataError:
         raise
     except Exception as error:  # pyarrow reports a damaged file by any of its own
         raise DataError(f"cannot read {path} as Parquet ({line(str(error), 200)}); expected a table") from error
-    return _of_rows(path, header, rows, label_column, 1)
+    return _of_rows(path, header, rows, label_column, classes, 1)
 
 
 def _of_rows(
-    path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]], label_column: str | None, first: int
+    path: Path,
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    label_column: str | None,
+    classes: tuple[float, ...],
+    first: int,
 ) -> Samples:
     """One sample a row.
 
     Args:
+        classes: the rows' labels, where there is a column of them.
         first: number of the first row, as whoever looks into the file counts them.
     """
     if not rows:
@@ -191,34 +209,47 @@ def _of_rows(
         raise DataError(f"{path} has no column {label_column!r}: expected one of {listed(header)}")
     at = None if label_column is None else header.index(label_column)
     values = [
-        [_number(path, line, header, column, cell) for column, cell in enumerate(row) if column != at]
+        [_number(path, line, header, column, cell, at is None) for column, cell in enumerate(row) if column != at]
         for line, row in enumerate(rows, start=first)
     ]
     if len({len(row) for row in values}) > 1:
         raise DataError(f"{path}: rows of different lengths, expected {len(header)} cells in each")
     inputs = torch.tensor(values, dtype=torch.float32)
-    labels = None if at is None else _classes([str(row[at]) for row in rows])
-    return Samples(inputs, tuple(f"row-{line}" for line in range(first, len(rows) + first)), labels)
+    names = tuple(f"row-{line}" for line in range(first, len(rows) + first))
+    columns = tuple(name for column, name in enumerate(header) if column != at)
+    return Samples(inputs, names, None if at is None else classes, columns=columns)
 
 
-def _number(path: Path, line: int, header: Sequence[str], column: int, cell: Any) -> float:
+def _number(path: Path, line: int, header: Sequence[str], column: int, cell: Any, unlabelled: bool) -> float:
     try:
         return float(cell)
     except (ValueError, TypeError) as error:
         name = header[column] if column < len(header) else str(column + 1)
+        remedy = "name the label's column (--label-column), and encode other words" if unlabelled else "encode words"
         raise DataError(
-            f"{path}, line {line}, column {shown(name)}: got {shown(str(cell))!r}, expected a number; name the label's "
-            "column (--label-column), and encode or leave out other words"
+            f"{path}, line {line}, column {shown(name)}: got {shown(str(cell))!r}, expected a number; {remedy}, and "
+            "leave out rows without a value, as the client does before the model"
         ) from error
 
 
-def _classes(cells: Sequence[str]) -> tuple[float, ...]:
-    """Numbers as they are, else the words' places in alphabetical order."""
+def _classes(path: Path, cells: Sequence[str], others: Iterable[str]) -> tuple[float, ...]:
+    """Numbers as they are, else the words' places in alphabetical order.
+
+    Args:
+        others: the labels of the rows that are not taken.
+    """
+    if not all(cells):
+        raise DataError(f"{path}: row {list(cells).index('') + 1} of the table has no label, expected one in every row")
     try:
         return tuple(float(cell) for cell in cells)
     except ValueError:
-        words = sorted(set(cells))
-        return tuple(float(words.index(cell)) for cell in cells)
+        words = set(cells)
+        for word in filter(None, others):
+            words.add(word)
+            if len(words) > CLASSES:
+                raise DataError(f"{path}: got more than {CLASSES:,} words as labels, expected classes") from None
+        places = {word: float(at) for at, word in enumerate(sorted(words))}
+        return tuple(places[cell] for cell in cells)
 
 
 def labels(samples: Samples, loss: Loss) -> list[float]:

@@ -52,9 +52,9 @@ def test_attack_writes_and_prints_every_sample(
 @pytest.mark.parametrize(
     ("labels", "told"),
     [
-        ((1, 1, 2), "label 1 2 times, 2 1 times"),
+        ((1, 1, 2), "label 1 2 times, label 2 once"),
         ((0, 0, 0), "label 0 3 times"),
-        ((2, 2, 2, 2, 0), "label 2 4 times, 0 1 times"),
+        ((2, 2, 2, 2, 0), "label 2 4 times, label 0 once"),
     ],
 )
 def test_attack_says_how_often_each_label_occurs(
@@ -67,7 +67,7 @@ def test_attack_says_how_often_each_label_occurs(
     capture(target, x, torch.tensor(labels).float()).save(tmp_path / "update.safetensors")
     code, out, _ = run(capsys, "attack", tmp_path / "update.safetensors", *options, "--budget", 0, "--out", tmp_path)
     assert code == 0
-    assert f"How often each label occurs is estimated. {told}." in " ".join(out.split())
+    assert f"How often each label occurs is estimated: {told}." in " ".join(out.split())
     assert told in json.loads((tmp_path / "reconstruction.json").read_text())["read_off"]
 
 

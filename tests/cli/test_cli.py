@@ -756,6 +756,9 @@ def test_a_table_is_audited_with_its_own_shape_labels_and_mode(capsys: pytest.Ca
     document = read(mine)
     assert (document["target"]["input_shape"], document["target"]["value_range"]) == ([3], None)
     assert [sample["label"] for sample in document["samples"]] == [0, 1]
+    assert document["settings"]["columns"] == ["a", "b", "c"]
+    assert document["samples"][1]["values"] == pytest.approx([0.4, 0.5, 0.6])
+    assert document["samples"][1]["results"][0]["values"] == pytest.approx([0.4, 0.5, 0.6], abs=1e-4)
     assert not (mine / "rgap-out" / "audit.png").exists()
     code, out, _ = run(capsys, *ROWS, "--training", "--fresh")
     assert code == 0

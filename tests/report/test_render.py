@@ -218,6 +218,44 @@ def test_inputs_that_are_no_pictures() -> None:
     assert "The loss is summed over the batch, not averaged. The server sees only the average over 10" in page.text
 
 
+@pytest.mark.parametrize(
+    ("columns", "original", "told"),
+    [
+        (["age", "income"], [31.0, 4200.0], "age 31 30.99 income 4,200 4,200.4 value 3 – 7"),
+        ([], [31.0, 4200.0, 7.0], "value 1 31 30.99 value 2 4,200 4,200.4 value 3 7 7"),
+        (["age", "income", "id", "more"], None, "age 30.99 income 4,200.4 id 7"),
+    ],
+)
+def test_values_of_a_table_stand_beside_each_other_by_their_columns(
+    columns: list[str], original: list[float] | None, told: str
+) -> None:
+    audit = closed()
+    audit["settings"]["columns"] = columns
+    sample = audit["samples"][0]
+    made = result("Bias", None, None, 0) | {"values": [30.99, 4200.4, 7.0]}
+    audit["samples"] = [sample | {"values": original, "best": "Bias", "results": [made]}]
+    assert told in " ".join(Page(render(audit)).text.split())
+
+
+@pytest.mark.parametrize(
+    ("label", "residual", "level", "told"),
+    [
+        (None, 0.03, "not recovered", "Not known"),
+        (None, None, "not recovered", "Not recovered"),
+        (1.0, 0.03, "not recovered", "Not recovered"),
+        (None, 1e-7, "exact", "Exact"),
+    ],
+)
+def test_what_nobody_can_compare_is_not_said_not_to_be_recovered(
+    label: float | None, residual: float | None, level: str, told: str
+) -> None:
+    audit = closed()
+    made = result("iDLG", None, None, 0) | {"gradient_residual": residual}
+    audit["samples"] = [audit["samples"][0] | {"label": label, "level": level, "best": "iDLG", "results": [made]}]
+    page = render(audit)
+    assert f">{told}</span>" in page[page.index('id="samples"') : page.index("</header>", page.index('id="samples"'))]
+
+
 @pytest.mark.parametrize(("count", "shown"), [(1, 1), (24, 24), (25, 24), (200, 24)])
 def test_the_first_samples_are_shown_and_the_others_counted(count: int, shown: int) -> None:
     page = Page(render(rich(count)))

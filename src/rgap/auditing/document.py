@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from rgap.rank import RankAnalysis
 
 FORMAT = 2
+VALUES = 64
+"""Of an input that is no picture, how many values stand in audit.json."""
 
 
 def document(audit: Audit) -> dict[str, Any]:
@@ -73,12 +75,14 @@ def document(audit: Audit) -> dict[str, Any]:
                     "name": case.name,
                     "label": case.label,
                     "picture": None if case.truth is None else png(case.truth[0], target.value_range),
+                    "values": _values(case.truth),
                     "best": None if case.best is None else case.best.attack,
                     "level": case.level.value,
                     "results": [
                         {
                             **result.to_dict(),
                             "picture": None if result.inputs is None else png(result.inputs[0], target.value_range),
+                            "values": _values(result.inputs),
                         }
                         for result in case.results
                     ],
@@ -99,6 +103,11 @@ def png(picture: Tensor, value_range: tuple[float, float] | None) -> str | None:
     buffer = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _values(x: Tensor | None) -> list[float] | None:
+    """The first values of an input that is no picture, (1, *shape)."""
+    return None if x is None or is_picture(tuple(x.shape[1:])) else x.flatten()[:VALUES].tolist()
 
 
 RANKED = ("name", "unknowns", "gradient_rows", "weight_rows", "virtual_rows", "index", "rank", "free")

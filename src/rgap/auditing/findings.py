@@ -9,6 +9,7 @@ from rgap.auditing.local_steps import obstacles, sent_buffers
 from rgap.auditing.observed import Observed
 from rgap.checks import batch_size_misfit, changes_with_mode, range_misfit
 from rgap.losses import MeanSquaredError
+from rgap.nn.models import exported_modes
 from rgap.target import Target
 
 LOSSES = {
@@ -85,8 +86,9 @@ def mode(target: Target) -> str:
     names = " and ".join(changes_with_mode(target.model))
     if target.mode == "training":
         return f"The model was audited in training mode: {names} as a client has it while it trains."
+    exported = exported_modes(target.model) is not None
+    how = "export it in training mode" if exported else "--training, or model.train() before the target is made"
     return (
         f"The model was audited in evaluation mode. A client that trains has {names} in training mode, which gives "
-        "another gradient, and another result: --training, or model.train() before the target is made; what "
-        "torch.export made stays as it was exported."
+        f"another gradient, and another result: {how}."
     )

@@ -39,9 +39,7 @@ def side_by_side(audit: Audit, path: str | Path) -> None:
                 show(ax, inputs[0], value_range)
         above.set_title(case.name[-20:], fontsize=7, parse_math=False)
         error = "" if best is None or math.isnan(best.mse) else f"\nMSE {best.mse:.0e}"
-        below.set_title(
-            case.level.value if best is None else f"{best.status.value}{error}", fontsize=7, parse_math=False
-        )
+        below.set_title(case.told if best is None else f"{best.status.value}{error}", fontsize=7, parse_math=False)
     for row in range(2 * rows):
         name_row(axes[row][0], "from its gradient" if row % 2 else "original")
     save(figure, path)

@@ -79,7 +79,7 @@ class ReadOut:
         right = "" if self.counted_right is None else f", right for {self.counted_right} of {self.counted} samples"
         each = "; ".join(f"{f'{name}: ' if len(self.counts) > 1 else ''}{_often(own)}" for name, own in self.counts[:2])
         more = f"; and {len(self.counts) - 2} more updates" if len(self.counts) > 2 else ""
-        return f"How often each label occurs is estimated{right}. {each}{more}."
+        return f"How often each label occurs is estimated{right}: {each}{more}."
 
     @property
     def hidden_told(self) -> str:
@@ -115,7 +115,8 @@ def _of(one: str, several: str, some: int, count: int) -> str:
 def _often(own: dict[float, int]) -> str:
     """The labels that occur most often."""
     most = sorted(own.items(), key=lambda each: -each[1])
-    return "label " + listed([f"{label:g} {count} times" for label, count in most if count], 10)
+    times = [f"label {label:g} {'once' if count == 1 else f'{count} times'}" for label, count in most if count]
+    return listed(times, 10)
 
 
 def read_out(target: Target, observed: Sequence[Observed]) -> ReadOut:

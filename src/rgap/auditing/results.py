@@ -28,6 +28,9 @@ its dimensions stays free, and its expected error is no larger share of the rang
 COMPARED = ("mse", "psnr", "ssim", "shape_psnr", "best_mse")
 """The numbers that only someone who knows the sample can give."""
 
+UNKNOWN = "not known"
+"""In place of a level: something was found, and nobody here can compare it."""
+
 
 class Level(Enum):
     """How much came back, worst for the client last."""
@@ -152,6 +155,12 @@ class Case:
     @property
     def level(self) -> Level:
         return Level.NOTHING if self.best is None else self.best.level
+
+    @property
+    def told(self) -> str:
+        """The level, for people: what was found of a sample that nobody knows may be anything."""
+        found = self.truth is None and self.best is not None and self.best.inputs is not None
+        return UNKNOWN if found and self.level is Level.NOTHING else self.level.value
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ def command(
         seed=named["seed"],
     )
     source = "built-in photographs" if folder is None else str(folder)
-    run.run("audit", one, partial(_show, out=run.out), "results", model=named["model"], data=source)
+    columns = {"columns": given.columns} if given is not None and given.columns else {}
+    run.run("audit", one, partial(_show, out=run.out), "results", model=named["model"], data=source, **columns)
     run.end()
 
 

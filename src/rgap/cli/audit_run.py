@@ -95,7 +95,7 @@ class AuditRun:
         return cls(attacks, files=files, **taken(named, "budget", "out", "fresh", "as_json"))
 
     def run(
-        self, name: str, audit: Callable[..., Audit], show: Callable[[Audit], None], results: str, **about: str
+        self, name: str, audit: Callable[..., Audit], show: Callable[[Audit], None], results: str, **about: Any
     ) -> None:
         """One audit: run it, write NAME.json, NAME.html and, of pictures, NAME.png, and show it.
 
@@ -103,7 +103,7 @@ class AuditRun:
             audit: takes what is the same for all audits; see `rgap.audit`.
             show: prints it for people.
             results: the folder in OUT where results are kept as they come.
-            about: model and data in words.
+            about: model and data in words, and the names of a table's columns.
 
         Raises:
             click.Abort: it was interrupted; what was found so far is written and shown.

@@ -28,12 +28,12 @@ def pictures(audit: Audit) -> Table:
     for case in audit.cases[:SHOWN]:
         best = case.best
         if best is None:
-            made.add_row(case.name[-18:], NONE, case.level.value, *[NONE] * 6)
+            made.add_row(_end(case.name, 18), NONE, case.told, *[NONE] * 6)
             continue
         made.add_row(
-            case.name[-18:],
+            _end(case.name, 18),
             best.attack,
-            case.level.value,
+            case.told,
             best.status.value,
             number(best.mse, ".0e"),
             number(best.psnr, ".0f"),
@@ -113,7 +113,7 @@ def layers(layers: Sequence[LayerReport], joint: JointReport | None, title: str)
         residual = max(layer.weight_residual, layer.gradient_residual)
         method = "jointly" if replaced else layer.method
         made.add_row(
-            layer.name[-12:],
+            _end(layer.name, 12),
             *map(str, (layer.unknowns, layer.weight_rows, layer.gradient_rows, layer.rank, layer.free)),
             number(layer.condition, ".0e"),
             number(math.nan if replaced else residual, ".0e"),

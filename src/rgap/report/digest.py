@@ -7,8 +7,9 @@ import binascii
 import contextlib
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from statistics import median
 from typing import Any
 
@@ -16,6 +17,8 @@ from rgap.report import words
 
 SHOWN = 24
 """Samples that are shown with their pictures."""
+ROWS = 12
+"""Values of an input that is no picture that are shown."""
 SMALL = 128
 """Pixels across, below which each pixel of a picture is shown as a square."""
 
@@ -40,6 +43,15 @@ class Picture:
     @property
     def small(self) -> bool:
         return 0 < self.width < SMALL
+
+
+@dataclass(frozen=True)
+class ValueRow:
+    """One value of an input that is no picture."""
+
+    name: str
+    original: float | None
+    found: float | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,25 @@ def facts(audit: dict[str, Any]) -> tuple[Fact, ...]:
 def best_result(sample: dict[str, Any]) -> dict[str, Any] | None:
     """The result of the sample's best attack."""
     return next((result for result in sample["results"] if result["attack"] == sample["best"]), None)
+
+
+def level(sample: dict[str, Any]) -> str:
+    """How much came back; not known where something did, and nobody has the sample to compare it with."""
+    best = best_result(sample)
+    unknown = sample["label"] is None and best is not None and best["gradient_residual"] is not None
+    return "not known" if unknown and sample["level"] == "not recovered" else str(sample["level"])
+
+
+def values(sample: dict[str, Any], columns: Sequence[str]) -> tuple[ValueRow, ...]:
+    """The first values of an input that is no picture, as it was and as it came back; none where nothing did."""
+    best = best_result(sample)
+    found = best and best.get("values")
+    if not found:
+        return ()
+    original = sample.get("values") or []
+    names = [*columns, *(f"value {at + 1}" for at in range(len(columns), len(found)))]
+    rows = zip_longest(names[: len(found)], original[: len(found)], found)
+    return tuple(ValueRow(*row) for row in rows)[:ROWS]
 
 
 def picture(text: str | None) -> Picture | None:
