@@ -648,6 +648,7 @@ def test_results_without_an_answer_are_results() -> None:
         ("exact", False, "is tried on samples that are known: rgap audit with --defence all"),
         ("recognisable", True, "the same command with --defence all"),
         ("not recovered", True, "No sample came back that a defence could close"),
+        ("not recovered", False, "Nobody here can say whether a sample came back, so look at what was found"),
     ],
 )
 def test_the_way_on_without_a_defence_is_one_that_there_is(level: str, known: bool, told: str) -> None:

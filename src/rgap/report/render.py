@@ -27,6 +27,7 @@ def render(audit: dict[str, Any]) -> str:
         .render(
             audit=audit,
             facts=digest.facts(audit),
+            unknown=audit["verdict"]["level"] == "not recovered" and "not known" in map(digest.level, audit["samples"]),
             samples=audit["samples"][: digest.SHOWN],
             left_out=len(audit["samples"]) - digest.SHOWN,
             attack_of_layers=attack,
