@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from rgap.attacks import Answer, Closed, Recursive, Status, Virtual
 from rgap.inversion.gauss_newton import Continuation
 from rgap.inversion.joint import JointSolve
 from rgap.linalg.operator import LinearOperator
+from rgap.nn.obstacles import NotAChain
 from tests.nn.modules import Skip, norm
 
 LOSS = losses.Logistic()
@@ -223,3 +226,29 @@ def test_a_smooth_picture_behind_a_pool_is_recovered(pool: nn.Module) -> None:
     [answer] = found.answers
     assert answer.joint is not None
     assert answer.joint.free == 0
+
+
+class Behind(nn.Module):
+    """Something of its own behind the last layer."""
+
+    def __init__(self, end: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.first, self.last, self.scale = nn.Linear(6, 9), nn.Linear(9, 3), nn.Parameter(torch.tensor(1.5))
+        self.end = end
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.end(self.last(torch.tanh(self.first(x))), self.scale)
+
+
+@pytest.mark.parametrize(
+    "end", [lambda z, s: s.exp() * z, lambda z, s: z / 0.07, lambda z, s: 2.5 * z, lambda z, s: z + 0.5 * s]
+)
+def test_what_scales_the_outputs_is_named_as_the_cause(
+    end: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    target = Target(Behind(end).eval(), losses.CrossEntropy(3), (6,))
+    update = capture(target, torch.rand(1, 6), torch.tensor([1.0]))
+    with pytest.raises(NotAChain, match="scales or shifts a layer's outputs belongs into its weights") as refused:
+        Closed()(target, update)
+    assert "the recursion passes it" not in str(refused.value)
+    assert "belongs into its weights" in str(Closed().obstacle(target, 1))

@@ -215,7 +215,8 @@ def _check(target: Target) -> None:
     """Raise NotAChain where the recursion has nowhere to begin."""
     found = obstacle(target)
     if found is not None:
-        raise NotAChain(target.obstacles or [Obstacle("forward", found, Kind.SETTING, "")])
+        stops = [each for each in target.obstacles if each.kind is not Kind.PASSED]
+        raise NotAChain(stops or [Obstacle("forward", found, Kind.SETTING, "")])
 
 
 def agreement(eps: float) -> float:

@@ -11,6 +11,7 @@ from rgap.attacks.base import AS_ONE
 from rgap.attacks.result import Outcome, Status
 from rgap.inversion.output import OutputCandidates, activation_before_last, last_layer, output_candidates
 from rgap.nn.losses import MarginLoss
+from rgap.nn.ops import Affine
 from rgap.target import Target
 from rgap.update import Update
 
@@ -32,7 +33,9 @@ def obstacle(target: Target) -> str | None:
     except NotImplementedError as error:
         return str(error)
     if last_layer(network) is None:
-        return f"{network.nodes[-1].op} is not a layer whose gradient is shared: the loss takes its raw output"
+        scaled = isinstance(network.nodes[-1].op, Affine) and network.nodes[-1].reads == (len(network.nodes) - 1,)
+        remedy = "; what scales or shifts a layer's outputs belongs into its weights and bias" if scaled else ""
+        return f"{network.nodes[-1].op} is not a layer whose gradient is shared: the loss takes its raw output{remedy}"
     if math.prod(network.shapes[-1]) != target.loss.outputs:
         return f"{math.prod(network.shapes[-1])} outputs a sample, the loss takes {target.loss.outputs}"
     return None
