@@ -162,7 +162,7 @@ def test_one_of_several_inputs_is_attacked(
     code, out, err = run(capsys, *command, *given, "--attack", "closed", "--json")
     assert code == 0, err
     attacked, *others = (shape.partition("=")[0] for shape in shapes)
-    assert f"Only {attacked} is attacked: {', '.join(others)} keep values" in err
+    assert f"Only {attacked} is attacked: values of {', '.join(others)} are drawn" in err
     (sample,) = json.loads(out)["samples"]
     assert sample["results"][0]["status"] == "exact"
 

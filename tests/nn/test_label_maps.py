@@ -154,7 +154,7 @@ def test_an_audit_says_the_aid_and_never_that_labels_were_inferred() -> None:
     found = audit(target, x, attacks=IDLG(iterations=100))
     assert all(case.level is not Level.NOTHING for case in found.cases)
     assert "the label map is one of 2 that are known to the attacker" in str(found)
-    assert "each class's share of the label maps (to " in str(found)
+    assert "the classes' shares of the label maps (to " in str(found)
     assert "inferred" not in str(found)
 
 

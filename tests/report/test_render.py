@@ -238,6 +238,18 @@ def test_values_of_a_table_stand_beside_each_other_by_their_columns(
 
 
 @pytest.mark.parametrize(
+    ("labels", "right", "told"), [(None, False, False), ([], False, False), ([1.0], False, True), ([1.0], True, True)]
+)
+def test_no_label_is_said_to_be_wrong_where_none_was_found(labels: list[float] | None, right: bool, told: bool) -> None:
+    audit = closed()
+    made = result("Closed", None, None, 0) | {"labels": labels, "labels_right": right}
+    audit["samples"] = [audit["samples"][0] | {"best": "Closed", "results": [made]}]
+    page = Page(render(audit)).text
+    word = "right" if right else "wrong"
+    assert (f"label {word}" in page) is (f"({word})" in page) is told
+
+
+@pytest.mark.parametrize(
     ("label", "residual", "level", "told"),
     [
         (None, 0.03, "not recovered", "Not known"),

@@ -60,7 +60,7 @@ class ReadOut:
     def labels_told(self) -> str:
         """Whose labels, for a sentence; empty if nobody's."""
         if self.shares is not None:
-            return f"each class's share of the label maps (to {self.shares:.1%} of the pixels)"
+            return f"the classes' shares of the label maps (to {self.shares:.1%} of the pixels)"
         return _of("the label", "the labels", self.labels, self.samples)
 
     @property

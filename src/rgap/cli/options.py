@@ -320,7 +320,7 @@ def make_target(
     if name:
         fixed(module, name, drawn(others, seed))
         if others:
-            say(f"Only {name} is attacked: {', '.join(others)} keep values that --seed draws, and are known", err=True)
+            say(f"Only {name} is attacked: values of {', '.join(others)} are drawn by --seed, and known", err=True)
     if device is not None:
         module = module.to(_device(device))
     chosen = losses.for_model(module, input_shape, _named_loss(loss))

@@ -47,7 +47,7 @@ class Group:
         """What, where and what to do, for people."""
         if self.count == 1:
             return f"{self.where[0]}: {self.what[0]} ({self.kind.value}). {self.remedy}"
-        return f"{self} ({self.kind.value}), at {names(self.where)}. {self.remedy}"
+        return f"{self} ({self.kind.value}), at {names(list(dict.fromkeys(self.where)))}. {self.remedy}"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
