@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -762,6 +763,25 @@ def test_control_flow_on_the_values_is_refused(
     assert "guard" not in found.what
     assert "depends on the values of the input" in found.remedy
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), (1, 4, 4)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), (1, 8, 8)),
+        (nn.Sequential(nn.Flatten(), nn.Unflatten(1, (3, 4)), nn.Linear(4, 2)), (1, 4, 4)),
+        (nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2)), (6,)),
+    ],
+)
+def test_of_a_wrong_shape_torch_prints_nothing(
+    model: nn.Module, shape: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = logging.root.manager.disable
+    graph = follow(model.eval(), shape, outputs=None)
+    assert not graph.uses
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert logging.root.manager.disable == before
 
 
 @pytest.mark.parametrize(

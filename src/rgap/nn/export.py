@@ -136,13 +136,13 @@ def _with_momenta(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without what torch prints of code that it does not follow: the reason is given in a line."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    before, logger.disabled = logger.disabled, True
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # of several of torch's loggers, some of which are made as they are needed
     try:
         with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.disabled = before
+        logging.disable(before)
 
 
 def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
