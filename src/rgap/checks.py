@@ -109,10 +109,11 @@ def _header(target: Target, update: Update) -> list[str]:
     client = None if header.training is None else "training" if header.training else "evaluation"
     changing = changes_with_mode(target.model)
     if client not in (None, target.mode) and changing:
+        exported = exported_modes(target.model) is not None
+        how = "exported in the client's" if exported else "in the client's (model.train() or eval(), --training)"
         findings.append(
             f"the client was in {client} mode: {' and '.join(changing)} may have changed its gradient; the target is "
-            f"in {target.mode} mode, make it of a model in the client's "
-            "(model.train() or eval(), --training; what torch.export made stays as it was exported)"
+            f"in {target.mode} mode, make it of a model {how}"
         )
     elif target.mode == "training" and _DROPOUT in changing:
         findings.append("in training mode dropout draws: no gradient that is recomputed agrees with the client's")

@@ -138,7 +138,7 @@ def _told(name: str, there: str | None, now: str | None) -> str:
     """What is another: with its values, unless they are too long for anyone to read."""
     if max(len(str(value)) for value in (there, now)) > LONG:
         text = name.replace("_", " ")
-        return f"other {text}" if text.endswith("s") else f"another {text}"
+        return f"other {text}" if text.endswith("s") and not text.endswith("ss") else f"another {text}"
     return f"{name} {there} there, {now} now"
 
 
