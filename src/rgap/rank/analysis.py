@@ -165,8 +165,8 @@ class RankAnalysis:
             one = replace(self, batch_size=1, local=replace(self.local, alone=False))
             no_fewer = " In a batch no fewer of each stay free." if free and self.local.complete else ""
             return (
-                f"What stays free of a batch of {self.batch_size} was not measured, which takes longer. Of one sample by "
-                f"itself: {one._free}{no_fewer}"
+                f"What stays free of a batch of {self.batch_size} was not measured, which takes longer. Of one sample "
+                f"by itself: {one._free}{no_fewer}"
             )
         if not self.local.complete and free == size:
             return (
