@@ -252,3 +252,31 @@ def test_what_scales_the_outputs_is_named_as_the_cause(
         Closed()(target, update)
     assert "the recursion passes it" not in str(refused.value)
     assert "belongs into its weights" in str(Closed().obstacle(target, 1))
+
+
+def of_slopes(slopes: list[float]) -> nn.PReLU:
+    part = nn.PReLU(len(slopes))
+    with torch.no_grad():
+        part.weight.copy_(torch.tensor(slopes))
+    return part
+
+
+@pytest.mark.parametrize("slopes", [[0.25], [0.4] * 8, [0.05]])
+def test_prelu_of_one_slope_is_passed(slopes: list[float]) -> None:
+    torch.manual_seed(0)
+    front = (nn.Conv2d(1, 8, 3, 2, 1), of_slopes(slopes), nn.Conv2d(8, 8, 3, 1, 1), of_slopes(slopes))
+    target = Target(nn.Sequential(*front, nn.Flatten(), nn.Linear(128, 3)).eval(), losses.CrossEntropy(3), (1, 8, 8))
+    x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = Recursive()(target, capture(target, x, torch.tensor([1.0])))
+    assert found.status is Status.EXACT
+    torch.testing.assert_close(found.inputs.float(), x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("slopes", [[0.1, 0.2, 0.3, 0.4], [-0.2], [0.0]])
+def test_prelu_of_several_slopes_is_no_leaky_relu(slopes: list[float]) -> None:
+    """It is followed all the same, as torch computes it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), of_slopes(slopes), nn.Linear(4, 3)).eval()
+    target, x = Target(model, losses.CrossEntropy(3), (6,)), torch.randn(5, 6)
+    torch.testing.assert_close(target.network.forward(x.double())[-1].flatten(1), model(x).double(), rtol=0, atol=1e-5)
+    assert "prelu" in str(target.obstacles[0])

@@ -438,6 +438,7 @@ OBSTACLES: dict[str, Row] = {
     "softmax": Row(nn.Softmax(1), "softmax", Kind.SETTING, RAW),
     "log_softmax": Row(nn.LogSoftmax(1), "log_softmax", Kind.SETTING, RAW),
     "abs": Row(torch.abs, "abs", Kind.NEVER, "loses the sign of every value"),
+    "prelu": Row(nn.PReLU(), "prelu", Kind.PASSED, "one slope"),
     "square": Row(torch.square, "square", Kind.NEVER, "loses the sign of every value"),
     "pow": Row(lambda z: z**2, "pow", Kind.NEVER, "may lose the sign of every value"),
     "sign": Row(torch.sign, "sign", Kind.NEVER, "keeps nothing but signs, and its gradient is zero"),
