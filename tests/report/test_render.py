@@ -168,6 +168,18 @@ def test_the_protocol_in_words(sends: str, steps: int, rate: float | None, summe
     assert sentences == [first, *second, *["The server sees only the average over 2 clients."] * (clients - 1)]
 
 
+@pytest.mark.parametrize(
+    ("of", "batch", "clients", "told"), [(3, 1, 1, "up to 3 samples"), (4, 2, 2, ""), (8, 2, 2, "up to 8 samples")]
+)
+def test_updates_of_more_samples_than_the_protocol_has_are_told(of: int, batch: int, clients: int, told: str) -> None:
+    audit = rich(2)
+    audit["target"]["batch_size"], audit["protocol"]["clients"] = batch, clients
+    audit["samples"][0]["results"][0]["of"] = of
+    text = Page(render(audit)).text
+    assert ("Some updates say that they are of more" in text) is bool(told)
+    assert told in text
+
+
 def test_the_words_for_exact_are_what_counts_as_exact(page: Page) -> None:
     assert f"its PSNR is {EXACT_PSNR:g} dB or more" in page.text
     assert "no other one explains it" not in page.text

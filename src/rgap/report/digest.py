@@ -97,6 +97,11 @@ def best_result(sample: dict[str, Any]) -> dict[str, Any] | None:
     return next((result for result in sample["results"] if result["attack"] == sample["best"]), None)
 
 
+def most_samples(audit: dict[str, Any]) -> int:
+    """Behind one update, as the updates say."""
+    return max((result.get("of", 1) for sample in audit["samples"] for result in sample["results"]), default=1)
+
+
 def level(sample: dict[str, Any]) -> str:
     """How much came back; not known where something did, and nobody has the sample to compare it with."""
     best = best_result(sample)
