@@ -1,9 +1,11 @@
 """The closed-form attack on the paper's networks: how near, how sure, how fast.
 
-    python benchmarks/closed_form.py --data FOLDER [--count 50] [--out FILE]
+    python benchmarks/closed_form.py --data FOLDER [--count 50] [--beside 1] [--out FILE]
 
 FOLDER holds `cifar10` and `mnist`, each with one subfolder of pictures for each class. Every picture is one client
 with a gradient in float32, labels -1 and 1 in turn, nothing told to the attack. Times are ratios within this one run.
+With --beside each row is run once more with that many busy processes beside it, which multiply matrices on one thread
+each; "beside / alone" is what the neighbours cost.
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +27,27 @@ from rich.console import Console
 from rich.progress import track
 
 from rgap import Target, attacks, capture, data, losses, models, score
+
+BUSY = """
+import torch
+torch.set_num_threads(1)
+matrix = torch.randn(800, 800)
+while True:
+    matrix @ matrix
+"""
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """So many busy processes, as long as this lasts."""
+    running = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
+    try:
+        time.sleep(5 * bool(running))  # until they have imported what they need
+        yield
+    finally:
+        for each in running:
+            each.kill()
+            each.wait()
 
 
 def run(name: str, target: Target, pictures: data.Images, attack: attacks.Attack) -> dict[str, Any]:
@@ -79,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--count", type=int, default=50)
+    parser.add_argument("--beside", type=int, default=0, help="run each row once more beside so many busy processes")
     parser.add_argument("--out", type=Path, default=None, help="write the figures as JSON")
     options = parser.parse_args()
     cifar = data.folder(options.data / "cifar10", limit=options.count)
@@ -92,7 +120,13 @@ def main() -> None:
         ("CNN6-d, MNIST", models.cnn6_d(1, 28), mnist, attacks.Closed()),
     ):
         target = Target(model, losses.Logistic(), tuple(pictures.inputs.shape[1:]), (0.0, 1.0))
-        figures["rows"].append(run(name, target, pictures, attack))
+        row = run(name, target, pictures, attack)
+        if options.beside:
+            with neighbours(options.beside):
+                beside = run(f"{name}, beside {options.beside}", target, pictures, attack)
+            key = "seconds, median of the others"
+            row |= {"beside": beside[key], "beside / alone": beside[key] / row[key]}
+        figures["rows"].append(row)
     print(json.dumps(figures, indent=1))
     if options.out is not None:
         options.out.write_text(json.dumps(figures, indent=1))
