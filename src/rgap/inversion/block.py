@@ -7,8 +7,10 @@ enters the sum, x = out - z. Where that leads nowhere the block's input is sough
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from rgap.inversion.layer import LayerRows, LayerSolution, LayerSystem, Rhs
 from rgap.inversion.report import LayerReport, layer_report
 from rgap.inversion.rounding import rounding
 from rgap.inversion.state import Cause, Observation, State, Stop
+from rgap.inversion.unpool import FEWER
 from rgap.nn.activations import NonMonotone
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network, Node
@@ -30,17 +33,18 @@ DENSE = 6_000
 """Unknowns of one group above which a value is not solved for."""
 
 
-def solve_block(network: Network, value_id: int, observed: Observation, paths: Paths) -> Paths | Stop:
+def solve_block(network: Network, value_id: int, observed: Observation, paths: Paths, inputs: int) -> Paths | Stop:
     """The block's input from its output, for each candidate by itself; those that get nowhere fall out.
 
     Args:
         network: the block alone.
         value_id: of its output.
+        inputs: numbers of the whole network's input.
     """
     found = []
     for s, history in enumerate(paths.history):
         one = observed.one(int(paths.update[s]))
-        found.append(solve_one(network, value_id, one, paths.state.one(s), history.open_since))
+        found.append(solve_one(network, value_id, one, paths.state.one(s), history.open_since, inputs))
     passed = [s for s, each in enumerate(found) if not isinstance(each, Stop)]
     if not passed:
         return next(each for each in found if isinstance(each, Stop))
@@ -51,13 +55,20 @@ def solve_block(network: Network, value_id: int, observed: Observation, paths: P
 
 
 def solve_one(
-    network: Network, value_id: int, observed: Observation, state: State, open_since: str | None
+    network: Network,
+    value_id: int,
+    observed: Observation,
+    state: State,
+    open_since: str | None,
+    inputs: int | None = None,
 ) -> tuple[State, tuple[LayerReport, ...]] | Stop:
     """For one candidate: what is known of the block's input, and its layers' reports from the input to the output.
 
     Args:
         state: (b, *shape), of all samples of one update.
         open_since: a layer that leaves the block's output open.
+        inputs: numbers of the whole network's input. A large block is not solved jointly where they are far fewer than
+            its own: all that is in front can be.
     """
     end = network.nodes[-1].op
     if open_since is not None:
@@ -68,13 +79,18 @@ def solve_one(
         return Stop(lossy, Cause.LOSSY, lossy.loses)
     block = BlockValues(network, observed, state, observed.probe(value_id, state.value.device))
     block.propagate()
-    determined = 0 in block.values and 0 in block.ks
-    # Where one value after another led to the input it used some of the rows and not others; all of them know better.
-    found = solve_jointly(network, observed, state, block.values[0].value if determined else block.start())
-    if isinstance(found, BlockInput):
-        block.take(found)
-    elif not determined or block.samples > 1:
-        return found  # of several samples no candidate is compared with others later on
+    large = state.value.numel() > DENSE
+    if large and not block.determined and inputs is not None and FEWER * inputs <= math.prod(network.input_shape):
+        return Stop(end, Cause.OPEN, "its layers do not tell what they read one after the other")
+    if not (large and block.determined):
+        # Where one value after another led to the input it used some of the rows and not others; all of them know
+        # better.
+        start = block.values[0].value if block.determined else block.start()
+        found = solve_jointly(network, observed, state, start)
+        if isinstance(found, BlockInput):
+            block.take(found)
+        elif not block.determined or block.samples > 1:
+            return found  # of several samples no candidate is compared with others later on
     value = block.values[0]
     reports = tuple(block.reports[node] for node in sorted(block.reports))
     return State(value.value, block.ks[0], None, value.std), reports
@@ -94,8 +110,10 @@ class Estimate:
 
     @property
     def rms_std(self) -> Tensor:
-        """The root mean square of the standard deviation, (1,)."""
-        return self.std.expand(self.value.shape).square().mean().sqrt().reshape(1)
+        """The root mean square of the standard deviation of what is known, (1,)."""
+        std = self.std.expand(self.value.shape)
+        known = std if self.row_weight is None else std[self.row_weight > 0]
+        return known.square().sum().div(max(known.numel(), 1)).sqrt().reshape(1)
 
 
 class BlockValues:
@@ -108,9 +126,22 @@ class BlockValues:
         self.ks: dict[int, Tensor] = {end: state.cotangent}
         self.slopes: dict[int, Tensor] = {}
         self.reports: dict[int, LayerReport] = {}
+        self.patient = False
+        """Whether large values are solved for by products too, which take seconds."""
 
     def propagate(self) -> None:
         """Apply the rules until nothing more becomes known."""
+        self._propagate()
+        self.patient = not self.determined
+        if self.patient:
+            self._propagate()
+
+    @property
+    def determined(self) -> bool:
+        """Whether the block's input is known, and its cotangent."""
+        return 0 in self.values and 0 in self.ks
+
+    def _propagate(self) -> None:
         count = -1
         while count != (count := len(self.values) + len(self.ks) + len(self.slopes)):
             for value in reversed(range(len(self.network.nodes))):
@@ -261,7 +292,7 @@ class BlockValues:
             (each.layer.groups, each.layer.channels, each.layer.pixels) == (first.groups, first.channels, first.pixels)
             for _, each, _, _ in rows
         )
-        if not alike or first.unknowns // first.groups > DENSE // self.samples:
+        if not alike:
             if inverted is not None and inverted.full:
                 self.values[value] = inverted
             return
@@ -273,11 +304,11 @@ class BlockValues:
                 if inverted.row_weight is None
                 else first.pack_input(inverted.row_weight)
             )
-        others = [each for _, each, _, _ in rows[1:]]
         rhs = [each for _, _, each, _ in rows]
-        head = rows[0][1]
-        system = LayerSystem(first, head.k, head.row_weight, self.observed.rank_tolerance, others, observed_weight)
-        if system.rank[0] < first.unknowns:
+        system = self._system([each for _, each, _, _ in rows], observed_weight)
+        if system is None:
+            if inverted is not None and inverted.full:
+                self.values[value] = inverted
             return
         solution = system.solve(*rhs[0], rhs[1:], observed_input)
         error = self._error(system, rows, solution, inverted, observed_input)
@@ -288,6 +319,26 @@ class BlockValues:
             self.reports[node_id] = layer_report(
                 each.layer, each.k, each.row_weight, solution, 0, float(error), None, has_gradient
             )
+
+    def _system(self, rows: list[LayerRows], observed_weight: Tensor | None) -> LayerSystem | None:
+        """The constraints of layers on a value that they read, if they determine it.
+
+        Of a large value gradient rows alone are asked first, which take matrices of one channel; all rows by products
+        only where nothing else leads on.
+        """
+        head, *others = rows
+        if head.layer.unknowns // head.layer.groups <= DENSE // self.samples:
+            kinds: list[dict[str, Any]] = [{}]
+        else:
+            enough = sum(float(each.used.sum()) + each.layer.gradient_rows * bool(each.k.any()) for each in rows)
+            by_products = self.patient and enough >= head.layer.unknowns
+            kinds = [{"alone": True}] + [{"solver": "iterative"}] * by_products
+        tolerance = self.observed.rank_tolerance
+        for kind in kinds:
+            system = LayerSystem(head.layer, head.k, head.row_weight, tolerance, others, observed_weight, **kind)
+            if system.rank[0] == head.layer.unknowns:
+                return system
+        return None
 
     def _error(
         self,

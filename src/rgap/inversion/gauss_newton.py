@@ -123,7 +123,7 @@ class _Descent:
             if not bool(at.x.isfinite().all()):
                 break  # the input ran away, and activations overflowed
             distance, changed = system.distance(at), changed_sides(system, before, at)
-            settled = again and best.distance <= tolerance and distance > best.distance / 2
+            settled = again and best.distance <= tolerance and distance >= best.distance / 2
             if distance < best.distance or changed < fewest:
                 progress = step
             if distance < best.distance:

@@ -21,6 +21,7 @@ from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
 from rgap.inversion.recursion import recurse
 from rgap.inversion.report import JointReport
+from rgap.inversion.sides import sides_at
 from rgap.inversion.state import Observation, State
 from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.inversion.unpool import route_of, solve_route, zeros_behind
@@ -31,6 +32,11 @@ from rgap.nn.network import Network, Segment
 from rgap.nn.ops import Elementwise, Linear
 from rgap.nn.pools import Pool
 
+MANY, VALUES_AGREE = 4, 1e-6
+"""Weight rows for each unknown with which they alone are solved first, and what they may miss, relatively, beyond their
+errors."""
+BY_VALUES = Iterative(rtol=1e-3, max_steps=100)
+NO_PRIOR = Continuation(patience=4, doubt=(4,))
 RANK_ROUNDINGS = 8
 """Singular values of the joint constraints below so many roundings of the gradient count as zero."""
 
@@ -99,8 +105,10 @@ class JointSolve:
                 return self._refined(network, observed, candidate, system, at, probe)
             start = at
         try:
-            routed = _by_routes(network, candidate, system, gradients, prior.centre, report)
-            found = self.solve(system, solver, prior, tolerance, start, probe, report, routed)
+            told = _by_routes(network, candidate, system, gradients, prior.centre, report)
+            if told is None:
+                system, told = _by_values(network, candidate, system, gradients, prior.centre, report)
+            found = self.solve(system, solver, prior, tolerance, start, probe, report, told)
         except OutOfTime:
             note = f"{' and '.join(names(system))} were not solved jointly: the time was up"
             return replace(candidate, note=note, cut_off=True)
@@ -207,6 +215,34 @@ def _by_routes(
     if found is None:
         return None
     return Solution(found.x, system.distance(system.linearise(found.x)), found.steps)
+
+
+def _by_values(
+    network: Network,
+    candidate: Candidate,
+    system: ConstraintSystem,
+    gradients: dict[str, Tensor],
+    centre: float,
+    report: Callable[[int, float], None],
+) -> tuple[ConstraintSystem, Solution | None]:
+    """The input from weight rows alone, where they are far more than its numbers: few steps of few products.
+
+    Its own output then tells on which side of their kinks the values lie with which the recursion stopped: so near to
+    them that it took some for the other side, which spoils gradient rows and not weight rows.
+
+    Returns:
+        The system with those sides, and the input; None if it was not looked for or not found.
+    """
+    if system.weight_rows < MANY * system.unknowns:
+        return system, None
+    values = ConstraintSystem(system.network, system.output, {}, system.eps)
+    start = values.linearise(system.output.value.new_full(system.in_shape, centre))
+    found = gauss_newton(values, BY_VALUES, None, VALUES_AGREE, start, NO_PRIOR, report)
+    if found.distance > VALUES_AGREE:
+        return system, None
+    told = sides_at(network, candidate.certain_id, system.output, values.linearise(found.x).values[-1])
+    system = ConstraintSystem(system.network, told, gradients, system.eps)
+    return system, Solution(found.x, system.distance(system.linearise(found.x)), found.steps)
 
 
 def names(system: ConstraintSystem) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ It begins with z and k of the last layer (Eqs. 9-14, `rgap.inversion.output`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -77,7 +78,8 @@ def recurse(
         ahead: tuple[int, Paths] | None = None
         match op:
             case _ if segment.block:
-                found = solve_block(network.part([segment]), segment.exit, observed, paths)
+                inputs = math.prod(network.input_shape)
+                found = solve_block(network.part([segment]), segment.exit, observed, paths, inputs)
             case Linear():
                 found = solve_layer(op, segment.exit, observed, paths)  # Eqs. 15 and 16; the cotangent W'k of Eq. 6
                 found = complete(network, segment.exit - 1, found) if virtual else found

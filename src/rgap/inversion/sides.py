@@ -14,7 +14,8 @@ from rgap.inversion.rounding import rounding
 from rgap.inversion.state import Observation, State
 from rgap.nn.activations import LOUD, Activation, Inverse, ReLU
 from rgap.nn.layers import Layer
-from rgap.nn.ops import Linear
+from rgap.nn.network import Network
+from rgap.nn.ops import Elementwise, Linear
 
 NEAR = 5.0
 """A value within so many standard deviations of its activation's kink may lie on either side of it."""
@@ -77,6 +78,21 @@ def other_side(activation: Activation, x: State, inverse: Inverse) -> State | No
     if not bool(uncertain.any()):
         return None
     return State(inverse.z, x.cotangent * torch.where(uncertain, there, inverse.slope), row_weight, x.std)
+
+
+def sides_at(network: Network, value_id: int, state: State, value: Tensor) -> State:
+    """The state with the sides of its kinks on which better known values lie.
+
+    Args:
+        value_id: of the state in the network.
+        value: (s, *shape), of the state as well.
+    """
+    ops = [network.nodes[reader].op for reader in network.readers[value_id]]
+    if state.alternative is None or len(ops) != 1 or not isinstance(ops[0], Elementwise):
+        return state
+    moved = ops[0].activation.slope(value) != ops[0].activation.slope(state.value)
+    cotangent = torch.where(moved, state.alternative.cotangent, state.cotangent)
+    return replace(state, cotangent=cotangent, alternative=None)
 
 
 def sides_agree(

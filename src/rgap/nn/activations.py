@@ -67,18 +67,26 @@ def _each(error: Tensor, x: Tensor) -> Tensor:
 
 QUIET, LOUD = 3.0, 1000.0
 """So many errors away from a bound a value may still be noise; so many away it is none."""
+BEYOND, ENOUGH = 10.0, 64
+"""What lies beyond the bound is noise for certain: where it is so many values, noise on the bound's inner side does not
+reach this many times as far as theirs."""
 
 
 def _beyond_noise(distance: Float[Tensor, "s *shape"], error: Tensor) -> Tensor:
     """Which values are not at the bound, for all that noise did to them.
 
-    Errors are estimates: where noise ends and values begin is told by the widest gap between their distances.
+    Errors are estimates: where noise ends and values begin is told by the widest gap between their distances, no
+    nearer than what noise took beyond the bound, and not many times farther.
     """
     size = distance / error.expand(distance.shape).clamp(min=torch.finfo(distance.dtype).tiny)
     limits = []
     for own in size:
-        between = own[(own > QUIET) & (own < LOUD)]
-        ends = torch.cat([own.new_tensor([QUIET]), between.sort().values, own.new_tensor([LOUD])])
+        beyond = -own[own < 0]
+        noise = len(beyond) >= ENOUGH
+        quiet = min(max(QUIET, float(beyond.max())), LOUD) if noise else QUIET
+        loud = min(LOUD, BEYOND * quiet) if noise else LOUD
+        between = own[(own > quiet) & (own < loud)]
+        ends = torch.cat([own.new_tensor([quiet]), between.sort().values, own.new_tensor([loud])])
         widest = int((ends[1:] / ends[:-1]).argmax())
         limits.append((ends[widest] * ends[widest + 1]).sqrt())
     return size > torch.stack(limits).reshape(-1, *[1] * (distance.dim() - 1))

@@ -27,12 +27,20 @@ class Dominant:
     has fewer rows than columns V is never formed: V S^-2 V' K0' = K0' C with the small matrix C = U S^-2 U'.
     """
 
-    def __init__(self, rows: Sequence[LayerRows], tolerance: float, complete: bool, none: bool = False):
+    def __init__(
+        self,
+        rows: Sequence[LayerRows],
+        tolerance: float,
+        complete: bool,
+        none: bool = False,
+        dominant: float = DOMINANT,
+    ):
         """
         Args:
             tolerance: singular values below this fraction of the largest are never dominant.
             complete: that all directions are needed and not the dominant ones alone; see `trailing`.
             none: that none is to be looked for.
+            dominant: the fraction of the largest from which on a singular value is dominant.
         """
         self._rows = rows
         kernel = None if none else torch.cat([each.layer.kernel_matrix(each.k) for each in rows], dim=2)
@@ -46,9 +54,9 @@ class Dominant:
             value = rows[0].k.new_zeros(s, groups, side)
             vector = torch.eye(side, dtype=value.dtype, device=value.device).expand(s, groups, side, side)
         self.largest: Float[Tensor, "s g"] = value[..., 0].clamp(min=0).sqrt()
-        dominant = (value >= max(DOMINANT, tolerance) ** 2 * value[..., :1]) & (value[..., :1] > 0)
-        self.count: Float[Tensor, "s g"] = dominant.sum(-1)
-        square = torch.where(dominant, value, torch.inf)
+        kept = (value >= max(dominant, tolerance) ** 2 * value[..., :1]) & (value[..., :1] > 0)
+        self.count: Float[Tensor, "s g"] = kept.sum(-1)
+        square = torch.where(kept, value, torch.inf)
         smallest = square.amin(-1)
         self.condition: Float[Tensor, "s g"] = torch.where(
             self.count > 0, self.largest / smallest.sqrt().clamp(min=1e-300), 1.0
@@ -58,7 +66,7 @@ class Dominant:
         self._inverse = (1 / square)[..., :most]
         """S^-2; zero for what a system has less of dominant directions than another."""
         # In columns, those that are not dominant zero.
-        self._basis = torch.where(dominant[..., None, :most], vector[..., :most], 0.0)
+        self._basis = torch.where(kept[..., None, :most], vector[..., :most], 0.0)
         self._core = None if tall else (self._basis * self._inverse[..., None, :]) @ self._basis.mT
 
     @property

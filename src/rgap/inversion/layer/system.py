@@ -22,6 +22,8 @@ COUNTED = 8192
 REFINEMENTS = 2
 """Steps of iterative refinement; a step on matrices is cheap beside their factors. Conjugate gradients refine by
 themselves."""
+ALONE = 1e-3
+"""The fraction of the largest singular value of gradient rows that a direction needs where no weight rows are used."""
 FINEST, COARSE = 1e-14, 1e-3
 """Relative residuals of an iterative solve: at the best, and for a draw of noise, of which the size alone matters."""
 
@@ -60,6 +62,7 @@ class LayerSystem:
         observed_weight: Float[Tensor, "s c n"] | None = None,
         solver: Solver = "auto",
         counted: int = COUNTED,
+        alone: bool = False,
     ):
         """
         Args:
@@ -70,6 +73,7 @@ class LayerSystem:
             observed_weight: how far each value of the input is known by itself.
             solver: for the trailing directions.
             counted: unknowns up to which free dimensions are counted by a factor.
+            alone: gradient rows alone are solved, and what they do not determine stays open.
 
         Raises:
             ValueError: the layer is too large for the dense matrices of a direct solver.
@@ -80,6 +84,10 @@ class LayerSystem:
         self._tolerance = tolerance
         self._factorisation: Factorisation | None = None
         self._iterative: Iterative | None = None
+        if alone:
+            self._dominant = Dominant(self.rows, tolerance, False, dominant=ALONE)
+            self._trailing = []
+            return
         channels, count = layer.channels // layer.groups, sum(kernel_rows(rows.layer) for rows in self.rows)
         if solver == "direct" and not fits(layer):
             raise ValueError(
