@@ -20,8 +20,8 @@ from rgap.inversion.history import Candidate, Paths
 from rgap.inversion.joint import JointSolve
 from rgap.inversion.layer import Solver
 from rgap.inversion.output import COVERS, OutputCandidates
-from rgap.inversion.pattern import refine_sides
 from rgap.inversion.recursion import recurse
+from rgap.inversion.refine import STEPS, refine_input
 from rgap.inversion.state import Observation, State
 from rgap.inversion.subspace.head import largest_batch
 from rgap.inversion.subspace.peel import Search
@@ -109,7 +109,8 @@ class Recursive(BatchAttack):
                 nothing = torch.zeros_like(z[s])
                 output = State(z[s], end.cotangent, nothing, nothing)
                 system = ConstraintSystem(network, output, starts[at].gradients, eps)
-                end = replace(end, value=refine_sides(system, end.value, agreement(eps)))
+                steps = 0 if end.joint is None else STEPS
+                end = replace(end, value=refine_input(system, end.value, agreement(eps), steps))
             ends[at] += _scaled(starts[at].output, end) if network.scalable and end.stop is None else [end]
         return ends
 

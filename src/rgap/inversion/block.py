@@ -21,14 +21,17 @@ from rgap.inversion.history import Paths
 from rgap.inversion.layer import LayerRows, LayerSolution, LayerSystem, Rhs
 from rgap.inversion.report import LayerReport, layer_report
 from rgap.inversion.rounding import rounding
+from rgap.inversion.sides import explained, outliers
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.unpool import FEWER
-from rgap.nn.activations import NonMonotone
+from rgap.nn.activations import NonMonotone, ReLU
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network, Node
 from rgap.nn.ops import Affine, Concat, Elementwise, Linear, Norm, Op, Other, Sum
 from rgap.nn.pools import Pool
 
+MENDED, DOUBTFUL = 8, 100.0
+"""Times that values are moved to the other side of their kinks, and how many errors away from it they may be."""
 DENSE = 6_000
 """Unknowns of one group above which a value is not solved for."""
 
@@ -116,18 +119,44 @@ class Estimate:
         return known.square().sum().div(max(known.numel(), 1)).sqrt().reshape(1)
 
 
+@dataclass(frozen=True)
+class Kinks:
+    """The kinks behind a value, through operations that mix none of its numbers."""
+
+    node: int
+    """Of the activation, or the number of nodes if it reads the block's output."""
+    there: Tensor
+    """The value's cotangent if all that is in doubt were on the other side, (b, *shape)."""
+
+
 class BlockValues:
     """What is known of the values of a block, and the rules by which more becomes known."""
 
     def __init__(self, network: Network, observed: Observation, state: State, probe: torch.Generator):
         self.network, self.observed, self.probe = network, observed, probe
-        end, self.samples = len(network.nodes), len(state.value)
+        self.output, self.samples = state, len(state.value)
+        self.flipped: dict[int, Tensor] = {}
+        """Of an elementwise operation by its node, or of the block's output, the values that are on the other side of
+        their kink than they seem to be."""
+        self.patient = False
+        """Whether large values are solved for by products too, which take seconds."""
+        self.mended = 0
+        """Times that sides were mended."""
+        self._begin()
+
+    def _begin(self) -> None:
+        """With nothing known but the output."""
+        state, end = self.output, len(self.network.nodes)
         self.values: dict[int, Estimate] = {end: Estimate(state.value, state.row_weight, state.std)}
         self.ks: dict[int, Tensor] = {end: state.cotangent}
         self.slopes: dict[int, Tensor] = {}
         self.reports: dict[int, LayerReport] = {}
-        self.patient = False
-        """Whether large values are solved for by products too, which take seconds."""
+        self.kinks: dict[int, Kinks] = {}
+        if state.alternative is not None:
+            there = state.alternative.cotangent
+            self.kinks[end] = Kinks(end, there)
+            if end in self.flipped:
+                self.ks[end] = torch.where(self.flipped[end], there, state.cotangent)
 
     def propagate(self) -> None:
         """Apply the rules until nothing more becomes known."""
@@ -142,8 +171,8 @@ class BlockValues:
         return 0 in self.values and 0 in self.ks
 
     def _propagate(self) -> None:
-        count = -1
-        while count != (count := len(self.values) + len(self.ks) + len(self.slopes)):
+        before: tuple[int, ...] = ()
+        while before != (before := (len(self.values), len(self.ks), len(self.slopes), self.mended)):
             for value in reversed(range(len(self.network.nodes))):
                 if value not in self.ks:
                     self._k(value)
@@ -155,8 +184,30 @@ class BlockValues:
     def _k(self, value: int) -> None:
         """Eq. 6, once k of everything that reads the value is known."""
         k = self.network.cotangent_of(value, self.ks.get, self.slopes, self._known)
-        if k is not None:
-            self.ks[value] = k
+        if k is None:
+            return
+        self.ks[value] = k
+        readers = self.network.readers[value]
+        if len(readers) == 1:
+            kinks = self._kinks_behind(readers[0], k)
+            if kinks is not None:
+                self.kinks[value] = kinks
+
+    def _kinks_behind(self, node_id: int, k: Tensor) -> Kinks | None:
+        """The kinks that alone stand behind what an operation reads, and its cotangent on their other sides."""
+        op, out = self.network.nodes[node_id].op, self.values.get(node_id + 1)
+        if isinstance(op, Elementwise):
+            if not op.activation.kinked or out is None or node_id not in self.slopes:
+                return None
+            slope = self.slopes[node_id]
+            there = 1 - slope if isinstance(op.activation, ReLU) else op.activation.other_side(slope)
+            near = out.value.abs() <= DOUBTFUL * out.std
+            return Kinks(node_id, self.ks[node_id + 1] * torch.where(near, there, slope))
+        behind = self.kinks.get(node_id + 1)
+        if behind is None or not isinstance(op, (Affine, Sum)) or behind.there.shape != k.shape:
+            return None
+        there = op.scale * behind.there if isinstance(op, Affine) else behind.there
+        return replace(behind, there=there)
 
     def _known(self, value: int) -> Tensor | None:
         found = self.values.get(value)
@@ -176,8 +227,14 @@ class BlockValues:
             y = node.op.forward(*xs)
             error = node.op.jvp(noise, xs).square().mean().sqrt()
             self.values[node_id + 1] = Estimate(y, None, error.reshape(1, *[1] * (y.dim() - 1)))
-        if isinstance(node.op, Elementwise):
-            self.slopes.setdefault(node_id, node.op.activation.slope(known[0].value))
+        if isinstance(node.op, Elementwise) and node_id not in self.slopes:
+            self._slope(node_id, node.op, node.op.activation.slope(known[0].value))
+
+    def _slope(self, node_id: int, op: Elementwise, slope: Tensor) -> None:
+        if node_id in self.flipped:
+            there = 1 - slope if isinstance(op.activation, ReLU) else op.activation.other_side(slope)
+            slope = torch.where(self.flipped[node_id], there, slope)
+        self.slopes[node_id] = slope
 
     def _value(self, value: int) -> None:
         """A value from what reads it: layers by their constraints, all else by being inverted."""
@@ -237,9 +294,9 @@ class BlockValues:
     def _before_activation(self, node_id: int, op: Elementwise, out: Estimate) -> Estimate | None:
         if isinstance(op.activation, NonMonotone):
             return None
-        inverse = op.activation.invert(out.value, out.rms_std)
-        self.slopes[node_id] = inverse.slope
-        std = out.rms_std.reshape(1, *[1] * (out.value.dim() - 1)) / inverse.slope.abs().clamp(min=1e-12)
+        inverse = op.activation.invert(out.value, out.std.expand(out.value.shape))
+        self._slope(node_id, op, inverse.slope)
+        std = out.std / inverse.slope.abs().clamp(min=1e-12)
         return Estimate(inverse.z, _product(inverse.weight, out.row_weight), std)
 
     def _summand(self, value: int, node: Node, out: Estimate) -> Estimate | None:
@@ -311,13 +368,19 @@ class BlockValues:
                 self.values[value] = inverted
             return
         solution = system.solve(*rhs[0], rhs[1:], observed_input)
+        if self._mend(rows, solution, observed_weight, observed_input):
+            return
         error = self._error(system, rows, solution, inverted, observed_input)
-        x = first.unpack_input(solution.x).reshape(-1, *self.network.shapes[value])
-        self.values[value] = Estimate(x, None, error.reshape(1, *[1] * (x.dim() - 1)))
+        shape = (-1, *self.network.shapes[value])
+        x = first.unpack_input(solution.x).reshape(shape)
+        # Directions that the constraints hardly determine are the same in all channels: so is the error of each pixel.
+        pixel = error.square().mean(1, keepdim=True).sqrt().expand(error.shape)
+        self.values[value] = Estimate(x, None, first.unpack_input(pixel).reshape(shape))
+        size = float(error.square().mean().sqrt())
         for node_id, each, _, _ in rows:
             has_gradient = bool(each.k.any())
             self.reports[node_id] = layer_report(
-                each.layer, each.k, each.row_weight, solution, 0, float(error), None, has_gradient
+                each.layer, each.k, each.row_weight, solution, 0, size, None, has_gradient
             )
 
     def _system(self, rows: list[LayerRows], observed_weight: Tensor | None) -> LayerSystem | None:
@@ -340,6 +403,45 @@ class BlockValues:
                 return system
         return None
 
+    def _mend(
+        self,
+        rows: list[tuple[int, LayerRows, Rhs, Tensor]],
+        solution: LayerSolution,
+        observed_weight: Tensor | None,
+        observed_input: Tensor | None,
+    ) -> bool:
+        """Whether a value behind a layer lies on the other side of its kink than was taken: all begins anew with that.
+
+        It spoils the gradient of one output. So outputs that miss far more than the others are left out, and what
+        they miss then is what their own values on the other side do to them.
+        """
+        eps = self.observed.eps
+        for at, (node_id, each, (_, grad), _) in enumerate(rows):
+            kinks, layer = self.kinks.get(node_id + 1), each.layer
+            if kinks is None or self.mended >= MENDED or not bool(each.k.any()):
+                continue
+            spoiled = outliers(layer, each.k, solution.x, grad, eps)
+            if not bool(spoiled.any()):
+                continue
+            kept = (~spoiled).to(grad)
+            left = [row for _, row, _, _ in rows]
+            rhs = [right for _, _, right, _ in rows]
+            left[at] = replace(each, k=each.k * kept[..., None])
+            rhs[at] = rhs[at][0], grad * kept.reshape(*grad.shape[:3], 1)
+            system = self._system(left, observed_weight)
+            if system is None:
+                continue
+            x = system.solve(*rhs[0], rhs[1:], observed_input).x
+            k = explained(layer, each.k, layer.pack_output(kinks.there), x, grad, kept)
+            moved = layer.unpack_output((k != each.k).to(k)).reshape(kinks.there.shape) > 0
+            if bool(moved.any()):
+                before = self.flipped.get(kinks.node)
+                self.flipped[kinks.node] = moved if before is None else moved ^ before
+                self.mended += 1
+                self._begin()
+                return True
+        return False
+
     def _error(
         self,
         system: LayerSystem,
@@ -349,14 +451,15 @@ class BlockValues:
         observed_input: Tensor | None,
     ) -> Tensor:
         """One draw of the noise of everything on the right, pushed through the solver."""
-        noises = []
-        for _, _, (z, grad), z_std in rows:
+        noises, eps = [], self.observed.eps
+        for _, each, (z, grad), z_std in rows:
             z_noise = self._draw(z) * z_std.maximum(solution.weight_misfit)
-            noises.append((z_noise, self._draw(grad) * rounding(grad, self.observed.eps)))
+            moved = each.layer.grad_weight(solution.x, eps * self._draw(each.k).sign() * each.k)
+            noises.append((z_noise, self._draw(grad) * rounding(grad, eps) + moved))
         own = None
         if inverted is not None and observed_input is not None:
             own = self._draw(observed_input) * inverted.rms_std.maximum(solution.weight_misfit)
-        return system.apply_inverse(*noises[0], noises[1:], own).square().mean().sqrt()
+        return system.apply_inverse(*noises[0], noises[1:], own)
 
     def _draw(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.probe, dtype=like.dtype, device=like.device)
@@ -383,8 +486,10 @@ def _undone(op: Op, out: Estimate) -> Estimate | None:
     weight = out.row_weight
     if weight is not None and not isinstance(op, Affine):
         weight = op.invert(weight)
-    size = op.scale.abs().mean() if isinstance(op, Affine) else x.new_ones(())
-    return Estimate(x, weight, out.rms_std.reshape(1, *[1] * (x.dim() - 1)) / size)
+    std: Tensor | None = out.std.expand(out.value.shape)
+    assert std is not None
+    std = std / op.scale.abs() if isinstance(op, Affine) else op.invert(std)
+    return Estimate(x, weight, out.std if std is None else std)
 
 
 def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -124,10 +124,10 @@ def refine_sides(system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance:
     on the right sides it agrees.
 
     Args:
-        tolerance: relative distance to the gradient below which it agrees.
+        tolerance: relative distance to the gradient of each layer below which it agrees.
     """
     at = system.linearise(x)
-    start = best = system.distance(at)
+    start = best = system.worst(at)
     if not tolerance < start < NEAR:
         return x
     near = _nearest_units(system, at)
@@ -135,7 +135,7 @@ def refine_sides(system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance:
     changed: list[tuple[int, int]] = []
     while near and best > tolerance and len(changed) < FLIPPED:
         tried = [_flipped(system, slopes, unit) for unit in near]
-        distances = [system.distance(system.with_slopes(at, each)) for each in tried]
+        distances = [system.worst(system.with_slopes(at, each)) for each in tried]
         least = min(range(len(near)), key=distances.__getitem__)
         if distances[least] > 0.7 * best:
             break
@@ -146,7 +146,7 @@ def refine_sides(system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance:
     moved = step_over(system, at, changed)
     if float((moved - x).norm()) > VISIBLE * float(x.norm()):
         return x  # an answer that must move so far has other causes than its own error
-    return moved if system.distance(system.linearise(moved)) < start else x
+    return moved if system.worst(system.linearise(moved)) < start else x
 
 
 def step_over(system: ConstraintSystem, at: Linearisation, units: list[tuple[int, int]]) -> Float[Tensor, "b ..."]:

@@ -30,6 +30,9 @@ SPOILED = ((0,), (1,), (2,), (3,), (4,), (5,), (0, 1), (0, 1, 2))
 MOVED, LEAST = 3, 1e-6
 """Values of an output that are on their other side, at the most; and what rounding alone may miss of a gradient,
 relatively."""
+OUTLYING, SPOILT = 10.0, 8
+"""An output misses so many times more roundings than half of the others, if one of its values is on its wrong side; so
+many of them are looked at once."""
 MISSED_SUM = 100.0
 """A sum of cotangents that misses more roundings has a value on its wrong side."""
 OF_A_SUM, OF_ROWS = 0.05, 0.5
@@ -200,7 +203,7 @@ def choose_zeros(
         kept = torch.ones_like(size).scatter_(1, worst[:, [at for at in left_out if at < worst.shape[1]]], 0.0)
         system = LayerSystem(layer, k * kept[..., None], sure, observed.rank_tolerance, solver=observed.solver)
         x = system.solve(z - layer.offset, grad * kept.reshape(*grad.shape[:3], 1)).x
-        chosen = _explained(layer, k, there, x, grad, kept)
+        chosen = explained(layer, k, there, x, grad, kept)
         agrees = open_ & gradient_agrees(layer, chosen, x, grad, observed.eps)
         found = torch.where(agrees[:, None, None], chosen, found)
         open_ &= ~agrees
@@ -224,7 +227,17 @@ def gradient_agrees(layer: Layer, k: Tensor, x: Tensor, grad: Tensor, eps: float
     return agrees
 
 
-def _explained(layer: Layer, k: Tensor, there: Tensor, x: Tensor, grad: Tensor, kept: Float[Tensor, "s o"]) -> Tensor:
+def outliers(layer: Layer, k: Tensor, x: Tensor, grad: Tensor, eps: float) -> Bool[Tensor, "s o"]:
+    """The outputs whose gradients an input misses far more than those of the others, in roundings."""
+    size = _of_each_output(rounding(grad, eps))
+    missed = _of_each_output(grad - layer.grad_weight(x, k)) / size.clamp(min=torch.finfo(k.dtype).tiny)
+    missed = torch.where(size > 0, missed, 0.0)
+    typical = missed.median(dim=1, keepdim=True).values.clamp(min=1.0)
+    found: Tensor = missed > OUTLYING * typical
+    return found & (missed >= missed.topk(min(SPOILT, missed.shape[1]), dim=1).values[:, -1:])
+
+
+def explained(layer: Layer, k: Tensor, there: Tensor, x: Tensor, grad: Tensor, kept: Float[Tensor, "s o"]) -> Tensor:
     """The cotangents that explain what is missed of each output left out, a few values moved to their other side."""
     missed, patches, found = (grad - layer.grad_weight(x, k)).flatten(1, 2), layer.patches(x), k.clone()
     for s, unit in (kept == 0).nonzero().tolist():

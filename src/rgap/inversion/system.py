@@ -198,6 +198,12 @@ class ConstraintSystem:
             size += float(grad.square().sum())
         return max((wrong / size) ** 0.5 if size else 0.0, self._missed_output(missed))
 
+    def worst(self, at: Linearisation) -> float:
+        """The same of the layer that agrees least: a unit on its wrong side spoils one, and may hardly count in all."""
+        missed = self.residual(at)
+        pairs = zip(missed.gradient, self.gradients, strict=True)
+        return max([self.distance(at), *(float(m.norm() / g.norm()) for m, g in pairs if bool(g.any()))])
+
     def _missed_output(self, missed: Rows) -> float:
         known, std = self.output.value * self.row_weight, self.output.std.expand(self.output.value.shape)
         size = float(known.norm())

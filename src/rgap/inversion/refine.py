@@ -1,0 +1,50 @@
+"""The last digits of an input, from the gradients of all layers together.
+
+What was solved layer by layer, or from the layers in front alone, carries the errors of what lies behind. The whole
+network's rows, linearised where the input nearly is, know better, and a few products with them are enough.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.inversion.jacobian import Jacobian
+from rgap.inversion.pattern import refine_sides
+from rgap.inversion.system import ConstraintSystem
+from rgap.linalg import deadline
+from rgap.linalg.least_squares import Iterative
+
+STEPS = 4
+ROUNDINGS = 2.0
+"""An input that misses no more roundings of the gradient is as good as one can be."""
+SOLVER = Iterative(rtol=1e-3, max_steps=25)
+
+
+def refine_input(
+    system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance: float, steps: int = STEPS
+) -> Float[Tensor, "b ..."]:
+    """x on the right sides of its kinks, and as near to the gradients as a few linearised solves bring it.
+
+    Args:
+        system: of the whole network.
+        tolerance: relative distance to the gradient of each layer below which no unit is on its wrong side.
+        steps: solves, at the most.
+    """
+    x = refine_sides(system, x, tolerance)
+    best = system.distance(system.linearise(x))
+    try:
+        for _ in range(steps):
+            if not ROUNDINGS * system.eps < best <= tolerance:
+                break
+            at = system.linearise(x)
+            jacobian = Jacobian(system, at, {})
+            residual = jacobian.weighted(system.residual(at))
+            moved = refine_sides(system, SOLVER.step(jacobian, residual, x, None), tolerance)
+            missed = system.distance(system.linearise(moved))
+            if not missed < best:
+                break
+            x, best = moved, missed
+    except deadline.OutOfTime:  # it is found already, only not as precisely
+        pass
+    return x
