@@ -105,10 +105,10 @@ class JointSolve:
                 return self._refined(network, observed, candidate, system, at, probe)
             start = at
         try:
-            told = _by_routes(network, candidate, system, gradients, prior.centre, report)
+            told, enough = _by_routes(network, candidate, system, gradients, prior.centre, report), system
             if told is None:
-                system, told = _by_values(network, candidate, system, gradients, prior.centre, report)
-            found = self.solve(system, solver, prior, tolerance, start, probe, report, told)
+                system, told, enough = _by_values(network, candidate, system, gradients, prior.centre, report)
+            found = self.solve(system, solver, prior, tolerance, start, probe, report, told, enough)
         except OutOfTime:
             note = f"{' and '.join(names(system))} were not solved jointly: the time was up"
             return replace(candidate, note=note, cut_off=True)
@@ -134,12 +134,14 @@ class JointSolve:
         probe: torch.Generator,
         report: Callable[[int, float], None],
         found: Solution | None = None,
+        enough: ConstraintSystem | None = None,
     ) -> Solved:
         """The inputs of all samples.
 
         Args:
             start: where to linearise first; the middle of the prior if None.
             found: if the inputs were found otherwise.
+            enough: those of the constraints that tell how well the inputs are determined; all if None.
 
         Raises:
             OutOfTime: the time was up.
@@ -150,7 +152,8 @@ class JointSolve:
         if distance > tolerance:  # a last unit or two may still be on the wrong side
             at = system.linearise(refine_sides(system, found.x, tolerance))
             distance = system.distance(at)
-        sure = determine(system, at, solver, probe)
+        enough = enough or system
+        sure = determine(enough, at if enough is system else enough.linearise(at.x), solver, probe)
         # At an input that is not the sample's the number is one of many: an estimate of it will do.
         if isinstance(solver, Iterative) and distance <= tolerance and sure.rank < system.unknowns <= self.counted:
             sure = determine(system, at, self._direct(system), probe)
@@ -224,25 +227,25 @@ def _by_values(
     gradients: dict[str, Tensor],
     centre: float,
     report: Callable[[int, float], None],
-) -> tuple[ConstraintSystem, Solution | None]:
+) -> tuple[ConstraintSystem, Solution | None, ConstraintSystem]:
     """The input from weight rows alone, where they are far more than its numbers: few steps of few products.
 
     Its own output then tells on which side of their kinks the values lie with which the recursion stopped: so near to
     them that it took some for the other side, which spoils gradient rows and not weight rows.
 
     Returns:
-        The system with those sides, and the input; None if it was not looked for or not found.
+        The system with those sides; the input, None if it was not looked for or not found; and the rows that tell it.
     """
     if system.weight_rows < MANY * system.unknowns:
-        return system, None
+        return system, None, system
     values = ConstraintSystem(system.network, system.output, {}, system.eps)
     start = values.linearise(system.output.value.new_full(system.in_shape, centre))
     found = gauss_newton(values, BY_VALUES, None, VALUES_AGREE, start, NO_PRIOR, report)
     if found.distance > VALUES_AGREE:
-        return system, None
+        return system, None, system
     told = sides_at(network, candidate.certain_id, system.output, values.linearise(found.x).values[-1])
     system = ConstraintSystem(system.network, told, gradients, system.eps)
-    return system, Solution(found.x, system.distance(system.linearise(found.x)), found.steps)
+    return system, Solution(found.x, system.distance(system.linearise(found.x)), found.steps), values
 
 
 def names(system: ConstraintSystem) -> tuple[str, ...]:
