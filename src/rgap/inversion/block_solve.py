@@ -61,11 +61,13 @@ def solve_jointly(network: Network, observed: Observation, output: State, start:
         what = f"its constraints leave about {free} of its input open, condition {sure.condition:.1e}"
         return Stop(network.nodes[-1].op, Cause.OPEN, what)
     cotangent = torch.zeros_like(at.x) if at.cotangents[0] is None else at.cotangents[0]
-    return BlockInput(at.x, cotangent, sure.std, _reports(system, at, sure))
+    return BlockInput(at.x, cotangent, sure.std, joint_reports(system, at, sure))
 
 
-def _reports(system: ConstraintSystem, at: Linearisation, sure: Determined) -> dict[int, LayerReport]:
-    """One for each layer; what is reported of the constraints holds for all of them jointly."""
+def joint_reports(
+    system: ConstraintSystem, at: Linearisation, sure: Determined, method: str = "block"
+) -> dict[int, LayerReport]:
+    """One for each layer by its node; what is reported of the constraints holds for all of them jointly."""
     missed = system.residual(at)
     weight = _relative(missed.weight[0] * system.row_weight, system.output.value * system.row_weight)
     return {
@@ -80,7 +82,7 @@ def _reports(system: ConstraintSystem, at: Linearisation, sure: Determined) -> d
             gradient_residual=_relative(missed.gradient[which], system.gradients[which]),
             error=sure.std,
             dead_units=int((system.k(at, node) == 0).all(-1).all(0).sum()),
-            method="block",
+            method=method,
         )
         for which, (node, layer) in enumerate(zip(system.nodes, system.layers, strict=True))
     }

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.inversion.by_values import input_by_values
 from rgap.inversion.gauss_newton import CONTINUATION, Continuation, Solution, determine, gauss_newton
 from rgap.inversion.history import Candidate, Paths
 from rgap.inversion.jacobian import Jacobian
@@ -32,11 +33,6 @@ from rgap.nn.network import Network, Segment
 from rgap.nn.ops import Elementwise, Linear
 from rgap.nn.pools import Pool
 
-MANY, VALUES_AGREE = 4, 1e-6
-"""Weight rows for each unknown with which they alone are solved first, and what they may miss, relatively, beyond their
-errors."""
-BY_VALUES = Iterative(rtol=1e-3, max_steps=100)
-NO_PRIOR = Continuation(patience=4, doubt=(4,))
 RANK_ROUNDINGS = 8
 """Singular values of the joint constraints below so many roundings of the gradient count as zero."""
 
@@ -236,16 +232,14 @@ def _by_values(
     Returns:
         The system with those sides; the input, None if it was not looked for or not found; and the rows that tell it.
     """
-    if system.weight_rows < MANY * system.unknowns:
+    start = system.output.value.new_full(system.in_shape, centre)
+    found = input_by_values(system.network, system.output, system.eps, start, report)
+    if found is None:
         return system, None, system
-    values = ConstraintSystem(system.network, system.output, {}, system.eps)
-    start = values.linearise(system.output.value.new_full(system.in_shape, centre))
-    found = gauss_newton(values, BY_VALUES, None, VALUES_AGREE, start, NO_PRIOR, report)
-    if found.distance > VALUES_AGREE:
-        return system, None, system
-    told = sides_at(network, candidate.certain_id, system.output, values.linearise(found.x).values[-1])
+    values, solution = found
+    told = sides_at(network, candidate.certain_id, system.output, values.linearise(solution.x).values[-1])
     system = ConstraintSystem(system.network, told, gradients, system.eps)
-    return system, Solution(found.x, system.distance(system.linearise(found.x)), found.steps), values
+    return system, Solution(solution.x, system.distance(system.linearise(solution.x)), solution.steps), values
 
 
 def names(system: ConstraintSystem) -> tuple[str, ...]:

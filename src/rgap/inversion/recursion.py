@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.block import solve_block
+from rgap.inversion.by_values import told_by_values
 from rgap.inversion.history import Candidate, Open, Paths
 from rgap.inversion.layer import LayerSolution, LayerSystem
 from rgap.inversion.non_monotone import both_branches, choose_branch
@@ -78,6 +79,9 @@ def recurse(
         ahead: tuple[int, Paths] | None = None
         match op:
             case _ if segment.block:
+                told = told_by_values(network, segment.exit, observed, paths, partial(_missed, report, count))
+                if told is not None:
+                    return told.at(0).candidates(0)
                 inputs = math.prod(network.input_shape)
                 found = solve_block(network.part([segment]), segment.exit, observed, paths, inputs)
             case Linear():
