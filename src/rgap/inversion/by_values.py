@@ -27,8 +27,8 @@ MANY, LARGE = 4, 6_000
 """Weight rows for each number of the input, and values, with which this is tried."""
 AGREES = 1e-6
 """What weight rows may miss, relatively, beyond their errors."""
-SOLVER = Iterative(rtol=1e-3, max_steps=100)
-SCHEDULE = Continuation(patience=4, doubt=(4,), max_steps=25)
+SOLVER = Iterative(rtol=0.05, max_steps=100)
+SCHEDULE = Continuation(patience=4, doubt=(4,), max_steps=80)
 
 
 def input_by_values(

@@ -110,6 +110,8 @@ def _reads(system: ConstraintSystem, at: Linearisation, node: int) -> Tensor:
 
 TRIED, FLIPPED = 32, 8
 """How many units, those nearest to their kink, are tried on their other side, and how many are changed at the most."""
+LESS = 0.9
+"""What a change of side must leave of the distance: of several units on their wrong sides each one tells a part."""
 NEAR = 0.2
 """A relative distance to the gradient above this has other causes than a few units."""
 VISIBLE = 1e-3
@@ -124,10 +126,10 @@ def refine_sides(system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance:
     on the right sides it agrees.
 
     Args:
-        tolerance: relative distance to the gradient of each layer below which it agrees.
+        tolerance: relative distance to the gradient, by layer, below which it agrees.
     """
     at = system.linearise(x)
-    start = best = system.worst(at)
+    start = best = system.distance_by_layer(at)
     if not tolerance < start < NEAR:
         return x
     near = _nearest_units(system, at)
@@ -135,9 +137,9 @@ def refine_sides(system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance:
     changed: list[tuple[int, int]] = []
     while near and best > tolerance and len(changed) < FLIPPED:
         tried = [_flipped(system, slopes, unit) for unit in near]
-        distances = [system.worst(system.with_slopes(at, each)) for each in tried]
+        distances = [system.distance_by_layer(system.with_slopes(at, each)) for each in tried]
         least = min(range(len(near)), key=distances.__getitem__)
-        if distances[least] > 0.7 * best:
+        if distances[least] > LESS * best:
             break
         best, slopes = distances[least], tried[least]
         changed.append(near.pop(least))
@@ -146,7 +148,7 @@ def refine_sides(system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance:
     moved = step_over(system, at, changed)
     if float((moved - x).norm()) > VISIBLE * float(x.norm()):
         return x  # an answer that must move so far has other causes than its own error
-    return moved if system.worst(system.linearise(moved)) < start else x
+    return moved if system.distance_by_layer(system.linearise(moved)) < start else x
 
 
 def step_over(system: ConstraintSystem, at: Linearisation, units: list[tuple[int, int]]) -> Float[Tensor, "b ..."]:

@@ -77,11 +77,12 @@ def recurse(
         op = network.nodes[segment.nodes[-1]].op
         paths = paths.at(segment.exit)
         ahead: tuple[int, Paths] | None = None
+        if segment.block or isinstance(op, Pool):
+            told = told_by_values(network, segment.exit, observed, paths, partial(_missed, report, count))
+            if told is not None:
+                return told.at(0).candidates(0)
         match op:
             case _ if segment.block:
-                told = told_by_values(network, segment.exit, observed, paths, partial(_missed, report, count))
-                if told is not None:
-                    return told.at(0).candidates(0)
                 inputs = math.prod(network.input_shape)
                 found = solve_block(network.part([segment]), segment.exit, observed, paths, inputs)
             case Linear():

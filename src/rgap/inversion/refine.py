@@ -18,6 +18,8 @@ from rgap.linalg.least_squares import Iterative
 STEPS = 4
 ROUNDINGS = 2.0
 """An input that misses no more roundings of the gradient is as good as one can be."""
+FINE = 20.0
+"""No layer misses so many roundings on the right sides of all kinks, once the input is that good."""
 SOLVER = Iterative(rtol=1e-3, max_steps=25)
 
 
@@ -28,7 +30,7 @@ def refine_input(
 
     Args:
         system: of the whole network.
-        tolerance: relative distance to the gradient of each layer below which no unit is on its wrong side.
+        tolerance: relative distance to the gradient, by layer, below which no unit is on its wrong side.
         steps: solves, at the most.
     """
     x = refine_sides(system, x, tolerance)
@@ -45,6 +47,8 @@ def refine_input(
             if not missed < best:
                 break
             x, best = moved, missed
+        if steps and best <= tolerance:  # a single unit of a layer that hardly counts
+            x = refine_sides(system, x, FINE * system.eps)
     except deadline.OutOfTime:  # it is found already, only not as precisely
         pass
     return x

@@ -198,11 +198,13 @@ class ConstraintSystem:
             size += float(grad.square().sum())
         return max((wrong / size) ** 0.5 if size else 0.0, self._missed_output(missed))
 
-    def worst(self, at: Linearisation) -> float:
-        """The same of the layer that agrees least: a unit on its wrong side spoils one, and may hardly count in all."""
+    def distance_by_layer(self, at: Linearisation) -> float:
+        """The same with every layer's gradient in units of its own size, the root of the sum of squares: a unit on its
+        wrong side spoils one layer, which may hardly count in all."""
         missed = self.residual(at)
-        pairs = zip(missed.gradient, self.gradients, strict=True)
-        return max([self.distance(at), *(float(m.norm() / g.norm()) for m, g in pairs if bool(g.any()))])
+        pairs = [pair for pair in zip(missed.gradient, self.gradients, strict=True) if bool(pair[1].any())]
+        each = sum(float(m.square().sum() / g.square().sum()) for m, g in pairs)
+        return max(self.distance(at), each**0.5)
 
     def _missed_output(self, missed: Rows) -> float:
         known, std = self.output.value * self.row_weight, self.output.std.expand(self.output.value.shape)
