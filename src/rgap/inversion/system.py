@@ -12,6 +12,7 @@ samples in the gradient rows sets a batch apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -204,7 +205,7 @@ class ConstraintSystem:
         missed = self.residual(at)
         pairs = [pair for pair in zip(missed.gradient, self.gradients, strict=True) if bool(pair[1].any())]
         each = sum(float(m.square().sum() / g.square().sum()) for m, g in pairs)
-        return max(self.distance(at), each**0.5)
+        return max(self.distance(at), math.sqrt(each))
 
     def _missed_output(self, missed: Rows) -> float:
         known, std = self.output.value * self.row_weight, self.output.std.expand(self.output.value.shape)
