@@ -19,7 +19,7 @@ import torch
 from rows import measure, parser
 from torch import Tensor, nn
 
-from rgap import Target, attacks, capture, data, losses
+from rgap import Target, attacks, capture, data, losses, models
 from rgap.linalg import deadline
 
 WRONG = 1e-4
@@ -82,7 +82,14 @@ def vgg(channels: int, size: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(10))
 
 
-ROWS: dict[str, tuple[Callable[[int, int], nn.Sequential], str]] = {
+def res_net(channels: int, size: int) -> nn.Module:
+    """ResNet-18 in its form for CIFAR-10: it begins with 3 x 3 and no maximum, and ends in a mean over all places."""
+    model = models.resnet18(channels, size, 10)
+    model.conv, model.maximum = nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.Identity()
+    return model
+
+
+ROWS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
     "PyTorch's MNIST example": (example, "mnist"),
     "FedAvg's network, MNIST": (mcmahan, "mnist"),
     "FedAvg's network without padding, MNIST": (lambda c, s: mcmahan(c, s, 0), "mnist"),
@@ -92,6 +99,8 @@ ROWS: dict[str, tuple[Callable[[int, int], nn.Sequential], str]] = {
     "PyTorch's tutorial network, CIFAR-10": (quickstart, "cifar10"),
     "AlexNet-like beginning, CIFAR-10": (stem, "cifar10"),
     "VGG-11, CIFAR-10": (vgg, "cifar10"),
+    "ResNet-18, CIFAR-10": (res_net, "cifar10"),
+    "ConvNet-64, CIFAR-10": (models.convnet, "cifar10"),
     "LeNet-5, average pools, sigmoid, MNIST": (le_net(nn.Sigmoid), "mnist"),
     "LeNet-5, average pools, tanh, MNIST": (le_net(nn.Tanh), "mnist"),
     "LeNet-5, average pools, ReLU, MNIST": (le_net(nn.ReLU), "mnist"),
@@ -104,9 +113,9 @@ def run(name: str, pictures: Tensor, limit: float) -> dict[str, Any]:
     for at in range(len(pictures)):
         x = pictures[at : at + 1]
         torch.manual_seed(at)
-        model = make(x.shape[1], x.shape[-1])
+        model = make(x.shape[1], x.shape[-1]).eval()
         model(torch.zeros_like(x))
-        target = Target(model.eval(), losses.CrossEntropy(10), tuple(x.shape[1:]), (0.0, 1.0))
+        target = Target(model, losses.CrossEntropy(10), tuple(x.shape[1:]), (0.0, 1.0))
         update = capture(target, x, torch.tensor([float(at % 10)]))
         start = time.process_time()
         with deadline.within(limit):
