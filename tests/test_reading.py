@@ -704,7 +704,7 @@ def test_missing_gradients_are_refused_unless_partial(tmp_path: Path) -> None:
     refused(
         f"{path}: the names in the file do not fit the model: 3 of 4 parameters are there; missing: 0.weight. Expected "
         "one tensor for each of 0.weight, 0.bias, 3.weight, 3.bias. If layers were frozen or withheld, pass "
-        "partial=True.",
+        "partial=True (--partial).",
         lambda: read_update(path, TARGET),
     )
     assert same(read_update(path, TARGET, partial=True).gradients, some)
