@@ -258,7 +258,9 @@ def _fitting(found: Matched, target: Target, partial: bool) -> Mapping[str, Tens
         and not any(name.removeprefix(p) in known for p in prefixes)
     ]
     if not found.values or unknown or (found.missing and not partial):
-        hint = " If layers were frozen or withheld, pass partial=True (--partial)." if found.values and not unknown else ""
+        hint = (
+            " If layers were frozen or withheld, pass partial=True (--partial)." if found.values and not unknown else ""
+        )
         raise ReadError(
             f"the names in the file do not fit the model: {str(found).replace(chr(10), '; ')}. Expected one tensor "
             f"for each of {listed(target.parameters)}.{hint}"
