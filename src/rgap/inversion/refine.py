@@ -33,22 +33,21 @@ def refine_input(
         tolerance: relative distance to the gradient, by layer, below which no unit is on its wrong side.
         steps: solves, at the most.
     """
-    x = refine_sides(system, x, tolerance)
-    best = system.distance(system.linearise(x))
+    at = system.linearise(refine_sides(system, x, tolerance))
+    best = system.distance(at)
     try:
         for _ in range(steps):
             if not ROUNDINGS * system.eps < best <= tolerance:
                 break
-            at = system.linearise(x)
             jacobian = Jacobian(system, at, {})
             residual = jacobian.weighted(system.residual(at))
-            moved = refine_sides(system, SOLVER.step(jacobian, residual, x, None), tolerance)
-            missed = system.distance(system.linearise(moved))
+            moved = system.linearise(refine_sides(system, SOLVER.step(jacobian, residual, at.x, None), tolerance))
+            missed = system.distance(moved)
             if not missed < best:
                 break
-            x, best = moved, missed
+            at, best = moved, missed
         if steps and best <= tolerance:  # a single unit of a layer that hardly counts
-            x = refine_sides(system, x, FINE * system.eps)
+            return refine_sides(system, at.x, FINE * system.eps)
     except deadline.OutOfTime:  # it is found already, only not as precisely
         pass
-    return x
+    return at.x

@@ -191,7 +191,9 @@ class ConstraintSystem:
     def distance(self, at: Linearisation) -> float:
         """From the gradients at the inputs to the given ones, relatively, biases included; or that of the output, as
         far as its own error does not explain it, if it is larger."""
-        missed = self.residual(at)
+        return self._distance(at, self.residual(at))
+
+    def _distance(self, at: Linearisation, missed: Rows) -> float:
         wrong = sum(float(each.square().sum()) for each in missed.gradient)
         size = sum(float(each.square().sum()) for each in self.gradients)
         for node, grad in self._biases.items():
@@ -205,7 +207,7 @@ class ConstraintSystem:
         missed = self.residual(at)
         pairs = [pair for pair in zip(missed.gradient, self.gradients, strict=True) if bool(pair[1].any())]
         each = sum(float(m.square().sum() / g.square().sum()) for m, g in pairs)
-        return max(self.distance(at), math.sqrt(each))
+        return max(self._distance(at, missed), math.sqrt(each))
 
     def _missed_output(self, missed: Rows) -> float:
         known, std = self.output.value * self.row_weight, self.output.std.expand(self.output.value.shape)
