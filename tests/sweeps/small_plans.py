@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+from warm import Program, beside
 
+from rgap import cli
 from rgap.sweeps import Plan, Progress, Summary, SweepStore, sweep, work
 
 MODELS = '''
@@ -35,7 +38,7 @@ def make(seed=0, width=20):
 
 
 def slow(seed=0):
-    time.sleep(float(os.environ.get("RGAP_TEST_NAP", "0.2")))
+    time.sleep(float((HERE / "nap").read_text()))
     return make(seed)
 
 
@@ -60,9 +63,14 @@ def picky(seed=0):
 '''
 
 
-def home(folder: Path) -> Path:
-    """A folder that models can be imported from."""
+def home(folder: Path, nap: float = 0.2) -> Path:
+    """A folder that models can be imported from.
+
+    Args:
+        nap: seconds that the slow ones take.
+    """
     (folder / "small_sweep_models.py").write_text(MODELS)
+    (folder / "nap").write_text(str(nap))
     return folder
 
 
@@ -86,53 +94,48 @@ def toml(folder: Path, factory: str = "make", seeds: int = 4, count: int = 1, na
     return path
 
 
-FORKED = (
-    "import multiprocessing; from distributed import utils; utils._forkserver_preload_set = True; "
-    "needed = ['distributed', 'rgap.sweeps.equip', 'torch.export._trace']; "
-    "multiprocessing.get_context('forkserver').set_forkserver_preload(needed); "
-)
+def rgap_sweep(*arguments: str) -> None:
+    cli.main(["sweep", *arguments])
 
 
-def start(
-    folder: Path, *arguments: str, shell: str = "", fork: bool = False, **environment: str
-) -> subprocess.Popen[str]:
+def part_of_a_cluster(what: str, *options: str) -> None:
+    """A scheduler or a worker of a Dask cluster, as its own commands make it."""
+    importlib.import_module(f"distributed.cli.dask_{what}").main(options)
+
+
+def start(folder: Path, *arguments: str, largest: int | None = None) -> Program:
     """`rgap sweep ...` in that folder.
 
     Args:
-        shell: what runs before it in the same process, such as a limit.
-        fork: whether its workers are forks of one process that has imported all they need, where many of them die.
+        largest: bytes of the largest file that it may write.
     """
+    return Program(rgap_sweep, *arguments, folder=folder, largest=largest)
+
+
+def start_anew(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The same as a user starts it, where nothing has been imported; it takes seconds, and as long for each worker."""
     # A shell's background job ignores the interrupt, and so would all that the tests start there.
     run = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from rgap.cli import main; main()"
-    if fork:
-        run, environment = (
-            FORKED + run,
-            {**environment, "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver"},
-        )
-    command = [sys.executable, "-c", run, "sweep", *arguments]
-    if shell:
-        command = ["sh", "-c", f'{shell}; exec "$0" "$@"', *command]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-c", run, "sweep", *arguments],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def here(plan: Path, progress: Callable[[Progress], None] | None = None, nap: float = 0.0) -> Summary:
+def here(plan: Path, progress: Callable[[Progress], None] | None = None) -> Summary:
     """What is left of a plan, done in this process: where it is not the one to be killed, that saves starting one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RGAP_TEST_NAP", str(nap))
         patch.setattr(sys, "path", [str(plan.parent), *sys.path])
         patch.delitem(sys.modules, "small_sweep_models", raising=False)
         work._target.cache_clear()  # of models by the same name in another test's folder
         return sweep(Plan.load(plan), plan.with_suffix(".sqlite"), progress=progress)
 
 
-def ended(process: subprocess.Popen[str], code: int = 0, seconds: float = 300.0) -> str:
+def ended(process: subprocess.Popen[str] | Program, code: int = 0, seconds: float = 300.0) -> str:
     """What it printed, once it has ended as it should."""
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
@@ -155,18 +158,20 @@ def done(store: Path) -> int:
         return opened.counts()["done"]
 
 
-def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers(process: subprocess.Popen[str] | Program) -> list[psutil.Process]:
     """The processes that a run has started to work for it."""
+    if isinstance(process, Program):
+        return beside(process)
     children = psutil.Process(process.pid).children(recursive=True)
-    names = {each: " ".join(each.cmdline()) for each in children}
-    forks = [each for each in children if "forkserver" in names[each] and each.ppid() != process.pid]
-    return forks or [each for each in children if "spawn_main" in names[each]]
+    return [each for each in children if "spawn_main" in " ".join(each.cmdline())]
 
 
-def kill(process: psutil.Process | subprocess.Popen[Any]) -> None:
+def kill(process: psutil.Process | subprocess.Popen[str] | Program) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait(20)
-    if isinstance(process, subprocess.Popen):
+    if isinstance(process, Program):
+        process.close()
+    elif isinstance(process, subprocess.Popen):
         for stream in (process.stdout, process.stderr):  # workers that it leaves may keep the other ends
             if stream is not None:
                 stream.close()

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from small_plans import done, ended, here, home, kill, outcomes, start, toml, until, workers
+from small_plans import (
+    done,
+    ended,
+    here,
+    home,
+    kill,
+    outcomes,
+    part_of_a_cluster,
+    start,
+    start_anew,
+    toml,
+    until,
+    workers,
+)
+from warm import Program
 
 from rgap.sweeps import Progress, SweepStore
 from rgap.sweeps.engine import AHEAD
@@ -66,7 +77,7 @@ def test_a_run_that_is_killed_goes_on_and_does_nothing_twice(folder: Path, alone
 
 def test_a_worker_that_is_killed_loses_nothing(folder: Path, alone: dict[str, dict[str, object]]) -> None:
     plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
-    run = start(folder, str(plan), "--workers", "2", fork=True, RGAP_TEST_NAP="0.3")
+    run = start(folder, str(plan), "--workers", "2")
     until(lambda: done(store) >= 2)
     victim, *others = workers(run)
     kill(victim)
@@ -94,7 +105,7 @@ def test_a_run_that_is_interrupted_gives_back_what_it_had_taken(folder: Path, co
 
 def test_the_workers_of_a_run_that_is_killed_do_not_stay(folder: Path) -> None:
     plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
-    run = start(folder, str(plan), "--workers", "2")
+    run = start_anew(folder, str(plan), "--workers", "2")
     until(lambda: done(store) >= 1)
     left = workers(run)
     assert len(left) == 2
@@ -107,7 +118,7 @@ def test_the_workers_of_a_run_that_is_killed_do_not_stay(folder: Path) -> None:
 
 def test_a_job_that_kills_its_workers_fails_and_the_others_do_not(folder: Path) -> None:
     plan, store = toml(folder, "poisonous", seeds=4), folder / "plan.sqlite"
-    output = ended(start(folder, str(plan), "--workers", "2", fork=True), code=4)
+    output = ended(start(folder, str(plan), "--workers", "2"), code=4)
     assert "every worker that began this job died" in output
     assert "--retry" in output
     with SweepStore(store, make=False) as opened:
@@ -117,9 +128,9 @@ def test_a_job_that_kills_its_workers_fails_and_the_others_do_not(folder: Path) 
 
 def test_two_runs_share_a_store(folder: Path, alone: dict[str, dict[str, object]]) -> None:
     plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
-    other = start(folder, str(plan), "--workers", "1", "--json", RGAP_TEST_NAP="0.3")
+    other = start(folder, str(plan), "--workers", "1", "--json")
     until(lambda: done(store) >= 1)
-    found = here(plan, nap=0.3)
+    found = here(plan)
     output = ended(other)
     assert same_but_for_the_model(outcomes(store), alone)
     assert attempts(store) == [1] * 12  # nothing was done twice
@@ -130,26 +141,26 @@ def test_two_runs_share_a_store(folder: Path, alone: dict[str, dict[str, object]
 
 def test_what_a_dead_run_had_taken_is_done_by_the_one_that_lives(folder: Path) -> None:
     plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
-    doomed = start(folder, str(plan), "--workers", "1", RGAP_TEST_NAP="0.4")
+    doomed = start(folder, str(plan), "--workers", "1")
     until(lambda: done(store) >= 1)
 
     def at_three(progress: Progress) -> None:
         if progress.done >= 3 and doomed.poll() is None:
             kill(doomed)
 
-    here(plan, at_three, nap=0.4)
+    here(plan, at_three)
     assert doomed.poll() == -signal.SIGKILL
     assert done(store) == 12
 
 
-FULL = 240
-"""Blocks of 512 bytes that a file may have: too few for 200 jobs."""
+FULL = 120 * 1024
+"""Bytes that a file may have: too few for 200 jobs."""
 
 
 def test_a_full_disk_ends_the_run_and_spoils_nothing(folder: Path, alone: dict[str, dict[str, object]]) -> None:
     """The files of a run may not grow beyond what is little for 200 jobs; with more room it goes on."""
     plan, store = toml(folder, seeds=50, count=4), folder / "plan.sqlite"
-    refused = start(folder, str(plan), "--workers", "1", shell=f"trap '' XFSZ; ulimit -f {FULL}")
+    refused = start(folder, str(plan), "--workers", "1", largest=FULL)
     output = ended(refused, code=1)
     assert "plan.sqlite" in output
     assert "Make room and run the same command again" in output
@@ -170,24 +181,17 @@ def port() -> int:
 
 
 @pytest.fixture
-def begin(folder: Path, port: int) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+def begin(folder: Path, port: int) -> Iterator[Callable[[str], Program]]:
     """Starts a scheduler or a worker of a Dask cluster, as its own commands do."""
-    begun: list[subprocess.Popen[bytes]] = []
+    begun: list[Program] = []
 
-    def make(what: str) -> subprocess.Popen[bytes]:
+    def make(what: str) -> Program:
         options = {
             "scheduler": ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard"],
             "worker": [f"tcp://127.0.0.1:{port}", "--nthreads", "1", "--no-nanny", "--no-dashboard"],
         }[what]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "distributed.cli.dask_" + what, *options],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "RGAP_TEST_NAP": "0.4"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        begun.append(process)
-        return process
+        begun.append(Program(part_of_a_cluster, what, *options, folder=folder))
+        return begun[-1]
 
     yield make
     for process in begun:
@@ -204,7 +208,7 @@ def test_a_cluster_finds_the_same_though_a_worker_is_killed(
     folder: Path,
     alone: dict[str, dict[str, object]],
     port: int,
-    begin: Callable[[str], subprocess.Popen[bytes]],
+    begin: Callable[[str], Program],
 ) -> None:
     plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
     begin("scheduler")
@@ -221,7 +225,7 @@ def test_a_scheduler_that_comes_back_is_gone_on_with(
     folder: Path,
     alone: dict[str, dict[str, object]],
     port: int,
-    begin: Callable[[str], subprocess.Popen[bytes]],
+    begin: Callable[[str], Program],
 ) -> None:
     plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
     scheduler = begin("scheduler")
