@@ -1,10 +1,11 @@
 """How far certificates can be trusted: the closed attacks on random networks, with gradients clean and spoilt.
 
-    python benchmarks/certificates.py --networks 2000 --out found.jsonl
+    python benchmarks/certificates.py --networks 2000 --out found.jsonl [--pools]
 
-Appends a line for each network, goes on where it ended before, and prints the table: how answers ended, and how many
-times the stated error the true one is. False is an answer that is called exact and whose error is above ten times the
-stated one and above 1e-3.
+With --pools a pool follows the first convolution, and every second one of the others: of maxima or means, over windows
+apart or overlapping, adaptive ones among them. Appends a line for each network, goes on where it ended before, and
+prints the table: how answers ended, and how many times the stated error the true one is. False is an answer that is
+called exact and whose error is above ten times the stated one and above 1e-3.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from rgap import Target, Update, capture, losses
 from rgap.attacks import Bias, Closed, Recursive, Status
 from rgap.defences import DPSGD
+from rgap.linalg import deadline
 from rgap.nn.obstacles import NotAChain
 
 ACTIVATIONS = [
@@ -51,24 +53,44 @@ class Drawn:
         return names[int(torch.randint(len(names), (), generator=self.generator))]
 
 
-def drawn(seed: int) -> Drawn:
-    """In single precision, as clients compute."""
+POOLS: list[Callable[[], nn.Module]] = [
+    lambda: nn.MaxPool2d(2),
+    lambda: nn.MaxPool2d(2, ceil_mode=True),
+    lambda: nn.MaxPool2d(3, 2),
+    lambda: nn.MaxPool2d(3, 2, padding=1),
+    lambda: nn.MaxPool2d(2, 1),
+    lambda: nn.AdaptiveMaxPool2d(3),
+    lambda: nn.AvgPool2d(2),
+    lambda: nn.AvgPool2d(3, 2, padding=1),
+    lambda: nn.AdaptiveAvgPool2d(3),
+]
+
+
+def drawn(seed: int, pools: bool = False) -> Drawn:
+    """In single precision, as clients compute.
+
+    Args:
+        pools: whether they follow convolutions, the first one at least.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def one(*of: int | float) -> int:
         return of[int(torch.randint(len(of), (), generator=generator))]  # type: ignore[return-value]
 
     activation, bias, norm = ACTIVATIONS[one(*range(len(ACTIVATIONS)))], bool(one(0, 1)), one(0, 0, 0, 1)
-    channels, side, layers = one(1, 3), one(4, 5, 6), []
-    size = (channels, side, side)
+    channels, side, layers = one(1, 3), one(6, 7, 8) if pools else one(4, 5, 6), []
+    size, widths = (channels, side, side), (6, 12, 24) if pools else (4, 6, 12)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for _ in range(one(0, 1, 1, 2, 3)):
-            layer = nn.Conv2d(size[0], one(4, 6, 12), one(2, 3, 3), one(1, 1, 2), one(0, 1), bias=bias)
+        for at in range(one(1, 1, 2) if pools else one(0, 1, 1, 2, 3)):
+            layer = nn.Conv2d(size[0], one(*widths), one(2, 3, 3), one(1, 1, 2 - pools), one(0, 1), bias=bias)
             if min(size[1:]) + 2 * int(layer.padding[0]) < layer.kernel_size[0]:
                 break
             size = tuple(layer(torch.zeros(1, *size)).shape[1:])
             layers += [layer, nn.BatchNorm2d(size[0]), activation()] if norm else [layer, activation()]
+            if pools and (at == 0 or one(0, 1)) and min(size[1:]) > 2:
+                layers.append(POOLS[one(*range(len(POOLS)))]())
+                size = tuple(layers[-1](torch.zeros(1, *size)).shape[1:])
         layers.append(nn.Flatten())
         width = math.prod(size)
         for wide in [one(10, 30, 60) for _ in range(one(0, 0, 1, 2))]:
@@ -171,9 +193,13 @@ class Ended:
         return not self.exact and self.error is not None and self.error < RIGHT
 
 
-def outcomes(seed: int, every: int = 1) -> Iterator[Ended]:
-    """Of every attack on one network's gradients: the clean one, those rounded, and one in `every` of the others."""
-    case = drawn(seed)
+def outcomes(seed: int, every: int = 1, pools: bool = False, limit: float = 600.0) -> Iterator[Ended]:
+    """Of every attack on one network's gradients: the clean one, those rounded, and one in `every` of the others.
+
+    Args:
+        limit: seconds for an attack.
+    """
+    case = drawn(seed, pools)
     for at, (kind, update) in enumerate(spoilt(case)):
         if at > 2 and (at + seed) % every:
             continue
@@ -181,7 +207,8 @@ def outcomes(seed: int, every: int = 1) -> Iterator[Ended]:
             if attack.obstacle(case.target, 1) is not None:
                 continue
             try:
-                found = attack(case.target, update)
+                with deadline.within(limit):
+                    found = attack(case.target, update)
             except NotAChain:
                 continue
             ended = Ended(seed, kind, attack.name, found.status.value)
@@ -223,6 +250,8 @@ def main() -> None:
         default=1,
         help="attack one in so many of a network's gradients, in turn, beside the clean one and those rounded",
     )
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for an attack")
+    parser.add_argument("--pools", action="store_true", help="draw networks with pools")
     parser.add_argument("--out", type=Path, required=True, help="a file of lines, appended to")
     options = parser.parse_args()
     lines = options.out.read_text().splitlines() if options.out.exists() else []
@@ -231,7 +260,7 @@ def main() -> None:
     with options.out.open("a") as file:
         for seed in range(options.first, options.first + options.networks):
             if seed not in done:
-                ended = list(outcomes(seed, options.every))
+                ended = list(outcomes(seed, options.every, options.pools, options.limit))
                 found.append(ended)
                 print(json.dumps([asdict(each) for each in ended]), file=file, flush=True)
     ended = [each for every in found for each in every]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rgap import Target, capture, losses
 from rgap.attacks import Closed, Status
 from rgap.inversion import routes, unpool
+from rgap.inversion.prior import Prior
 from rgap.inversion.state import State
 from rgap.inversion.unpool import MISSED, before_pool, route_of
 from rgap.nn.pools import Pool
@@ -68,6 +69,8 @@ KINDS = (
 
 SIZE = 10
 """Of the pictures: small, since most of the time goes to steps, and rows enough."""
+SHAPES = ((8, 10, 10), (48, 5, 5), (8, 10, 10))
+"""Of what a layer reads, of what the pool behind it puts out, of a move of the former."""
 
 
 def target_of(kind: str, size: int = SIZE) -> Target:
@@ -136,6 +139,29 @@ def test_routes_are_those_of_the_forward_pass(kind: str) -> None:
     assert wanted is not None
     slope = network.slopes(values).get(node - 1, torch.ones(1, dtype=torch.float64))
     torch.testing.assert_close(found.cotangent * slope, wanted * slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_wrong_routes_are_found_by_the_outputs_that_miss_most(seed: int) -> None:
+    """From routes a few of which are wrong, without annealing."""
+    model = seeded(nn.Conv2d(8, 48, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(48 * 25, 10))
+    network = Target(model, losses.CrossEntropy(10), (8, 10, 10)).network
+    generator = torch.Generator().manual_seed(seed)
+    x, k, moved = (torch.randn(1, *each, generator=generator, dtype=torch.float64) for each in SHAPES)
+    values = network.forward(x)
+    k = k * (values[3] > 0)
+    ks = network.vjp(values, network.slopes(values), {3: k})
+    [(_, grad), *_] = network.gradients(values, ks)
+    route = route_of(network, 2)
+    assert route is not None
+    observed = route.observed(State(values[3], k, None, torch.zeros_like(k)), grad[0].reshape(48, 8, 3, 3), False)
+    start, once = x + 0.02 * moved, replace(routes.ANNEALING, max_steps=1, promising=1.0)
+    right, begun = (routes._Point(route.part, observed, each).hard.slope for each in (x, start))
+    assert 3 <= int((right != begun).any(-1)[observed.known].sum()) <= 60
+    found = routes.find_routes(route.part, observed, Prior((8, 10, 10), 0.0), 1e-10, start, once)
+    assert found.missed < 1e-9
+    assert bool((found.routes == right).all(-1)[observed.known].all())
+    torch.testing.assert_close(found.x, x, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize(

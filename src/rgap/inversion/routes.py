@@ -104,8 +104,8 @@ class Unpooled:
 ANNEALING = Annealing()
 COLDER = Annealing(temperature=1.0)
 """Fewer steps, from a start that is decided sooner."""
-FROM_INPUT = Annealing(max_steps=12, patience=6)
-"""From the network's input, whose neighbouring values are similar: far enough to begin nearer."""
+FROM_INPUT = Annealing(max_steps=6, patience=6, solve_rtol=0.05, solve_steps=40)
+"""From the network's input, whose neighbouring values are similar: far enough to begin nearer, and no further."""
 NEAR = Annealing(temperature=0.3, prior=0.01, patience=30)
 """From a start of a few per cent's error."""
 VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, gradient=False)
@@ -170,11 +170,15 @@ def missed_by(part: Pooled, observed: Observed, x: Float[Tensor, "b ..."]) -> fl
 
 
 def _finish(step: _Decided) -> _Decided:
-    """As far as decided routes lead: each solve is exact where they are right."""
+    """As far as decided routes lead: each solve is exact where they are right, and shows the outputs where they are
+    not."""
+    best = step
     while True:
         tried = _Decided(_Point(step.point.part, step.point.observed, step.solve(None, 0.0)), step.schedule)
-        if not tried.missed < step.missed / 2:
-            return step
+        if tried.missed < best.missed:
+            best = tried
+        if not (tried.missed < step.missed / 2 or tried.point.missed < step.point.missed / 2):
+            return best
         step = tried
 
 
@@ -242,10 +246,9 @@ class _Step:
         self.weight = self.variance / (self.variance + within) * (observed.known | point.exceeds)
         self.wanted = torch.where(self.weight > 0, observed.value - value, 0.0)
 
-    @property
-    def counts(self) -> bool:
-        """Whether gradient rows count."""
-        return self.schedule.gradient
+    def weigher(self) -> Callable[[Tensor], Tensor] | None:
+        """What weighs gradient rows; None if they do not count."""
+        return _Whitening(self) if self.schedule.gradient else None
 
     def decided(self) -> _Decided:
         """The same with each route where z is largest."""
@@ -258,7 +261,7 @@ class _Step:
     def move(self, wanted: Tensor, left: Tensor, prior: Prior | None = None, weight: float = 0.0) -> Tensor:
         """How far the input moves for what value rows want and gradient rows miss."""
         point, front, layer, pool = self.point, self.point.part.front, self.point.part.layer, self.point.part.pool
-        apart = _Whitening(self) if self.counts else None
+        apart = self.weigher()
 
         def back(rows: Tensor, grad: Tensor) -> Tensor:
             k = pool.scatter(self.slope * (self.weight * rows)[..., None]).reshape(self.k.shape)
@@ -290,13 +293,23 @@ class _Step:
 
 
 class _Decided(_Step):
-    """With each route where z is largest, and nothing undecided."""
+    """With each route where z is largest, and nothing undecided.
 
-    counts = True
+    A wrong route spoils the gradient rows of one output. So each output's rows are weighed by what they miss, value
+    rows by what these do: the outputs that are right soon outweigh the others.
+    """
 
     def __init__(self, point: _Point, schedule: Annealing):
         super().__init__(point, 0.0, 0.0, schedule)
         self.missed = max(self.missed, self.gradient_missed)
+        wanted = self.wanted[self.weight > 0]
+        apart = float(wanted.square().mean()) if len(wanted) else 0.0
+        self.variance = apart + (LEAST * point.spread) ** 2
+
+    def weigher(self) -> Callable[[Tensor], Tensor]:
+        size = self.point.observed.grad.square().mean(2, keepdim=True)
+        variance = self.left.square().mean(2, keepdim=True) + LEAST**2 * size + torch.finfo(size.dtype).tiny
+        return lambda grad: grad / variance
 
 
 class _Whitening:
