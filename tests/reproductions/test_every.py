@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from rgap.reproductions.table1 import GREY, Cell, Table1
 from rgap.reproductions.table2 import Table2
 from rgap.reproductions.training import Cell as Learning
 from rgap.reproductions.training import Training
+from rgap.store import Row
 
 
 def full_rank(seed: int) -> nn.Module:
@@ -103,11 +105,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("reproductions")
 
 
-def once(name: str, folder: Path) -> tuple[Reproduction, list[str]]:
-    """The small reproduction, done now or before; the jobs that were run this time."""
+@functools.cache
+def done(name: str, folder: Path) -> bytes:
+    """Run the small reproduction; its JSON."""
+    reproduce(CASES[name].small, Options(count=CASES[name].count), folder / name)
+    return (folder / name / f"{name}.json").read_bytes()
+
+
+@functools.cache
+def done_again(name: str, folder: Path) -> tuple[dict[str, Row], list[str]]:
+    """Run it where it has been run; its rows, which are read, and the jobs that were run this time."""
+    done(name, folder)
     case, ran = CASES[name], list[str]()
-    reproduce(case.small, Options(count=case.count), folder / name, before=lambda key, at, total: ran.append(key))
-    return case.small, ran
+    again = Options(count=case.count)
+    rows = reproduce(case.small, again, folder / name, before=lambda key, at, total: ran.append(key))
+    return rows, ran
 
 
 @every_case
@@ -121,9 +133,8 @@ def test_the_small_one_is_what_the_name_stands_for(name: str) -> None:
 
 @every_case
 def test_it_writes_json_and_a_picture(name: str, folder: Path) -> None:
-    small, _ = once(name, folder)
-    text = (folder / name / f"{name}.json").read_text(encoding="utf-8")
-    written = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    small = CASES[name].small
+    written = json.loads(done(name, folder), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert set(written) == {
         "format", "kind", "reproduction", "data", "count", "counted", "seed", "work", "title", "pictures", "result",
         "remarks", "rows",
@@ -144,9 +155,8 @@ def test_it_writes_json_and_a_picture(name: str, folder: Path) -> None:
 
 @every_case
 def test_what_is_done_is_not_done_again(name: str, folder: Path) -> None:
-    small, _ = once(name, folder)
-    before = (folder / name / f"{name}.json").read_bytes()
-    assert once(name, folder)[1] == []
+    small, before = CASES[name].small, done(name, folder)
+    assert done_again(name, folder)[1] == []
     assert (folder / name / f"{name}.json").read_bytes() == before
     assert len((folder / name / "rows.jsonl").read_text(encoding="utf-8").splitlines()) == len(
         small.jobs(Options(), CASES[name].count)
@@ -155,8 +165,7 @@ def test_what_is_done_is_not_done_again(name: str, folder: Path) -> None:
 
 @every_case
 def test_the_table_stands_beside_the_papers(name: str, folder: Path) -> None:
-    small, _ = once(name, folder)
-    rows = reproduce(small, Options(count=CASES[name].count), folder / name)
+    small, (rows, _) = CASES[name].small, done_again(name, folder)
     out = io.StringIO()
     Console(file=out, width=250).print(small.table(rows))
     assert small.entry.title in out.getvalue()
