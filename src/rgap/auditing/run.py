@@ -33,6 +33,8 @@ CHUNK = 8
 LATE, CUT_OFF = "the time was up", "cut off when the time was up"
 MANY = 32
 """Samples, or local steps, of one update that most attacks cannot take apart."""
+REPORT, MOST = 0.08, 10.0
+"""Share of the budget, and seconds at the most, that are kept for starting, for an attack's end and for the report."""
 QUICK = 10.0
 """Seconds for what is told before any attack."""
 
@@ -119,7 +121,12 @@ class Run:
 
     @property
     def late(self) -> bool:
-        return used() >= 1 or (self.budget is not None and self.seconds > self.budget)
+        return used() >= 1 or self._left <= 0
+
+    @property
+    def _left(self) -> float:
+        """Seconds for attacks and defences: some of the budget is kept for what comes before and after them."""
+        return math.inf if self.budget is None else self.budget - min(self.budget * REPORT, MOST) - self.seconds
 
     def put_off(self, what: str, why: str = LATE) -> None:
         """Note what is left to do."""
@@ -171,7 +178,7 @@ class Run:
 
     def share(self, parts: int) -> float | None:
         """Seconds for the next of so many attacks or defences that are left: what one does not need the others have."""
-        return None if self.budget is None else max(self.budget - self.seconds, 0.0) / parts
+        return None if self.budget is None else max(self._left, 0.0) / parts
 
     @cached_property
     def findings(self) -> tuple[str, ...]:

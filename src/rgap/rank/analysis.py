@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rgap.linalg.deadline import share, within
+from rgap.linalg.threads import one_thread
 from rgap.nn.obstacles import Kind, NotAChain, Obstacle
 from rgap.rank import measured
 from rgap.rank.counts import LargestBatch, LayerRank, Measured, count, largest_batch
@@ -288,6 +289,7 @@ def about(layer: LayerRank) -> str:
     return f"{layer.free}+-{layer.error}" if layer.error else str(layer.free)
 
 
+@one_thread()
 def rank_analysis(
     target: Target,
     sample: Tensor | None = None,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -19,6 +18,7 @@ from rgap.attacks import Attack
 from rgap.attacks.named import by_name
 from rgap.auditing.results import Level, gave_away, judge, span
 from rgap.files import plain
+from rgap.linalg.threads import one_thread
 from rgap.models.named import built_in, own
 from rgap.protocol import Optimiser, Protocol, Sends
 from rgap.reading import load_tensors
@@ -84,7 +84,7 @@ def do(spec: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         NotSupplied: see `supply`.
     """
-    with _ONE, _one_thread():
+    with _ONE, one_thread():
         return plain(_do(spec))
 
 
@@ -174,13 +174,3 @@ def make(name: str, input_shape: tuple[int, ...], seed: int, width: int | None) 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return own(name, seed=seed, **({} if width is None else {"width": width}))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
