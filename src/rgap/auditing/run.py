@@ -19,7 +19,7 @@ from rgap.auditing.observed import Observed, digest
 from rgap.auditing.readout import ReadOut, read_out
 from rgap.auditing.results import AttackRun, Case, Level, Result, from_certificate, judge, span
 from rgap.identity import identity
-from rgap.linalg.deadline import OutOfTime, used, within
+from rgap.linalg.deadline import OutOfTime, used, within, without_report
 from rgap.protocol import Protocol
 from rgap.rank import RankAnalysis, rank_analysis
 from rgap.store import Row, Store
@@ -33,8 +33,6 @@ CHUNK = 8
 LATE, CUT_OFF = "the time was up", "cut off when the time was up"
 MANY = 32
 """Samples, or local steps, of one update that most attacks cannot take apart."""
-REPORT, MOST = 0.08, 10.0
-"""Share of the budget, and seconds at the most, that are kept for starting, for an attack's end and for the report."""
 QUICK = 10.0
 """Seconds for what is told before any attack."""
 
@@ -125,8 +123,8 @@ class Run:
 
     @property
     def _left(self) -> float:
-        """Seconds for attacks and defences: some of the budget is kept for what comes before and after them."""
-        return math.inf if self.budget is None else self.budget - min(self.budget * REPORT, MOST) - self.seconds
+        """Seconds for attacks and defences."""
+        return math.inf if self.budget is None else without_report(self.budget) - self.seconds
 
     def put_off(self, what: str, why: str = LATE) -> None:
         """Note what is left to do."""

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 @options.attack_options("closed")
 @click.option("--before", type=options.PATH, help="Weights before local training; UPDATE then holds those after it.")
 @click.option(
-    "--budget", type=Number(min=0), help="Seconds after which the attack is cut off, with the best that it had by then."
+    "--budget",
+    type=Number(min=0),
+    default=120.0,
+    show_default=True,
+    help="Seconds; an attack that takes longer is cut off, with the best that it had by then.",
 )
 @click.option("--truth", type=options.PATH, help="The client's picture, to score with: the attack never sees it.")
 @click.option("--partial", is_flag=True, help="Accept an update in which parameters are missing.")
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
 def command(
     update: Path,
     before: Path | None,
-    budget: float | None,
+    budget: float,
     truth: Path | None,
     partial: bool,
     out: Path,
@@ -72,7 +76,7 @@ def command(
         sent = read_update(update, target, protocol, target.batch_size, partial=partial)
     else:
         sent = read_pair(before, update, target, protocol, target.batch_size, partial=partial)
-    with status(), deadline.within(budget):
+    with status(), deadline.within(deadline.without_report(budget)):
         found = chosen(target, sent)
     out.mkdir(parents=True, exist_ok=True)
     whole = found.status is Status.EXACT or found.features is not None
@@ -86,6 +90,8 @@ def command(
         click.echo(json.dumps(document))
     else:
         _show(found, scored, told, written)
+        if found.status is Status.CUT_OFF:
+            report().print(f"It was cut off after {budget:g} s: --budget gives it more.")
 
 
 def _score(found: Reconstruction, truth: Tensor, target: Target) -> dict[str, float]:

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+REPORT, MOST = 0.08, 10.0
+"""Share of a budget, and seconds at the most, that are kept for starting, for an attack's end and for the report."""
+
 
 class OutOfTime(Exception):
     """The time was up before there was anything to give back."""
@@ -38,6 +41,11 @@ def within(seconds: float | None) -> Iterator[None]:
         yield
     finally:
         _limit.reset(token)
+
+
+def without_report(budget: float) -> float:
+    """Seconds of a budget for attacks, so that what they found is shown when it is over."""
+    return budget - min(REPORT * budget, MOST)
 
 
 def used() -> float:
