@@ -78,10 +78,11 @@ class BlockValues:
         before: tuple[int, ...] = ()
         while before != (before := (len(self.values), len(self.ks), len(self.slopes), self.mended)):
             for value in reversed(range(len(self.network.nodes))):
-                if value not in self.ks:
-                    self._k(value)
                 if value not in self.values:
                     self._value(value)
+                # Eq. 6 takes the slope at a value, and a layer in front of it takes its k.
+                if value not in self.ks:
+                    self._k(value)
             for node_id in range(len(self.network.nodes)):
                 self._forward(node_id)
 
