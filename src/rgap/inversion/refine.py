@@ -16,8 +16,8 @@ from rgap.linalg import deadline
 from rgap.linalg.least_squares import Iterative
 
 STEPS = 4
-ROUNDINGS = 2.0
-"""An input that misses no more roundings of the gradient is as good as one can be."""
+ROUNDINGS = 6.0
+"""An input of which no layer misses more roundings of the gradient is hardly moved by another solve."""
 FINE = 20.0
 """No layer misses so many roundings on the right sides of all kinks, once the input is that good."""
 SOLVER = Iterative(rtol=1e-3, max_steps=25)
