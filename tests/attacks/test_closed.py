@@ -261,10 +261,18 @@ def of_slopes(slopes: list[float]) -> nn.PReLU:
     return part
 
 
-@pytest.mark.parametrize("slopes", [[0.25], [0.4] * 8, [0.05]])
-def test_prelu_of_one_slope_is_passed(slopes: list[float]) -> None:
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda: of_slopes([0.25]),
+        lambda: of_slopes([0.05] * 8),
+        lambda: of_slopes([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0, 1.5]),
+        lambda: nn.RReLU(),
+    ],
+)
+def test_prelu_and_rrelu_are_passed(part: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    front = (nn.Conv2d(1, 8, 3, 2, 1), of_slopes(slopes), nn.Conv2d(8, 8, 3, 1, 1), of_slopes(slopes))
+    front = (nn.Conv2d(1, 8, 3, 2, 1), part(), nn.Conv2d(8, 8, 3, 1, 1), part())
     target = Target(nn.Sequential(*front, nn.Flatten(), nn.Linear(128, 3)).eval(), losses.CrossEntropy(3), (1, 8, 8))
     x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     found = Recursive()(target, capture(target, x, torch.tensor([1.0])))
@@ -272,9 +280,21 @@ def test_prelu_of_one_slope_is_passed(slopes: list[float]) -> None:
     torch.testing.assert_close(found.inputs.float(), x, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("slopes", [[0.1, 0.2, 0.3, 0.4], [-0.2], [0.0]])
-def test_prelu_of_several_slopes_is_no_leaky_relu(slopes: list[float]) -> None:
-    """It is followed all the same, as torch computes it."""
+def test_prelu_is_passed_with_layers_solved_jointly() -> None:
+    torch.manual_seed(0)
+    front = (nn.Conv2d(1, 6, 3, 2, 1), of_slopes([0.2, 0.3, 0.4, 0.5, 0.6, 0.7]), nn.Conv2d(6, 2, 3, 2, 1))
+    behind = (of_slopes([0.2, 0.3]), nn.Flatten(), nn.Linear(8, 3))
+    target = Target(nn.Sequential(*front, *behind).eval(), losses.CrossEntropy(3), (1, 8, 8))
+    x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = Closed()(target, capture(target, x, torch.tensor([1.0])))
+    assert found.status is Status.EXACT
+    assert found.answers[0].joint is not None
+    torch.testing.assert_close(found.inputs.float(), x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("slopes", [[0.1, 0.2, 0.3, 0.4], [-0.2], [0.0], [0.1, -0.2, 0.3, 0.4]])
+def test_prelu_computes_what_torch_does(slopes: list[float]) -> None:
+    """With slopes that keep no order too, which no closed form passes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), of_slopes(slopes), nn.Linear(4, 3)).eval()
     target, x = Target(model, losses.CrossEntropy(3), (6,)), torch.randn(5, 6)

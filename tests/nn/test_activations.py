@@ -23,6 +23,7 @@ from rgap.nn.activations import (
     LeakyReLU,
     Mish,
     NonMonotone,
+    PReLU,
     ReLU,
     Sigmoid,
     SiLU,
@@ -213,6 +214,19 @@ def test_relu_takes_outputs_within_the_error_for_zero() -> None:
     assert torch.equal(found.weight, active)
     assert torch.equal(found.slope, active)
     assert torch.equal(found.z, x * active)
+
+
+def test_prelu_has_a_slope_for_each_channel() -> None:
+    z = torch.linspace(-2, 2, 48, dtype=torch.float64).reshape(2, 3, 4, 2).requires_grad_()
+    slopes = torch.tensor([0.1, 1.0, 2.0], dtype=torch.float64)
+    ours, theirs = PReLU(slopes), functional.prelu(z, slopes)
+    (slope,) = torch.autograd.grad(theirs.sum(), z)
+    found = ours.invert(theirs.detach(), EXACT)
+    torch.testing.assert_close(ours(z), theirs)
+    torch.testing.assert_close(ours.slope(z), slope)
+    torch.testing.assert_close(found.z, z.detach())
+    torch.testing.assert_close(found.slope, slope)
+    torch.testing.assert_close(ours.other_side(slope), ours.slope(-z))
 
 
 def test_equal_activations_are_equal() -> None:

@@ -333,6 +333,7 @@ ACTIVATIONS: dict[str, tuple[nn.Module | Callable[[Tensor], Tensor], Activation]
     "LeakyReLU(0)": (nn.LeakyReLU(0.0), ReLU()),
     "LeakyReLU in place": (nn.LeakyReLU(0.3, inplace=True), LeakyReLU(0.3)),
     "leaky_relu": (lambda z: functional.leaky_relu(z, 0.3), LeakyReLU(0.3)),
+    "RReLU": (nn.RReLU(0.2, 0.4).eval(), LeakyReLU((0.2 + 0.4) / 2)),
     "ReLU": (nn.ReLU(), ReLU()),
     "ReLU in place": (nn.ReLU(inplace=True), ReLU()),
     "relu": (torch.relu, ReLU()),
@@ -362,10 +363,10 @@ def test_an_activation_is_recognised(row: str) -> None:
 
 
 def test_every_activation_of_the_table_has_a_row() -> None:
+    names = ("negative_slope", "beta", "threshold", "alpha", "scale", "lower", "upper")
+    settings = dict(zip(names, (0.1, 1, 20, 1, 1, 0.1, 0.3), strict=True))
     assert {type(activation) for _, activation in ACTIVATIONS.values()} >= {
-        type(make({"negative_slope": 0.1, "beta": 1, "threshold": 20, "alpha": 1, "scale": 1}))
-        for name, make in KNOWN_ACTIVATIONS.items()
-        if not known(name)
+        type(make(settings)) for name, make in KNOWN_ACTIVATIONS.items() if not known(name)
     }
 
 
@@ -438,7 +439,7 @@ OBSTACLES: dict[str, Row] = {
     "softmax": Row(nn.Softmax(1), "softmax", Kind.SETTING, RAW),
     "log_softmax": Row(nn.LogSoftmax(1), "log_softmax", Kind.SETTING, RAW),
     "abs": Row(torch.abs, "abs", Kind.NEVER, "loses the sign of every value"),
-    "prelu": Row(nn.PReLU(), "prelu", Kind.PASSED, "one slope"),
+    "prelu": Row(nn.PReLU(), "prelu", Kind.PASSED, "positive"),
     "square": Row(torch.square, "square", Kind.NEVER, "loses the sign of every value"),
     "pow": Row(lambda z: z**2, "pow", Kind.NEVER, "may lose the sign of every value"),
     "sign": Row(torch.sign, "sign", Kind.NEVER, "keeps nothing but signs, and its gradient is zero"),

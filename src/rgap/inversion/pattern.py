@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rgap.nn.activations import LeakyReLU, ReLU
+from rgap.nn.activations import LeakyReLU, PReLU, ReLU
 from rgap.nn.ops import Linear
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _nearest_units(system: ConstraintSystem, at: Linearisation) -> list[tuple[in
     """Units of kinked activations, the nearest to their kink first, measured by the spread of their layer."""
     near: list[tuple[float, int, int]] = []
     for node, activation in system.network.activations:
-        if isinstance(activation, (LeakyReLU, ReLU)):
+        if isinstance(activation, (LeakyReLU, PReLU, ReLU)):
             z = at.values[system.network.nodes[node].reads[0]]
             distance = (z / z.square().mean().sqrt()).abs().reshape(-1)
             found, index = distance.topk(min(TRIED, len(distance)), largest=False)

@@ -135,6 +135,31 @@ class LeakyReLU(Activation):
         return f"leaky_relu({self.negative_slope:g})"
 
 
+@dataclass(frozen=True, eq=False)
+class PReLU(Activation):
+    """f(z) = z for z > 0, slope * z otherwise, with a positive slope for each channel of z."""
+
+    negative_slopes: Float[Tensor, " channels"]
+    homogeneous = True
+    kinked = True
+
+    def _of(self, z: Float[Tensor, "s channels ..."]) -> Tensor:
+        """The slope below zero of each value."""
+        return self.negative_slopes.to(z).reshape(-1, *[1] * (z.dim() - 2)).expand(z.shape)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return torch.where(z > 0, z, self._of(z) * z)
+
+    def slope(self, z: Tensor) -> Tensor:
+        return torch.where(z > 0, torch.ones_like(z), self._of(z))
+
+    def other_side(self, slope: Tensor) -> Tensor:
+        return torch.where(slope == 1, self._of(slope), torch.ones_like(slope))
+
+    def invert(self, x: Tensor, error: Tensor) -> Inverse:
+        return Inverse(torch.where(x > 0, x, x / self._of(x)), self.slope(x), None)
+
+
 @dataclass(frozen=True)
 class ReLU(Activation):
     """f(z) = max(z, 0). An output of 0 tells only that z <= 0: its weight row is dropped."""
@@ -375,6 +400,7 @@ SELU = ELU(alpha=1.6732632423543772848170429916717, scale=1.05070098735548049341
 
 ACTIVATIONS: dict[str, Callable[[dict[str, Any]], Activation]] = {
     "leaky_relu": lambda a: LeakyReLU(float(a["negative_slope"])) if a["negative_slope"] else ReLU(),
+    "rrelu": lambda a: LeakyReLU((float(a["lower"]) + float(a["upper"])) / 2),  # in training mode it draws
     "relu": lambda a: ReLU(),
     "sigmoid": lambda a: Sigmoid(),
     "tanh": lambda a: Tanh(),

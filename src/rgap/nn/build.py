@@ -13,7 +13,7 @@ from torch.fx import Node as Traced
 from torch.fx.node import map_arg
 
 from rgap.nn import calls
-from rgap.nn.activations import Activation, LeakyReLU
+from rgap.nn.activations import Activation, LeakyReLU, PReLU
 from rgap.nn.batch_norm import BatchNorm, BatchStatistics
 from rgap.nn.export import Exported
 from rgap.nn.graph import Use
@@ -180,9 +180,9 @@ class _Build:
         if node in self.exported.with_gradient and node in self.program.activations:
             return [Elementwise(where, self.program.activations[node])]
         if node in self.exported.with_gradient and name == "prelu":
-            slope = self.one_slope(arguments["weight"])
-            if slope is not None:
-                return [Elementwise(where, LeakyReLU(slope))]
+            leaky = self.leaky(arguments["weight"])
+            if leaky is not None:
+                return [Elementwise(where, leaky)]
         if node in self.exported.with_gradient and name in _GATHERS and len(data) == 1:
             gathered = self.gathered(node, where, data[0])
             if gathered:
@@ -216,13 +216,13 @@ class _Build:
                 return [Concat(where, dim - 1)]
         return [self.other(node, where, name, arguments, data)]
 
-    def one_slope(self, weight: Traced) -> float | None:
-        """Of a PReLU, the slope that all its channels have; None if they have several, or one that keeps no order."""
+    def leaky(self, weight: Traced) -> Activation | None:
+        """A PReLU with these slopes; None if one of them keeps no order."""
         slopes = self.known.get(weight)
-        if not isinstance(slopes, Tensor) or not slopes.numel() or bool((slopes != slopes.flatten()[0]).any()):
+        if not isinstance(slopes, Tensor) or not slopes.numel() or not bool((slopes > 0).all()):
             return None
-        slope = float(slopes.flatten()[0])
-        return slope if slope > 0 else None
+        slopes = slopes.detach().flatten()
+        return LeakyReLU(float(slopes[0])) if bool((slopes == slopes[0]).all()) else PReLU(slopes)
 
     def other(self, node: Traced, where: str, name: str, arguments: dict[str, Any], data: list[Traced]) -> Other:
         """What no closed form passes."""

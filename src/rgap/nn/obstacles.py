@@ -58,7 +58,7 @@ KNOWN: dict[str, tuple[Kind, str]] = {
     **dict.fromkeys(FOLLOWED, PASSED),
     **{f"{adaptive}max_pool{n}d": ROUTES for adaptive in ("", "adaptive_") for n in (1, 2, 3)},
     **{f"{adaptive}avg_pool{n}d": MEANS for adaptive in ("", "adaptive_") for n in (1, 2, 3)},
-    "prelu": (Kind.PASSED, "where all its channels have one slope, and it is positive"),
+    "prelu": (Kind.PASSED, "where all its slopes are positive"),
     "mean": (Kind.NOT_YET, "replace it by a flatten and a Linear layer"),
     "clamp": (Kind.NEVER, "clamps values away"),
     "softmax": (Kind.SETTING, "give the loss the raw outputs"),

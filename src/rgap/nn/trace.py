@@ -98,6 +98,7 @@ class _Walk:
         name = operation(node)
         bare = name.removesuffix("_")
         arguments = arguments_of(node)
+        active = bare in ACTIVATIONS and not arguments.get("training")
         self.source[node] = _Source(mixed=True)
         if len(data) > 1:
             self.unknown(node, bare, len(data))
@@ -109,11 +110,11 @@ class _Walk:
             self.norm(node, name, data[0], arguments)
         elif name in LAYERS:
             self.layer(node, name, data[0], LAYERS[name](node, arguments))
-        elif bare in ACTIVATIONS and not obstacles.known(bare):
+        elif active and not obstacles.known(bare):
             self.activate(node, data[0], ACTIVATIONS[bare](arguments))
         elif name != "getitem":  # takes a value out of what another operation returned, and that one is no chain's
             self.unknown(node, bare, len(data))
-            if bare in ACTIVATIONS:
+            if active:
                 self.activations[node] = ACTIVATIONS[bare](arguments)
 
     def unknown(self, node: Node, name: str, inputs: int) -> None:
