@@ -142,8 +142,9 @@ def test_what_all_rows_leave_free_is_counted_by_a_factor() -> None:
     drawn = Closed(solver="iterative", joint=JointSolve(few, counted=0))(target, update)
     joints = [found.answers[0].joint for found in (exact, counted, drawn)]
     ranks = [joint.rank for joint in joints if joint is not None]
-    assert ranks[0] == ranks[1] < 144
-    assert ranks[2] < 144
+    # Not the same inputs: a unit on its other side is a row or two more.
+    assert abs(ranks[0] - ranks[1]) <= 2
+    assert max(ranks) < 144
     assert {found.status for found in (exact, counted, drawn)} == {Status.RANK_DEFICIENT}
 
 
