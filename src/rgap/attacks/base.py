@@ -6,7 +6,6 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
@@ -15,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.attacks.result import Outcome, Reconstruction, Status
+from rgap.attacks.threads import threads
 from rgap.checks import Preflight, preflight
 from rgap.linalg.deadline import OutOfTime
-from rgap.linalg.threads import one_thread
 from rgap.printable import listed
 from rgap.target import Target
 from rgap.update import Update, UpdateError
@@ -73,7 +72,7 @@ class Attack(ABC):
                     f"{self.name} needs the gradients of all parameters, and the update is missing {listed(missing)}; "
                     "expected all, or an attack that takes a part of them: bias, or one by optimisation"
                 )
-        with self.threads(target):
+        with threads(target):
             return self._many(target, updates)
 
     def _many(self, target: Target, updates: Sequence[Update]) -> tuple[Reconstruction, ...]:
@@ -110,10 +109,6 @@ class Attack(ABC):
                 )
             )
         return tuple(found)
-
-    def threads(self, target: Target) -> AbstractContextManager[None]:
-        """On how many threads it runs: one, whatever torch is set to, unless it says otherwise."""
-        return one_thread()
 
     def follow_steps(self, target: Target, update: Update) -> Outcome | None:
         """What the attack finds in an update as it was sent, by following the client's local steps one by one. Where

@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -27,8 +26,8 @@ from rgap.attacks.search import INNER, STEPS, Found, Search
 from rgap.attacks.simulate import LocalSteps
 from rgap.attacks.slopes import slopes
 from rgap.attacks.start import Near, Start, Uniform
+from rgap.attacks.threads import threads
 from rgap.linalg import deadline
-from rgap.linalg.threads import one_thread
 from rgap.target import GradientFunction, Target
 from rgap.update import Update
 
@@ -38,8 +37,6 @@ AT_ONCE = 1.0
 """Seconds of one step above which what several systems take together is not tried but multiplied."""
 ENDING = 0.2
 """Of the time that is left, what is kept for the end."""
-LARGE = 10**9
-"""Multiplications of one pass over the model from which several threads are worth their waiting for each other."""
 MANY = 256
 """Samples of one update that an audit still has sought together; the largest batches that were published are of 100."""
 
@@ -126,9 +123,6 @@ class Matching(BatchAttack):
             return f"torch cannot differentiate this model twice: {str(error).strip().splitlines()[0]}"
         return None
 
-    def threads(self, target: Target) -> AbstractContextManager[None]:
-        return nullcontext() if _multiplications(target) >= LARGE else one_thread()
-
     def _step(self, target: Target, systems: int) -> float:
         """Seconds of one evaluation of so many systems."""
         like, labels = torch.zeros((), dtype=self.dtype, device=target.device), len(target.loss.labels) or 1
@@ -142,7 +136,7 @@ class Matching(BatchAttack):
             return size
 
         step = slopes(target, self.dtype, size_of, (), systems)
-        with self.threads(target):
+        with threads(target):
             start = time.perf_counter()
             step(like.new_zeros(systems, target.batch_size * math.prod(target.input_shape)))
             return time.perf_counter() - start
@@ -212,12 +206,6 @@ class Matching(BatchAttack):
             return found
         note = "L-BFGS and Gauss-Newton steps in float64, without any prior, end the search"
         return replace(found, inputs=[moved, *found.inputs[1:]], assumptions=(*found.assumptions, note))
-
-
-def _multiplications(target: Target) -> int:
-    """Of one pass of a batch over the model's layers; of those alone that could be traced."""
-    weights = ((use.outputs, target.parameters.get(use.weight_name or "")) for use in target.graph.uses)
-    return target.batch_size * sum(outputs * weight[0].numel() for outputs, weight in weights if weight is not None)
 
 
 def _outcome(value_range: tuple[float, float] | None, tolerance: float, found: Found, residual_of: Residual) -> Outcome:
