@@ -137,8 +137,8 @@ def same(one: Reconstruction, other: Reconstruction, tolerance: float = 0.0) -> 
     for a, b in zip(one.answers, other.answers, strict=True):
         torch.testing.assert_close(a.inputs, b.inputs, rtol=tolerance, atol=tolerance)
         assert torch.equal(a.labels, b.labels)
-        # The stated error grows with the misfit, which the last bits of an answer move.
-        assert a.error == pytest.approx(b.error, rel=100 * tolerance, nan_ok=True)
+        # The stated error grows with the misfit, which of a float64 gradient is the last bits of an answer.
+        assert a.error == pytest.approx(b.error, rel=0.5 if tolerance else 0.0, nan_ok=True)
 
 
 def certified(found: Reconstruction, target: Target, update: Update) -> None:

@@ -8,8 +8,9 @@ from rgap.linalg.threads import one_thread
 from rgap.target import Target
 
 LARGE = 50_000_000
-"""Multiplications of a layer, on average, from which several threads are worth their waiting for each other. One picture
-takes 3e7 in ResNet-18 on CIFAR-10, which two threads made slower, and 1e8 in three convolutions on 224 x 224."""
+"""Multiplications of a layer, on average, from which several threads are worth their waiting for each other. One
+picture takes 3e7 in ResNet-18 on CIFAR-10, which two threads made slower, and 1e8 in three convolutions on 224 x
+224."""
 
 
 def threads(target: Target) -> AbstractContextManager[None]:
