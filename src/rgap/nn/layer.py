@@ -67,38 +67,38 @@ class Layer:
     samples: int = 1
     """That each system has side by side, with a sum over all of them in its gradient."""
 
-    @property
+    @cached_property
     def groups(self) -> int:
         return self.weight.shape[0]
 
-    @property
+    @cached_property
     def outputs(self) -> int:
         return self.weight.shape[0] * self.weight.shape[1]
 
-    @property
+    @cached_property
     def offsets(self) -> int:
         return self.table.shape[0]
 
-    @property
+    @cached_property
     def positions(self) -> int:
         return self.table.shape[1]
 
-    @property
+    @cached_property
     def unknowns(self) -> int:
         """|x|: the number of values in one input."""
         return self.channels * self.pixels
 
-    @property
+    @cached_property
     def weight_rows(self) -> int:
         """|z|: the number of weight constraints."""
         return self.outputs * self.positions
 
-    @property
+    @cached_property
     def gradient_rows(self) -> int:
         """|W|: the number of gradient constraints."""
         return self.weight.numel()
 
-    @property
+    @cached_property
     def seen(self) -> int:
         """The number of input values that at least one kernel position reads."""
         return self.channels * int((torch.unique(self.table) < self.pixels).sum())

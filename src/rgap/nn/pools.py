@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -38,11 +39,11 @@ class Pool(Op):
         """The same pool with its tables on another device."""
         return replace(self, windows=self.windows.to(device))
 
-    @property
+    @cached_property
     def channels(self) -> int:
         return math.prod(self.output_shape) // len(self.windows)
 
-    @property
+    @cached_property
     def positions(self) -> int:
         """Values of one channel, n."""
         return math.prod(self.input_shape) // self.channels
