@@ -266,7 +266,11 @@ def _nullity(matrix: Float[Tensor, "m m"]) -> int:
     shifted.diagonal().sub_(_rounding(matrix))
     if int(torch.linalg.cholesky_ex(shifted)[1]) == 0:
         return 0  # definite though shifted: no eigenvalue is as small as the shift
-    return int((torch.linalg.eigvalsh(matrix) <= _rounding(matrix)).sum())
+    # As many are below the shift as the shifted matrix has negative ones, and so D of L D L' (Sylvester): it takes a
+    # fifth of the time of the eigenvalues themselves. Of its blocks of two each has one that is negative.
+    factors, pivots = torch.linalg.ldl_factor(shifted)
+    paired = pivots < 0
+    return int((factors.diagonal()[~paired] <= 0).sum()) + int(paired.sum()) // 2
 
 
 def _null(matrix: Float[Tensor, "m m"]) -> Float[Tensor, "m f"]:
@@ -278,8 +282,14 @@ def _null(matrix: Float[Tensor, "m m"]) -> Float[Tensor, "m f"]:
         shifted = matrix.clone()
         shifted.diagonal().add_(2 * shift)
         lower = torch.linalg.cholesky(shifted)
+        settled = False
         for _ in range(INVERSE_ITERATIONS):
-            basis = torch.linalg.qr(psd.cholesky_solve(basis, lower))[0]
+            basis, grown = torch.linalg.qr(psd.cholesky_solve(basis, lower))
+            if settled:
+                break
+            # What the shifted matrix makes of the directions is the inverse of how they have grown. Where that is what
+            # it makes of a null space, one more iteration leaves nothing else in them.
+            settled = float(torch.linalg.matrix_norm(torch.linalg.inv_ex(grown)[0], 2)) <= 3 * shift
     return basis
 
 
