@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rgap import Target, Update, capture, data, losses, models, score
 from rgap.attacks import IDLG, Answer, Polish, Reconstruction, Recursive, Status
 from rgap.attacks.base import gradient_residual, residual_tolerance
-from rgap.attacks.polish import _move, _residual
+from rgap.attacks.polish import _linear, _move, _residual
 from rgap.checks import preflight
 
 # torch's forward mode compiles formulas of its own when first used.
@@ -228,3 +228,22 @@ def test_the_residual_is_in_units_of_each_entrys_rounding() -> None:
             entries.append((one - other) / (abs(other) + 0.1 * largest))
     expected = torch.tensor(entries, dtype=torch.float64) / len(entries) ** 0.5
     torch.testing.assert_close(_residual(target, update, answer)(inputs.reshape(-1)), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_products_are_those_of_the_matrix_of_derivatives() -> None:
+    target, x, update = smooth()
+    residual = _residual(target, update, Answer(x, torch.tensor([1.0]), math.nan, 0.0, math.nan))
+    at = (x + 0.1 * noise(x)).reshape(-1)
+    J = torch.autograd.functional.jacobian(residual, at)
+    along, here, back = _linear(residual, at)
+    v, u = noise(at, 1), noise(here, 2)
+    assert torch.equal(here, residual(at))
+    torch.testing.assert_close(along(v), J @ v)
+    torch.testing.assert_close(back(u), J.mT @ u)
+
+
+def test_where_nothing_hangs_on_the_input_no_product_moves() -> None:
+    along, here, back = _linear(lambda x: torch.ones(3, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+    assert here.tolist() == [1, 1, 1]
+    assert along(torch.ones(2, dtype=torch.float64)).tolist() == [0, 0, 0]
+    assert back(torch.ones(3, dtype=torch.float64)).tolist() == [0, 0]

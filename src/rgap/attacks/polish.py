@@ -29,8 +29,8 @@ class Polish(Attack):
     """Levenberg and Marquardt's steps from another attack's answer, its label taken for right.
 
     The residual is the difference of the two gradients, each entry in units of its own rounding. A step solves
-    min |J d + r|^2 + (damping |d|)^2 without forming J: forward mode gives J v, reverse mode J' u (LSMR, Fong and
-    Saunders 2011). An answer that no step improves is given back as it was.
+    min |J d + r|^2 + (damping |d|)^2 without forming J: reverse mode gives J' u, and its derivative by u
+    gives J v (LSMR, Fong and Saunders 2011). An answer that no step improves is given back as it was.
 
     Args:
         start: an attack, or what one found for the same update.
@@ -109,30 +109,47 @@ def improve(
 def _move(residual: Callable[[Tensor], Tensor], x: Tensor, damping: float, inner: int) -> tuple[Tensor, float]:
     """One damped step, and its length; damping is relative to the size of J, which is formed where it has no more
     columns than `inner`."""
-    here, back = torch.func.vjp(residual, x)[:2]
+    along, here, back = _linear(residual, x)
     # |J' r| / |r| tells the size of J where it matters.
-    size = float(back(here)[0].norm() / here.norm().clamp(min=1e-300))
+    size = float(back(here).norm() / here.norm().clamp(min=1e-300))
     if len(x) <= inner:
         J = torch.func.jacfwd(residual)(x)
         ridge = damping * size * torch.eye(len(x), dtype=x.dtype, device=x.device)
-        below = torch.cat([here.detach(), torch.zeros_like(x)])
+        below = torch.cat([here, torch.zeros_like(x)])
         step: Tensor = -torch.linalg.lstsq(torch.cat([J, ridge]), below[:, None]).solution[:, 0]
         return step, float(step.norm())
 
-    def forward(v: NDArray[np.float64]) -> NDArray[np.float64]:
-        deadline.check()
-        direction = torch.from_numpy(np.ascontiguousarray(v.reshape(-1))).to(x)
-        slope: Tensor = torch.func.jvp(residual, (x,), (direction,))[1]
-        return slope.cpu().numpy()
+    def product(of: Callable[[Tensor], Tensor]) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+        def numbers(v: NDArray[np.float64]) -> NDArray[np.float64]:
+            deadline.check()
+            return of(torch.from_numpy(np.ascontiguousarray(v.reshape(-1))).to(x)).cpu().numpy()
 
-    def reverse(u: NDArray[np.float64]) -> NDArray[np.float64]:
-        pulled: Tensor = back(torch.from_numpy(np.ascontiguousarray(u.reshape(-1))).to(x))[0]
-        return pulled.cpu().numpy()
+        return numbers
 
-    operator = LinearOperator((len(here), len(x)), matvec=forward, rmatvec=reverse, dtype=np.float64)
-    found = lsmr(operator, -here.detach().cpu().numpy(), damp=damping * size, maxiter=inner, atol=0, btol=0)
+    operator = LinearOperator((len(here), len(x)), matvec=product(along), rmatvec=product(back), dtype=np.float64)
+    found = lsmr(operator, -here.cpu().numpy(), damp=damping * size, maxiter=inner, atol=0, btol=0)
     move: Tensor = torch.from_numpy(found[0]).to(x)
     return move, float(move.norm())
+
+
+def _linear(
+    residual: Callable[[Tensor], Tensor], x: Tensor
+) -> tuple[Callable[[Tensor], Tensor], Tensor, Callable[[Tensor], Tensor]]:
+    """J v, the residual, and J' u. J v is the derivative of J' u by u, whose graph is the same for every v; forward
+    mode would compute the residual anew for each."""
+    x = x.detach().requires_grad_()
+    here = residual(x) + 0.0 * x.sum()  # also where nothing hangs on x
+
+    def back(u: Tensor) -> Tensor:
+        return torch.autograd.grad(here, x, u, retain_graph=True)[0]
+
+    zero = torch.zeros_like(here, requires_grad=True)
+    pulled = torch.autograd.grad(here, x, zero, create_graph=True)[0]
+
+    def along(v: Tensor) -> Tensor:
+        return torch.autograd.grad(pulled, zero, v, retain_graph=True)[0]
+
+    return along, here.detach(), back
 
 
 def _residual(target: Target, update: Update, answer: Answer) -> Callable[[Tensor], Tensor]:
