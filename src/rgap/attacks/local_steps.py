@@ -88,14 +88,14 @@ def _together(target: Target, update: Update, client: Client, plan: Plan, differ
             found = meet(client, plan, difference, x, label, order, prior, UNEXPLAINED, report=report)
         except (RuntimeError, ValueError, IndexError, TypeError):  # torch does not differentiate what the model does
             return None
-        if difference.misfit(found.walk) <= EXPLAINED:
+        if found.misfit <= EXPLAINED:
             met.append((found, label))
     if not met:
         return None
     found, labels = met[0]
-    misfit, missed = difference.misfit(found.walk), difference.missed(found.walk)
-    error = labels.new_full((1,), found.std * max(1.0, misfit))
-    return Recovered(found.x, labels, error, order, misfit, missed, len(met) == 1, 1)
+    missed = difference.missed(found.walk)
+    error = labels.new_full((1,), found.std * max(1.0, found.misfit))
+    return Recovered(found.x, labels, error, order, found.misfit, missed, len(met) == 1, 1)
 
 
 def client_of(target: Target) -> Client:

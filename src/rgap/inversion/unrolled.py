@@ -101,6 +101,8 @@ class Met:
     x: Float[Tensor, "n ..."]
     walk: Walk
     """Their steps."""
+    misfit: float
+    """Of these steps (`Difference.misfit`), each value in units of its own rounding."""
     operator: Unrolled
 
     @property
@@ -129,31 +131,37 @@ def meet(
 
     Args:
         x: where to begin; the middle of the value range will do.
-        enough: a misfit (`Difference.misfit`) from which on the steps are those at the end.
+        enough: a misfit (`Met.misfit`) from which on the steps are those at the end.
     """
     steps = softening.soft + softening.sharp
-    sharp = _made(client, plan, difference, labels, order)
-    best, least, step, trail = x, torch.inf, 0, list[float]()
+    walk = Walk(client, plan).all(x, labels, order)
+    best, least, step, trail = (x, walk), torch.inf, 0, list[float]()
     while step < steps:
         last = step >= softening.soft
         soft = client if last else _softened(client, softening.width * softening.narrows**step)
-        operator = Unrolled(_made(soft, plan, difference, labels, order), x)
+        units = difference.along(walk) if last else difference
+        if last and trail:  # what was the nearest may not be in the finer units
+            (best, least), trail = ((x, walk), units.misfit(walk)), []
+        operator = Unrolled(_made(soft, plan, units, labels, order), x)
         weight = softening.weight * softening.fades**step
         move = DIRECT.step(operator, operator.missed[None], x, Regulariser(prior, prior.centre, weight, last)) - x
         points = [x + move * 0.5**halving for halving in range(HALVINGS)]
         size = float(operator.missed.norm())
         x = next((each for each in points if float(operator.made(each).norm()) < size), points[-1])
-        misfit = difference.misfit(Walk(client, plan).all(x, labels, order))
+        walk = Walk(client, plan).all(x, labels, order)
+        misfit = (difference.along(walk) if last else difference).misfit(walk)
         report(step + 1, misfit)
         if misfit < least:
-            best, least = x, misfit
+            best, least = (x, walk), misfit
         elif last:
             break
         trail.append(misfit)
         if not last and len(trail) > softening.patience and misfit > trail[-1 - softening.patience] / 2:
             break
         step = max(step + 1, softening.soft) if misfit <= enough else step + 1
-    return Met(best, Walk(client, plan).all(best, labels, order), Unrolled(sharp, best))
+    x, walk = best
+    units = difference.along(walk)
+    return Met(x, walk, units.misfit(walk), Unrolled(_made(client, plan, units, labels, order), x))
 
 
 def _softened(client: Client, width: float) -> Client:
@@ -201,7 +209,7 @@ def _made(
 
     def made(x: Tensor) -> Float[Tensor, " rows"]:
         end = Walk(smooth, plan).all(x, labels, order).end
-        parts = ((end[name] - d) / difference.noise[name] for name, d in sent.items())
+        parts = ((end[name] - d) / difference.units(name) for name, d in sent.items())
         return torch.cat([each.flatten() for each in parts])
 
     return made

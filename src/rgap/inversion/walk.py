@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.inversion.weight_rounding import rounded_by
 from rgap.nn.losses import Loss
 from rgap.nn.network import Network
 
@@ -95,6 +96,11 @@ class Walk:
         of = self.plan.expansion[self.step]
         return {name: w + self.moved(of, name) for name, w in self.client.weights.items()}
 
+    @property
+    def trail(self) -> list[dict[str, Tensor]]:
+        """The weights before each step so far, and behind the last."""
+        return [replace(self, gradients=self.gradients[:step]).weights for step in range(self.step + 1)]
+
     def left(self, difference: Weights) -> dict[str, Tensor]:
         """What the steps so far leave of the whole difference, in units of the next step's gradient."""
         end = self.plan.expansion[-1]
@@ -136,6 +142,11 @@ class Difference:
 
     sent: Weights
     noise: Mapping[str, float]
+    """Root mean square over a parameter's values."""
+    eps: float
+    own: float
+    each: Weights = field(default_factory=dict)
+    """Each value's own, where the steps are known; see `along`."""
 
     @classmethod
     def of(cls, sent: Weights, weights: Weights, eps: float, own: float, steps: int) -> Difference:
@@ -146,19 +157,36 @@ class Difference:
             own: relative rounding of what was sent.
         """
         noise = {}
+        everything = math.sqrt(sum(float(d.square().sum()) for d in sent.values()))
         for name, d in sent.items():
             moved = float(d.square().mean().sqrt())
             size = float(weights[name].square().mean().sqrt()) + moved
-            noise[name] = ROUNDED * ((eps * size) ** 2 * steps + (own * moved) ** 2) ** 0.5
-        return cls(sent, noise)
+            # Zeros that did not move: of what cancelled to nothing the whole difference is more than the terms' size.
+            least = 0.0 if size else own * everything
+            noise[name] = ROUNDED * ((eps * size) ** 2 * steps + (own * moved) ** 2 + least**2) ** 0.5
+        return cls(sent, noise, eps, own)
+
+    def along(self, walk: Walk) -> Difference:
+        """The same with each value's own rounding, as the steps of a walk have it: the larger a weight, the coarser."""
+        each = rounded_by(walk.trail, self.sent, self.eps, self.own)
+        return replace(
+            self, each={name: std for name, std in each.items() if self.noise[name] and bool((std > 0).all())}
+        )
+
+    def units(self, name: str) -> float | Tensor:
+        """In which a parameter's values are told apart."""
+        return self.each.get(name, self.noise[name])
 
     def misfit(self, walk: Walk) -> float:
         """By how many roundings the steps of a walk miss what was sent, in the parameter that agrees least."""
         found, worst = walk.end, 0.0
         for name, d in self.sent.items():
-            wrong = float((found[name] - d).square().mean().sqrt())
-            worst = max(worst, wrong / self.noise[name] if wrong else 0.0)
-        return worst if worst == worst else torch.inf
+            wrong, noise = found[name] - d, self.units(name)
+            if bool(wrong.any()):
+                worst = max(worst, float((wrong / noise).square().mean().sqrt()) if self.noise[name] else math.inf)
+            if worst != worst:
+                return math.inf
+        return worst
 
     def missed(self, walk: Walk) -> float:
         """The norm of what the steps of a walk leave of it."""
