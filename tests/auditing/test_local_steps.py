@@ -92,10 +92,10 @@ def test_buffers_that_moved_are_a_part_of_the_leak(pool: bool) -> None:
 
 
 def test_an_audit_names_bounds_and_buffers_and_claims_no_labels_of_several_steps() -> None:
-    target = make_target(40, pool=True)
+    target = make_target(24, pool=True)
     found = audit_updates(target, {"one": sent(target, minibatch=8, buffers=True)}, attacks=[])
     text = str(found)
-    assert "40 samples x 1 epochs = 40 against the width 20 of " in text
+    assert "24 samples x 1 epochs = 24 against the width 20 of " in text
     assert "3 buffers were sent that have moved" in text
     assert found.read is not None
     assert found.read.labels == 0

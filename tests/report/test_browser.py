@@ -5,11 +5,13 @@ Needs Chromium (Debian's package `chromium`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -91,8 +93,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Opened:
     """A page in a window, and what happened as it was opened."""
 
-    def __init__(self, browser: Browser, url: str, width: int = 1100, scheme: str = "light") -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)  # type: ignore[arg-type]
+    def __init__(self, browser: Browser, url: str, width: int = 1100) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 800})
         self.page: Page = self.context.new_page()
         self.messages: list[str] = []
         self.requests: list[str] = []
@@ -109,6 +111,28 @@ class Opened:
         self.context.close()
 
 
+Show = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def show(browser: Browser, folder: Path) -> Iterator[Show]:
+    """Gives the page of a report in a window of some width, with its details closed. Each is opened once: nothing in it
+    runs, so that it is at any width what it would be had it been opened there."""
+    with contextlib.ExitStack() as stack:
+        pages: dict[str, Page] = {}
+
+        def at(title: str, width: int = 1100, scheme: Literal["light", "dark"] = "light") -> Page:
+            if title not in pages:
+                pages[title] = stack.enter_context(Opened(browser, (folder / f"{title}.html").as_uri())).page
+            page = pages[title]
+            page.set_viewport_size({"width": width, "height": 800})
+            page.emulate_media(media="screen", color_scheme=scheme)
+            page.evaluate("document.querySelectorAll('details').forEach(each => each.open = false); scrollTo(0, 0)")
+            return page
+
+        yield at
+
+
 @pytest.mark.parametrize("title", TITLES)
 def test_a_page_loads_nothing_but_itself(title: str, browser: Browser, folder: Path) -> None:
     url = (folder / f"{title}.html").as_uri()
@@ -123,50 +147,44 @@ def test_a_page_loads_nothing_but_itself(title: str, browser: Browser, folder: P
 
 @pytest.mark.parametrize("title", TITLES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_headline_is_seen_at_once(title: str, scheme: str, browser: Browser, folder: Path) -> None:
-    with Opened(browser, (folder / f"{title}.html").as_uri(), 360, scheme) as opened:
-        headline = opened.page.get_by_role("heading", level=1)
-        assert headline.count() == 1
-        assert headline.is_visible()
-        box = headline.bounding_box()
-        assert box is not None
-        assert box["y"] < 400
-        assert headline.inner_text() == AUDITS[title]()["verdict"]["headline"]
+def test_the_headline_is_seen_at_once(title: str, scheme: str, show: Show) -> None:
+    headline = show(title, 360, scheme).get_by_role("heading", level=1)
+    assert headline.count() == 1
+    assert headline.is_visible()
+    box = headline.bounding_box()
+    assert box is not None
+    assert box["y"] < 400
+    assert headline.inner_text() == AUDITS[title]()["verdict"]["headline"]
 
 
 @pytest.mark.parametrize("title", TITLES)
 @pytest.mark.parametrize("width", [320, 360, 800, 1600])
 @pytest.mark.parametrize("opened_details", [False, True])
-def test_a_page_never_scrolls_sideways(
-    title: str, width: int, opened_details: bool, browser: Browser, folder: Path
-) -> None:
-    with Opened(browser, (folder / f"{title}.html").as_uri(), width) as opened:
-        if opened_details:
-            opened.page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-        assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
-        assert opened.page.evaluate(OUTSIDE) == []
+def test_a_page_never_scrolls_sideways(title: str, width: int, opened_details: bool, show: Show) -> None:
+    page = show(title, width)
+    if opened_details:
+        page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(OUTSIDE) == []
 
 
 @pytest.mark.parametrize("title", ["rich", "partial", "closed"])
-def test_a_table_is_whole_on_a_desk_and_says_that_it_scrolls_on_a_phone(
-    title: str, browser: Browser, folder: Path
-) -> None:
+def test_a_table_is_whole_on_a_desk_and_says_that_it_scrolls_on_a_phone(title: str, show: Show) -> None:
     for width, hidden in ((1280, False), (390, True)):
-        with Opened(browser, (folder / f"{title}.html").as_uri(), width) as opened:
-            opened.page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-            wide = "[...document.querySelectorAll('.scroll')].filter(each => each.scrollWidth > each.clientWidth + 1)"
-            assert opened.page.evaluate(f"{wide}.length > 0") is hidden
-            # A shadow that stays at the edge, and a cover that moves away from it with what scrolls.
-            moves = f"{wide}.map(each => getComputedStyle(each).backgroundAttachment)"
-            assert set(opened.page.evaluate(moves)) <= {"local, local, scroll, scroll"}
+        page = show(title, width)
+        page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+        wide = "[...document.querySelectorAll('.scroll')].filter(each => each.scrollWidth > each.clientWidth + 1)"
+        assert page.evaluate(f"{wide}.length > 0") is hidden
+        # A shadow that stays at the edge, and a cover that moves away from it with what scrolls.
+        moves = f"{wide}.map(each => getComputedStyle(each).backgroundAttachment)"
+        assert set(page.evaluate(moves)) <= {"local, local, scroll, scroll"}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("title", TITLES)
-def test_text_stands_out(title: str, scheme: str, browser: Browser, folder: Path) -> None:
-    with Opened(browser, (folder / f"{title}.html").as_uri(), scheme=scheme) as opened:
-        contrast, where = opened.page.evaluate(CONTRAST)
-        assert contrast >= 4.5, where
+def test_text_stands_out(title: str, scheme: str, show: Show) -> None:
+    contrast, where = show(title, scheme=scheme).evaluate(CONTRAST)
+    assert contrast >= 4.5, where
 
 
 def brightness(page: Page) -> float:
@@ -177,28 +195,26 @@ def brightness(page: Page) -> float:
     return float(red + green + blue) / (3 * 255)
 
 
-def test_dark_mode_is_dark_and_paper_is_white(browser: Browser, folder: Path) -> None:
-    url = (folder / "rich.html").as_uri()
-    with Opened(browser, url) as opened:
-        assert brightness(opened.page) > 0.9
-    with Opened(browser, url, scheme="dark") as opened:
-        assert brightness(opened.page) < 0.2
-        opened.page.emulate_media(media="print", color_scheme="dark")
-        assert brightness(opened.page) == 1.0
-        contrast, where = opened.page.evaluate(CONTRAST)
-        assert contrast >= 4.5, where
-        assert opened.page.pdf(format="A4").startswith(b"%PDF")
+def test_dark_mode_is_dark_and_paper_is_white(show: Show) -> None:
+    assert brightness(show("rich")) > 0.9
+    page = show("rich", scheme="dark")
+    assert brightness(page) < 0.2
+    page.emulate_media(media="print", color_scheme="dark")
+    assert brightness(page) == 1.0
+    contrast, where = page.evaluate(CONTRAST)
+    assert contrast >= 4.5, where
+    assert page.pdf(format="A4").startswith(b"%PDF")
 
 
-def test_on_paper_everything_is_opened(browser: Browser, folder: Path) -> None:
-    with Opened(browser, (folder / "rich.html").as_uri()) as opened:
-        inside = opened.page.locator("details > :not(summary)")
-        assert inside.count() > 10
-        seen = "all => all.map(each => each.checkVisibility({contentVisibilityAuto: true}) && each.clientHeight > 0)"
-        assert not any(inside.evaluate_all(seen))
-        opened.page.emulate_media(media="print")
-        assert all(inside.evaluate_all(seen))
-        assert not opened.page.get_by_role("navigation").is_visible()
+def test_on_paper_everything_is_opened(show: Show) -> None:
+    page = show("rich")
+    inside = page.locator("details > :not(summary)")
+    assert inside.count() > 10
+    seen = "all => all.map(each => each.checkVisibility({contentVisibilityAuto: true}) && each.clientHeight > 0)"
+    assert not any(inside.evaluate_all(seen))
+    page.emulate_media(media="print")
+    assert all(inside.evaluate_all(seen))
+    assert not page.get_by_role("navigation").is_visible()
 
 
 def test_the_keyboard_reaches_and_opens_the_details(browser: Browser, folder: Path) -> None:
