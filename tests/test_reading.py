@@ -7,8 +7,6 @@ import os
 import pickle
 import re
 import struct
-import subprocess
-import sys
 import tempfile
 import warnings
 import zipfile
@@ -24,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from warm import Program, python
 
 from rgap import Target, Update, UpdateError, capture, losses
 from rgap.checks import preflight
@@ -944,10 +943,11 @@ def test_warnings_of_libraries_do_not_come_through(tmp_path: Path) -> None:
     as_pt(GRADIENTS, path := tmp_path / "u")
     repacked(path, {"data.pkl": (b"torch._utils", b"torch._utilt")})
     code = (
-        f"import torch; from rgap import reading\ntry: reading.tensors({str(path)!r})\nexcept ValueError as e: print(e)"
+        "import warnings; warnings.simplefilter('error'); from rgap import reading\n"
+        f"try: reading.tensors({str(path)!r})\nexcept ValueError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
-    assert "got a pickle that asks for torch._utilt._rebuild_tensor_v2, expected tensors" in done.stdout, done.stderr
+    out, err = Program(python, "-c", code, folder=tmp_path).communicate()
+    assert "got a pickle that asks for torch._utilt._rebuild_tensor_v2, expected tensors" in out, err
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])

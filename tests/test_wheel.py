@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from warm import Program, python
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,17 +36,18 @@ def test_every_file_of_the_package_is_in_the_wheel(site: Path) -> None:
 
 
 def test_an_audit_runs_from_the_wheel(site: Path, tmp_path: Path) -> None:
-    code = "from rgap.cli import main; import rgap; print(rgap.__file__); main()"
-    size = ("--model", "fcn3", "--input-shape", "1,12,12", "--count", "1", "--attack", "recursive")
-    done = subprocess.run(
-        [sys.executable, "-c", code, "audit", *size, "--out", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(site)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    """Whatever rgap has been imported before."""
+    code = (
+        "import sys; names = [name for name in sys.modules if name.partition('.')[0] == 'rgap']\n"
+        "for name in names: del sys.modules[name]\n"
+        f"sys.path.insert(0, {str(site)!r})\n"
+        "from rgap.cli import main; import rgap; print(rgap.__file__); main()"
     )
-    assert done.returncode == 0, done.stderr
-    assert str(site) in done.stdout
+    size = ("--model", "fcn3", "--input-shape", "1,12,12", "--count", "1", "--attack", "recursive")
+    program = Program(python, "-c", code, "audit", *size, "--out", str(tmp_path), folder=tmp_path)
+    out, err = program.communicate()
+    assert program.returncode == 0, err
+    assert str(site) in out
     assert (tmp_path / "audit.html").exists()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,19 @@ class Program:
 
     def close(self) -> None:
         shutil.rmtree(self._kept)
+
+
+def python(*arguments: str) -> None:
+    """To be the main of a program: what the interpreter does with -c and code, -m and a module, or a file."""
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(arguments[1], {"__name__": "__main__"})
+    elif arguments[0] == "-m":
+        sys.argv = list(arguments[1:])
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def beside(program: Program) -> list[psutil.Process]:
