@@ -6,6 +6,7 @@ before, or what else was imported. With --hypothesis-seed=N, which `make explore
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -22,6 +23,8 @@ from hypothesis.internal.conjecture import providers
 sys.path.insert(0, str(Path(__file__).parent))
 import shapes
 import tracing
+
+gc.disable()  # what is imported stays
 
 shapes.thin_out()
 tracing.follow_once()
@@ -92,6 +95,13 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 def first_seed(request: pytest.FixtureRequest) -> int:
     """Where a search over seeds begins: at 0, or elsewhere in each round of `make explore`."""
     return int(request.config.option.hypothesis_seed or 0)
+
+
+def pytest_collection_finish() -> None:
+    """What all tests share is not looked through for garbage again and again, and what they make is less often."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
