@@ -160,7 +160,7 @@ def _sentences(cases: Sequence[Case], exact: int, seen: int, read: ReadOut | Non
         worst = max(compared, key=lambda r: r.psnr)
         found.append(
             f"The sample that came back best: {worst.attack}, {worst.psnr:.0f} dB, mean squared error {worst.mse:.0e}, "
-            f"in {worst.seconds:.1f} s."
+            f"in {f'{worst.seconds:.2g}' if worst.seconds < 10 else f'{worst.seconds:.0f}'} s."
         )
         if all(r.labels_right for r in compared) and not target.loss.aid:
             found.append("The label of each of them was inferred as well; the attack was told nothing.")
