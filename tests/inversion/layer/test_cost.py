@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from rgap.inversion.layer import LayerSystem, bytes_needed
-from rgap.inversion.layer.cost import factor_is_cheaper, fits, kernel_rows
+from rgap.inversion.layer.cost import PRODUCTS, factor_is_cheaper, fits, kernel_rows, worth_a_factor
+from rgap.linalg import cg
 from rgap.nn import layers
 from rgap.nn.layers import Layer
 
@@ -42,6 +45,31 @@ def test_the_choice_can_be_overridden() -> None:
     k = torch.randn(1, 12, layer.positions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert LayerSystem(layer, k, None, 1e-6, solver="iterative").method == ("iterative",)
     assert LayerSystem(layer, k, None, 1e-6, solver="direct").method == ("cholesky",)
+
+
+def test_rows_that_conjugate_gradients_hardly_see_are_factored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are left as soon as they have taken as long as a factor takes."""
+    layer, drawn, steps = convolution(28), torch.Generator().manual_seed(1), []
+    k = torch.randn(1, 12, layer.positions, generator=drawn, dtype=torch.float64)
+    weight = 10 ** (-5 * torch.rand(k.shape, generator=drawn, dtype=torch.float64))
+    x = torch.randn(1, 3, layer.pixels, generator=drawn, dtype=torch.float64)
+    solve = cg.solve
+
+    def counted(*arguments: Any) -> cg.Result:
+        found = solve(*arguments)
+        steps.append(found.steps)
+        return found
+
+    monkeypatch.setattr("rgap.linalg.cg.solve", counted)
+    assert LayerSystem(layer, k, None, 1e-6).method == ("iterative",)
+    assert sum(steps) < PRODUCTS
+    steps.clear()
+    system = LayerSystem(layer, k, weight, 1e-6)
+    assert system.method != ("iterative",)
+    most = worth_a_factor(layer, layer.pixels - kernel_rows(layer), 1, kernel_rows(layer))
+    assert sum(steps) <= max(PRODUCTS, most) + 1
+    found = system.solve(layer.output(x), layer.grad_weight(x, k)).x
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-6)
 
 
 def test_memory_grows_with_the_pixels_where_no_matrix_is_formed() -> None:

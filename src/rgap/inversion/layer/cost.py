@@ -31,7 +31,15 @@ def fits(layer: Layer) -> bool:
 
 
 def factor_is_cheaper(layer: Layer, trailing: int, systems: int, rows: int) -> bool:
-    """Whether a factor takes less time than conjugate gradients.
+    """Whether a factor takes less time than conjugate gradients usually do.
+
+    Args: those of `worth_a_factor`.
+    """
+    return fits(layer) and worth_a_factor(layer, trailing, systems, rows) < PRODUCTS
+
+
+def worth_a_factor(layer: Layer, trailing: int, systems: int, rows: int) -> float:
+    """The number of products of conjugate gradients that take as long as a factor.
 
     Args:
         trailing: directions of each channel that are solved for.
@@ -44,7 +52,7 @@ def factor_is_cheaper(layer: Layer, trailing: int, systems: int, rows: int) -> b
     formed = TOUCHED * (channels * n) ** 2
     product = 8 * layer.weight.numel() * layer.positions + 4 * layer.channels * n * (n - trailing)
     direct = layer.groups * (systems * (factor + eigen) + formed)
-    return fits(layer) and direct < PRODUCTS * (systems * product + STARTED)
+    return direct / (systems * product + STARTED)
 
 
 def bytes_needed(layer: Layer, solver: Solver) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.inversion.layer.cost import LARGEST, WIDEST, Solver, factor_is_cheaper, fits, kernel_rows
+from rgap.inversion.layer.cost import (
+    LARGEST,
+    PRODUCTS,
+    WIDEST,
+    Solver,
+    factor_is_cheaper,
+    fits,
+    kernel_rows,
+    worth_a_factor,
+)
 from rgap.inversion.layer.dominant import Dominant
 from rgap.inversion.layer.factorisation import Factorisation
 from rgap.inversion.layer.iterative import Iterative
@@ -108,7 +118,11 @@ class LayerSystem:
             solver == "auto" and self._dominant.complete and factor_is_cheaper(layer, trailing, len(k), count)
         )
         if not dense:
-            self._iterative = Iterative(self.rows, observed_weight, self._dominant, self._scale)
+            patience = None
+            if solver == "auto" and layer.unknowns <= counted and fits(layer):
+                # A factor follows where the rows have a null space, and takes no longer than these products.
+                patience = math.ceil(max(PRODUCTS, worth_a_factor(layer, trailing, len(k), count)))
+            self._iterative = Iterative(self.rows, observed_weight, self._dominant, self._scale, patience)
             lost = {s for s, full in enumerate(self._iterative.full_rank.tolist()) if not full}
             if solver == "iterative" or not lost or layer.unknowns > counted:
                 return
