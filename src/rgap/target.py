@@ -23,6 +23,7 @@ from rgap.nn.models import trains, unwrapped, used_in_place
 from rgap.nn.network import Network
 from rgap.nn.obstacles import Obstacle
 from rgap.nn.outputs import outputs_of, reason_of, wrong_shape
+from rgap.nn.reads import listening
 from rgap.nn.trace import follow
 
 GradientFunction = Callable[..., dict[str, Tensor]]
@@ -346,7 +347,7 @@ class Target:
             # A model may write to its buffers: into values of this very call, which torch.func allows.
             zero = torch.zeros_like(inputs.reshape(-1)[0])
             buffers = {name: t + zero.to(t.dtype) for name, t in fixed.items()}
-            with self._listening(reads) as seen:
+            with listening(self.model, reads) as seen:
                 outputs = self._run({**buffers, **parameters}, inputs)
             return self.loss.expected(outputs, weights.to(own)), seen
 
@@ -361,29 +362,6 @@ class Target:
             return {n: torch.zeros_like(t) if g is None else g for (n, t), g in pairs} | seen
 
         return gradient
-
-    @contextmanager
-    def _listening(self, modules: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """What these modules read while the model runs."""
-        seen: dict[str, Tensor] = {}
-
-        def listener(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-                seen[read_by(name)] = arguments[0]
-
-            return hook
-
-        handles = [self.model.get_submodule(name).register_forward_pre_hook(listener(name)) for name in modules]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def read_by(module: str) -> str:
-    """The name of what a module reads among gradients, no parameter's."""
-    return f"{module}:input"
 
 
 def fingerprint(model: nn.Module) -> str:

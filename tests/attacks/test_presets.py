@@ -31,8 +31,8 @@ from rgap.attacks.search import Search
 from rgap.attacks.simulate import LocalSteps
 from rgap.attacks.start import Normal, Tiled
 from rgap.linalg import deadline
+from rgap.nn.reads import read_by
 from rgap.protocol import Optimiser, Sends
-from rgap.target import read_by
 
 SMOOTH = FeatureMatching(iterations=10, finish=40)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from rgap.attacks.features import features, nonzero
 from rgap.inversion.batch import find_features
 from rgap.inversion.subspace.peel import Search
-from rgap.target import Target, read_by
+from rgap.nn.reads import read_by
+from rgap.target import Target
 from rgap.update import Update
 
 SEARCH = Search()

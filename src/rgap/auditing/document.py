@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from rgap.auditing.dose_response import DoseResponse, Response
-from rgap.auditing.results import AttackRun, Level
+from rgap.auditing.results import AttackRun, Case, Level
 from rgap.auditing.verdict import Verdict, rank_sentence
 from rgap.files import plain
 from rgap.picture import is_picture, scaled
@@ -70,29 +70,30 @@ def document(audit: Audit) -> dict[str, Any]:
             "verdict": _verdict(audit.verdict),
             "rank": None if audit.rank is None else _rank(audit.rank, audit.verdict.level),
             "attacks": [_attack_run(each) for each in audit.attacks],
-            "samples": [
-                {
-                    "name": case.name,
-                    "label": case.label,
-                    "picture": None if case.truth is None else png(case.truth[0], target.value_range),
-                    "values": _values(case.truth),
-                    "best": None if case.best is None else case.best.attack,
-                    "level": case.level.value,
-                    "results": [
-                        {
-                            **result.to_dict(),
-                            "picture": None if result.inputs is None else png(result.inputs[0], target.value_range),
-                            "values": _values(result.inputs),
-                        }
-                        for result in case.results
-                    ],
-                }
-                for case in audit.cases
-            ],
+            "samples": [_sample(case, target) for case in audit.cases],
             "defences": [_dose_response(each) for each in audit.sweeps],
             "not_run": audit.not_run,
         }
     )
+
+
+def _sample(case: Case, target: Target) -> dict[str, Any]:
+    return {
+        "name": case.name,
+        "label": case.label,
+        "picture": None if case.truth is None else png(case.truth[0], target.value_range),
+        "values": _values(case.truth),
+        "best": None if case.best is None else case.best.attack,
+        "level": case.level.value,
+        "results": [
+            {
+                **result.to_dict(),
+                "picture": None if result.inputs is None else png(result.inputs[0], target.value_range),
+                "values": _values(result.inputs),
+            }
+            for result in case.results
+        ],
+    }
 
 
 def png(picture: Tensor, value_range: tuple[float, float] | None) -> str | None:

@@ -12,7 +12,7 @@ from rgap.attacks import JointReport, LayerReport, Reconstruction, Sample
 from rgap.auditing import Audit, DoseResponse, Level
 from rgap.cli.console import NONE, number, table
 from rgap.rank import RankAnalysis
-from rgap.rank.analysis import about
+from rgap.rank.found import about
 from rgap.report.digest import SHOWN
 
 

@@ -16,8 +16,8 @@ from rgap.nn import calls
 from rgap.nn.activations import Activation, LeakyReLU, PReLU
 from rgap.nn.batch_norm import BatchNorm, BatchStatistics
 from rgap.nn.export import Exported
+from rgap.nn.fused import behind_gather
 from rgap.nn.graph import Use
-from rgap.nn.layers import Layer
 from rgap.nn.network import Network, Node
 from rgap.nn.ops import Affine, Concat, Elementwise, Gather, Linear, Norm, Op, Other, Sum
 from rgap.nn.pools import pool
@@ -273,7 +273,7 @@ class _Build:
         before = self.nodes[value_id - 1].op if value_id else None
         sole = len(data[0].users) == 1 and not any(value_id in other.reads for other in self.nodes)
         if isinstance(before, Gather) and sole:
-            fused = _fused(layer, before)
+            fused = behind_gather(layer, before)
             if fused is not None:
                 self.value_ids[data[0]] = self.nodes[value_id - 1].reads[0]
                 return Linear(fused, has_gradient)
@@ -388,22 +388,3 @@ class _Build:
 def _own(shape: Sequence[int]) -> tuple[int, ...]:
     """Of one sample's value: without the dimension of the batch, if that is in front."""
     return tuple(shape[1:]) if shape[0] == 1 else tuple(shape)
-
-
-def _fused(layer: Layer, before: Gather) -> Layer | None:
-    """A convolution that reads its input through a gather of pixels, the same in all channels; else None."""
-    if layer.channels_last or len(before.input_shape) != len(layer.input_shape) or len(layer.input_shape) < 2:
-        return None
-    if before.output_shape != layer.input_shape or before.input_shape[0] != layer.channels:
-        return None
-    pixels = math.prod(before.input_shape[1:])
-    if before.index.numel() == before.size and bool((before.index < before.size).all()):
-        return None  # a reordering is inverted as it is
-    index = before.index.reshape(layer.channels, layer.pixels)
-    inside = index < before.size
-    offset = torch.arange(layer.channels, device=index.device)[:, None] * pixels
-    local = torch.where(inside, index - offset, pixels)
-    if not bool((local == local[:1]).all() and ((local >= 0) & (local <= pixels)).all()):
-        return None
-    reads = torch.cat([local[0], local.new_tensor([pixels])]).to(layer.table.device)
-    return replace(layer, table=reads[layer.table], pixels=pixels, input_shape=before.input_shape, grid=None)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rgap.picture import save
-from rgap.rank.analysis import RankAnalysis
 from rgap.rank.counts import LayerRank
+from rgap.rank.found import RankAnalysis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -98,30 +98,18 @@ class LayerSystem:
             self._dominant = Dominant(self.rows, tolerance, False, dominant=ALONE)
             self._trailing = []
             return
-        channels, count = layer.channels // layer.groups, sum(kernel_rows(rows.layer) for rows in self.rows)
-        if solver == "direct" and not fits(layer):
-            raise ValueError(
-                f"{layer.name} has an input of {layer.channels} x {layer.pixels} values: its constraints take a dense "
-                f"matrix of {8 * layer.groups * (channels * layer.pixels) ** 2 / 2**30:.0f} GiB, more than the "
-                f"{LARGEST / 2**30:.0f} GiB that are factored: expected solver 'auto' or 'iterative'"
-            )
+        count = sum(kernel_rows(rows.layer) for rows in self.rows)
+        if solver == "direct":
+            _fitting(layer)
         small = min(count, layer.pixels) <= WIDEST
-        dense = solver == "direct" or (
-            solver == "auto" and small and factor_is_cheaper(layer, layer.pixels - count, len(k), count)
-        )
-        self._dominant = self._split(count, dense)
+        self._dominant = self._split(count, self._dense(solver, layer.pixels - count, count, small))
         self._trailing = [(s, g) for s, g in (self._dominant.count < layer.pixels).nonzero().tolist()]
         if not self._trailing:
             return
         trailing = layer.pixels - int(self._dominant.count.min())
-        dense = solver == "direct" or (
-            solver == "auto" and self._dominant.complete and factor_is_cheaper(layer, trailing, len(k), count)
-        )
-        if not dense:
-            patience = None
-            if solver == "auto" and layer.unknowns <= counted and fits(layer):
-                # A factor follows where the rows have a null space, and takes no longer than these products.
-                patience = math.ceil(max(PRODUCTS, worth_a_factor(layer, trailing, len(k), count)))
+        if not self._dense(solver, trailing, count, self._dominant.complete):
+            factored = solver == "auto" and layer.unknowns <= counted and fits(layer)
+            patience = _patience(layer, trailing, len(k), count) if factored else None
             self._iterative = Iterative(self.rows, observed_weight, self._dominant, self._scale, patience)
             lost = {s for s, full in enumerate(self._iterative.full_rank.tolist()) if not full}
             if solver == "iterative" or not lost or layer.unknowns > counted:
@@ -133,6 +121,10 @@ class LayerSystem:
         if not self._dominant.complete:
             self._dominant = self._split(count, True)
         self._factorisation = Factorisation(self._gram, self._dominant, self._scale, self._trailing, tolerance)
+
+    def _dense(self, solver: Solver, trailing: int, rows: int, may_be: bool) -> bool:
+        worth = solver == "auto" and may_be and factor_is_cheaper(self.layer, trailing, len(self.k), rows)
+        return solver == "direct" or worth
 
     def _split(self, rows: int, complete: bool) -> Dominant:
         no_gradient = not any(bool(each.k.any()) for each in self.rows)
@@ -313,3 +305,19 @@ def _relative(misfit: Tensor, reference: Tensor) -> Float[Tensor, " s"]:
     size = torch.linalg.vector_norm(reference.flatten(1), dim=1)
     ratio: Tensor = torch.linalg.vector_norm(misfit.flatten(1), dim=1) / size.clamp(min=torch.finfo(size.dtype).tiny)
     return ratio
+
+
+def _patience(layer: Layer, trailing: int, samples: int, rows: int) -> int:
+    """A factor follows where the rows have a null space, and takes no longer than so many products."""
+    return math.ceil(max(PRODUCTS, worth_a_factor(layer, trailing, samples, rows)))
+
+
+def _fitting(layer: Layer) -> None:
+    """Raise a ValueError where a direct solver's matrices would be too large."""
+    if not fits(layer):
+        size = 8 * layer.groups * (layer.channels // layer.groups * layer.pixels) ** 2
+        raise ValueError(
+            f"{layer.name} has an input of {layer.channels} x {layer.pixels} values: its constraints take a dense "
+            f"matrix of {size / 2**30:.0f} GiB, more than the {LARGEST / 2**30:.0f} GiB that are factored: "
+            "expected solver 'auto' or 'iterative'"
+        )
