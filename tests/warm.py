@@ -11,6 +11,7 @@ import os
 import resource
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,8 @@ def _run(
         os.dup2(opened, number)
         os.close(opened)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    # A shell's background job ignores the interrupt, and so would all that the tests start there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     os.environ.update(environment)
