@@ -93,22 +93,24 @@ def res_net(channels: int, size: int) -> nn.Module:
     return model
 
 
-ROWS: dict[str, tuple[Callable[[int, int], nn.Module], str]] = {
-    "PyTorch's MNIST example": (example, "mnist"),
-    "FedAvg's network, MNIST": (mcmahan, "mnist"),
-    "FedAvg's network without padding, MNIST": (lambda c, s: mcmahan(c, s, 0), "mnist"),
-    "FedAvg's network, CIFAR-10": (mcmahan, "cifar10"),
-    "FedAvg's network with average pools, MNIST": (lambda c, s: mcmahan(c, s, 2, nn.AvgPool2d), "mnist"),
-    "FedAvg's network with average pools, CIFAR-10": (lambda c, s: mcmahan(c, s, 2, nn.AvgPool2d), "cifar10"),
-    "PyTorch's tutorial network, CIFAR-10": (quickstart, "cifar10"),
-    "AlexNet-like beginning, CIFAR-10": (stem, "cifar10"),
-    "VGG-11, CIFAR-10": (vgg, "cifar10"),
-    "ResNet-18, CIFAR-10": (res_net, "cifar10"),
-    "ConvNet-64, CIFAR-10": (models.convnet, "cifar10"),
-    "LeNet-5, average pools, sigmoid, MNIST": (le_net(nn.Sigmoid), "mnist"),
-    "LeNet-5, average pools, tanh, MNIST": (le_net(nn.Tanh), "mnist"),
-    "LeNet-5, average pools, ReLU, MNIST": (le_net(nn.ReLU), "mnist"),
+ROWS: dict[str, tuple[Callable[[int, int], nn.Module], str, int | None]] = {
+    "PyTorch's MNIST example": (example, "mnist", None),
+    "FedAvg's network, MNIST": (mcmahan, "mnist", None),
+    "FedAvg's network without padding, MNIST": (lambda c, s: mcmahan(c, s, 0), "mnist", None),
+    "FedAvg's network, CIFAR-10": (mcmahan, "cifar10", None),
+    "FedAvg's network with average pools, MNIST": (lambda c, s: mcmahan(c, s, 2, nn.AvgPool2d), "mnist", None),
+    "FedAvg's network with average pools, CIFAR-10": (lambda c, s: mcmahan(c, s, 2, nn.AvgPool2d), "cifar10", None),
+    "PyTorch's tutorial network, CIFAR-10": (quickstart, "cifar10", None),
+    "AlexNet-like beginning, CIFAR-10": (stem, "cifar10", None),
+    "AlexNet-like beginning, CIFAR-10 enlarged to 64 x 64": (stem, "cifar10", 64),
+    "VGG-11, CIFAR-10": (vgg, "cifar10", None),
+    "ResNet-18, CIFAR-10": (res_net, "cifar10", None),
+    "ConvNet-64, CIFAR-10": (models.convnet, "cifar10", None),
+    "LeNet-5, average pools, sigmoid, MNIST": (le_net(nn.Sigmoid), "mnist", None),
+    "LeNet-5, average pools, tanh, MNIST": (le_net(nn.Tanh), "mnist", None),
+    "LeNet-5, average pools, ReLU, MNIST": (le_net(nn.ReLU), "mnist", None),
 }
+"""What makes each network, its pictures, and the size to which they are enlarged."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ class Pictures:
     others_y: Tensor
 
 
-def pictures_of(folder: Path, kind: str, count: int) -> Pictures:
-    images = data.folder(folder / kind, channels=1 if kind == "mnist" else 3)
+def pictures_of(folder: Path, kind: str, size: int | None, count: int) -> Pictures:
+    images = data.folder(folder / kind, size, channels=1 if kind == "mnist" else 3)
     classes = sorted(set(images.classes))
     labels = torch.tensor([float(classes.index(each)) for each in images.classes])
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -178,10 +180,11 @@ def main() -> None:
     torch.set_num_threads(1)
     columns = ("exact", "wrong", "median MSE", "worst MSE", "seconds", "most seconds")
 
-    def one(name: str, kind: str) -> dict[str, Any]:
-        return run(name, pictures_of(arguments.data, kind, arguments.pictures), arguments.epochs, arguments.limit)
+    def one(name: str, kind: str, size: int | None) -> dict[str, Any]:
+        pictures = pictures_of(arguments.data, kind, size, arguments.pictures)
+        return run(name, pictures, arguments.epochs, arguments.limit)
 
-    rows = ((name, partial(one, name, kind)) for name, (_, kind) in ROWS.items())
+    rows = ((name, partial(one, name, kind, size)) for name, (_, kind, size) in ROWS.items())
     measure(rows, arguments.only, "network", columns, arguments.out)
 
 
