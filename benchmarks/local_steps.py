@@ -6,7 +6,8 @@ FOLDER holds `cifar10`, with one subfolder of pictures for each class. Every cli
 torch draws them and sends the float32 difference of its weights after the last step; what is told is the protocol and,
 but for the rows that say so, the number of samples. A sample is right where its picture has a mean squared error below
 1e-4 with the right label; one that is certified and is not right is wrong. A step is right where it is on the client's
-own samples. Seconds of the process on one thread, the largest of a row's clients; `wall` is what passed meanwhile.
+own samples. The last rows are of one picture and CNN6, whose convolutions leave no order to find.
+Seconds of the process on one thread, the largest of a row's clients; `wall` is what passed meanwhile.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from rows import Tally, measure, parser, perceptron
 from torch import Tensor, nn
 
-from rgap import Protocol, Target, Update, attacks, capture, data, losses
+from rgap import Protocol, Target, Update, attacks, capture, data, losses, models
 from rgap.protocol import Sends
 
 WIDTHS = (3072, 512, 256, 10)
@@ -65,6 +66,20 @@ ROWS = [
     Row("ReLU", 16, 4, 0.1, 2, known=False),
     Row("LeakyReLU", 30, 8, 0.1, 2, {"momentum": 0.9, "weight_decay": 5e-4}, known=False),
 ]
+
+
+@dataclass(frozen=True)
+class Convolved:
+    """One picture, CNN6, each step on all that the client has."""
+
+    steps: int
+    rate: float
+
+    def __str__(self) -> str:
+        return f"CNN6 one sample, {self.steps} steps, rate {self.rate:g}"
+
+
+CONVOLVED = [Convolved(steps, rate) for rate in (0.1, 0.01, 0.001) for steps in (2, 5, 10)]
 
 
 def client(row: Row, pictures: data.Images, seed: int) -> tuple[Target, Update, Tensor, Tensor, list[set[int]]]:
@@ -135,6 +150,34 @@ def run(row: Row, pictures: data.Images, clients: int) -> dict[str, Any]:
     }
 
 
+def run_convolved(row: Convolved, pictures: data.Images, clients: int) -> dict[str, Any]:
+    tally, seconds, wall, statuses, roundings, stated = Tally(), [], [], [], [], []
+    protocol = Protocol(Sends.DIFFERENCE, learning_rate=row.rate, steps=row.steps)
+    target = Target(models.cnn6(), losses.Logistic(), (3, 32, 32), (0.0, 1.0))
+    for seed in range(clients):
+        x, label = pictures.inputs[seed : seed + 1].float(), torch.ones(1)
+        update = capture(target, x, label, protocol)
+        start, clock = time.process_time(), time.perf_counter()
+        found = attacks.Closed()(target, update)
+        seconds.append(time.process_time() - start)
+        wall.append(time.perf_counter() - clock)
+        statuses.append(f"{found.status.value}: {found.reason}")
+        if found.answers:
+            tally.add(found.inputs.flatten(1), found.labels, [found.status], x.double().flatten(1), label)
+            stated.append(found.answers[0].error)
+            roundings.append(found.answers[0].unexplained)
+    return {
+        "client": str(row),
+        "steps": f"{row.steps}",
+        **tally.figures(clients),
+        "roundings": max(roundings, default=float("nan")),
+        "stated error": max(stated, default=float("nan")),
+        "seconds": max(seconds),
+        "wall": max(wall),
+        "status": statuses,
+    }
+
+
 def main() -> None:
     asked = parser(__doc__)
     asked.add_argument("--clients", type=int, default=1)
@@ -142,7 +185,8 @@ def main() -> None:
     torch.set_num_threads(1)
     pictures = data.folder(arguments.data / "cifar10", channels=3)
     columns = ("certified", "found", "steps", "wrong", "median MSE", "worst MSE", "roundings", "seconds")
-    rows = ((str(row), partial(run, row, pictures, arguments.clients)) for row in ROWS)
+    rows = [(str(row), partial(run, row, pictures, arguments.clients)) for row in ROWS]
+    rows += [(str(row), partial(run_convolved, row, pictures, arguments.clients)) for row in CONVOLVED]
     measure(rows, arguments.only, "client", columns, arguments.out)
 
 
