@@ -28,19 +28,14 @@ def slopes(
     """A function of the points of s systems, (s, d), and more, to their slopes and values.
 
     torch.func runs all systems together. Of code that it does not take (branches on values, writes in place, recurrent
-    layers) plain automatic differentiation runs one system after another.
+    layers) plain automatic differentiation runs one system after another, and so it does with a single system, which
+    takes torch.func twice as long.
 
     Args:
         shared: of each further argument, whether it is one for all systems.
         at_once: systems that run together; it bounds the memory.
         reads: as in `Target.gradient_function`.
     """
-    if not refused(target, dtype):
-        dims = (0, *(None if one else 0 for one in shared))
-        loss = loss_of(target.gradient_function(dtype, reads=reads))
-        return torch.func.vmap(
-            torch.func.grad_and_value(loss), in_dims=dims, chunk_size=at_once, randomness="different"
-        )
     plain = loss_of(target.gradient_function(dtype, plain=True, reads=reads))
 
     def each(points: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
@@ -53,7 +48,14 @@ def slopes(
             found.append((torch.zeros_like(point) if slope is None else slope, value.detach()))
         return torch.stack([slope for slope, _ in found]), torch.stack([value for _, value in found])
 
-    return each
+    if refused(target, dtype):
+        return each
+    dims = (0, *(None if one else 0 for one in shared))
+    loss = loss_of(target.gradient_function(dtype, reads=reads))
+    together = torch.func.vmap(
+        torch.func.grad_and_value(loss), in_dims=dims, chunk_size=at_once, randomness="different"
+    )
+    return lambda points, *more: (each if len(points) == 1 else together)(points, *more)
 
 
 def refused(target: Target, dtype: torch.dtype) -> str:
