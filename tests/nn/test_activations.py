@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from rgap.nn.activation import Activation
 from rgap.nn.activations import (
     ELU,
     GELU,
     SELU,
-    Activation,
     Hardtanh,
     Identity,
     LeakyReLU,

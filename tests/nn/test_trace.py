@@ -15,8 +15,9 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from rgap import Target, losses
+from rgap.nn.activation import Activation
 from rgap.nn.activations import ACTIVATIONS as KNOWN_ACTIVATIONS
-from rgap.nn.activations import ELU, SELU, Activation, Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
+from rgap.nn.activations import ELU, SELU, Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
 from rgap.nn.graph import Graph, Use
 from rgap.nn.network import Network
 from rgap.nn.obstacles import FOLLOWED, KNOWN, Kind, NotAChain, Obstacle, known

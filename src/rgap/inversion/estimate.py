@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rgap.nn.activations import Activation, ReLU
+from rgap.nn.activation import Activation
+from rgap.nn.activations import ReLU
 from rgap.nn.ops import Affine, Op
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from rgap.inversion.layer import LayerSystem
 from rgap.inversion.report import JointReport, LayerReport
 from rgap.inversion.state import State, Stop
-from rgap.nn.activations import Activation, Identity
+from rgap.nn.activation import Activation
+from rgap.nn.activations import Identity
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,8 @@ from torch import Tensor
 from rgap.inversion.history import History, Open, Paths
 from rgap.inversion.state import State
 from rgap.linalg import deadline, psd
-from rgap.nn.activations import Activation, NonMonotone
+from rgap.nn.activation import Activation
+from rgap.nn.activations import NonMonotone
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear

@@ -23,7 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgap.inversion.root import ScaleEquation, leading_pair
-from rgap.nn.activations import IDENTITY, Activation
+from rgap.nn.activation import Activation
+from rgap.nn.activations import IDENTITY
 from rgap.nn.layers import Layer
 from rgap.nn.losses import Loss, MarginLoss
 from rgap.nn.network import Network

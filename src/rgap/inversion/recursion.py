@@ -41,7 +41,8 @@ from rgap.inversion.sides import (
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.unpool import before_pool
 from rgap.linalg import deadline
-from rgap.nn.activations import Activation, Inverse, NonMonotone
+from rgap.nn.activation import Activation, Inverse
+from rgap.nn.activations import NonMonotone
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Elementwise, Linear, Norm, Op

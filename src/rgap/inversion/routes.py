@@ -30,7 +30,7 @@ from rgap.inversion.prior import Prior
 from rgap.inversion.rounding import rounding
 from rgap.inversion.windows import Windows, windows
 from rgap.linalg import cg, deadline
-from rgap.nn.activations import Activation
+from rgap.nn.activation import Activation
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.pools import MeanPool, Pool

@@ -12,7 +12,8 @@ from torch import Tensor
 from rgap.inversion.layer import LayerSystem
 from rgap.inversion.rounding import rounding
 from rgap.inversion.state import Observation, State
-from rgap.nn.activations import LOUD, Activation, Inverse, ReLU
+from rgap.nn.activation import Activation, Inverse
+from rgap.nn.activations import LOUD, ReLU
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear

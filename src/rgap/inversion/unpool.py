@@ -30,7 +30,8 @@ from rgap.inversion.routes import (
     settle,
 )
 from rgap.inversion.state import State
-from rgap.nn.activations import Activation, Identity, NonMonotone, ReLU
+from rgap.nn.activation import Activation
+from rgap.nn.activations import Identity, NonMonotone, ReLU
 from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Elementwise, Linear
 from rgap.nn.pools import MaxPool, MeanPool, Pool

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rgap.nn.activations import Activation, Identity
+from rgap.nn.activation import Activation
+from rgap.nn.activations import Identity
 from rgap.nn.pools import MaxPool, MeanPool, Pool
 
 # b samples, o outputs, m windows of an output, w places of a window.

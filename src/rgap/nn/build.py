@@ -13,7 +13,8 @@ from torch.fx import Node as Traced
 from torch.fx.node import map_arg
 
 from rgap.nn import calls
-from rgap.nn.activations import Activation, LeakyReLU, PReLU
+from rgap.nn.activation import Activation
+from rgap.nn.activations import LeakyReLU, PReLU
 from rgap.nn.batch_norm import BatchNorm, BatchStatistics
 from rgap.nn.export import Exported
 from rgap.nn.fused import behind_gather

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rgap.nn.activations import IDENTITY, Activation
+from rgap.nn.activation import Activation
+from rgap.nn.activations import IDENTITY
 from rgap.nn.layers import Layer
 from rgap.nn.obstacles import Obstacle
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rgap.nn.activations import Activation
+from rgap.nn.activation import Activation
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.layers import Layer
 from rgap.nn.ops import Elementwise, Linear, Op

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgap.nn.activations import Activation
+from rgap.nn.activation import Activation
 from rgap.nn.kernels import differentiable
 from rgap.nn.layers import Layer
 

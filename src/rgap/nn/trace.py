@@ -14,7 +14,8 @@ from torch import nn
 from torch.fx import Node
 
 from rgap.nn import obstacles
-from rgap.nn.activations import ACTIVATIONS, ELU, Activation, Identity, LeakyReLU, Softplus
+from rgap.nn.activation import Activation
+from rgap.nn.activations import ACTIVATIONS, ELU, Identity, LeakyReLU, Softplus
 from rgap.nn.build import Program
 from rgap.nn.calls import VIEWS, operation, where
 from rgap.nn.calls import arguments as arguments_of
