@@ -119,63 +119,68 @@ def replace_batch(target: Target, samples: int, before: dict[str, Tensor]) -> Ta
     return Target(target.model, target.loss, target.input_shape, target.value_range, batch_size=samples)
 
 
-def run(row: Row, pictures: data.Images, clients: int) -> dict[str, Any]:
-    tally, steps_right = Tally(), 0
-    seconds, wall, statuses, roundings, stated = [], [], [], [], []
-    for seed in range(clients):
-        target, update, x, labels, steps = client(row, pictures, seed)
+@dataclass
+class Runs:
+    """The attacks of one row, and what came of them."""
+
+    tally: Tally = field(default_factory=Tally)
+    seconds: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    statuses: list[str] = field(default_factory=list)
+    roundings: list[float] = field(default_factory=list)
+    stated: list[float] = field(default_factory=list)
+
+    def attack(self, target: Target, update: Update) -> attacks.Reconstruction:
         start, clock = time.process_time(), time.perf_counter()
         found = attacks.Closed()(target, update)
-        seconds.append(time.process_time() - start)
-        wall.append(time.perf_counter() - clock)
-        statuses.append(f"{found.status.value}: {found.reason}")
+        self.seconds.append(time.process_time() - start)
+        self.wall.append(time.perf_counter() - clock)
+        self.statuses.append(f"{found.status.value}: {found.reason}")
+        return found
+
+    def figures(self, client: Row | Convolved, steps: str, samples: int) -> dict[str, Any]:
+        return {
+            "client": str(client),
+            "steps": steps,
+            **self.tally.figures(samples),
+            "roundings": max(self.roundings, default=float("nan")),
+            "stated error": max(self.stated, default=float("nan")),
+            "seconds": max(self.seconds),
+            "wall": max(self.wall),
+            "status": self.statuses,
+        }
+
+
+def run(row: Row, pictures: data.Images, clients: int) -> dict[str, Any]:
+    runs, steps_right = Runs(), 0
+    for seed in range(clients):
+        target, update, x, labels, steps = client(row, pictures, seed)
+        found = runs.attack(target, update)
         if not found.answers or not found.samples:
             continue
         verdicts = [sample.status for sample in found.samples]
-        nearest = tally.add(found.inputs.flatten(1), found.labels, verdicts, x.double().flatten(1), labels)
-        stated += [sample.error for sample in found.samples]
-        roundings.append(found.answers[0].unexplained)
+        nearest = runs.tally.add(found.inputs.flatten(1), found.labels, verdicts, x.double().flatten(1), labels)
+        runs.stated += [sample.error for sample in found.samples]
+        runs.roundings.append(found.answers[0].unexplained)
         steps_right += sum(
             {int(nearest[each]) for each in own} == of for own, of in zip(found.steps, steps, strict=False)
         )
-    return {
-        "client": str(row),
-        "steps": f"{steps_right} of {clients * len(row.protocol.minibatches(row.samples))}",
-        **tally.figures(clients * row.samples),
-        "roundings": max(roundings, default=float("nan")),
-        "stated error": max(stated, default=float("nan")),
-        "seconds": max(seconds),
-        "wall": max(wall),
-        "status": statuses,
-    }
+    all_steps = clients * len(row.protocol.minibatches(row.samples))
+    return runs.figures(row, f"{steps_right} of {all_steps}", clients * row.samples)
 
 
 def run_convolved(row: Convolved, pictures: data.Images, clients: int) -> dict[str, Any]:
-    tally, seconds, wall, statuses, roundings, stated = Tally(), [], [], [], [], []
+    runs = Runs()
     protocol = Protocol(Sends.DIFFERENCE, learning_rate=row.rate, steps=row.steps)
     target = Target(models.cnn6(), losses.Logistic(), (3, 32, 32), (0.0, 1.0))
     for seed in range(clients):
         x, label = pictures.inputs[seed : seed + 1].float(), torch.ones(1)
-        update = capture(target, x, label, protocol)
-        start, clock = time.process_time(), time.perf_counter()
-        found = attacks.Closed()(target, update)
-        seconds.append(time.process_time() - start)
-        wall.append(time.perf_counter() - clock)
-        statuses.append(f"{found.status.value}: {found.reason}")
+        found = runs.attack(target, capture(target, x, label, protocol))
         if found.answers:
-            tally.add(found.inputs.flatten(1), found.labels, [found.status], x.double().flatten(1), label)
-            stated.append(found.answers[0].error)
-            roundings.append(found.answers[0].unexplained)
-    return {
-        "client": str(row),
-        "steps": f"{row.steps}",
-        **tally.figures(clients),
-        "roundings": max(roundings, default=float("nan")),
-        "stated error": max(stated, default=float("nan")),
-        "seconds": max(seconds),
-        "wall": max(wall),
-        "status": statuses,
-    }
+            runs.tally.add(found.inputs.flatten(1), found.labels, [found.status], x.double().flatten(1), label)
+            runs.stated.append(found.answers[0].error)
+            runs.roundings.append(found.answers[0].unexplained)
+    return runs.figures(row, f"{row.steps}", clients)
 
 
 def main() -> None:

@@ -118,3 +118,12 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("explore")
     # Flower imports typer, which with the newest click asks for names that will go.
     config.addinivalue_line("filterwarnings", "ignore:'click.utils.get_:DeprecationWarning")
+
+
+@pytest.fixture
+def two_threads() -> Generator[None]:
+    """torch has two threads, however many the tests run on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -1,7 +1,5 @@
 """Small models on one thread, large ones on all, and as many as before outside."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,13 +8,7 @@ from rgap import Target, Update, attacks, capture, losses, rank_analysis
 from rgap.attacks import Attack, Outcome, Status
 from rgap.attacks.threads import multiplications
 
-
-@pytest.fixture(autouse=True)
-def two() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 class Asked(Attack):

@@ -1,19 +1,11 @@
 """One thread inside, as many as before outside, whatever happens."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from rgap.linalg.threads import one_thread
 
-
-@pytest.fixture(autouse=True)
-def two() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def test_one_thread_inside_and_as_many_as_before_outside() -> None:

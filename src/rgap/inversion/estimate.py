@@ -43,6 +43,7 @@ class Kinks:
 
 def other_slope(activation: Activation, slope: Tensor) -> Tensor:
     """That of a kinked activation on the other side."""
+    # Of ReLU's slopes, 0 and 1, an output of zero tells neither: `other_side` leaves them alone.
     return 1 - slope if isinstance(activation, ReLU) else activation.other_side(slope)
 
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rgap.inversion.estimate import other_slope
 from rgap.nn.activations import LeakyReLU, PReLU, ReLU
 from rgap.nn.ops import Linear
 
@@ -189,7 +190,5 @@ def _flipped(system: ConstraintSystem, slopes: Mapping[int, Tensor], unit: tuple
     node, index = unit
     changed = slopes[node].clone()
     activation = dict(system.network.activations)[node]
-    # Of ReLU's slopes, 0 and 1, an output of zero tells neither: `other_side` leaves them alone.
-    other = 1 - slopes[node] if isinstance(activation, ReLU) else activation.other_side(slopes[node])
-    changed.view(-1)[index] = other.reshape(-1)[index]
+    changed.view(-1)[index] = other_slope(activation, slopes[node]).reshape(-1)[index]
     return {at: changed if at == node else slope for at, slope in slopes.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -59,9 +60,9 @@ class Iterative:
             self._precondition = lambda rest: self._fast.deflate(around(rest))
         self._condition, self._counting, self._fully = torch.ones_like(scale[:, 0]), True, True
         all_dominant = (dominant.count == layer.pixels).all(1)
-        self._left = patience
+        self._left = math.inf if patience is None else patience
         self.full_rank, self._free = self._null_space_probe(layer, all_dominant)
-        self._left = None
+        self._left = math.inf
         self._counting, self._fully = False, bool(self.full_rank.all())
         self._condition = (self._condition * (1.0 if around is None else around.condition)).sqrt()
 
@@ -82,7 +83,7 @@ class Iterative:
             found = found + self.solve(self._fine(x - found), CLOSE, None)
             lost = (found - x).square().sum((1, 2))
             full_rank = all_dominant | (lost <= NULL_SPACE**2 * x.square().sum((1, 2)))
-            if bool(full_rank.all()) or self._left == 0:
+            if bool(full_rank.all()) or self._left <= 0:
                 break
         return full_rank, torch.where(full_rank, 0.0, lost.round().clamp(min=1))
 
@@ -103,8 +104,9 @@ class Iterative:
                 return x
             unit = norm.clamp(min=torch.finfo(norm.dtype).tiny)[:, None, None]
             aim = (target / unit.flatten() / 2).clamp(min=INNER, max=1.0)
-            steps = STEPS if self._left is None else min(STEPS, self._left)
+            steps = int(min(STEPS, self._left))
             found = cg.solve(self._fast, (rest / unit).float(), 1.0, steps, aim.float(), self._precondition)
+            self._left -= found.steps
             if self._counting:
                 self._condition = self._condition.maximum(found.condition.to(norm))
             move = unit * self._fine.deflate(found.x.to(rest))
@@ -115,17 +117,14 @@ class Iterative:
             rest = torch.where(better[:, None, None], new, rest)
             slow = bool(((size_ > 0.3 * norm) & (norm > target)).any())
             norm = torch.where(better, size_, norm)
-            if self._left is not None:
-                self._left = max(0, self._left - found.steps)
-                if self._left == 0:
-                    return x
+            if self._left <= 0:
+                return x
             if slow:
                 break  # too badly conditioned for float32
         if not bool((norm > target).any()):
             return x
-        left = cg.solve(self._fine, rest, 1.0, MORE if self._left is None else min(MORE, self._left), target)
-        if self._left is not None:
-            self._left = max(0, self._left - left.steps)
+        left = cg.solve(self._fine, rest, 1.0, int(min(MORE, self._left)), target)
+        self._left -= left.steps
         if self._counting:
             self._condition = self._condition.maximum(left.condition)
         return x + left.x
