@@ -31,8 +31,6 @@ from rgap.nn.obstacles import Kind, NotAChain, Obstacle
 from rgap.target import Target
 from rgap.update import Update, tolerated
 
-TOGETHER = ("block", "values")
-"""Methods that solve layers together, whose last digits all layers know better."""
 JOINT = JointSolve()
 SEARCH = Search()
 
@@ -111,7 +109,7 @@ class Recursive(BatchAttack):
                 nothing = torch.zeros_like(z[s])
                 output = State(z[s], end.cotangent, nothing, nothing)
                 system = ConstraintSystem(network, output, starts[at].gradients, eps)
-                together = end.joint is not None or any(layer.method in TOGETHER for layer in end.layers)
+                together = end.joint is not None or any(layer.with_others for layer in end.layers)
                 end = replace(end, value=refine_input(system, end.value, agreement(eps), STEPS if together else 0))
             ends[at] += _scaled(starts[at].output, end) if network.scalable and end.stop is None else [end]
         return ends

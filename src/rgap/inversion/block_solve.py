@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rgap.inversion.gauss_newton import Continuation, determine, gauss_newton
-from rgap.inversion.report import LayerReport
+from rgap.inversion.report import BLOCK, LayerReport
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.linalg.least_squares import Determined, Iterative
@@ -65,7 +65,7 @@ def solve_jointly(network: Network, observed: Observation, output: State, start:
 
 
 def joint_reports(
-    system: ConstraintSystem, at: Linearisation, sure: Determined, method: str = "block"
+    system: ConstraintSystem, at: Linearisation, sure: Determined, method: str = BLOCK
 ) -> dict[int, LayerReport]:
     """One for each layer by its node; what is reported of the constraints holds for all of them jointly."""
     missed = system.residual(at)

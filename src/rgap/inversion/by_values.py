@@ -16,6 +16,7 @@ from torch import Tensor
 from rgap.inversion.block_solve import BlockInput, joint_reports
 from rgap.inversion.gauss_newton import Continuation, Solution, determine, gauss_newton
 from rgap.inversion.history import Paths
+from rgap.inversion.report import VALUES
 from rgap.inversion.sides import sides_at
 from rgap.inversion.state import Observation, State
 from rgap.inversion.system import ConstraintSystem
@@ -90,7 +91,7 @@ def told_by_values(
         system = ConstraintSystem(front, sides_at(network, value_id, state, at.values[-1]), gradients, observed.eps)
         at = system.linearise(solution.x)
         cotangent = torch.zeros_like(at.x) if at.cotangents[0] is None else at.cotangents[0]
-        found.append((s, BlockInput(at.x, cotangent, sure.std, joint_reports(system, at, sure, "values"))))
+        found.append((s, BlockInput(at.x, cotangent, sure.std, joint_reports(system, at, sure, VALUES))))
     if not found:
         return None
     kept = paths.select(torch.tensor([s for s, _ in found], device=paths.root.device))

@@ -10,6 +10,9 @@ from torch import Tensor
 from rgap.inversion.layer import LayerSolution
 from rgap.nn.layers import Layer
 
+BLOCK, VALUES = "block", "values"
+"""Methods: all layers of a block jointly, and the network's input from weight rows alone (`by_values`)."""
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -40,6 +43,11 @@ class LayerReport:
     def free(self) -> int:
         """The number of dimensions that the constraints leave open."""
         return self.unknowns - self.rank
+
+    @property
+    def with_others(self) -> bool:
+        """Whether it was solved together with other layers: all layers know the last digits better then."""
+        return self.method in (BLOCK, VALUES)
 
 
 @dataclass(frozen=True)
