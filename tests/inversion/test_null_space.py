@@ -106,7 +106,7 @@ def test_the_directions_are_those_that_no_input_reaches(
     matrix = layer.output(units).flatten(1).mT
     missing = len(matrix) - int(torch.linalg.matrix_rank(matrix))
     for most, expected in ((missing + 9, missing), (5, 5)):
-        found = null_space._directions(layer, most)
+        found = null_space.unreached_by(layer, most)
         assert found is not None
         assert found.shape == (len(matrix), expected)
         assert torch.allclose(found.mT @ found, torch.eye(expected, dtype=torch.float64), atol=1e-12)

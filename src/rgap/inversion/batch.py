@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.inversion.jacobian import Jacobian
 from rgap.inversion.joint import JointSolve, names
 from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
+from rgap.inversion.refine import refined
 from rgap.inversion.report import JointReport, LayerReport
 from rgap.inversion.samples import Passed, layer_by_layer
 from rgap.inversion.state import Cause, Observation, State
@@ -24,7 +24,6 @@ from rgap.inversion.subspace.peel import Search
 from rgap.inversion.subspace.together import by_labels
 from rgap.inversion.system import ConstraintSystem
 from rgap.linalg.deadline import OutOfTime
-from rgap.linalg.least_squares import Iterative
 from rgap.nn.losses import Loss
 from rgap.nn.network import Network
 from rgap.nn.ops import Linear
@@ -200,24 +199,11 @@ def back(
         # Where every layer determines its inputs, there is nothing that all of them together would add.
         if agrees or passed.certain[0] == 0:
             x = passed.state.value
-            x = _refined(system, x, tolerance) if len(passed.layers) > 1 else x
+            x = refined(system, x, tolerance)[0] if len(passed.layers) > 1 else x
             return Inputs(x, passed.state.rms_std, passed.layers)
     if passed.stop is not None and passed.stop.cause is Cause.LOSSY:
         return str(passed.stop)
     return _jointly(front, passed, gradients, eps, tolerance, value_range, solve, report)
-
-
-def _refined(system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance: float) -> Float[Tensor, "b ..."]:
-    """Inputs that were found layer by layer, once more from all constraints together."""
-    at = system.linearise(x)
-    jacobian = Jacobian(system, at, {})
-    noise = system.noise(torch.Generator(device=x.device).manual_seed(0))
-    try:
-        moved, _ = Iterative().refine(jacobian, jacobian.weighted(system.residual(at)), jacobian.weighted(noise), x)
-    except OutOfTime:  # they are found already, only not as precisely
-        return x
-    moved = refine_sides(system, moved, tolerance)  # the move may bring a unit to its other side
-    return moved if system.distance(system.linearise(moved)) <= system.distance(at) else x
 
 
 def _jointly(

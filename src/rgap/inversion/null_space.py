@@ -56,11 +56,35 @@ def complete(network: Network, node: int, paths: Paths) -> Paths:
 
 def _told(network: Network, node: int, history: History, state: State) -> tuple[State, int, float] | None:
     """What is known of the input of a layer that leaves a part of it open, with the steps and the condition."""
-    op, between, before = (network.nodes[max(at, 0)].op for at in (node, node - 1, node - 2))
-    in_line = all(any(part.nodes == range(at, at + 1) for part in network.segments) for at in (node, node - 1))
-    if node < 2 or not in_line or history.open is None:
+    op, ahead = network.nodes[node].op, before_it(network, node)
+    if ahead is None or history.open is None or not isinstance(op, Linear):
         return None
-    if not (isinstance(op, Linear) and isinstance(between, Elementwise) and isinstance(before, Linear)):
+    before, activation = ahead
+    null = history.open.system.null(history.open.s)
+    if null is None or null.shape[1] > LARGEST:
+        return None
+    unreached = unreached_by(before, 2 * null.shape[1] + SPARE)
+    if unreached is None or unreached.shape[1] < null.shape[1]:
+        return None
+    x = op.layer.pack_input(state.value)
+    rows = _VirtualRows(before, op.layer, activation, x, history.open, null, unreached)
+    found = rows.solve()
+    if found is None:
+        return None
+    value, error, condition, steps = found
+    # All values follow from as few as the layer before reads: their errors are not averaged out.
+    times = max(1.0, before.weight_rows / before.unknowns) ** 0.5
+    std = (error.square().mean().sqrt() * times).reshape(1, *[1] * (value.dim() - 1))
+    return replace(state, value=value, std=std.expand(value.shape)), steps, condition
+
+
+def before_it(network: Network, node: int) -> tuple[Layer, Activation] | None:
+    """The layer before one, and the activation between them; None where something else stands before it."""
+    if node < 2:
+        return None
+    op, between, before = (network.nodes[at].op for at in (node, node - 1, node - 2))
+    in_line = all(any(part.nodes == range(at, at + 1) for part in network.segments) for at in (node, node - 1))
+    if not (in_line and isinstance(op, Linear) and isinstance(between, Elementwise) and isinstance(before, Linear)):
         return None
     if isinstance(between.activation, NonMonotone):
         return None
@@ -70,22 +94,7 @@ def _told(network: Network, node: int, history: History, state: State) -> tuple[
     )
     if op.layer.groups > 1 or writes != reads:
         return None
-    null = history.open.system.null(history.open.s)
-    if null is None or null.shape[1] > LARGEST:
-        return None
-    unreached = _directions(before.layer, 2 * null.shape[1] + SPARE)
-    if unreached is None or unreached.shape[1] < null.shape[1]:
-        return None
-    x = op.layer.pack_input(state.value)
-    rows = _VirtualRows(before.layer, op.layer, between.activation, x, history.open, null, unreached)
-    found = rows.solve()
-    if found is None:
-        return None
-    value, error, condition, steps = found
-    # All values follow from as few as the layer before reads: their errors are not averaged out.
-    times = max(1.0, before.layer.weight_rows / before.layer.unknowns) ** 0.5
-    std = (error.square().mean().sqrt() * times).reshape(1, *[1] * (value.dim() - 1))
-    return replace(state, value=value, std=std.expand(value.shape)), steps, condition
+    return before.layer, between.activation
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ class _VirtualRows:
         return moved
 
 
-def _directions(layer: Layer, most: int) -> Float[Tensor, "z q"] | None:
+def unreached_by(layer: Layer, most: int) -> Float[Tensor, "z q"] | None:
     """An orthonormal basis of directions that a layer's weights do not reach, so many at the most; None if they reach
     all, or are not independent themselves."""
     if layer.groups > 1 or layer.unknowns > LARGEST or layer.weight_rows <= layer.unknowns:

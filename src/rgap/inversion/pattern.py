@@ -188,7 +188,7 @@ def _nearest_units(system: ConstraintSystem, at: Linearisation) -> list[tuple[in
 
 def _flipped(system: ConstraintSystem, slopes: Mapping[int, Tensor], unit: tuple[int, int]) -> dict[int, Tensor]:
     node, index = unit
-    changed = slopes[node].clone()
+    changed = slopes[node].clone(memory_format=torch.contiguous_format)
     activation = dict(system.network.activations)[node]
     changed.view(-1)[index] = other_slope(activation, slopes[node]).reshape(-1)[index]
     return {at: changed if at == node else slope for at, slope in slopes.items()}

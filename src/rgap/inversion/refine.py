@@ -6,11 +6,12 @@ network's rows, linearised where the input nearly is, know better, and a few pro
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.jacobian import Jacobian
-from rgap.inversion.pattern import refine_sides
+from rgap.inversion.pattern import least_certain, refine_sides
 from rgap.inversion.system import ConstraintSystem
 from rgap.linalg import deadline
 from rgap.linalg.least_squares import Iterative
@@ -20,6 +21,8 @@ ROUNDINGS = 6.0
 """An input of which no layer misses more roundings of the gradient is hardly moved by another solve."""
 FINE = 20.0
 """No layer misses so many roundings on the right sides of all kinks, once the input is that good."""
+DOUBTED = 64
+"""Units that are nearest to their kinks, where one of all is on its wrong side."""
 SOLVER = Iterative(rtol=1e-3, max_steps=25)
 
 
@@ -51,3 +54,27 @@ def refine_input(
     except deadline.OutOfTime:  # it is found already, only not as precisely
         pass
     return at.x
+
+
+def refined(
+    system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance: float
+) -> tuple[Float[Tensor, "b ..."], float]:
+    """Inputs of several samples that were found layer by layer, once more from all constraints together, and how far
+    noise moves them, root mean square; infinitely where they are left as they are.
+
+    Args:
+        tolerance: relative distance to the gradients, by layer, below which no unit is on its wrong side.
+    """
+    at = system.linearise(x)
+    agrees = system.distance_by_layer(at) <= tolerance
+    # Else there may be a unit on its wrong side, and what those nearest to their kinks do is left out.
+    jacobian = Jacobian(system, at, {} if agrees else least_certain(system, at, DOUBTED))
+    noise = system.noise(torch.Generator(device=x.device).manual_seed(0))
+    try:
+        moved, std = Iterative().refine(jacobian, jacobian.weighted(system.residual(at)), jacobian.weighted(noise), x)
+    except deadline.OutOfTime:  # they are found already, only not as precisely
+        return x, torch.inf
+    moved = refine_sides(system, moved, tolerance)  # the move may bring a unit to its other side
+    if system.distance(system.linearise(moved)) <= system.distance(at):
+        return moved, std
+    return x, torch.inf

@@ -14,12 +14,19 @@ from torch import Tensor
 
 from rgap.inversion.block import solve_one
 from rgap.inversion.recursion import before_activation, propagate, slope_error, solve_sides
+from rgap.inversion.refine import refined
 from rgap.inversion.report import LayerReport, layer_report
+from rgap.inversion.shared_null_space import may_be_told, told_together
 from rgap.inversion.state import Cause, Observation, State, Stop
+from rgap.inversion.system import ConstraintSystem
 from rgap.inversion.unpool import before_pool
+from rgap.nn.activations import ReLU
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
 from rgap.nn.pools import Pool
+
+NEARLY = 1e-4
+"""How near, relatively, gradients come on the right sides of all kinks before values are known any better."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +35,8 @@ class Passed:
 
     state: State
     """Of the value in front of the last operation that was passed."""
+    output: State
+    """What it began with."""
     certain: tuple[int, State]
     """The last value that every layer behind it determines, with its value_id."""
     layers: tuple[LayerReport, ...]
@@ -61,7 +70,7 @@ def layer_by_layer(
         report: is called with the number of steps through a pool and what they miss.
         scatter: of the output's cotangent, as `Passed` has it.
     """
-    passed = Passed(output, (len(network.nodes), output), (), scatter)
+    passed = Passed(output, output, (len(network.nodes), output), (), scatter)
     gradients = {name: grad[0] for name, grad in observed.gradients.items()}
     for segment in reversed(network.segments):
         op, state = network.nodes[segment.nodes[-1]].op, passed.state
@@ -83,9 +92,18 @@ def layer_by_layer(
         elif isinstance(op, Linear):
             if op.layer.weight_name not in gradients or not op.has_gradient:
                 return replace(passed, stop=Stop(op, Cause.LOSSY, "its gradient is not its own, or was not sent"))
-            state, own = _layer(replace(op, layer=op.layer.side_by_side(len(state.value))), passed, observed)
+            told = None
+            if may_be_told(network, segment.nodes[-1], len(state.value)):
+                told = told_together(network, segment.nodes[-1], state, observed)
+            if told is None:
+                told = _layer(replace(op, layer=op.layer.side_by_side(len(state.value))), passed, observed)
+            state, own = told
             passed = replace(passed, layers=(own, *passed.layers))
         elif isinstance(op, Elementwise):
+            known = not isinstance(op.activation, ReLU)
+            if known and may_be_told(network, segment.entry - 1, len(state.value)):
+                # Its rows sharpen what is wrong behind them: from all constraints there that is known better.
+                state = _once_more(network, segment.exit, passed, observed)
             std = state.std.expand(state.value.shape)
             state, inverse = before_activation(op.activation, state)
             k = state.cotangent * inverse.slope  # Eq. 6
@@ -106,6 +124,19 @@ def layer_by_layer(
         certain = (segment.entry, state) if determined else passed.certain
         passed = replace(passed, state=state, certain=certain)
     return passed
+
+
+def _once_more(network: Network, value_id: int, passed: Passed, observed: Observation) -> State:
+    """What is known of a value, from all constraints behind it together."""
+    behind = network.part([segment for segment in network.segments if segment.entry >= value_id])
+    state, gradients = passed.state, {name: grad[0] for name, grad in observed.gradients.items()}
+    if state.row_weight is not None:
+        return state
+    system = ConstraintSystem(behind, passed.output, gradients, observed.eps)
+    if not system.nodes:
+        return state
+    x, std = refined(system, state.value, max(NEARLY, 10 * observed.eps))
+    return replace(state, value=x, std=torch.full_like(x, std)) if std < float(state.std.mean()) else state
 
 
 def _cotangent(network: Network, x: Tensor, output: Tensor) -> Tensor:

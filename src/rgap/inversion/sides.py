@@ -179,6 +179,31 @@ def sides_by_bias(layer: Layer, state: State, other: State, bias: Float[Tensor, 
     return replace(state, cotangent=layer.unpack_output(found).reshape(state.cotangent.shape), row_weight=row_weight)
 
 
+def sides_by_weights(layer: Layer, state: State, grad: Float[Tensor, "1 o i"], eps: float) -> State:
+    """The sides of values of several samples with which a layer's gradient agrees, whatever its inputs are: what the
+    weights make of them is known, and grad W W' is the sum of k (W x)' over samples and positions.
+
+    Args:
+        state: of the layer's output, (b, *shape).
+    """
+    other = state.alternative
+    if other is None or layer.groups > 1:
+        return state
+    k, there = layer.pack_output(state.cotangent), layer.pack_output(other.cotangent)
+    z = layer.pack_output(state.value) - layer.offset
+    missed = grad[0] @ layer.weight[0].mT - (k @ z.mT).sum(0)
+    noise = z.square().sum((0, 2)).mean().sqrt() * k.square().sum((0, 2)).sqrt() * max(eps, LEAST)
+    found = k.clone()
+    for unit in range(layer.outputs):
+        sample, at = (there[:, unit] != k[:, unit]).nonzero(as_tuple=True)
+        if not len(at) or not float(missed[unit].norm()) > OUTLYING * float(noise[unit]):
+            continue
+        effect = z[sample, :, at].mT * (there - k)[sample, unit, at]
+        moved = _explain(missed[unit, :, None], effect, OF_ROWS)
+        found[sample[moved], unit, at[moved]] = there[sample[moved], unit, at[moved]]
+    return replace(state, cotangent=layer.unpack_output(found).reshape(state.cotangent.shape), alternative=None)
+
+
 def choose_zeros(
     op: Linear, state: State, other: State, x: Tensor, grad: Float[Tensor, "s g j i"], observed: Observation
 ) -> State:
