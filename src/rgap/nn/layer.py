@@ -182,7 +182,7 @@ class Layer:
     def output(self, x: Float[Tensor, "*s c n"], weight: Tensor | None = None) -> Float[Tensor, "*s o p"]:
         """W x, without the bias (Eq. 16)."""
         weight = self.weight if weight is None else weight
-        return self._by_output(weight @ self.patches(x))
+        return self._by_output(_times(weight, self.patches(x)))
 
     def rows(
         self, x: Float[Tensor, "*s c n"], k: Float[Tensor, "*k o p"]
@@ -193,7 +193,7 @@ class Layer:
             k: its leading axes broadcast with those of x.
         """
         patches = self.patches(x)
-        return self._by_output(self.weight @ patches), self._by_group(k) @ patches.mT
+        return self._by_output(_times(self.weight, patches)), self._by_group(k) @ patches.mT
 
     def rows_adjoint(
         self, z: Float[Tensor, "*z o p"], grad: Float[Tensor, "*r g j i"] | None, k: Float[Tensor, "*k o p"]
@@ -203,7 +203,7 @@ class Layer:
         The leading axes of all three broadcast. Where that repeats one, the adjoint of the repetition, a sum, is left
         to the caller.
         """
-        patches = self.weight.mT @ self._by_group(z)
+        patches = _times(self.weight.mT, self._by_group(z))
         return self.scatter(patches if grad is None else patches + grad.mT @ self._by_group(k))
 
     @cached_property
@@ -225,7 +225,7 @@ class Layer:
     def grad_input(self, k: Float[Tensor, "*s o p"], weight: Tensor | None = None) -> Float[Tensor, "*s c n"]:
         """W' k, the gradient of the input; with a gradient of the weight in place of W it is K' grad W."""
         weight = self.weight if weight is None else weight
-        return self.scatter(weight.mT @ self._by_group(k))
+        return self.scatter(_times(weight.mT, self._by_group(k)))
 
     def normal(
         self,
@@ -236,10 +236,10 @@ class Layer:
     ) -> Float[Tensor, "s c n"]:
         """(W' D W + b K' K) x, without a matrix; D holds one weight per row, b is the scale of the gradient rows."""
         patches, k = self.patches(x), self._by_group(k)
-        z = self.weight @ patches
+        z = _times(self.weight, patches)
         z = z if rows is None else z * self._by_group(rows)
         grad = scale[..., None, None] * (k @ patches.mT)
-        return self.scatter(self.weight.mT @ z + grad.mT @ k)
+        return self.scatter(_times(self.weight.mT, z) + grad.mT @ k)
 
     def _by_group(self, k: Float[Tensor, "*s o p"]) -> Float[Tensor, "*s g j p"]:
         return k.reshape(*k.shape[:-2], self.groups, self.weight.shape[-2], self.positions)
@@ -316,6 +316,16 @@ class Layer:
 
     def __str__(self) -> str:
         return f"{self.name}: {list(self.input_shape)} -> {list(self.output_shape)}"
+
+
+def _times(weight: Tensor, values: Float[Tensor, "*s g i p"]) -> Float[Tensor, "*s g j p"]:
+    """The weight, or its transpose, times what is at each position.
+
+    Of one position of many systems that is one product of two matrices, not one with a vector for each of them.
+    """
+    if weight.dim() == 3 and len(weight) == 1 and values.shape[-1] == 1:
+        return (values[..., 0, :, 0] @ weight[0].mT)[..., None, :, None]
+    return weight @ values
 
 
 def _windows(x: Float[Tensor, "*s c n"], grid: Grid) -> Tensor:
