@@ -1,6 +1,6 @@
 """Networks with ReLU and maximum pools: how many pictures come back exactly, one picture for each gradient.
 
-    python benchmarks/pools.py --data FOLDER [--only TEXT] [--pictures 20] [--epochs 5] [--out FILE]
+    python benchmarks/pools.py --data FOLDER [--only TEXT] [--pictures 20] [--first 0] [--epochs 5] [--out FILE]
 
 FOLDER holds `cifar10` and `mnist`, with one subfolder of pictures for each class. Weights are float32 as torch draws
 them, anew for each picture, gradients float32, labels the pictures' own; nothing is told. With --epochs one network has
@@ -140,10 +140,10 @@ def network(name: str, pictures: Pictures, epochs: int, seed: int) -> nn.Module:
     return train(model, losses.CrossEntropy(10), pictures.others, pictures.others_y, epochs, 1e-3, 16, seed)
 
 
-def run(name: str, pictures: Pictures, epochs: int, limit: float) -> dict[str, Any]:
+def run(name: str, pictures: Pictures, first: int, epochs: int, limit: float) -> dict[str, Any]:
     learned = network(name, pictures, epochs, 0) if epochs else None
     exact, wrong, errors, seconds, reasons = 0, 0, [], [], []
-    for at in range(len(pictures.x)):
+    for at in range(first, len(pictures.x)):
         x, y = pictures.x[at : at + 1], pictures.y[at : at + 1]
         model = learned or network(name, pictures, 0, at)
         target = Target(model, losses.CrossEntropy(10), tuple(x.shape[1:]), (0.0, 1.0))
@@ -160,7 +160,7 @@ def run(name: str, pictures: Pictures, epochs: int, limit: float) -> dict[str, A
         wrong += int(certified and not error < WRONG)
     return {
         "network": name,
-        "exact": f"{exact} of {len(pictures.x)}",
+        "exact": f"{exact} of {len(seconds)}",
         "labelled right": accuracy(learned, pictures.x, pictures.y) if learned else float("nan"),
         "wrong": wrong,
         "median MSE": statistics.median(errors) if errors else float("nan"),
@@ -174,6 +174,7 @@ def run(name: str, pictures: Pictures, epochs: int, limit: float) -> dict[str, A
 def main() -> None:
     asked = parser(__doc__)
     asked.add_argument("--pictures", type=int, default=20)
+    asked.add_argument("--first", type=int, default=0, help="the first of these that is attacked")
     asked.add_argument("--epochs", type=int, default=0, help="of training")
     asked.add_argument("--limit", type=float, default=240.0, help="seconds for a picture")
     arguments = asked.parse_args()
@@ -182,7 +183,7 @@ def main() -> None:
 
     def one(name: str, kind: str, size: int | None) -> dict[str, Any]:
         pictures = pictures_of(arguments.data, kind, size, arguments.pictures)
-        return run(name, pictures, arguments.epochs, arguments.limit)
+        return run(name, pictures, arguments.first, arguments.epochs, arguments.limit)
 
     rows = ((name, partial(one, name, kind, size)) for name, (_, kind, size) in ROWS.items())
     measure(rows, arguments.only, "network", columns, arguments.out)

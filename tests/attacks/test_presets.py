@@ -34,7 +34,7 @@ from rgap.linalg import deadline
 from rgap.nn.reads import read_by
 from rgap.protocol import Optimiser, Sends
 
-SMOOTH = FeatureMatching(iterations=10, finish=40)
+SMOOTH = FeatureMatching(iterations=10, finish=4)
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -99,7 +99,7 @@ def vectors(count: int) -> tuple[Target, Tensor, Tensor]:
                 "minimiser": Adam(0.1 / 4, signed=True, cosine=True, warmup=50),
                 "variation": 0.1 * 4,
                 "features": 0.1,
-                "opponents": True,
+                "opponents": 1.0,
                 "start": Tiled(4),
                 "iterations": 24_000,
             },
@@ -128,9 +128,9 @@ def test_opponents_are_the_differences_of_each_two_colours() -> None:
     x = inputs(2, 3, 4, 5)
     pairs = torch.stack([x[:, a] - x[:, b] for a, b in itertools.combinations(range(3), 2)], 1)
     both = (float(total_variation(x)) + float(total_variation(pairs))) / 2
-    assert float(total_variation(x, opponents=True)) == pytest.approx(both)
+    assert float(total_variation(x, opponents=1.0)) == pytest.approx(both)
     grey = x[:, :1]
-    assert float(total_variation(grey, opponents=True)) == float(total_variation(grey))
+    assert float(total_variation(grey, opponents=1.0)) == float(total_variation(grey))
 
 
 def test_tiles_repeat() -> None:

@@ -58,12 +58,13 @@ class LayerWise:
         return (torch.stack(each) * weights).sum() / weights.sum()
 
 
-def total_variation(x: Float[Tensor, "b c h w"], opponents: bool = False) -> Tensor:
+def total_variation(x: Float[Tensor, "b c h w"], opponents: float = 0.0) -> Tensor:
     """The mean difference of neighbours, down and across.
 
     Args:
-        opponents: of the differences of each two colours too (double opponents, as in breaching's modern attack).
+        opponents: weight of the differences of each two colours, which count too (double opponents, as in breaching's
+            modern attack).
     """
     if opponents and x.shape[1] == 3:
-        x = torch.cat([x, x - x.roll(1, 1)], 1)
+        x = torch.cat([x, opponents * (x - x.roll(1, 1))], 1)
     return (x[..., 1:, :] - x[..., :-1, :]).abs().mean() + (x[..., 1:] - x[..., :-1]).abs().mean()

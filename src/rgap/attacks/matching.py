@@ -17,15 +17,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from rgap.attacks.base import BatchAttack, gradient_residual
-from rgap.attacks.distance import Distance, LayerWise, squared
+from rgap.attacks.distance import Distance, squared
 from rgap.attacks.known import Known, known
 from rgap.attacks.lbfgs import LBFGS
 from rgap.attacks.minimise import Minimiser
 from rgap.attacks.result import Answer, Outcome, Status
-from rgap.attacks.search import INNER, STEPS, Found, Search
+from rgap.attacks.search import INNER, Found, Search
 from rgap.attacks.simulate import LocalSteps
 from rgap.attacks.slopes import slopes
-from rgap.attacks.start import Near, Start, Uniform
+from rgap.attacks.start import Start, Uniform
 from rgap.attacks.threads import threads
 from rgap.linalg import deadline
 from rgap.target import GradientFunction, Target
@@ -59,7 +59,7 @@ class Matching(BatchAttack):
             were sent.
         minimiser: `LBFGS` or `Adam`.
         variation: weight of the total variation of the guess, a prior for pictures; without effect on other inputs.
-        opponents: let the variation count differences of colours too.
+        opponents: weight of the differences of colours in the variation; 0: each colour counts by itself.
         boxed: keep every guess in the value range, where it is known; for Adam alone.
         optimise_label: optimise a distribution over labels with the input; else the label is inferred beforehand, and
             where several are possible each is tried (see `rgap.attacks.labels`).
@@ -69,8 +69,8 @@ class Matching(BatchAttack):
             all go on to the end.
         consensus: weight of half the squared distance of a start from the mean of all starts of its update.
         iterations: at the most, for each start.
-        finish: iterations of L-BFGS at the most that go on from the best start of each update, in float64 and without
-            the prior, before a few Gauss-Newton steps; a fifth of the time is kept for them, where that is limited.
+        finish: Gauss-Newton steps at the most that go on from the best start of each update, in float64 and without
+            the prior; a fifth of the time is kept for them, where that is limited.
         local_steps: where a client took several steps, match the difference of its weights through all of them, in
             place of the gradient that they are taken for.
         tolerance: the relative gradient residual at which a start has arrived.
@@ -87,7 +87,7 @@ class Matching(BatchAttack):
     statistics: float = 0.0
     minimiser: Minimiser = QUASI_NEWTON
     variation: float = 0.0
-    opponents: bool = False
+    opponents: float = 0.0
     boxed: bool = False
     optimise_label: bool = True
     start: Start = UNIFORM
@@ -148,7 +148,7 @@ class Matching(BatchAttack):
         one = min(self._step(target, 1) for _ in range(2))
         if one * together <= AT_ONCE:
             one = min(self._step(target, together) for _ in range(2)) / together
-        ending = max(1, updates) * (self.finish + 2 * STEPS * INNER) if self.finish else 0
+        ending = max(1, updates) * 2 * INNER * ((1 << self.finish) - 1)
         return ((self.iterations + self.scout) * systems + ending) * one
 
     def run_many(self, target: Target, updates: Sequence[Update]) -> list[Outcome]:
@@ -189,22 +189,10 @@ class Matching(BatchAttack):
         if not self.finish or math.isinf(found.losses[0]):
             return found
         x, y = found.inputs[0], found.labels[0]
-        ending = replace(
-            self,
-            distance=LayerWise(),
-            minimiser=QUASI_NEWTON,
-            variation=0.0,
-            boxed=False,
-            optimise_label=False,
-            start=Near(x),
-            restarts=1,
-            iterations=self.finish,
-            dtype=torch.float64,
-        )
-        moved = search.finish(ending, at, y)
+        moved = search.finish(at, x, y)
         if not residual(moved, y) < residual(x, y):
             return found
-        note = "L-BFGS and Gauss-Newton steps in float64, without any prior, end the search"
+        note = "Gauss-Newton steps in float64, without any prior, end the search"
         return replace(found, inputs=[moved, *found.inputs[1:]], assumptions=(*found.assumptions, note))
 
 

@@ -22,6 +22,10 @@ from rgap.target import Target
 from rgap.update import Update
 
 RECURSIVE = Recursive()
+MOST_INNER = 2048
+"""Iterations of LSMR in one step. Far away few will do; near by, each new start forgets what the last one built."""
+FORMED = 200
+"""Unknowns up to which the Jacobian is formed."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,12 @@ class Polish(Attack):
     Args:
         start: an attack, or what one found for the same update.
         steps: at the most.
-        inner: iterations of LSMR in each step.
+        inner: iterations of LSMR in the first step; twice as many in each one after a step that lowers the residual.
     """
 
     start: Attack | Reconstruction = RECURSIVE
     steps: int = 12
-    inner: int = 200
+    inner: int = 32
 
     def run(self, target: Target, update: Update) -> Outcome:
         begin = self.start(target, update) if isinstance(self.start, Attack) else self.start
@@ -85,6 +89,7 @@ def improve(
         steps, inner: as in `Polish`.
     """
     value, damping = float(residual(x).norm()), 1e-3
+    inner = min(inner, MOST_INNER)
     for step in range(1, steps + 1):
         lowered = False
         if deadline.used() >= 1:
@@ -97,7 +102,7 @@ def improve(
         there = float(residual(new).norm())
         if there < value:
             lowered = there > 0.999 * value and size < 1e-12 * float(x.norm())
-            x, value, damping = new, there, damping / 10
+            x, value, damping, inner = new, there, damping / 10, min(2 * inner, MOST_INNER)
         else:
             damping *= 10
         report(step, value)
@@ -108,11 +113,11 @@ def improve(
 
 def _move(residual: Callable[[Tensor], Tensor], x: Tensor, damping: float, inner: int) -> tuple[Tensor, float]:
     """One damped step, and its length; damping is relative to the size of J, which is formed where it has no more
-    columns than `inner`."""
+    columns than `FORMED`."""
     along, here, back = _linear(residual, x)
     # |J' r| / |r| tells the size of J where it matters.
     size = float(back(here).norm() / here.norm().clamp(min=1e-300))
-    if len(x) <= inner:
+    if len(x) <= FORMED:
         J = torch.func.jacfwd(residual)(x)
         ridge = damping * size * torch.eye(len(x), dtype=x.dtype, device=x.device)
         below = torch.cat([here, torch.zeros_like(x)])

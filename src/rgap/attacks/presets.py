@@ -95,7 +95,7 @@ class Modern(Matching):
     features: float = 0.1
     minimiser: Minimiser = MODERN_ADAM
     variation: float = 0.4
-    opponents: bool = True
+    opponents: float = 1.0
     boxed: bool = True
     optimise_label: bool = False
     start: Start = TILED
@@ -112,7 +112,7 @@ class FeatureMatching(Matching):
     """What is known exactly, matched with the gradient.
 
     Cosine distance, features and labels that the gradient tells in closed form, statistics of batch norms, simulated
-    local steps, and L-BFGS and Gauss-Newton in float64 at the end. It begins at grey, and its variation weighs ten
+    local steps, and Gauss-Newton in float64 at the end. It begins at grey, and its variation weighs ten
     times that of Inverting Gradients: of nine settings that came out best on two pictures of PyTorch's tutorial
     network, by a third of a decibel.
     """
@@ -122,11 +122,11 @@ class FeatureMatching(Matching):
     statistics: float = 0.1
     minimiser: Minimiser = MODERN_ADAM
     variation: float = 0.1
-    opponents: bool = True
+    opponents: float = 3.0
     boxed: bool = True
     optimise_label: bool = False
     start: Start = GREY
     iterations: int = 1500
-    finish: int = 1000
+    finish: int = 6
     local_steps: bool = True
     dtype: torch.dtype = torch.float32

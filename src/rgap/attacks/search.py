@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +26,8 @@ from rgap.update import Update
 if TYPE_CHECKING:
     from rgap.attacks.matching import Matching
 
-STEPS, INNER = 8, 128
-"""Gauss-Newton steps at the end; products with the Jacobian, and with its transpose, in each of them."""
+INNER = 64
+"""Products with the Jacobian, and with its transpose, in the first Gauss-Newton step at the end; each doubles them."""
 SMALL = 1e-2
 """Of gradients below this part of all of them no more is asked than of one that large."""
 
@@ -191,13 +191,12 @@ class Search:
         apart[:, self.values :] = 0
         return self.attack.consensus * apart
 
-    def finish(self, attack: Matching, owner: int, labels: Tensor) -> Tensor:
-        """What another attack with these labels makes of one update, and after it Gauss-Newton steps in float64 towards
-        its gradient and what else is known."""
-        update, aid = self.updates[owner], replace(self.aids[owner], labels=labels)
-        x = Search(attack, self.target, [update], self.shape[0], [aid], self.client).run()[0].inputs[0]
+    def finish(self, owner: int, x: Tensor, labels: Tensor) -> Tensor:
+        """What Gauss-Newton steps in float64 make of an input of one update, towards its gradient and what else is
+        known of it."""
         if refused(self.target, torch.float64):
             return x
+        aid, steps = self.aids[owner], self.attack.finish
         given = {name: t.to(self.target.device).double() for name, t in self._given()[owner].items()}
         model = self._model(self.target.gradient_function(torch.float64, reads=aid.modules), torch.float64)
         weights = one_hot(self.target.loss, labels).to(self.target.device).double()
@@ -210,8 +209,8 @@ class Search:
             return torch.cat([((found[n].reshape(-1) - t.reshape(-1)) / sizes[n]) for n, t in given.items()])
 
         start = x.reshape(-1).double().to(self.target.device)
-        report = Reporter(f"{attack.name}, Gauss-Newton", STEPS)
-        return improve(residual, start, STEPS, INNER, report)[0].reshape(self.shape)
+        report = Reporter(f"{self.attack.name}, Gauss-Newton", steps)
+        return improve(residual, start, steps, INNER, report)[0].reshape(self.shape)
 
     def residual(self, inputs: Tensor, labels: Tensor) -> float:
         """The relative distance of what inputs and labels give from the first update."""
