@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from rgap import Protocol, Target, Update, capture, losses
 from rgap.attacks import Closed, Status
+from rgap.inversion.local_steps import Limit
+from rgap.linalg.deadline import within
 from rgap.models.chains import chain
 from rgap.protocol import Sends
 
@@ -76,3 +78,45 @@ def test_the_stated_error_grows_as_the_rate_falls_until_nothing_is_exact() -> No
         assert off(found.inputs, x) < 5 * stated[-1]
     assert 3 < stated[1] / stated[0] < 30
     assert found.status is not Status.EXACT, str(found)
+
+
+def photograph(size: int) -> tuple[Tensor, Tensor]:
+    """Smooth, and of more values than steps are differentiated for."""
+    drawn = torch.rand(1, 3, size + 4, size + 4, generator=torch.Generator().manual_seed(0))
+    x = nn.functional.avg_pool2d(drawn, 5, 1)
+    return (x - x.min()) / (x.max() - x.min()), torch.ones(1)
+
+
+def large(classes: int, size: int = 14) -> Target:
+    torch.manual_seed(0)
+    model = chain(((8, 3, 1, 1), (12, 3, 2, 1)), 3, size, classes, lambda: nn.LeakyReLU(0.2), bias=classes > 1)
+    loss = losses.Logistic() if classes == 1 else losses.CrossEntropy(classes)
+    return Target(model, loss, (3, size, size), (0.0, 1.0))
+
+
+@pytest.mark.parametrize(("classes", "rate", "steps"), [(1, 0.01, 2), (4, 0.001, 5)])
+def test_a_larger_sample_behind_kinks_is_exact(classes: int, rate: float, steps: int) -> None:
+    (x, label), target = photograph(14), large(classes)
+    found = Closed()(target, capture(target, x, label, protocol(rate, steps)))
+    assert found.status is Status.EXACT, str(found)
+    assert found.labels.tolist() == label.tolist()
+    assert off(found.inputs, x) < min(1e-3, 5 * found.answers[0].error)
+    assert found.steps == ((0,),) * steps
+
+
+def test_a_larger_sample_of_another_protocol_is_not_exact() -> None:
+    (x, label), target = photograph(14), large(4)
+    update = capture(target, x, label, protocol(0.01, 2))
+    with within(20.0):
+        found = Closed()(target, Update(update.gradients, replace(update.header, protocol=protocol(0.012, 2))))
+    assert found.status is not Status.EXACT
+
+
+def test_where_there_is_no_time_it_says_how_much_it_would_take() -> None:
+    (x, label), target = photograph(14), large(4)
+    update = capture(target, x, label, protocol(0.01, 2))
+    with within(0.05):
+        found = Closed()(target, update)
+    assert found.status is not Status.EXACT
+    assert found.bound is not None
+    assert found.bound.limit is Limit.TIME

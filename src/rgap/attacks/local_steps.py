@@ -11,8 +11,10 @@ from rgap.attacks.labels import one_hot
 from rgap.attacks.last_layer import Begun, begin, obstacle
 from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, Outcome, Sample, Status
+from rgap.attacks.smoothed_steps import smoothed
 from rgap.attacks.verdict import EXPLAINED, range_misfit
 from rgap.inversion.local_steps import UNEXPLAINED, Bound, Limit, Recovered, recover
+from rgap.inversion.output import OutputCandidates
 from rgap.inversion.prior import Prior
 from rgap.inversion.subspace.peel import Search
 from rgap.inversion.unrolled import SOFTENING, Met, meet
@@ -29,7 +31,7 @@ MOST_STEPS = 2000
 MOST_UNROLLED = 64
 """Steps that are differentiated; every one keeps its own graph."""
 MOST_VALUES = 512
-"""Of a sample whose steps are differentiated: by each of them, some twenty times."""
+"""Of a sample whose steps are differentiated: by each of them, some twenty times. Chains with kinks may have more."""
 
 
 def invert_steps(target: Target, update: Update, search: Search, visible: float) -> Outcome | None:
@@ -62,26 +64,32 @@ def invert_steps(target: Target, update: Update, search: Search, visible: float)
     if found.stop is None and len(found.order) == 1:
         return None
     plan = plan_of(protocol, told)
-    if not len(found.x) and told == 1 and 1 < plan.steps <= MOST_UNROLLED:
-        found = _together(target, update, client, plan, after(plan.steps)) or found
+    if not len(found.x) and told == 1 and 1 < plan.steps <= MOST_UNROLLED and obstacle(target) is None:
+        begun = begin(target, update.to_gradient(target)[0])
+        if isinstance(begun, Begun):
+            difference = after(plan.steps)
+            found = (
+                _together(target, begun.output, client, plan, difference)
+                or smoothed(target, begun.output, client, plan, difference)
+                or found
+            )
     return _verdict(target, update, found, told, visible)
 
 
-def _together(target: Target, update: Update, client: Client, plan: Plan, difference: Difference) -> Recovered | None:
+def _together(
+    target: Target, output: OutputCandidates, client: Client, plan: Plan, difference: Difference
+) -> Recovered | None:
     """The one sample of all steps, from all parameters together; None where none agrees, or its values are too many.
 
     Its label is one of those that the last layer's gradient allows, taken as a single step's.
     """
-    if obstacle(target) or math.prod(target.input_shape) > MOST_VALUES:
-        return None
-    begun = begin(target, update.to_gradient(target)[0])
-    if not isinstance(begun, Begun):
+    if math.prod(target.input_shape) > MOST_VALUES:
         return None
     low, high = target.value_range or (0.0, 0.0)
     prior, order = Prior(target.input_shape, (low + high) / 2), ((0,),) * plan.steps
     met: list[tuple[Met, Tensor]] = []
-    for value in dict.fromkeys(begun.output.labels.tolist()):
-        label = begun.output.labels.new_full((1,), value, dtype=torch.float64)
+    for value in dict.fromkeys(output.labels.tolist()):
+        label = output.labels.new_full((1,), value, dtype=torch.float64)
         x = label.new_full((1, *target.input_shape), prior.centre)
         report = Reporter("Closed, all steps together, step", SOFTENING.soft + SOFTENING.sharp)
         try:
@@ -162,12 +170,18 @@ def _verdict(target: Target, update: Update, found: Recovered, told: int, visibl
     assumptions = [FOLLOWED.format(steps, protocol.optimiser.value, protocol.learning_rate or 0.0), ORDER]
     if found.samples != told:
         assumptions.append(COUNT.format(told, found.samples))
+    if found.assumption:
+        assumptions.append(found.assumption)
     low, high = target.value_range or (float(found.x.min()), float(found.x.max()))
     agrees = found.misfit <= EXPLAINED
     samples = []
     for at, label in enumerate(found.labels.tolist()):
         status, reason = Status.EXACT, "all steps together give the difference that was sent"
-        if not agrees:
+        if not agrees and found.nearest:
+            status, reason = Status.NOT_CONVERGED, "it is the nearest that was found"
+            if found.cut_off:
+                status, reason = Status.CUT_OFF, "it is the nearest when the time was up"
+        elif not agrees:
             status, reason = Status.REPRODUCED, "it fits its step; all steps together do not give the difference"
         elif not found.error[at] <= visible * (high - low):
             status, reason = Status.ILL_CONDITIONED, "rounding may have moved it visibly"

@@ -42,6 +42,7 @@ class Limit(Enum):
     PRECISION = "steps too small for the rounding of the weights"
     SIZES = "the optimiser hides the sizes of gradients"
     SEARCH = "a sample was not found"
+    TIME = "it takes longer than there is"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class Recovered:
     samples: int = 0
     """How many there are, by the rank of the first layer's difference."""
     stop: Bound | None = None
+    nearest: bool = False
+    """Whether it is the nearest that was found, of all steps together, where their difference does not agree."""
+    cut_off: bool = False
+    """Whether the time was up."""
+    assumption: str = ""
+    """What decided where the steps did not."""
 
 
 def recover(

@@ -1,0 +1,1 @@
+"""One sample behind several steps through a chain with kinks: an iterated smoother."""
