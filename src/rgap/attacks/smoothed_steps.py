@@ -45,7 +45,9 @@ def smoothed(
     if stop is not None:
         return Recovered(nothing, nothing, nothing, (), samples=1, stop=stop)
     value_range = target.value_range or (-1.0, 1.0)
-    prior = Prior(target.input_shape, sum(value_range) / 2)
+    shape = target.input_shape
+    # Each channel by itself: a colour prior decides too much while the rows decide little.
+    prior = Prior((1, *shape[1:]) if len(shape) == 3 else shape, sum(value_range) / 2)
     tried = []
     for at in range(len(output.labels)):
         label = output.labels[at : at + 1].double()

@@ -56,6 +56,7 @@ class Setting:
 
     steps: KinkedSteps
     prior: Prior
+    """Of an input, or of each of its channels."""
     value_range: tuple[float, float]
     smoothing: Smoothing = SMOOTHING
 
@@ -71,7 +72,8 @@ class Setting:
     def tie(self) -> tuple[Tensor, float]:
         """The prior's matrix, and the weight of the deviation from its centre."""
         weight = (self.smoothing.apart * (self.value_range[1] - self.value_range[0])) ** -2
-        matrix = weight * self.prior.matrix(self.like)
+        parts = math.prod(self.steps.middle_network.input_shape) // math.prod(self.prior.shape)
+        matrix = weight * self.prior.matrix(self.like, parts)
         flat = self.smoothing.flat * weight
         matrix.diagonal().add_(flat)
         return matrix, flat
