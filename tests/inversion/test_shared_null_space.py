@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rgap import Target, capture, losses
 from rgap.attacks import Closed, Status
+from rgap.inversion.samples import layer_by_layer
 from rgap.inversion.shared_null_space import may_be_told, told_together
 from rgap.inversion.sides import sides_by_weights
 from rgap.inversion.state import Observation, State
@@ -116,3 +117,18 @@ def test_a_batch_of_which_a_layer_leaves_more_open_than_its_gradient_tells_is_ex
     apart = torch.cdist(found.inputs.flatten(1), x.double().flatten(1))
     assert sorted(apart.argmin(1).tolist()) == list(range(SAMPLES))
     assert float(apart.min(1).values.max()) / x[0].numel() ** 0.5 < 1e-3
+
+
+def test_nothing_need_stand_behind_the_activation() -> None:
+    target, x, labels = prepared(convolutional())
+    state, observed, _ = behind_conv2(target, x, labels)
+    network = target.network
+    behind = replace(state, value=network.forward(x.double())[4], cotangent=state.cotangent / slope_of(state.value))
+    front = network.part([segment for segment in network.segments if segment.exit <= 4])
+    passed = layer_by_layer(front, behind, observed)
+    assert passed.stop is None
+    assert float((passed.state.value - x.double()).abs().max()) < 1e-7
+
+
+def slope_of(z: Tensor) -> Tensor:
+    return torch.where(z > 0, 1.0, 0.2).to(z)

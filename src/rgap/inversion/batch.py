@@ -195,9 +195,9 @@ def back(
     if passed.stop is None:
         # A last unit or two may still be on the wrong side.
         passed = passed.moved(refine_sides(system, passed.state.value, tolerance))
-        agrees = system.distance(system.linearise(passed.state.value)) <= tolerance
-        # Where every layer determines its inputs, there is nothing that all of them together would add.
-        if agrees or passed.certain[0] == 0:
+        # Where every layer determines its inputs, there is nothing that all of them together would add. Where one does
+        # not, gradients that agree say nothing of what is free.
+        if passed.certain[0] == 0:
             x = passed.state.value
             x = refined(system, x, tolerance)[0] if len(passed.layers) > 1 else x
             return Inputs(x, passed.state.rms_std, passed.layers)

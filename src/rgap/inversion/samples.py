@@ -128,11 +128,11 @@ def layer_by_layer(
 
 def _once_more(network: Network, value_id: int, passed: Passed, observed: Observation) -> State:
     """What is known of a value, from all constraints behind it together."""
-    behind = network.part([segment for segment in network.segments if segment.entry >= value_id])
+    segments = [segment for segment in network.segments if segment.entry >= value_id]
     state, gradients = passed.state, {name: grad[0] for name, grad in observed.gradients.items()}
-    if state.row_weight is not None:
+    if not segments or state.row_weight is not None:
         return state
-    system = ConstraintSystem(behind, passed.output, gradients, observed.eps)
+    system = ConstraintSystem(network.part(segments), passed.output, gradients, observed.eps)
     if not system.nodes:
         return state
     x, std = refined(system, state.value, max(NEARLY, 10 * observed.eps))

@@ -57,11 +57,10 @@ def may_be_told(network: Network, node: int, samples: int) -> bool:
     if found is None or not isinstance(op, Linear) or isinstance(found[1], ReLU):
         return False
     layer, (before, _) = op.layer, found
-    opened = layer.unknowns - layer.weight_rows
-    if layer.unknowns > LARGEST or opened <= 0 or samples * opened > TOGETHER:
+    opened, virtual = layer.unknowns - layer.weight_rows, before.weight_rows - before.unknowns
+    if layer.unknowns > LARGEST or opened <= 0 or virtual <= 0 or samples * opened > TOGETHER:
         return False
     spare = layer.gradient_rows - min(layer.gradient_rows, layer.outputs**2)  # those that weight rows do not repeat
-    virtual = before.weight_rows - before.unknowns
     return samples * opened <= spare + samples * virtual
 
 

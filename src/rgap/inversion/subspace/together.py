@@ -119,9 +119,25 @@ class HeadSystem:
         """The root mean square of the residual."""
         return float(self.residual(t).square().mean().sqrt())
 
+    def jacobian(self, t: Float[Tensor, "b d"]) -> Float[Tensor, "rows u"]:
+        """Of the residual."""
+        eye = torch.eye(t.numel(), dtype=t.dtype, device=t.device).reshape(-1, *t.shape)
+        return torch.stack([torch.func.jvp(self.residual, (t,), (each,))[1] for each in eye], 1)
+
     def error(self, t: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
-        """As `Span.error`."""
-        return self.spaces.first.error(self.k(t) * self.share[:, None])
+        """How far rounding may have moved each value of the inputs (root mean square): along the row space by what it
+        does to all gradients, and with the row space. Where that is too much to form as `Span.error`, as if k did not
+        depend on x."""
+        first = self.spaces.first
+        plain = first.error(self.k(t) * self.share[:, None])
+        if self.entries > LARGEST:
+            return plain
+        jacobian = self.jacobian(t)
+        inverse = torch.linalg.pinv(jacobian.mT @ jacobian, rtol=1e-12, hermitian=True)
+        along = inverse.diagonal().reshape(t.shape).sum(1).clamp(min=0)
+        across = first.uncertainty(self._condition.coordinates(t)).square()
+        found: Tensor = ((along + across) / first.layer.unknowns).sqrt().maximum(plain)
+        return found
 
     def start(self) -> Float[Tensor, "b d"]:
         """All samples at one point, some mean of theirs."""
@@ -137,12 +153,10 @@ def solve_together(system: HeadSystem, t: Float[Tensor, "b d"], max_steps: int =
 
     flat = t.flatten()
     here = residual(flat)
-    eye = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
     for _ in range(max_steps):
         if deadline.used() >= 1:
             break
-        columns = [torch.func.jvp(residual, (flat,), (each,))[1] for each in eye]
-        jacobian = torch.stack(columns, 1)
+        jacobian = system.jacobian(flat.reshape(shape))
         gram, gradient = jacobian.mT @ jacobian, jacobian.mT @ here
         lowered = False
         for _ in range(6):
