@@ -18,10 +18,10 @@ from rgap.target import Target
 
 MEMORY = 4 * 2**30
 """Bytes that may be taken."""
-SPEED = 1e10
+SPEED = 5e10
 """Operations a second, on one thread."""
 PASSES = 2
-"""Below the time of so many passes nothing is begun; about eight lead to the end."""
+"""Below the time of so many passes nothing is begun; about a dozen lead to the end."""
 ALIKE = 2.0
 """A label under which the last layers fit worse by this factor than under the best one is not tried."""
 
@@ -100,7 +100,7 @@ def _too_large(target: Target) -> Bound | None:
     seconds = PASSES * operations(network) / SPEED
     if left is not None and left < seconds:
         text = (
-            f"the steps on {values} values together take {seconds:.0f} s at the least and about {4 * seconds:.0f} s, "
+            f"the steps on {values} values together take {seconds:.0f} s at the least and about {6 * seconds:.0f} s, "
             f"{left:.0f} are left: a larger budget would let them be read"
         )
         return Bound(Limit.TIME, text)
