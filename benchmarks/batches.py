@@ -19,7 +19,7 @@ import torch
 from rows import ACTIVATIONS, Tally, measure, parser, perceptron
 from torch import Tensor, nn
 
-from rgap import Target, attacks, capture, data, losses, models
+from rgap import Protocol, Target, attacks, capture, data, losses, models
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Row:
     """Of a side, if not the pictures' own."""
     distinct: bool = False
     """Whether no two samples of a batch have one label."""
+    training: bool = False
+    """Whether batch norms are in training mode, and their running statistics before and after the step are sent."""
 
     def __str__(self) -> str:
         return f"{self.name} b={self.samples}"
@@ -114,6 +116,23 @@ ROWS = [
     *(Row("3 convolutions, 16 x 16", small, b, size=16, distinct=True) for b in (1, 2, 4, 8)),
     *(Row("CNN6, two Linear layers", headed(models.cnn6, 3200), b, distinct=True) for b in (1, 2, 3, 4)),
     *(Row("residual, two Linear layers", headed(models.residual, 3200), b, distinct=True) for b in (2, 4)),
+    Row(
+        "residual, batch norm in training mode",
+        partial(models.residual, classes=10, norm=True),
+        1,
+        distinct=True,
+        training=True,
+    ),
+    *(
+        Row(
+            "residual, batch norm in training mode, two Linear layers",
+            headed(partial(models.residual, norm=True), 3200),
+            b,
+            distinct=True,
+            training=True,
+        )
+        for b in (1, 2, 4)
+    ),
     Row("LeNet of DLG", models.lenet, 2, distinct=True),
     Row("LeNet of DLG, 100 classes", with_classes(models.lenet, 100), 16, classes=100, distinct=True),
     *(
@@ -151,11 +170,12 @@ def run(row: Row, pictures: data.Images, batches: int) -> dict[str, Any]:
     features = row.name.startswith("features")
     tally = Tally()
     seconds, statuses = [], []
-    model = row.model().eval()
+    model = row.model().train(row.training)
+    protocol = Protocol(buffers=row.training)
     for seed in range(batches):
         x, labels = drawn(row, pictures, seed)
         target = Target(model, loss, tuple(x.shape[1:]), value_range, batch_size=row.samples)
-        found = attacks.Closed()(target, capture(target, x, labels))
+        found = attacks.Closed()(target, capture(target, x, labels, protocol))
         seconds.append(found.seconds)
         statuses.append(found.status.value)
         if features and found.features is not None:
@@ -164,7 +184,7 @@ def run(row: Row, pictures: data.Images, batches: int) -> dict[str, Any]:
             truth = target.network.forward(x.double())[-2].reshape(row.samples, *at).flatten(1)
             tally.add(given, told, [attacks.Status.EXACT] * len(given), truth, labels)
         elif found.answers:
-            verdicts = [sample.status for sample in found.samples]
+            verdicts = [sample.status for sample in found.samples] or [found.status]
             tally.add(found.inputs.flatten(1), found.labels, verdicts, x.double().flatten(1), labels)
     return {
         "network": row.name,

@@ -157,25 +157,20 @@ class Target:
             raise NotImplementedError(f"forward: the traced operations do not run by themselves: {reason}") from error
         return network
 
-    def of_batch(
-        self, after: Mapping[str, Tensor], gradients: Mapping[str, Tensor], samples: int
-    ) -> tuple[Target, float]:
+    def of_batch(self, after: Mapping[str, Tensor], gradients: Mapping[str, Tensor], samples: int) -> Target:
         """The same target, whose network takes batch norms in training mode as they were in the batch of one update.
 
         Args:
             after: the buffers after the step.
             gradients: of the mean loss over the batch.
             samples: of the batch.
-
-        Returns:
-            The target, and how far the rounding of the buffers may have moved its values, relatively.
         """
         found, program = copy(self), self.graph.program
         known = self.batch_statistics(after, samples)
         if program is not None and known:
             batch = Batch(known, {name: g.to(self.device) for name, g in gradients.items()})
             vars(found)["network"] = program.network(self._tensors, frozenset(self.parameters), batch)
-        return found, max((each.precision for each in known.values()), default=0.0)
+        return found
 
     def batch_statistics(self, after: Mapping[str, Tensor], samples: int) -> dict[str, BatchStatistics]:
         """What batch norms in training mode made of one step's batch, by the names of their running means.

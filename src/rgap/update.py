@@ -165,14 +165,12 @@ class Update:
         buffers = self.buffers if one_step else {}  # else those of several batches
         return Update(kept, replace(self.header, protocol=plain, precision=precision), buffers), assumptions
 
-    def with_batch(self, target: Target) -> tuple[Target, Update]:
-        """The target as its network was in this update's batch, as far as the buffers that were sent tell, and the
-        update as precise as these are."""
+    def with_batch(self, target: Target) -> Target:
+        """The target as its network was in this update's batch, as far as the buffers that were sent tell."""
         protocol, own = self.header.protocol, self.samples_of_one(target)
         if not self.buffers or protocol.clients > 1 or len(protocol.minibatches(own)) > 1:
-            return target, self
-        seen, precision = target.of_batch(self.buffers, self.gradients, own)
-        return seen, replace(self, header=replace(self.header, precision=max(self.precision, precision)))
+            return target
+        return target.of_batch(self.buffers, self.gradients, own)
 
     def check(self, target: Target, partial: bool = False) -> None:
         """Refuse an update that is not one of this target's model.

@@ -65,8 +65,9 @@ def test_statistics_that_did_not_run_tell_nothing(how: str) -> None:
     assert statistics(model, before, {} if how == "not sent" else state(model), 4) == {}
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("samples", [1, 2, 5])
-def test_with_its_statistics_the_norm_is_affine_both_ways(samples: int) -> None:
+def test_with_its_statistics_the_norm_is_affine_both_ways(samples: int, own: bool) -> None:
     """Values and cotangents of the whole network are those of torch's own backward pass."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -83,10 +84,13 @@ def test_with_its_statistics_the_norm_is_affine_both_ways(samples: int) -> None:
     trained = copy.deepcopy(model)
     trained(x)
     gradients = target.gradient(x, y)
-    seen, precision = target.of_batch(dict(trained.named_buffers()), gradients, samples)
-    assert 0 < precision < 1e-13
-    network = seen.network
-    assert sum(isinstance(node.op, BatchNorm) for node in network.nodes) == 2
+    network = target.of_batch(dict(trained.named_buffers()), gradients, samples).network
+    norms = [node.op for node in network.nodes if isinstance(node.op, BatchNorm)]
+    assert len(norms) == 2
+    assert all(0 < norm.precision < 1e-13 for norm in norms)
+    if own:
+        network = network.own
+        assert network.coupled
     values = network.forward(x)
     torch.testing.assert_close(values[-1], model(x), rtol=1e-8, atol=1e-10)
     k = target.loss.output_gradient(values[-1], y.double()) / samples
@@ -104,5 +108,5 @@ def test_without_its_weights_gradient_the_norm_stays_closed() -> None:
     trained = copy.deepcopy(model)
     trained(x)
     del gradients["1.weight"]
-    seen, _ = target.of_batch(dict(trained.named_buffers()), gradients, 1)
+    seen = target.of_batch(dict(trained.named_buffers()), gradients, 1)
     assert not any(isinstance(node.op, BatchNorm) for node in seen.network.nodes)

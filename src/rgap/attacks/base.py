@@ -132,7 +132,7 @@ class Attack(ABC):
         for update in updates:  # one that is cut off takes nothing from those before it
             start = time.perf_counter()
             try:
-                outcome = self.run(*update.with_batch(target))
+                outcome = self.run(update.with_batch(target), update)
             except OutOfTime:
                 outcome = LATE
             found.append((outcome, time.perf_counter() - start))

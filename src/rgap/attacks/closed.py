@@ -108,7 +108,7 @@ class Recursive(BatchAttack):
                 # The output's own value takes no part: of a margin it may be known badly.
                 nothing = torch.zeros_like(z[s])
                 output = State(z[s], end.cotangent, nothing, nothing)
-                system = ConstraintSystem(network, output, starts[at].gradients, eps)
+                system = ConstraintSystem(network.own, output, starts[at].gradients, eps)
                 together = end.joint is not None or any(layer.with_others for layer in end.layers)
                 end = replace(end, value=refine_input(system, end.value, agreement(eps), STEPS if together else 0))
             ends[at] += _scaled(starts[at].output, end) if network.scalable and end.stop is None else [end]

@@ -183,7 +183,7 @@ def back(
     if front.layers and not features.complete:
         return "all samples share the gradients of the layers in front, and some samples are missing"
     state = features.state
-    system = ConstraintSystem(front, state, gradients, eps)
+    system = ConstraintSystem(front.own, state, gradients, eps)
     free = system.unknowns - system.rank_at_most
     if front.layers and free > 0 and not any(isinstance(node.op, Pool) for node in front.nodes):
         which = " and ".join(names(system))

@@ -47,7 +47,7 @@ def solve_jointly(network: Network, observed: Observation, output: State, start:
         start: (b, *shape), where to begin.
     """
     gradients = {name: grad[0] for name, grad in observed.gradients.items()}
-    system = ConstraintSystem(network, output, gradients, observed.eps)
+    system = ConstraintSystem(network.own, output, gradients, observed.eps)
     agrees = max(AGREES, 100 * observed.eps)
     found = gauss_newton(system, SOLVER, None, agrees, system.linearise(start), SCHEDULE)
     if found.distance > agrees:

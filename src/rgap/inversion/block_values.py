@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgap.inversion.batch_norm import before_batch_norm
+from rgap.inversion.batch_norm import before_batch_norm, rows_before
 from rgap.inversion.block_solve import BlockInput
 from rgap.inversion.estimate import Estimate, Kinks, other_slope, product, undone
 from rgap.inversion.layer import LayerRows, LayerSolution, LayerSystem, Rhs
@@ -22,7 +22,6 @@ from rgap.inversion.rounding import rounding
 from rgap.inversion.sides import explained, outliers
 from rgap.inversion.state import Observation, State
 from rgap.nn.activations import NonMonotone
-from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network, Node
 from rgap.nn.ops import Affine, Concat, Elementwise, Linear, Other, Sum
 from rgap.nn.pools import Pool
@@ -154,27 +153,13 @@ class BlockValues:
 
     def _before_batch_norm(self, value: int) -> None:
         """A value from the gradient of a layer that reads it, where a batch norm in training mode follows."""
-        for node_id in self.network.readers[value]:
-            op, behind = self.network.nodes[node_id].op, self.network.readers[node_id + 1]
-            norm = self.network.nodes[behind[0]].op if len(behind) == 1 else None
-            if not isinstance(op, Linear) or not op.has_gradient or not isinstance(norm, BatchNorm):
-                continue
-            layer, k = op.layer.side_by_side(self.samples), self.ks.get(behind[0] + 1)
-            if k is None or layer.weight_name not in self.observed.gradients:
-                continue
-            grad = layer.pack_weight(self.observed.gradients[layer.weight_name])
-            found = before_batch_norm(layer, norm, k, grad, self.observed.rank_tolerance)
-            if found is None:
-                continue
-            noise = self._draw(grad) * rounding(grad, self.observed.eps)
-            error = found.system.apply_inverse(torch.zeros_like(found.system.k), noise).square().mean().sqrt()
-            x = layer.unpack_input(found.solution.x).reshape(-1, *self.network.shapes[value])
-            self.values[value] = Estimate(x, None, error.reshape(1, *[1] * (x.dim() - 1)))
-            nothing = torch.zeros_like(found.system.k)
-            self.reports[node_id] = layer_report(
-                layer, found.system.k, nothing, found.solution, 0, float(error), None, True
-            )
+        rows = rows_before(self.network, value, self.ks, self.values, self.observed.gradients)
+        if rows is None:
             return
+        x = before_batch_norm(rows, (self.samples, *self.network.shapes[value]))
+        if x is not None:
+            size = self.observed.eps * float(x.square().mean().sqrt())
+            self.values[value] = Estimate(x, None, x.new_full((1,) * x.dim(), size))
 
     def _inverted(self, value: int) -> Iterator[Estimate]:
         """From each operation without weights that reads the value, what its output tells of it."""
@@ -380,4 +365,5 @@ class BlockValues:
         x = found.x
         self.values[0] = Estimate(x, None, x.new_full((1,) * x.dim(), found.std))
         self.ks[0] = found.cotangent
-        self.reports = found.reports | self.reports
+        own = {} if self.network.own.coupled else self.reports  # what told statistics say is not as precise
+        self.reports = found.reports | own

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rgap.nn.activation import Activation
 from rgap.nn.activations import ReLU
+from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.ops import Affine, Op
 
 
@@ -58,6 +60,8 @@ def undone(op: Op, out: Estimate) -> Estimate | None:
     std: Tensor | None = out.std.expand(out.value.shape)
     assert std is not None
     std = std / op.scale.abs() if isinstance(op, Affine) else op.invert(std)
+    if isinstance(op, BatchNorm) and std is not None:
+        std = torch.hypot(std, op.error)
     return Estimate(x, weight, out.std if std is None else std)
 
 

@@ -36,6 +36,7 @@ class Jacobian(LinearOperator):
         self.system, self.at = system, at
         self.in_shape, self.like = system.in_shape, at.x
         self.values = sum(value.numel() for value in at.values)
+        self._coupled = _Coupled(system, at) if system.network.coupled else None
         self._bases = effects(system, at, uncertain)
         used = [node for node in system.nodes if uncertain is not None or not system.curved_after(node)]
         self._k = {node: system.k(at, node) for node in used}
@@ -92,6 +93,8 @@ class Jacobian(LinearOperator):
 
     def _rows(self, x: Float[Tensor, "d *in_shape"]) -> Rows:
         """How all rows move with the inputs, not weighted."""
+        if self._coupled is not None:
+            return self._coupled.rows(x)
         system, network, d = self.system, self.system.network, len(x)
         moves: dict[int, Tensor] = {0: x.flatten(0, 1)}
         found: dict[int, Tensor] = {}
@@ -124,6 +127,8 @@ class Jacobian(LinearOperator):
 
     def _back(self, rows: Rows) -> Float[Tensor, "d *in_shape"]:
         """The adjoint of `_rows`."""
+        if self._coupled is not None:
+            return self._coupled.back(rows)
         network, d = self.system.network, len(rows.weight)
         end = len(network.nodes)
         back: dict[int, Tensor] = {end: rows.weight.flatten(0, 1)}
@@ -173,3 +178,37 @@ class Jacobian(LinearOperator):
             return grad
         flat = grad.flatten(1)
         return (flat - (flat @ basis.mT) @ basis).reshape(grad.shape)
+
+
+class _Coupled:
+    """The rows' derivatives where batch norms take the statistics of their values: then a layer's cotangent depends on
+    the inputs as much as what it reads does, so that both are differentiated."""
+
+    def __init__(self, system: ConstraintSystem, at: Linearisation):
+        self.system = system
+        with torch.enable_grad():
+            self._x = at.x.detach().requires_grad_()
+            self._out = self._values(self._x)
+            # J'r is linear in r: its derivative is J.
+            self._r = tuple(torch.zeros_like(each, requires_grad=True) for each in self._out)
+            [self._pulled] = torch.autograd.grad(self._out, self._x, self._r, create_graph=True)
+
+    def _values(self, x: Float[Tensor, "b ..."]) -> tuple[Tensor, ...]:
+        """What the rows say at some inputs."""
+        system = self.system
+        at = system.linearise(x)
+        reads = (at.values[system.network.nodes[node].reads[0]] for node in system.nodes)
+        gradient = (
+            layer.grad_weight(layer.pack_input(read), system.k(at, node)).sum(0, keepdim=True)
+            for node, layer, read in zip(system.nodes, system.layers, reads, strict=True)
+        )
+        return at.values[-1], *gradient
+
+    def rows(self, x: Float[Tensor, "d *in_shape"]) -> Rows:
+        moved = [torch.autograd.grad(self._pulled, self._r, direction, retain_graph=True) for direction in x]
+        weight, *gradient = zip(*moved, strict=True)
+        return Rows(torch.stack(weight), tuple(map(torch.cat, gradient)))
+
+    def back(self, rows: Rows) -> Float[Tensor, "d *in_shape"]:
+        one = ((weight, *(each[at : at + 1] for each in rows.gradient)) for at, weight in enumerate(rows.weight))
+        return torch.stack([torch.autograd.grad(self._out, self._x, each, retain_graph=True)[0] for each in one])

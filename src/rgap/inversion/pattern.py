@@ -42,18 +42,22 @@ def effects(system: ConstraintSystem, at: Linearisation, uncertain: Pattern | No
         if not len(sample):
             continue
         value = system.network.nodes[node].reads[0]
-        own = at.x.new_zeros(len(sample), *mask.shape[1:])
-        own[(torch.arange(len(sample), device=own.device), *place)] = 1.0
-        # Each unit belongs to one sample, and moves that sample's part of the sum alone.
+        # Each unit belongs to one sample, and moves that sample's part of the sum alone; all where they depend on it.
+        batch = system.samples if system.network.coupled else 1
+        own = at.x.new_zeros(len(sample), batch, *mask.shape[1:])
+        own[(torch.arange(len(sample), device=own.device), sample % batch, *place)] = 1.0
+        own = own.flatten(0, 1)
+        which = torch.arange(batch, device=own.device).repeat(len(sample)) if batch > 1 else sample
         one = system.samples == 1
-        values = at.values if one else [each[sample] for each in at.values]
-        slopes = at.slopes if one else {each: slope[sample] for each, slope in at.slopes.items()}
+        values = at.values if one else [each[which] for each in at.values]
+        slopes = at.slopes if one else {each: slope[which] for each, slope in at.slopes.items()}
         cotangents = system.network.vjp(values, slopes, {value: own})
         for each, (layer_node, layer) in enumerate(zip(system.nodes, system.layers, strict=True)):
             k = cotangents[layer_node + 1]
             if k is not None:
                 x = layer.pack_input(values[system.network.nodes[layer_node].reads[0]]).expand(len(own), -1, -1)
-                found[each].append(layer.grad_weight(x, layer.pack_output(k)).flatten(1))
+                moved = layer.grad_weight(x, layer.pack_output(k))
+                found[each].append(moved.reshape(len(sample), batch, -1).sum(1))
     return [
         _span(torch.cat(moved)) if moved else grad.new_zeros(0, grad.numel())
         for moved, grad in zip(found, system.gradients, strict=True)

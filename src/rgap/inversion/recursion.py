@@ -43,6 +43,7 @@ from rgap.inversion.unpool import before_pool
 from rgap.linalg import deadline
 from rgap.nn.activation import Activation, Inverse
 from rgap.nn.activations import NonMonotone
+from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Affine, Elementwise, Linear, Norm, Op
@@ -336,7 +337,10 @@ def invert(op: Op, behind: Op | None, observed: Observation, paths: Paths) -> Pa
     state = before_norm(op, behind, paths.state, observed, paths.update) if isinstance(op, Norm) else None
     if state is None:
         state = _inverted(op, paths.state, observed, paths.update)
-    return Stop(op, Cause.LOSSY, op.loses) if state is None else replace(paths, state=state)
+    if state is None:
+        return Stop(op, Cause.LOSSY, op.loses)
+    found = replace(paths, state=state)
+    return found.scattered(op.precision) if isinstance(op, BatchNorm) else found
 
 
 def _inverted(op: Op, state: State, observed: Observation, of: Tensor) -> State | None:
@@ -348,6 +352,7 @@ def _inverted(op: Op, state: State, observed: Observation, of: Tensor) -> State 
     std = state.std.expand(state.value.shape)
     if isinstance(op, Affine):
         row_weight, std = state.row_weight, std / op.scale.abs()
+        std = torch.hypot(std, op.error.expand(std.shape)) if isinstance(op, BatchNorm) else std
     else:
         row_weight = None if state.row_weight is None else op.invert(state.row_weight)
         inverted = op.invert(std)

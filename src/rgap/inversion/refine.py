@@ -24,6 +24,8 @@ FINE = 20.0
 DOUBTED = 64
 """Units that are nearest to their kinks, where one of all is on its wrong side."""
 SOLVER = Iterative(rtol=1e-3, max_steps=25)
+COUPLED = 100
+"""Products of a solve where every one differentiates batch norms too."""
 
 
 def refine_input(
@@ -71,7 +73,8 @@ def refined(
     jacobian = Jacobian(system, at, {} if agrees else least_certain(system, at, DOUBTED))
     noise = system.noise(torch.Generator(device=x.device).manual_seed(0))
     try:
-        moved, std = Iterative().refine(jacobian, jacobian.weighted(system.residual(at)), jacobian.weighted(noise), x)
+        solver = Iterative(max_steps_refine=COUPLED) if system.network.coupled else Iterative()
+        moved, std = solver.refine(jacobian, jacobian.weighted(system.residual(at)), jacobian.weighted(noise), x)
     except deadline.OutOfTime:  # they are found already, only not as precisely
         return x, torch.inf
     moved = refine_sides(system, moved, tolerance)  # the move may bring a unit to its other side

@@ -21,6 +21,7 @@ from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.system import ConstraintSystem
 from rgap.inversion.unpool import before_pool
 from rgap.nn.activations import ReLU
+from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
 from rgap.nn.pools import Pool
@@ -120,6 +121,9 @@ def layer_by_layer(
             if value is None or beside is None:
                 return replace(passed, stop=Stop(op, Cause.LOSSY, op.loses))
             state = State(value, op.cotangent(state.cotangent, value), None, (beside - value).abs())
+            if isinstance(op, BatchNorm):
+                state = replace(state, std=torch.hypot(state.std, op.error.expand(value.shape)))
+                passed = passed.scattered(op.precision * state.cotangent, state.cotangent)
         determined = all(layer.open_since is None for layer in passed.layers)
         certain = (segment.entry, state) if determined else passed.certain
         passed = replace(passed, state=state, certain=certain)
@@ -132,7 +136,7 @@ def _once_more(network: Network, value_id: int, passed: Passed, observed: Observ
     state, gradients = passed.state, {name: grad[0] for name, grad in observed.gradients.items()}
     if not segments or state.row_weight is not None:
         return state
-    system = ConstraintSystem(network.part(segments), passed.output, gradients, observed.eps)
+    system = ConstraintSystem(network.part(segments).own, passed.output, gradients, observed.eps)
     if not system.nodes:
         return state
     x, std = refined(system, state.value, max(NEARLY, 10 * observed.eps))

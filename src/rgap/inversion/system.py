@@ -25,7 +25,7 @@ from torch import Tensor
 from rgap.inversion.rounding import rounding
 from rgap.inversion.state import State
 from rgap.nn.activations import Identity
-from rgap.nn.batch_norm import BatchNorm
+from rgap.nn.batch_norm import BatchNorm, OwnBatchNorm
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
@@ -143,7 +143,7 @@ class ConstraintSystem:
 
     def curved_after(self, node: int) -> bool:
         """Whether the cotangent there depends on the inputs: a slope behind it does, or a batch norm's sums."""
-        sums = any(isinstance(each.op, BatchNorm) for each in self.network.nodes[node + 1 :])
+        sums = any(isinstance(each.op, (BatchNorm, OwnBatchNorm)) for each in self.network.nodes[node + 1 :])
         slopes = self.network.activations
         return sums or any(at > node and not isinstance(activation, Identity) for at, activation in slopes)
 

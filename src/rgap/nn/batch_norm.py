@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rgap.nn.ops import Affine
+from rgap.nn.ops import Affine, Op
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ def statistics(
 
 @dataclass(frozen=True, eq=False)
 class BatchNorm(Affine):
-    """y = scale * x + shift with the statistics of the very batch.
+    """y = scale * x + shift with the statistics of the very batch, as the client's running ones tell them.
 
     With u = (y - beta) / gamma, the gradient of x is scale * (k - mean k - u * mean(k u)), the means over all samples
     and positions of a channel. Their sums are the gradients of beta and gamma: `source` is what they put in.
@@ -69,7 +69,54 @@ class BatchNorm(Affine):
     along: Tensor | float = 0.0
     """That of gamma over the number of values, over gamma."""
     beta: Tensor | float = 0.0
+    gamma: Tensor | float = 1.0
+    eps: float = 0.0
+    samples: int = 1
+    """Of the batch."""
+    precision: float = 0.0
+    """As in `BatchStatistics`."""
     linear = False
 
     def source(self, x: Tensor) -> Tensor:
         return -self.scale * (self.mean_k + (self.forward(x) - self.beta) * self.along)
+
+    @property
+    def error(self) -> Tensor:
+        """How far the statistics' rounding may have moved what it reads, broadcast over the value."""
+        return (self.precision * self.gamma / self.scale).abs()
+
+    @property
+    def own(self) -> OwnBatchNorm:
+        """The same with the statistics of the values themselves, which are as precise as these are."""
+        return OwnBatchNorm(self.name, self.gamma, self.beta, self.eps, self.samples)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnBatchNorm(Op):
+    """Batch norm in training mode as it is: with mean and variance of the values that it reads, all samples of a batch
+    together. Where more values come than a batch has, they are those of several batches."""
+
+    name: str
+    gamma: Tensor | float
+    beta: Tensor | float
+    eps: float
+    samples: int
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """The values over their spread, one over the spread, and the axes of the means; by batch."""
+        x = self._batches(x)
+        axes = (1, *range(3, x.dim()))
+        scale = (x.var(axes, unbiased=False, keepdim=True) + self.eps).rsqrt()
+        return (x - x.mean(axes, keepdim=True)) * scale, scale, axes
+
+    def _batches(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.samples, *x.shape[1:])
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self._parts(xs[0])[0].reshape(xs[0].shape) * self.gamma + self.beta
+
+    def vjp(self, k: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        u, scale, axes = self._parts(xs[0])
+        of = self._batches(k * self.gamma)
+        found = scale * (of - of.mean(axes, keepdim=True) - u * (of * u).mean(axes, keepdim=True))
+        return (found.reshape(k.shape),)

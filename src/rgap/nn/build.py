@@ -309,7 +309,18 @@ class _Build:
         wide = (1, -1, *[1] * (len(shape) - 2))
         parts = (scale, beta - told.mean * scale, mean_k, along / gamma, beta)
         scale, shift, mean_k, along, beta = (part.reshape(wide) for part in parts)
-        return BatchNorm(where, scale, shift, mean_k=mean_k, along=along, beta=beta)
+        return BatchNorm(
+            where,
+            scale,
+            shift,
+            mean_k=mean_k,
+            along=along,
+            beta=beta,
+            gamma=gamma.reshape(wide),
+            eps=float(arguments["eps"]),
+            samples=told.samples,
+            precision=told.precision,
+        )
 
     def norm(self, where: str, name: str, arguments: dict[str, Any], shape: torch.Size) -> Norm:
         """A norm that is taken of each sample."""

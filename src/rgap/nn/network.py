@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rgap.nn.activation import Activation
-from rgap.nn.batch_norm import BatchNorm
+from rgap.nn.batch_norm import BatchNorm, OwnBatchNorm
 from rgap.nn.layers import Layer
 from rgap.nn.ops import Elementwise, Linear, Op
 
@@ -106,6 +106,20 @@ class Network:
             replace(node, reads=tuple(value_id - first for value_id in node.reads)) for node in self.nodes[first:last]
         )
         return Network(tuple(nodes), self.shapes[first])
+
+    @cached_property
+    def own(self) -> Network:
+        """The same, with batch norms in training mode that take the statistics of their values, and not those that
+        were told; itself where there are none."""
+        if not any(isinstance(node.op, BatchNorm) for node in self.nodes):
+            return self
+        nodes = (replace(node, op=node.op.own) if isinstance(node.op, BatchNorm) else node for node in self.nodes)
+        return Network(tuple(nodes), self.input_shape)
+
+    @cached_property
+    def coupled(self) -> bool:
+        """Whether samples of a batch depend on each other."""
+        return any(isinstance(node.op, OwnBatchNorm) for node in self.nodes)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """All values, from the input (s, *input_shape)."""
