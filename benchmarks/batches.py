@@ -114,8 +114,8 @@ ROWS = [
         for b in (4, 8, 16, 32, 64)
     ),
     *(Row("3 convolutions, 16 x 16", small, b, size=16, distinct=True) for b in (1, 2, 4, 8)),
-    *(Row("CNN6, two Linear layers", headed(models.cnn6, 3200), b, distinct=True) for b in (1, 2, 3, 4)),
-    *(Row("residual, two Linear layers", headed(models.residual, 3200), b, distinct=True) for b in (2, 4)),
+    *(Row("CNN6, two Linear layers", headed(models.cnn6, 3200), b, distinct=True) for b in (1, 2, 3, 4, 6, 8)),
+    *(Row("residual, two Linear layers", headed(models.residual, 3200), b, distinct=True) for b in (2, 4, 8)),
     Row(
         "residual, batch norm in training mode",
         partial(models.residual, classes=10, norm=True),
