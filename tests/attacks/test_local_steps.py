@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from rgap import Protocol, Target, Update, capture, losses
 from rgap.attacks import Closed, Reconstruction, Status
+from rgap.attacks.base import none_certified_alone
+from rgap.attacks.result import Answer, Outcome, Sample
 from rgap.client import orders as orders_of
 from rgap.inversion.local_steps import Limit
 from rgap.protocol import Optimiser, Sends
@@ -201,3 +203,16 @@ def test_where_it_ends_the_numbers_are_told(
     assert str(found.bound) in str(found)
     assert found.status is not Status.EXACT
     assert not any(sample.status is Status.EXACT for sample in found.samples)
+
+
+@pytest.mark.parametrize("status", [Status.PARTIAL, Status.EXACT])
+def test_of_steps_taken_for_one_no_sample_is_certified_by_its_part_alone(status: Status) -> None:
+    samples = (Sample(Status.EXACT, 0.0, 1e-6, "its own part"), Sample(Status.REPRODUCED, 1.0, 1e-6, "out of range"))
+    answer = Answer(torch.zeros(2, 3), torch.tensor([0.0, 1.0]), float("nan"), 0.9, 1e-6, samples=samples)
+    found = none_certified_alone(Outcome(status, "told", (answer,)))
+    if status is Status.EXACT:  # all of the gradient agrees
+        assert found.answers[0].samples == samples
+        return
+    assert found.status is Status.NOT_CONVERGED
+    assert "taken for one" in found.reason
+    assert [each.status for each in found.answers[0].samples] == [Status.NOT_CONVERGED, Status.REPRODUCED]

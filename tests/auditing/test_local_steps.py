@@ -42,7 +42,8 @@ def test_more_sample_passes_than_width_are_named_with_both_numbers(
     samples: int, epochs: int, minibatch: int | None, pool: bool
 ) -> None:
     text = told(make_target(samples, pool=pool), epochs=epochs, minibatch=minibatch)
-    assert f"{samples} samples x {epochs} epochs = {samples * epochs} against the width 20 of " in text
+    passes = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    assert f"{samples} samples x {passes} = {samples * epochs} against the width 20 of " in text
     assert "which takes fewer than 20" in text
 
 
@@ -95,7 +96,7 @@ def test_an_audit_names_bounds_and_buffers_and_claims_no_labels_of_several_steps
     target = make_target(24, pool=True)
     found = audit_updates(target, {"one": sent(target, minibatch=8, buffers=True)}, attacks=[])
     text = str(found)
-    assert "24 samples x 1 epochs = 24 against the width 20 of " in text
+    assert "24 samples x 1 epoch = 24 against the width 20 of " in text
     assert "3 buffers were sent that have moved" in text
     assert found.read is not None
     assert found.read.labels == 0
@@ -122,4 +123,4 @@ def test_a_client_of_much_data_is_audited_at_once(samples: int) -> None:
     found = audit_updates(target, {"one": sent(target, minibatch=32)}, attacks=["idlg", "inverting-gradients"])
     assert found.complete
     assert all("samples in one update are not sought together" in str(run.obstacle) for run in found.attacks)
-    assert f"{samples} samples x 1 epochs = {samples} against the width 20 of " in str(found)
+    assert f"{samples} samples x 1 epoch = {samples} against the width 20 of " in str(found)

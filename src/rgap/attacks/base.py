@@ -89,6 +89,9 @@ class Attack(ABC):
             steps, own = followed[at]
             outcome, seconds = timed.get(at, (steps, 0.0))
             assert outcome is not None
+            sent = updates[at]
+            if at in timed and len(sent.header.protocol.minibatches(sent.samples_of_one(target))) > 1:
+                outcome = none_certified_alone(outcome)
             found.append(
                 Reconstruction(
                     attack=self.name,
@@ -141,6 +144,25 @@ class Attack(ABC):
     @abstractmethod
     def run(self, target: Target, update: Update) -> Outcome:
         """The attack itself, on a gradient that is known to fit the target."""
+
+
+def none_certified_alone(outcome: Outcome) -> Outcome:
+    """What came of several local steps that were taken for one: no sample is certified by its own part of a gradient
+    that nothing else agrees with. Parts of rank one are then of several steps, too."""
+    if outcome.status is not Status.PARTIAL or not any(each.samples for each in outcome.answers):
+        return outcome
+    why = "the local steps are taken for one, and the recomputed gradient does not agree"
+    answers = tuple(
+        replace(
+            each,
+            samples=tuple(
+                replace(sample, status=Status.NOT_CONVERGED, reason=why) if sample.status is Status.EXACT else sample
+                for sample in each.samples
+            ),
+        )
+        for each in outcome.answers
+    )
+    return replace(outcome, status=Status.NOT_CONVERGED, reason=why, answers=answers)
 
 
 class BatchAttack(Attack):

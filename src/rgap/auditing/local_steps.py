@@ -47,6 +47,7 @@ def obstacles(target: Target, update: Update) -> Iterator[str]:
 def _steps(target: Target, own: int, passes: int, steps: int) -> str:
     """Why so many steps cannot be undone one by one, or what it takes to."""
     needed = own * passes
+    epochs = "1 epoch" if passes == 1 else f"{passes} epochs"
     widths = list(_widths(target))
     if not widths:
         return (
@@ -56,11 +57,11 @@ def _steps(target: Target, own: int, passes: int, steps: int) -> str:
     name, width = max(widths, key=lambda each: each[1])
     if needed < width:
         return (
-            f"{own} samples x {passes} epochs = {needed} are fewer than the width {width} of {name}: {steps} local "
+            f"{own} samples x {epochs} = {needed} are fewer than the width {width} of {name}: {steps} local "
             "steps may be undone one by one. Where they are not, the attacks take all for the first."
         )
     return (
-        f"{own} samples x {passes} epochs = {needed} against the width {width} of {name}: {steps} local steps cannot "
+        f"{own} samples x {epochs} = {needed} against the width {width} of {name}: {steps} local steps cannot "
         f"be undone one by one, which takes fewer than {width}. The attacks take all steps for the first, and how "
         "often each label occurs is an estimate."
     )

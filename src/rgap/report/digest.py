@@ -88,7 +88,7 @@ def facts(audit: dict[str, Any]) -> tuple[Fact, ...]:
         found.append(Fact(words.decibels(psnr), "median PSNR of the best attack"))
     time = _median(result["seconds"] for result in best)
     if time is not None:
-        found.append(Fact(words.seconds(time), "median time for one sample"))
+        found.append(Fact(words.seconds(time), "median time for one update"))
     return tuple(found)
 
 
