@@ -173,7 +173,8 @@ def test_how_often_each_label_occurs_is_told_of_batches(
     assert right >= 0.8 * len(labels)
     assert found.read.counted_right == (right if known else None)
     (told,) = [line for line in found.verdict.sentences if line.startswith("How often each label occurs is estimated")]
-    assert f"label 0 {own[0.0]} times" in told
+    assert f"{own[0.0]} of label 0" in told
+    assert "times" not in told
     assert (f"right for {right} of {len(labels)} samples" in told) == known
 
 

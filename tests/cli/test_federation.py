@@ -56,6 +56,22 @@ def test_each_round_has_its_report(captured: Path, capsys: pytest.CaptureFixture
     assert all(sample["picture"] is None and sample["level"] == "exact" for sample in found["samples"])
 
 
+def test_a_round_without_a_reply_that_can_be_read_says_why(
+    captured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Round(3, tuple(Received(name, {}, None, f"{name} sent NaN") for name in ("a", "b")))
+    why = "round-0003 holds no replies that can be read: node a: a sent NaN; node b: b sent NaN"
+    write(captured, broken)  # beside rounds that can be read the audit of these goes on
+    arguments = (*MODEL, "--attack", "bias", "--out", str(tmp_path / "out"))
+    output, errors = rgap(capsys, str(captured), *arguments)
+    assert why in errors
+    assert "round-0002" in output
+    write(tmp_path / "alone", broken)  # and nothing at all is no audit
+    _, errors = rgap(capsys, str(tmp_path / "alone"), *arguments, "--fail-if", "exact>0", code=1)
+    assert errors.count(why) == 1
+    assert "nothing was audited, as no reply can be read" in errors
+
+
 def test_one_round_as_json(captured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(captured.parent / "out")
     output, _ = rgap(capsys, str(captured), *MODEL, "--attack", "bias", "--round", "1", "--out", out, "--json")

@@ -301,7 +301,32 @@ def test_an_error_passes_and_the_other_clients_are_kept(tmp_path: Path) -> None:
     alone = federate(FedAvg(), apps)
     found = federate(Capture(FedAvg(), make_target(), tmp_path, DIFFERENCE), apps)
     assert same(alone.arrays, found.arrays)
-    assert [sorted(node.node for node in each.nodes) for each in counted(tmp_path)] == [["11", "13"]] * 2
+    for each in counted(tmp_path):
+        kept = {node.node: node.failed for node in each.nodes}
+        assert kept.keys() == {"11", "12", "13"}
+        assert kept["11"] == kept["13"] == ""
+        assert "the client failed" in kept["12"]
+        assert "nothing to divide" in kept["12"]
+
+
+def test_a_round_in_which_every_client_failed_is_kept_with_the_reasons(tmp_path: Path) -> None:
+    seen: list[Round] = []
+    capture = Capture(FedAvg(), make_target(), tmp_path, DIFFERENCE, after=seen.append)
+    federate(capture, dict.fromkeys(NODES, make_app(train=failing)), rounds=1)
+    (found,) = counted(tmp_path)
+    assert [node.update for node in found.nodes] == [None] * 3
+    assert all("nothing to divide" in node.failed for node in found.nodes)
+    assert seen == []  # it brought nothing
+
+
+def test_a_client_that_never_replies_is_named(tmp_path: Path) -> None:
+    grid = LocalGrid(dict.fromkeys(NODES, make_app()))
+    capture = Capture(FedAvg(), make_target(), tmp_path, DIFFERENCE)
+    messages = list(capture.configure_train(1, ArrayRecord(make_model().state_dict()), ConfigRecord(), grid))
+    replies = list(grid.send_and_receive(messages))
+    capture.aggregate_train(1, replies[1:])
+    silent = str(replies[0].metadata.src_node_id)
+    assert [node.node for node in counted(tmp_path)[0].nodes if node.failed == "no reply came"] == [silent]
 
 
 def nan(state: dict[str, Tensor]) -> None:

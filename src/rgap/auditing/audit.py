@@ -18,6 +18,7 @@ from rgap.auditing.observed import Truth, captured, received
 from rgap.auditing.readout import ReadOut
 from rgap.auditing.results import AttackRun, Case
 from rgap.auditing.run import Ended, Run, Step
+from rgap.auditing.unread import Unread, unread
 from rgap.auditing.verdict import Verdict, verdict
 from rgap.defences import Defence
 from rgap.defences import by_name as defences_by_name
@@ -58,6 +59,8 @@ class Audit:
     findings: tuple[str, ...]
     """What makes the audit mean something else than its reader may think."""
     seconds: float
+    bound: str = ""
+    """What keeps the local steps of every client from being undone; empty if nothing is known to."""
 
     @property
     def complete(self) -> bool:
@@ -76,7 +79,20 @@ class Audit:
     @property
     def verdict(self) -> Verdict:
         unfinished = self.ended if self.unfinished else Ended.WHOLE
-        return verdict(self.cases, self.sweeps, self.rank, self.target, self.read, unfinished, self.findings)
+        return verdict(
+            self.cases, self.sweeps, self.rank, self.target, self.read, unfinished, self.findings, self.bound
+        )
+
+    @property
+    def unread(self) -> Unread:
+        """Clients with many samples of which nothing was recovered."""
+        return unread(self.cases)
+
+    @property
+    def pictured(self) -> list[Case]:
+        """The samples that are worth a picture."""
+        left_out = self.unread.cases
+        return [case for at, case in enumerate(self.cases) if at not in left_out]
 
     @property
     def summary(self) -> str:
@@ -279,4 +295,5 @@ def _audit(run: Run, sweeps: Sequence[DoseResponse]) -> Audit:
         read=run.read,
         findings=run.findings,
         seconds=run.seconds,
+        bound=run.bound,
     )

@@ -33,7 +33,7 @@ VALUES = 64
 
 
 def document(audit: Audit) -> dict[str, Any]:
-    target = audit.target
+    target, unread = audit.target, audit.unread
     settings = {name: value for name, value in audit.settings.items() if name not in ("command", "model")}
     return plain(
         {
@@ -70,7 +70,8 @@ def document(audit: Audit) -> dict[str, Any]:
             "verdict": _verdict(audit.verdict),
             "rank": None if audit.rank is None else _rank(audit.rank, audit.verdict.level),
             "attacks": [_attack_run(each) for each in audit.attacks],
-            "samples": [_sample(case, target) for case in audit.cases],
+            "samples": [{**_sample(case, target), "unread": at in unread.cases} for at, case in enumerate(audit.cases)],
+            "unread": unread.sentences,
             "defences": [_dose_response(each) for each in audit.sweeps],
             "not_run": audit.not_run,
         }

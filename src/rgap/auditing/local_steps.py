@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -44,10 +44,32 @@ def obstacles(target: Target, update: Update) -> Iterator[str]:
         )
 
 
+def width_exceeded(target: Target, updates: Sequence[Update]) -> str:
+    """Samples against width, in a clause, where no client's local steps can be undone; empty where one's may be."""
+    widths = list(_widths(target))
+    if not widths or not updates:
+        return ""
+    name, width = max(widths, key=lambda each: each[1])
+    numbers = []
+    for update in updates:
+        protocol, own = update.header.protocol, update.samples_of_one(target)
+        several = protocol.sends is not Sends.GRADIENT and len(protocol.minibatches(own)) > 1
+        if not several or not protocol.linear or own * protocol.passes < width:
+            return ""
+        numbers.append((own * protocol.passes, own, protocol.passes))
+    _, own, passes = min(numbers)
+    least = "" if len(set(numbers)) == 1 else "at least "
+    return f"{least}{own} samples x {_epochs(passes)} against the width {width} of {name}"
+
+
+def _epochs(passes: int) -> str:
+    return "1 epoch" if passes == 1 else f"{passes} epochs"
+
+
 def _steps(target: Target, own: int, passes: int, steps: int) -> str:
     """Why so many steps cannot be undone one by one, or what it takes to."""
     needed = own * passes
-    epochs = "1 epoch" if passes == 1 else f"{passes} epochs"
+    epochs = _epochs(passes)
     widths = list(_widths(target))
     if not widths:
         return (

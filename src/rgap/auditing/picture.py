@@ -17,12 +17,14 @@ def side_by_side(audit: Audit, path: str | Path) -> None:
     """Write a PNG with each original, where it is known, above its reconstruction; of many samples the first.
 
     Raises:
-        ValueError: the inputs are no pictures.
+        ValueError: the inputs are no pictures, or there is no sample that is worth one.
     """
     shape = audit.shape
     if not is_picture(shape):
         raise ValueError(f"inputs of shape {shape} are no pictures: expected (1 or 3, height, width)")
-    cases = audit.cases[:SHOWN]
+    cases = audit.pictured[:SHOWN]
+    if not cases:
+        raise ValueError("nothing was recovered of any sample: there is no picture to show")
     rows = math.ceil(len(cases) / ACROSS)
     columns = min(len(cases), ACROSS)
     figure, axes = grid(2 * rows, columns, (1.45 * columns + 0.9, 3.5 * rows))

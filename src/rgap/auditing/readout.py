@@ -115,8 +115,7 @@ def _of(one: str, several: str, some: int, count: int) -> str:
 def _often(own: dict[float, int]) -> str:
     """The labels that occur most often."""
     most = sorted(own.items(), key=lambda each: -each[1])
-    times = [f"label {label:g} {'once' if count == 1 else f'{count} times'}" for label, count in most if count]
-    return listed(times, 10)
+    return listed([f"{count} of label {label:g}" for label, count in most if count], 10)
 
 
 def read_out(target: Target, observed: Sequence[Observed]) -> ReadOut:

@@ -15,6 +15,7 @@ from typing import Any
 from rgap.attacks import Attack, Reconstruction, Status
 from rgap.auditing.findings import findings
 from rgap.auditing.guard import guarded, obstacle_of
+from rgap.auditing.local_steps import width_exceeded
 from rgap.auditing.observed import Observed, digest
 from rgap.auditing.readout import ReadOut, read_out
 from rgap.auditing.results import AttackRun, Case, Level, Result, from_certificate, judge, span
@@ -182,6 +183,11 @@ class Run:
     def findings(self) -> tuple[str, ...]:
         """What makes the audit mean something else than its reader may think."""
         return findings(self.target, self.observed)
+
+    @cached_property
+    def bound(self) -> str:
+        """What keeps the local steps of every client from being undone; empty if nothing is known to."""
+        return width_exceeded(self.target, self.updates)
 
     def _beginning(self) -> str:
         """What to know before time is spent."""

@@ -70,6 +70,7 @@ def verdict(
     read: ReadOut | None = None,
     ended: Ended = Ended.WHOLE,
     found: Sequence[str] = (),
+    bound: str = "",
 ) -> Verdict:
     """What the results mean for someone who must decide.
 
@@ -77,6 +78,7 @@ def verdict(
         read: what the updates gave away before any attack.
         ended: what kept an attack from finding what it might still have found, if anything did.
         found: what makes the audit mean something else than its reader may think.
+        bound: what keeps the local steps of every client from being undone, with its numbers; empty: nothing known.
     """
     count = len(cases)
     exact = sum(case.level is Level.EXACT for case in cases)
@@ -111,7 +113,7 @@ def verdict(
         headline = f"{read_off[0].upper()}{read_off[1:]} were read off; {headline[0].lower()}{headline[1:]}"
     return Verdict(
         level,
-        headline if exact == count else _so_far(headline, ended, seen > 0 or bool(read_off)),
+        headline if exact == count else _so_far(headline, ended, seen > 0 or bool(read_off), "" if zero else bound),
         tuple(found),
         tuple(_sentences(cases, exact, seen, read, target)),
         _layer(rank, seen > 0, ended is not Ended.WHOLE),
@@ -120,8 +122,15 @@ def verdict(
     )
 
 
-def _so_far(headline: str, ended: Ended, leaked: bool) -> str:
-    """The headline, which is no result where an attack might still have found more; what leaked comes first."""
+def _so_far(headline: str, ended: Ended, leaked: bool, bound: str) -> str:
+    """The headline, which is no result where an attack might still have found more; what leaked comes first, then the
+    bound, which more time does not move."""
+    if bound and not leaked:
+        why = f"{bound[0].upper()}{bound[1:]}: the local steps cannot be undone one by one."
+        if ended is Ended.WHOLE:
+            return f"{why} {headline}"
+        how = "The time was up" if ended is Ended.TIME else "The audit was interrupted"
+        return f"{why} So far {headline[0].lower()}{headline[1:]} {how} before every attack had ended."
     if ended is Ended.WHOLE:
         return headline
     how = "he time was up" if ended is Ended.TIME else "he audit was interrupted"

@@ -129,7 +129,10 @@ class AuditRun:
         result.save(self.out / f"{name}.json")
         result.render(self.out / f"{name}.html")
         if is_picture(result.shape):
-            side_by_side(result, self.out / f"{name}.png")
+            if result.pictured:
+                side_by_side(result, self.out / f"{name}.png")
+            else:  # an earlier run's is none of this one's
+                (self.out / f"{name}.png").unlink(missing_ok=True)
         self.files.add(name, result, about["model"], self.out / f"{name}.html")
         if self.as_json:
             click.echo(json.dumps(result.to_dict()))

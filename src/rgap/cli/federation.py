@@ -29,20 +29,25 @@ def command(folder: Path, wanted: int | None, **named: Any) -> None:
     FOLDER is written by rgap.integrations.flower.Capture, or by rgap.federation.write. The model is the one that was
     trained; its weights come from FOLDER. Nobody knows the samples: a client counts as exact where the certificate of
     a reconstruction says so, as recognisable where an input was found that has its gradient and little of it stays
-    free. Writes OUT/round-0001.html, .json and .png, and so on.
+    free. Writes OUT/round-0001.html, .json and .png, and so on; no .png where there is nothing to show.
     """
     from rgap import federation
     from rgap.auditing import audit_updates
 
     run, target = AuditRun.of(named), make_target(**named)
-    seen = False
+    seen = read = False
     for found in federation.read(folder):
         if wanted not in (None, found.number):
             continue
         seen = True
-        for each in found.nodes:
-            if each.failed:
-                say(f"{found.name}: node {each.node} sent no update: {each.failed}", err=True)
+        failed = [each for each in found.nodes if each.failed]
+        if len(failed) == len(found.nodes):
+            why = "; ".join(f"node {each.node}: {each.failed}" for each in failed)
+            say(f"{found.name} holds no replies that can be read: {why or 'nobody was in it'}", err=True)
+            continue
+        read = True
+        for each in failed:
+            say(f"{found.name}: node {each.node} sent no update: {each.failed}", err=True)
         for at, (given, updates) in enumerate(found.by_target(target)):
             name = found.name if at == 0 else f"{found.name}-{at + 1}"
             clients = {f"node {node}": update for node, update in sorted(updates.items())}
@@ -51,6 +56,8 @@ def command(folder: Path, wanted: int | None, **named: Any) -> None:
             run.run(name, one, show, f"results/{name}", model=named["model"], data=f"{folder}, {found.name}")
     if not seen:
         raise ValueError(f"{folder} has no round {wanted}; expected one that was captured")
+    if not read:  # a gate must not pass because there was nothing to look at
+        raise ValueError(f"{folder}: nothing was audited, as no reply can be read")
     run.end()
 
 
@@ -64,6 +71,8 @@ def _show(result: Audit, name: str, out: Path) -> None:
         console.print(f"Check this first: {finding}", style="bold red")
     for sentence in result.verdict.sentences:
         console.print(sentence)
-    if any(case.results for case in result.cases):
+    for sentence in result.unread.sentences:
+        console.print(sentence)
+    if any(case.results for case in result.pictured):
         console.print(tables.pictures(result))
     console.print(f"Report: {out / name}.html\n", soft_wrap=True)

@@ -18,14 +18,15 @@ from rgap.report.digest import SHOWN
 
 def pictures(audit: Audit) -> Table:
     """One row for each sample: the attack that gave most away."""
-    left_out = len(audit.cases) - SHOWN
+    cases = audit.pictured
+    left_out = len(cases) - SHOWN
     more = f" (the first {SHOWN}; {left_out} more are in the numbers above and in the file)" if left_out > 0 else ""
     made = table(
         f"What each sample's update gave away{more}",
         ("sample", "attack", "level", "status"),
         ("MSE", "PSNR dB", "residual", "error", "seconds"),
     )
-    for case in audit.cases[:SHOWN]:
+    for case in cases[:SHOWN]:
         best = case.best
         if best is None:
             made.add_row(_end(case.name, 18), NONE, case.told, *[NONE] * 6)

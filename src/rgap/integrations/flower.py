@@ -21,6 +21,7 @@ from torch import Tensor
 from rgap.defences import Defence
 from rgap.federation import Received, Round, write
 from rgap.integrations.common import Reader, going_on, protect
+from rgap.printable import line
 from rgap.protocol import Protocol, Sends
 from rgap.target import Target
 from rgap.update import UpdateError
@@ -72,7 +73,7 @@ class Capture(Strategy):
         differences: whether clients reply with weight differences, not with weights.
         partial: whether replies may lack layers, as those of clients that send only what changed: what is not there
             has not moved.
-        after: is given each round that brought something, after it was kept and before it is aggregated.
+        after: is given each round that brought a reply, after it was kept and before it is aggregated.
 
     Raises:
         TypeError: the strategy is of Flower's older API.
@@ -130,7 +131,7 @@ class Capture(Strategy):
         """What the strategy makes of the replies, after they were kept."""
         replies = list(replies)
         with going_on(_LOG, f"round {server_round}: what the clients sent is not kept"):
-            self._keep(server_round, [reply for reply in replies if reply.has_content()])
+            self._keep(server_round, replies)
         self._sent = {}
         return self._aggregate(server_round, replies)
 
@@ -144,17 +145,22 @@ class Capture(Strategy):
             if found.failed:
                 _LOG.warning("round %d: node %s sent no update: %s", number, found.node, found.failed)
             nodes[found.node] = found
+        for node, weights in self._sent.items():
+            nodes.setdefault(str(node), Received(str(node), weights, None, "no reply came"))
         if not nodes:
             return
         found_round = Round(number, tuple(nodes.values()))
         if self.folder is not None:
             write(self.folder, found_round)
-        if self.after is not None:
+        if self.after is not None and any(reply.has_content() for reply in replies):
             with going_on(_LOG, f"round {number}: {getattr(self.after, '__name__', 'after')} failed"):
                 self.after(found_round)
 
     def _received(self, reply: Message, prints: dict[int, str]) -> Received:
         node = reply.metadata.src_node_id
+        if not reply.has_content():
+            reason = line(f"the client failed: {reply.error.reason or f'error {reply.error.code}'}")
+            return Received(str(node), self._sent.get(node, {}), None, reason)
         metrics = {name: value for record in reply.content.metric_records.values() for name, value in record.items()}
         return self.reader.received(
             str(node), self._sent.get(node, {}), lambda: _tensors(_arrays(reply, self.arrays_key)[1]), metrics, prints

@@ -109,6 +109,11 @@ def level(sample: dict[str, Any]) -> str:
     return "not known" if unknown and sample["level"] == "not recovered" else str(sample["level"])
 
 
+def shown(audit: dict[str, Any]) -> list[dict[str, Any]]:
+    """The samples that are worth a picture: not those of clients of whose many samples nothing was recovered."""
+    return [sample for sample in audit["samples"] if not sample.get("unread")]
+
+
 def values(sample: dict[str, Any], columns: Sequence[str]) -> tuple[ValueRow, ...]:
     """The first values of an input that is no picture, as it was and as it came back; none where nothing did."""
     best = best_result(sample)

@@ -21,6 +21,7 @@ def render(audit: dict[str, Any]) -> str:
     reading.check(audit)
     audit = reading.clean(audit)
     attack, layers = digest.layers(audit)
+    shown = digest.shown(audit)
     return (
         _environment()
         .get_template("template.html.j2")
@@ -28,8 +29,8 @@ def render(audit: dict[str, Any]) -> str:
             audit=audit,
             facts=digest.facts(audit),
             unknown=audit["verdict"]["level"] == "not recovered" and "not known" in map(digest.level, audit["samples"]),
-            samples=audit["samples"][: digest.SHOWN],
-            left_out=len(audit["samples"]) - digest.SHOWN,
+            samples=shown[: digest.SHOWN],
+            left_out=len(shown) - digest.SHOWN,
             attack_of_layers=attack,
             layers=layers,
             joint=digest.joint(audit)[: digest.SHOWN],
