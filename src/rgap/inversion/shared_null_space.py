@@ -51,17 +51,23 @@ CONDITION = 1e7
 """Of all rows together, above which they determine nothing: some weigh up to `HEAVY` times as much as others."""
 
 
+def virtual_rows(network: Network, node: int) -> int:
+    """Of each sample, the constraints that the layer directly before one adds to its own, by count; 0 if none do."""
+    found = before_it(network, node)
+    if found is None or found[0].groups > 1 or isinstance(found[1], ReLU):
+        return 0
+    return max(0, found[0].weight_rows - found[0].unknowns)
+
+
 def may_be_told(network: Network, node: int, samples: int) -> bool:
     """Whether a layer leaves something open by count, and the layer before it tells enough, by count as well."""
-    op, found = network.nodes[node].op, before_it(network, node)
-    if found is None or not isinstance(op, Linear) or isinstance(found[1], ReLU):
+    op, virtual = network.nodes[node].op, virtual_rows(network, node)
+    if not isinstance(op, Linear) or virtual == 0:
         return False
-    layer, (before, _) = op.layer, found
-    opened, virtual = layer.unknowns - layer.weight_rows, before.weight_rows - before.unknowns
-    if layer.unknowns > LARGEST or opened <= 0 or virtual <= 0 or samples * opened > TOGETHER:
+    opened = samples * (op.layer.unknowns - op.layer.weight_rows)
+    if op.layer.unknowns > LARGEST or not 0 < opened <= TOGETHER:
         return False
-    spare = layer.gradient_rows - min(layer.gradient_rows, layer.outputs**2)  # those that weight rows do not repeat
-    return samples * opened <= spare + samples * virtual
+    return opened <= op.layer.spare_rows + samples * virtual
 
 
 def told_together(network: Network, node: int, state: State, observed: Observation) -> tuple[State, LayerReport] | None:

@@ -99,6 +99,12 @@ class Layer:
         return self.weight.numel()
 
     @cached_property
+    def spare_rows(self) -> int:
+        """Those that weight constraints do not repeat: k_c' U w_d' is in the span of both for outputs c and d."""
+        outputs, weights = self.weight.shape[1:]
+        return self.groups * outputs * max(0, weights - outputs)
+
+    @cached_property
     def seen(self) -> int:
         """The number of input values that at least one kernel position reads."""
         return self.channels * int((torch.unique(self.table) < self.pixels).sum())

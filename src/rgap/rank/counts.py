@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
+from math import prod
 
+from rgap.inversion.shared_null_space import virtual_rows
 from rgap.inversion.subspace.head import largest_batches
 from rgap.nn.activations import ReLU
 from rgap.nn.graph import Graph, Use
@@ -135,35 +139,64 @@ class LargestBatch:
     """The largest batch whose samples are told apart and followed back to the input, by count."""
 
     size: int
-    """Samples; below 2 no batch is told apart."""
+    """Samples, where each layer in front determines its inputs by itself or with the one directly before it; below 2
+    no batch is told apart."""
     layer: str
     """The layer that ends it: the one that tells no more samples apart, or one in front of it whose constraints no
     longer determine its inputs."""
+    at_most: int
+    """Samples, where all layers in front are solved together, `size` or more: beyond it too few are told apart, or
+    their inputs stay open."""
 
 
 def largest_batch(network: Network, loss: Loss) -> LargestBatch:
     """The best of all places where samples are told apart, each with the layers in front of it.
 
-    A layer in front has |W| gradient constraints for all samples together, and |z| weight constraints for each: with
-    |x| > |z| they are enough for up to |W| / (|x| - |z|) samples.
+    A layer in front has |z| weight constraints for each sample, and for all samples together as many gradient
+    constraints as weight constraints do not repeat. A layer directly before it with more outputs than inputs adds
+    virtual constraints, as many for each sample as it has more.
     """
-    found = []
+    found, at_most = [], 0
     for value_id, size in largest_batches(network, loss).items():
-        own = LargestBatch(size, _name(network.nodes[value_id]))
-        found.append(min([*_in_front(network, value_id), own], key=lambda each: each.size))
-    return max(found, key=lambda each: each.size, default=LargestBatch(0, network.layers[-1].name))
+        own = (size, _name(network.nodes[value_id]))
+        found.append(min([*_in_front(network, value_id), own], key=lambda each: each[0]))
+        open_ = partial(_open, network, value_id)
+        at_most = max(at_most, bisect_left(range(1, size + 1), True, key=lambda samples: open_(samples) > 0))
+    best = max(found, key=lambda each: each[0], default=(0, network.layers[-1].name))
+    return LargestBatch(*best, max(best[0], at_most))
 
 
-def _in_front(network: Network, node_id: int) -> list[LargestBatch]:
+def _in_front(network: Network, value_id: int) -> list[tuple[int, str]]:
     """For how many samples each layer in front of a place has constraints enough, where that is limited."""
     found = []
-    for node in network.nodes[:node_id]:
+    for at, node in enumerate(network.nodes[:value_id]):
         if isinstance(node.op, Linear):
             layer = node.op.layer
-            short = layer.unknowns - layer.weight_rows
-            rows = layer.gradient_rows if node.op.has_gradient else 0
-            found += [LargestBatch(rows // short, layer.name)] if short > 0 else []
+            short = layer.unknowns - layer.weight_rows - virtual_rows(network, at)
+            rows = layer.spare_rows if node.op.has_gradient else 0
+            found += [(rows // short, layer.name)] if short > 0 else []
     return found
+
+
+def _open(network: Network, value_id: int, samples: int) -> int:
+    """Dimensions of the input that stay open at least where a value of so many samples is known, by count.
+
+    From the value back to the input: a layer tells no more of what it reads than what is known of its |z| and its |W|
+    together, and no more than if all of its |z| were known. What it leaves open the layers in front of it may tell.
+    """
+    left = 0
+    for segment in reversed([each for each in network.segments if each.exit <= value_id]):
+        op = network.nodes[segment.nodes[-1]].op
+        if isinstance(op, Linear) and not segment.block:
+            layer, sent = op.layer, int(op.has_gradient)
+            short = samples * (layer.unknowns - layer.weight_rows)
+            left = max(0, short - sent * layer.spare_rows, short + left - sent * layer.gradient_rows)
+        elif segment.block:  # its layers' gradients may all tell of what it reads
+            ops = [network.nodes[at].op for at in segment.nodes]
+            rows = sum(each.layer.gradient_rows for each in ops if isinstance(each, Linear) and each.has_gradient)
+            short = samples * (prod(network.shapes[segment.entry]) - prod(network.shapes[segment.exit]))
+            left = max(0, short + left - rows)
+    return left
 
 
 def _name(node: Node) -> str:

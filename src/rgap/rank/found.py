@@ -45,6 +45,11 @@ class RankAnalysis:
         return None if self.batch is None else self.batch.layer
 
     @property
+    def largest_batch_at_most(self) -> int | None:
+        """The same where all layers in front are solved together, which need not succeed: beyond it none is."""
+        return None if self.batch is None else self.batch.at_most
+
+    @property
     def index(self) -> int:
         """The paper's index of the network: the largest over its layers."""
         return max(layer.index for layer in self.layers)
@@ -196,13 +201,16 @@ class RankAnalysis:
         shared = [f"{layer.name} ({layer.uses} times)" for layer in self.layers if layer.uses > 1]
         if shared:
             found.append(f"used several times, |x|, |z| and |V| added up and |W| once: {names(shared)}")
-        if self.batch is not None and self.batch.size > 1:
-            found.append(
-                "by count, samples of one gradient are told apart and followed back "
-                f"up to a batch of {self.batch.size}, which {self.batch.layer} ends"
-            )
-        elif self.batch is not None:
-            found.append(f"by count, no batch comes back sample by sample: {self.batch.layer} ends it")
+        if self.batch is not None:
+            size, more = self.batch.size, self.batch.at_most
+            back = f"samples of one gradient are told apart and followed back up to a batch of {size}, which"
+            told = back if size > 1 else "no batch comes back sample by sample:"
+            together = f"; solved together, the layers in front may tell up to {more}" if more > max(1, size) else ""
+            found.append(f"by count, {told} {self.batch.layer} ends{'' if size > 1 else ' it'}{together}")
+            if self.batch_size > 1 and self.joint_free is not None:
+                found[-1] += (
+                    f"; measured, a batch of {self.batch_size} leaves {self.joint_free or 'no'} dimensions free"
+                )
         biases = sum(layer.bias_rows for layer in self.layers)
         if biases:
             found.append(f"{biases} gradients of biases are further constraints that the paper's index does not count")
@@ -229,6 +237,7 @@ class RankAnalysis:
             "free_alone": self.local.free if self.local and self.local.alone and self.local.complete else None,
             "largest_batch": self.largest_batch,
             "largest_batch_layer": self.largest_batch_layer,
+            "largest_batch_at_most": self.largest_batch_at_most,
             "batch_size": self.batch_size,
             "at_sample": self.at_sample,
             "notes": list(self.notes),
