@@ -43,6 +43,8 @@ class Smoothing:
     """Probability times that of the other side, below which a slope is none."""
     draws: int = 48
     """From which the errors of values are estimated."""
+    wider: float = 4.0
+    """By so much at the most values' errors are taken for larger first, where rows miss more than they may."""
     amiss: float = 1.5
     """Root mean square of a layer's rows, in units of their noise, from which on there is more of that."""
 

@@ -118,16 +118,20 @@ class _Smoother:
     def _settled(
         self, guess: Guess, residual: dict[str, Tensor], own: dict[str, Tensor], tau: dict[str, float]
     ) -> Solved:
-        """One pass, again with more noise where rows miss more than they may; tau is raised."""
-        middle, size = self.setting.steps.middle(guess), self.setting.steps.size
-        for _ in range(3):
+        """One pass, again where rows miss more than they may: first with larger errors of the values, so that more
+        slopes are in doubt, then with more noise; tau is raised."""
+        size = self.setting.steps.size
+        for attempt in range(3):
             variance = {name: own[name] + (tau[name] * size[name]) ** 2 for name in tau}
-            solved = Again(self.setting).solve(
-                guess, middle, residual, {name: 1 / each for name, each in variance.items()}
-            )
+            weight = {name: 1 / each for name, each in variance.items()}
+            solved = Again(self.setting).solve(guess, self.setting.steps.middle(guess), residual, weight)
             amiss = [name for name in tau if solved.excess[name] > self.setting.smoothing.amiss]
             if not amiss:
                 break
+            if attempt == 0:
+                wider = min(max(solved.excess.values()), self.setting.smoothing.wider)
+                guess = replace(guess, std=[each * wider for each in guess.std])
+                continue
             for name in amiss:
                 tau[name] = max(tau[name], float(solved.left[name].square().mean().sqrt()) / size[name])
         return solved
