@@ -22,8 +22,8 @@ from rgap.inversion.system import ConstraintSystem
 from rgap.inversion.unpool import before_pool
 from rgap.nn.activations import ReLU
 from rgap.nn.batch_norm import BatchNorm
-from rgap.nn.network import Network
-from rgap.nn.ops import Elementwise, Linear
+from rgap.nn.network import Network, Segment
+from rgap.nn.ops import Elementwise, Linear, Op
 from rgap.nn.pools import Pool
 
 NEARLY = 1e-4
@@ -74,60 +74,77 @@ def layer_by_layer(
     passed = Passed(output, output, (len(network.nodes), output), (), scatter)
     gradients = {name: grad[0] for name, grad in observed.gradients.items()}
     for segment in reversed(network.segments):
-        op, state = network.nodes[segment.nodes[-1]].op, passed.state
+        op = network.nodes[segment.nodes[-1]].op
         if segment.block:
-            block = network.part([segment])
-            unsent = any(layer.weight_name not in gradients for layer in block.layers)
-            open_since = next((each.name for each in passed.layers if each.open_since), None)
-            found = (
-                Stop(op, Cause.LOSSY, "a gradient of its layers was not sent")
-                if unsent
-                else solve_one(block, segment.exit, observed, state, open_since)
-            )
-            if isinstance(found, Stop):
-                return replace(passed, stop=found)
-            passed, state = replace(passed, layers=(*found[1], *passed.layers)), found[0]
-            if not any(activation.kinked for _, activation in block.activations):
-                moved = _cotangent(block, state.value + state.std * _draw(state.value), passed.state.cotangent)
-                passed = passed.scattered(moved - state.cotangent, state.cotangent)
+            passed = _block(network, segment, passed, observed)
         elif isinstance(op, Linear):
-            if op.layer.weight_name not in gradients or not op.has_gradient:
-                return replace(passed, stop=Stop(op, Cause.LOSSY, "its gradient is not its own, or was not sent"))
-            told = None
-            if may_be_told(network, segment.nodes[-1], len(state.value)):
-                told = told_together(network, segment.nodes[-1], state, observed)
-            if told is None:
-                told = _layer(replace(op, layer=op.layer.side_by_side(len(state.value))), passed, observed)
-            state, own = told
-            passed = replace(passed, layers=(own, *passed.layers))
+            passed = _linear(network, segment, op, passed, observed)
         elif isinstance(op, Elementwise):
-            known = not isinstance(op.activation, ReLU)
-            if known and may_be_told(network, segment.entry - 1, len(state.value)):
-                # Its rows sharpen what is wrong behind them: from all constraints there that is known better.
-                state = _once_more(network, segment.exit, passed, observed)
-            std = state.std.expand(state.value.shape)
-            state, inverse = before_activation(op.activation, state)
-            k = state.cotangent * inverse.slope  # Eq. 6
-            if not op.activation.kinked:
-                passed = passed.scattered(state.cotangent * slope_error(op.activation, inverse, std), k)
-            state = replace(state, cotangent=k)
+            passed = _activation(network, segment, op, passed, observed)
         elif isinstance(op, Pool):
-            before = before_pool(network, segment.nodes[-1], state, gradients, observed.eps, report)
-            if isinstance(before, str):
-                return replace(passed, stop=Stop(op, Cause.LOSSY, before))
-            state = before
+            before = before_pool(network, segment.nodes[-1], passed.state, gradients, observed.eps, report)
+            found = Stop(op, Cause.LOSSY, before) if isinstance(before, str) else None
+            passed = replace(passed, stop=found) if isinstance(before, str) else replace(passed, state=before)
         else:
-            value, beside = op.invert(state.value), op.invert(state.value + state.std)
-            if value is None or beside is None:
-                return replace(passed, stop=Stop(op, Cause.LOSSY, op.loses))
-            state = State(value, op.cotangent(state.cotangent, value), None, (beside - value).abs())
-            if isinstance(op, BatchNorm):
-                state = replace(state, std=torch.hypot(state.std, op.error.expand(value.shape)))
-                passed = passed.scattered(op.precision * state.cotangent, state.cotangent)
-        determined = all(layer.open_since is None for layer in passed.layers)
-        certain = (segment.entry, state) if determined else passed.certain
-        passed = replace(passed, state=state, certain=certain)
+            passed = _other(op, passed)
+        if passed.stop is not None:
+            return passed
+        if all(layer.open_since is None for layer in passed.layers):
+            passed = replace(passed, certain=(segment.entry, passed.state))
     return passed
+
+
+def _block(network: Network, segment: Segment, passed: Passed, observed: Observation) -> Passed:
+    block, state, op = network.part([segment]), passed.state, network.nodes[segment.nodes[-1]].op
+    if any(layer.weight_name not in observed.gradients for layer in block.layers):
+        return replace(passed, stop=Stop(op, Cause.LOSSY, "a gradient of its layers was not sent"))
+    open_since = next((each.name for each in passed.layers if each.open_since), None)
+    found = solve_one(block, segment.exit, observed, state, open_since)
+    if isinstance(found, Stop):
+        return replace(passed, stop=found)
+    before, reports = found
+    passed = replace(passed, layers=(*reports, *passed.layers))
+    if not any(activation.kinked for _, activation in block.activations):
+        moved = _cotangent(block, before.value + before.std * _draw(before.value), state.cotangent)
+        passed = passed.scattered(moved - before.cotangent, before.cotangent)
+    return replace(passed, state=before)
+
+
+def _linear(network: Network, segment: Segment, op: Linear, passed: Passed, observed: Observation) -> Passed:
+    if op.layer.weight_name not in observed.gradients or not op.has_gradient:
+        return replace(passed, stop=Stop(op, Cause.LOSSY, "its gradient is not its own, or was not sent"))
+    told, samples = None, len(passed.state.value)
+    if may_be_told(network, segment.nodes[-1], samples):
+        told = told_together(network, segment.nodes[-1], passed.state, observed)
+    if told is None:
+        told = _layer(replace(op, layer=op.layer.side_by_side(samples)), passed, observed)
+    state, own = told
+    return replace(passed, state=state, layers=(own, *passed.layers))
+
+
+def _activation(network: Network, segment: Segment, op: Elementwise, passed: Passed, observed: Observation) -> Passed:
+    state = passed.state
+    if not isinstance(op.activation, ReLU) and may_be_told(network, segment.entry - 1, len(state.value)):
+        # Its rows sharpen what is wrong behind them: from all constraints there that is known better.
+        state = _once_more(network, segment.exit, passed, observed)
+    std = state.std.expand(state.value.shape)
+    state, inverse = before_activation(op.activation, state)
+    k = state.cotangent * inverse.slope  # Eq. 6
+    if not op.activation.kinked:
+        passed = passed.scattered(state.cotangent * slope_error(op.activation, inverse, std), k)
+    return replace(passed, state=replace(state, cotangent=k))
+
+
+def _other(op: Op, passed: Passed) -> Passed:
+    state = passed.state
+    value, beside = op.invert(state.value), op.invert(state.value + state.std)
+    if value is None or beside is None:
+        return replace(passed, stop=Stop(op, Cause.LOSSY, op.loses))
+    state = State(value, op.cotangent(state.cotangent, value), None, (beside - value).abs())
+    if isinstance(op, BatchNorm):
+        state = replace(state, std=torch.hypot(state.std, op.error.expand(value.shape)))
+        passed = passed.scattered(op.precision * state.cotangent, state.cotangent)
+    return replace(passed, state=state)
 
 
 def _once_more(network: Network, value_id: int, passed: Passed, observed: Observation) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +26,11 @@ from rgap.nn.pools import pool
 
 # Operations whose output values are input values, or zeros.
 _GATHERS = calls.VIEWS | {
-    "permute", "transpose", "t", "mT", "numpy_T", "swapdims", "expand_as", "cat", "rot90", "index_select",
-    "movedim", "swapaxes", "slice", "select", "narrow", "flip", "roll", "pixel_shuffle",
-    "pixel_unshuffle", "channel_shuffle", "split", "split_with_sizes", "chunk", "unbind", "expand", "repeat",
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "pad", "constant_pad_nd", "reflection_pad1d",
-    "reflection_pad2d", "replication_pad1d", "replication_pad2d", "to", "_to_copy", "unsafe_split", "im2col", "unfold",
-    "slice_scatter", "select_scatter",
+    "permute", "transpose", "t", "mT", "numpy_T", "swapdims", "expand_as", "cat", "rot90", "index_select", "movedim",
+    "swapaxes", "slice", "select", "narrow", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
+    "split", "split_with_sizes", "chunk", "unbind", "expand", "repeat", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d",
+    "replication_pad2d", "to", "_to_copy", "unsafe_split", "im2col", "unfold", "slice_scatter", "select_scatter",
 }  # fmt: skip
 # Operations with f(a x) = a f(x) for a > 0.
 _SCALABLE = {
@@ -309,18 +309,8 @@ class _Build:
         wide = (1, -1, *[1] * (len(shape) - 2))
         parts = (scale, beta - told.mean * scale, mean_k, along / gamma, beta)
         scale, shift, mean_k, along, beta = (part.reshape(wide) for part in parts)
-        return BatchNorm(
-            where,
-            scale,
-            shift,
-            mean_k=mean_k,
-            along=along,
-            beta=beta,
-            gamma=gamma.reshape(wide),
-            eps=float(arguments["eps"]),
-            samples=told.samples,
-            precision=told.precision,
-        )
+        of_batch = partial(BatchNorm, eps=float(arguments["eps"]), samples=told.samples, precision=told.precision)
+        return of_batch(where, scale, shift, mean_k=mean_k, along=along, beta=beta, gamma=gamma.reshape(wide))
 
     def norm(self, where: str, name: str, arguments: dict[str, Any], shape: torch.Size) -> Norm:
         """A norm that is taken of each sample."""
