@@ -52,9 +52,9 @@ def test_attack_writes_and_prints_every_sample(
 @pytest.mark.parametrize(
     ("labels", "told"),
     [
-        ((1, 1, 2), "label 1 2 times, label 2 once"),
-        ((0, 0, 0), "label 0 3 times"),
-        ((2, 2, 2, 2, 0), "label 2 4 times, label 0 once"),
+        ((1, 1, 2), "2 of label 1, 1 of label 2"),
+        ((0, 0, 0), "3 of label 0"),
+        ((2, 2, 2, 2, 0), "4 of label 2, 1 of label 0"),
     ],
 )
 def test_attack_says_how_often_each_label_occurs(

@@ -113,11 +113,11 @@ def improve(
 
 def _move(residual: Callable[[Tensor], Tensor], x: Tensor, damping: float, inner: int) -> tuple[Tensor, float]:
     """One damped step, and its length; damping is relative to the size of J, which is formed where it has no more
-    columns than `FORMED`."""
+    columns than `inner` and `FORMED`."""
     along, here, back = _linear(residual, x)
     # |J' r| / |r| tells the size of J where it matters.
     size = float(back(here).norm() / here.norm().clamp(min=1e-300))
-    if len(x) <= FORMED:
+    if len(x) <= min(inner, FORMED):
         J = torch.func.jacfwd(residual)(x)
         ridge = damping * size * torch.eye(len(x), dtype=x.dtype, device=x.device)
         below = torch.cat([here, torch.zeros_like(x)])
