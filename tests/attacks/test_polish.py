@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from rgap import Target, Update, capture, data, losses, models, score
 from rgap.attacks import IDLG, Answer, Polish, Reconstruction, Recursive, Status
 from rgap.attacks.base import gradient_residual, residual_tolerance
-from rgap.attacks.polish import _linear, _move, _residual
+from rgap.attacks.polish import _move, _residual
 from rgap.checks import preflight
+from rgap.linalg.derivative import linearised
 
 # torch's forward mode compiles formulas of its own when first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -235,15 +236,8 @@ def test_products_are_those_of_the_matrix_of_derivatives() -> None:
     residual = _residual(target, update, Answer(x, torch.tensor([1.0]), math.nan, 0.0, math.nan))
     at = (x + 0.1 * noise(x)).reshape(-1)
     J = torch.autograd.functional.jacobian(residual, at)
-    along, here, back = _linear(residual, at)
+    along, here, back = linearised(residual, at)
     v, u = noise(at, 1), noise(here, 2)
     assert torch.equal(here, residual(at))
     torch.testing.assert_close(along(v), J @ v)
     torch.testing.assert_close(back(u), J.mT @ u)
-
-
-def test_where_nothing_hangs_on_the_input_no_product_moves() -> None:
-    along, here, back = _linear(lambda x: torch.ones(3, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
-    assert here.tolist() == [1, 1, 1]
-    assert along(torch.ones(2, dtype=torch.float64)).tolist() == [0, 0, 0]
-    assert back(torch.ones(3, dtype=torch.float64)).tolist() == [0, 0]

@@ -18,6 +18,7 @@ from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, Outcome, Reconstruction, Status
 from rgap.inversion.rounding import rounding
 from rgap.linalg import deadline
+from rgap.linalg.derivative import linearised
 from rgap.target import Target
 from rgap.update import Update
 
@@ -114,7 +115,7 @@ def improve(
 def _move(residual: Callable[[Tensor], Tensor], x: Tensor, damping: float, inner: int) -> tuple[Tensor, float]:
     """One damped step, and its length; damping is relative to the size of J, which is formed where it has no more
     columns than `inner` and `FORMED`."""
-    along, here, back = _linear(residual, x)
+    along, here, back = linearised(residual, x)
     # |J' r| / |r| tells the size of J where it matters.
     size = float(back(here).norm() / here.norm().clamp(min=1e-300))
     if len(x) <= min(inner, FORMED):
@@ -135,26 +136,6 @@ def _move(residual: Callable[[Tensor], Tensor], x: Tensor, damping: float, inner
     found = lsmr(operator, -here.cpu().numpy(), damp=damping * size, maxiter=inner, atol=0, btol=0)
     move: Tensor = torch.from_numpy(found[0]).to(x)
     return move, float(move.norm())
-
-
-def _linear(
-    residual: Callable[[Tensor], Tensor], x: Tensor
-) -> tuple[Callable[[Tensor], Tensor], Tensor, Callable[[Tensor], Tensor]]:
-    """J v, the residual, and J' u. J v is the derivative of J' u by u, whose graph is the same for every v; forward
-    mode would compute the residual anew for each."""
-    x = x.detach().requires_grad_()
-    here = residual(x) + 0.0 * x.sum()  # also where nothing hangs on x
-
-    def back(u: Tensor) -> Tensor:
-        return torch.autograd.grad(here, x, u, retain_graph=True)[0]
-
-    zero = torch.zeros_like(here, requires_grad=True)
-    pulled = torch.autograd.grad(here, x, zero, create_graph=True)[0]
-
-    def along(v: Tensor) -> Tensor:
-        return torch.autograd.grad(pulled, zero, v, retain_graph=True)[0]
-
-    return along, here.detach(), back
 
 
 def _residual(target: Target, update: Update, answer: Answer) -> Callable[[Tensor], Tensor]:

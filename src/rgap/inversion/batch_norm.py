@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rgap.inversion.estimate import Estimate
 from rgap.linalg import cg, deadline
+from rgap.linalg.derivative import linearised
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network
 from rgap.nn.ops import Linear, Sum
@@ -119,17 +120,9 @@ def before_batch_norm(rows: NormRows, shape: tuple[int, ...]) -> Tensor | None:
 
 def _step(rows: NormRows, h: Tensor, damping: float) -> tuple[Tensor, float]:
     """The damped step from h, and the size of what is missed there."""
-    with torch.enable_grad():
-        h = h.detach().requires_grad_()
-        missed = rows.flat(h)
-        r = torch.zeros_like(missed, requires_grad=True)
-        [pulled] = torch.autograd.grad(missed, h, r, create_graph=True)
-
-    def back(rows: Tensor) -> Tensor:
-        return torch.autograd.grad(missed, h, rows, retain_graph=True)[0]
+    along, missed, back = linearised(rows.flat, h)
 
     def normal(v: Tensor) -> Tensor:
-        return back(torch.autograd.grad(pulled, r, v[0], retain_graph=True)[0])[None] + damping * v
+        return back(along(v[0]))[None] + damping * v
 
-    found = missed.detach()
-    return cg.solve(normal, -back(found)[None], TOLERANCE, PRODUCTS).x[0], float(found.norm())
+    return cg.solve(normal, -back(missed)[None], TOLERANCE, PRODUCTS).x[0], float(missed.norm())

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.inversion.null_space import LARGEST, before_it, unreached_by
+from rgap.inversion.null_space import LARGEST, SETTLED, STUCK, before_it, unreached_by
 from rgap.inversion.report import LayerReport
 from rgap.inversion.rounding import rounding
 from rgap.inversion.sides import sides_by_weights
@@ -40,8 +40,6 @@ INDEPENDENT = 1e-6
 """Weights with a smaller diagonal in their triangular factor, relatively, are not told apart."""
 STEPS, HALVINGS = 25, 6
 """Of Gauss and Newton, and of one of them, at the most."""
-SETTLED, STUCK = 0.9, 0.999
-"""A whole step, or one that was halved, that leaves more than this part of what was missed is the last."""
 MET = 1e-2
 """What virtual constraints may miss in the end, relative to what the layer before put out: steps that lead nowhere
 leave several times as much."""

@@ -153,19 +153,14 @@ class KinkedSteps:
         """The weights before each step and after the last, from the steps' gradients; tied to what was sent, so that
         only by how far gradients differ between steps counts."""
         steps, start, sent = self.plan.steps, self.client.weights, self.difference.sent
-        found = []
-        for step, (decay, c) in enumerate(self.plan.expansion):
-            if gradients is None:
-                found.append({name: w + step / steps * sent[name] for name, w in start.items()})
-                continue
-            moved = {}
-            for name, w in start.items():
-                moved[name] = (1 + decay) * w + sum((a * g[name] for a, g in zip(c, gradients, strict=False)), 0 * w)
-            found.append(moved)
-        if gradients is not None and tied:
+        if gradients is None:
+            found, end = [dict(start) for _ in self.plan.expansion], dict(sent)
+        else:
+            found = [self._now(gradients[:step]) for step in range(len(self.plan.expansion))]
+            if not tied:
+                return found
             end = {name: sent[name] - (found[-1][name] - w) for name, w in start.items()}
-            found = [{n: w + step / steps * end[n] for n, w in each.items()} for step, each in enumerate(found)]
-        return found
+        return [{n: w + step / steps * end[n] for n, w in each.items()} for step, each in enumerate(found)]
 
     def run(self, guess: Guess, apart: Sequence[Tensor], before: Made | None, tied: bool) -> Made:
         """All steps, from the guess, with what its layers do not agree by added to every step's values.
@@ -188,6 +183,7 @@ class KinkedSteps:
         return Made(mean, [torch.cat(z) for z in zip(*zs, strict=True)], self.trail(gradients, tied), gradients)
 
     def _now(self, gradients: Sequence[Weights]) -> dict[str, Tensor]:
+        """The weights behind the steps that had these gradients."""
         decay, c = self.plan.expansion[len(gradients)]
         start = self.client.weights
         pairs = list(zip(c, gradients, strict=True))
