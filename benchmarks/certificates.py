@@ -1,6 +1,6 @@
 """How far certificates can be trusted: the closed attacks on random networks, with gradients clean and spoilt.
 
-    python benchmarks/certificates.py --networks 2000 --out found.jsonl [--pools]
+    python benchmarks/certificates.py --networks 2000 --out found.jsonl [--pools] [--only Closed]
 
 With --pools a pool follows the first convolution, and every second one of the others: of maxima or means, over windows
 apart or overlapping, adaptive ones among them. Appends a line for each network, goes on where it ended before, and
@@ -193,18 +193,19 @@ class Ended:
         return not self.exact and self.error is not None and self.error < RIGHT
 
 
-def outcomes(seed: int, every: int = 1, pools: bool = False, limit: float = 600.0) -> Iterator[Ended]:
+def outcomes(seed: int, every: int = 1, pools: bool = False, limit: float = 600.0, only: str = "") -> Iterator[Ended]:
     """Of every attack on one network's gradients: the clean one, those rounded, and one in `every` of the others.
 
     Args:
         limit: seconds for an attack.
+        only: attacks whose name contains this.
     """
     case = drawn(seed, pools)
     for at, (kind, update) in enumerate(spoilt(case)):
         if at > 2 and (at + seed) % every:
             continue
         for attack in ATTACKS:
-            if attack.obstacle(case.target, 1) is not None:
+            if only not in attack.name or attack.obstacle(case.target, 1) is not None:
                 continue
             try:
                 with deadline.within(limit):
@@ -251,6 +252,7 @@ def main() -> None:
         help="attack one in so many of a network's gradients, in turn, beside the clean one and those rounded",
     )
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for an attack")
+    parser.add_argument("--only", default="", help="attacks whose name contains this")
     parser.add_argument("--pools", action="store_true", help="draw networks with pools")
     parser.add_argument("--out", type=Path, required=True, help="a file of lines, appended to")
     options = parser.parse_args()
@@ -260,7 +262,7 @@ def main() -> None:
     with options.out.open("a") as file:
         for seed in range(options.first, options.first + options.networks):
             if seed not in done:
-                ended = list(outcomes(seed, options.every, options.pools, options.limit))
+                ended = list(outcomes(seed, options.every, options.pools, options.limit, options.only))
                 found.append(ended)
                 print(json.dumps([asdict(each) for each in ended]), file=file, flush=True)
     ended = [each for every in found for each in every]

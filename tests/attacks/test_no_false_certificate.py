@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from benchmark import load
+from torch import nn
+
+from rgap import Target, Update, capture, losses
+from rgap.attacks import Closed, Status
 
 certificates = load("certificates")
 
@@ -15,3 +20,17 @@ def test_no_certificate_is_false(part: int, first_seed: int) -> None:
     found = [each for seed in seeds for each in certificates.outcomes(seed)]
     assert found
     assert [each for each in found if each.false] == []
+
+
+def test_an_answer_from_a_coarse_gradient_is_as_near_as_it_says() -> None:
+    """Where Gauss-Newton steps ended as soon as the gradient agreed, its error was 24 times the stated one."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 24, 3, padding=1), nn.SiLU(), nn.AvgPool2d(3, 2, 1), nn.Flatten()),
+        *(nn.Linear(384, 60), nn.SiLU(), nn.Linear(60, 4)),
+    )
+    target, x = Target(model, losses.CrossEntropy(4), (1, 7, 7), (0.0, 1.0)), torch.rand(1, 1, 7, 7)
+    clean = capture(target, x, torch.zeros(1)).gradients
+    found = Closed()(target, Update({name: grad.bfloat16().float() for name, grad in clean.items()}))
+    assert found.status is Status.EXACT
+    assert float((found.inputs - x).square().mean().sqrt()) < 4 * found.answers[0].error

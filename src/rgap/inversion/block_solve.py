@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rgap.inversion.gauss_newton import Continuation, determine, gauss_newton
+from rgap.inversion.gauss_newton import Continuation, determine, gauss_newton, settle
 from rgap.inversion.report import BLOCK, LayerReport
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.system import ConstraintSystem, Linearisation
@@ -60,6 +60,7 @@ def solve_jointly(network: Network, observed: Observation, output: State, start:
         free = f"{system.unknowns - sure.rank} of {system.unknowns} directions"
         what = f"its constraints leave about {free} of its input open, condition {sure.condition:.1e}"
         return Stop(network.nodes[-1].op, Cause.OPEN, what)
+    at = settle(system, at, SOLVER, sure.std)
     cotangent = torch.zeros_like(at.x) if at.cotangents[0] is None else at.cotangents[0]
     return BlockInput(at.x, cotangent, sure.std, joint_reports(system, at, sure))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rgap.inversion.block_solve import BlockInput, joint_reports
-from rgap.inversion.gauss_newton import Continuation, Solution, determine, gauss_newton
+from rgap.inversion.gauss_newton import Continuation, Solution, determine, gauss_newton, settle
 from rgap.inversion.history import Paths
 from rgap.inversion.report import VALUES
 from rgap.inversion.sides import sides_at
@@ -87,9 +87,10 @@ def told_by_values(
         sure = determine(values, at, SOLVER, observed.probe(value_id, network.device))
         if sure.rank < values.unknowns:
             continue
+        at = settle(values, at, SOLVER, sure.std)
         gradients = {name: observed.gradient(name, paths.update[s : s + 1])[0] for name in observed.gradients}
         system = ConstraintSystem(front, sides_at(network, value_id, state, at.values[-1]), gradients, observed.eps)
-        at = system.linearise(solution.x)
+        at = system.linearise(at.x)
         cotangent = torch.zeros_like(at.x) if at.cotangents[0] is None else at.cotangents[0]
         found.append((s, BlockInput(at.x, cotangent, sure.std, joint_reports(system, at, sure, VALUES))))
     if not found:

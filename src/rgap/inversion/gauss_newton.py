@@ -6,6 +6,7 @@ for what the constraints do not yet tell, with a weight that falls to nothing as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -60,6 +61,8 @@ class Solution:
 CONTINUATION = Continuation()
 COARSE = 0.1
 """A distance above which a start tells next to nothing of the slopes."""
+SETTLING = 4
+"""Solves at the most, once the gradients agree."""
 HALVINGS = 6
 """Of a step without a prior, at the most."""
 
@@ -161,6 +164,30 @@ class _Descent:
             if float(jacobian.weighted(self.system.residual(new)).norm()) < size:
                 return new
         return new
+
+
+def settle(system: ConstraintSystem, at: Linearisation, solver: Solver, error: float) -> Linearisation:
+    """Where inputs at which the constraints are met stand still: until a solve moves them by less than their error.
+
+    The distance does not show it: what moves last hardly changes it, and behind a coarse gradient it allows inputs that
+    are wrong by many times what rounding does to them.
+
+    Args:
+        error: of the inputs, root mean square.
+    """
+    distance, move, steps = system.distance(at), math.inf, 0
+    while steps < SETTLING and move > error:
+        jacobian = Jacobian(system, at, {})
+        try:
+            moved = system.linearise(solver.step(jacobian, jacobian.weighted(system.residual(at)), at.x, None))
+        except deadline.OutOfTime:  # they are found already, only not as precisely
+            break
+        missed = system.distance(moved)
+        if not missed <= distance:
+            break
+        move = float((moved.x - at.x).square().mean().sqrt())
+        at, distance, steps = moved, missed, steps + 1
+    return at
 
 
 def determine(system: ConstraintSystem, at: Linearisation, solver: Solver, generator: torch.Generator) -> Determined:

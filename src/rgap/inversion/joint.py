@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.by_values import input_by_values
-from rgap.inversion.gauss_newton import CONTINUATION, Continuation, Solution, determine, gauss_newton
+from rgap.inversion.gauss_newton import CONTINUATION, Continuation, Solution, determine, gauss_newton, settle
 from rgap.inversion.history import Candidate, Paths
 from rgap.inversion.jacobian import Jacobian
 from rgap.inversion.layer import Solver as Kind
@@ -149,7 +149,11 @@ class JointSolve:
             at = system.linearise(refine_sides(system, found.x, tolerance))
             distance = system.distance(at)
         enough = enough or system
-        sure = determine(enough, at if enough is system else enough.linearise(at.x), solver, probe)
+        by = at if enough is system else enough.linearise(at.x)
+        sure = determine(enough, by, solver, probe)
+        if distance <= tolerance and sure.rank == system.unknowns:
+            by = settle(enough, by, solver, sure.std)
+            at = by if enough is system else system.linearise(by.x)
         # At an input that is not the sample's the number is one of many: an estimate of it will do.
         if isinstance(solver, Iterative) and distance <= tolerance and sure.rank < system.unknowns <= self.counted:
             sure = determine(system, at, self._direct(system), probe)
