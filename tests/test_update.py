@@ -568,9 +568,9 @@ def test_labels_of_the_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([1.0, 0.0], "got label 0, expected -1 or 1 for the logistic loss; write class 0 as -1"),
+        ([1.0, 0.0], "got label 0, expected -1 or 1 for the logistic loss; write class 0 as -1, or take the loss bce"),
         ([2.0, 1.0], "got label 2, expected -1 or 1 for the logistic loss"),
-        ([-1.0, 0.5], "got label 0.5, expected -1 or 1 for the logistic loss"),
+        ([-1.0, 0.5], "got label 0.5, expected -1 or 1 for the logistic loss; real values are for the loss mse"),
         ([-1.0, float("nan")], "got label nan, expected -1 or 1 for the logistic loss"),
     ],
 )

@@ -222,9 +222,9 @@ def test_labels_of_two_classes_are_taken(row: Row) -> None:
     ("labels", "message"),
     [
         ([2.0], "got label 2, expected -1 or 1 for the {} loss"),
-        ([1.0, 0.5, 3.0], "got label 0.5, expected -1 or 1 for the {} loss"),
-        ([1.0, 0.0], "got label 0, expected -1 or 1 for the {} loss; write class 0 as -1"),
-        ([7.0, 0.0], "got label 7, expected -1 or 1 for the {} loss; write class 0 as -1"),
+        ([1.0, 0.5, 3.0], "got label 0.5, expected -1 or 1 for the {} loss; real values are for the loss mse"),
+        ([1.0, 0.0], "got label 0, expected -1 or 1 for the {} loss; write class 0 as -1, or take the loss bce"),
+        ([7.0, 0.0], "got label 7, expected -1 or 1 for the {} loss; write class 0 as -1, or take the loss bce"),
         ([float("nan")], "got label nan, expected -1 or 1 for the {} loss"),
     ],
 )

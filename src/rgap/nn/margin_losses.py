@@ -6,6 +6,7 @@ The closed-form attack reads mu off the gradient. Summed over the last layer's w
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cache
@@ -38,7 +39,9 @@ class MarginLoss(Loss):
         return 1
 
     def _expected(self, wrong: list[float]) -> str:
-        hint = "; write class 0 as -1" if 0.0 in wrong else ""
+        if any(math.isfinite(label) and label % 1 for label in wrong):
+            return f"-1 or 1 for the {self.name} loss; real values are for the loss mse"
+        hint = "; write class 0 as -1, or take the loss bce" if 0.0 in wrong else ""
         return f"-1 or 1 for the {self.name} loss{hint}"
 
     @abstractmethod
