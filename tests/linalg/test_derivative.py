@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from rgap.linalg import derivative
 from rgap.linalg.derivative import linearised
 
 
@@ -22,6 +24,20 @@ def test_products_are_those_of_the_jacobian() -> None:
     assert torch.equal(here, function(x))
     torch.testing.assert_close(along(v), jacobian @ v)
     torch.testing.assert_close(back(u), jacobian.mT @ u)
+    several = torch.stack([v, 2 * v, -v])
+    torch.testing.assert_close(along(several), several @ jacobian.mT)
+
+
+@pytest.mark.parametrize("at_once", [1, 8, 1000])
+def test_the_jacobian_is_that_of_forward_mode(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derivative, "AT_ONCE", at_once)
+    a = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        return torch.cat([(a @ x).softmax(0), 1 + torch.nn.functional.silu(x), torch.ones(1, dtype=x.dtype)])
+
+    torch.testing.assert_close(derivative.jacobian(function, x), torch.func.jacfwd(function)(x))
 
 
 def test_where_nothing_hangs_on_the_input_no_product_moves() -> None:

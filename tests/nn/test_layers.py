@@ -189,6 +189,14 @@ def test_grad_weight_is_the_gradient_of_the_weight(case: Case) -> None:
 
 
 @every_layer
+def test_the_gradient_of_a_batch_is_the_sum_over_samples(case: Case) -> None:
+    x, k = case.inputs(3), case.signals(3)
+    expected = case.gradients(x, case.weight, k)[1]
+    found = case.layer.batch_gradient(case.layer.pack_input(x), case.layer.pack_output(k))
+    same(found, case.layer.pack_weight(expected[None]))
+
+
+@every_layer
 def test_grad_input_is_the_gradient_of_the_input(case: Case) -> None:
     x, k = case.inputs(2), case.signals(2)
     found = case.layer.grad_input(case.layer.pack_output(k))

@@ -18,7 +18,7 @@ from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, Outcome, Reconstruction, Status
 from rgap.inversion.rounding import rounding
 from rgap.linalg import deadline
-from rgap.linalg.derivative import linearised
+from rgap.linalg.derivative import jacobian, linearised
 from rgap.target import Target
 from rgap.update import Update
 
@@ -119,7 +119,7 @@ def _move(residual: Callable[[Tensor], Tensor], x: Tensor, damping: float, inner
     # |J' r| / |r| tells the size of J where it matters.
     size = float(back(here).norm() / here.norm().clamp(min=1e-300))
     if len(x) <= min(inner, FORMED):
-        J = torch.func.jacfwd(residual)(x)
+        J = jacobian(residual, x)
         ridge = damping * size * torch.eye(len(x), dtype=x.dtype, device=x.device)
         below = torch.cat([here, torch.zeros_like(x)])
         step: Tensor = -torch.linalg.lstsq(torch.cat([J, ridge]), below[:, None]).solution[:, 0]

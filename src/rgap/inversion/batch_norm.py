@@ -52,7 +52,7 @@ class NormRows:
         """By gradient rows, and by the value that comes out again; both relative to their size."""
         layer, z = self.op.layer, self.op.forward(h)
         k = self.behind + self.norm.source(z)
-        found = layer.grad_weight(layer.pack_input(h), layer.pack_output(k)).sum(0, keepdim=True)
+        found = layer.batch_gradient(layer.pack_input(h), layer.pack_output(k))
         rows = (self.grad - found) / self.grad.norm()
         if self.again is None:
             return rows, None

@@ -199,7 +199,7 @@ class _Coupled:
         at = system.linearise(x)
         reads = (at.values[system.network.nodes[node].reads[0]] for node in system.nodes)
         gradient = (
-            layer.grad_weight(layer.pack_input(read), system.k(at, node)).sum(0, keepdim=True)
+            layer.batch_gradient(layer.pack_input(read), system.k(at, node))
             for node, layer, read in zip(system.nodes, system.layers, reads, strict=True)
         )
         return at.values[-1], *gradient

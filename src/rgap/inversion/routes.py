@@ -234,7 +234,7 @@ class _Step:
         heat = temperature * point.spread * max(self.missed, floor) if temperature else 0.0
         self.windows = point.windows(heat) if heat > 0 else point.hard
         self.k = pool.scatter(self.windows.slope * observed.cotangent[..., None]).reshape(point.z.shape)
-        self.left = observed.grad - layer.grad_weight(point.read, self.k).sum(0)
+        self.left = observed.grad - layer.batch_gradient(point.read, self.k)[0]
         total = float(observed.grad.norm())
         self.gradient_missed = float(self.left.norm()) / total if total else 0.0
         # A window that exceeds what it may be does so as it stands.

@@ -185,7 +185,7 @@ class ConstraintSystem:
         gradient = []
         for node, layer, grad in zip(self.nodes, self.layers, self.gradients, strict=True):
             x = layer.pack_input(at.values[self.network.nodes[node].reads[0]])
-            gradient.append(grad - layer.grad_weight(x, self.k(at, node)).sum(0, keepdim=True))
+            gradient.append(grad - layer.batch_gradient(x, self.k(at, node)))
         return Rows((self.output.value - at.values[-1])[None], tuple(gradient))
 
     def distance(self, at: Linearisation) -> float:

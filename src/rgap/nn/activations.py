@@ -289,10 +289,6 @@ class NonMonotone(Activation):
     argmin: float
     """Where the minimum is."""
 
-    def slope(self, z: Tensor) -> Tensor:
-        found: Tensor = torch.func.grad(lambda each: self(each).sum())(z)
-        return found
-
     def invert(self, x: Tensor, error: Tensor) -> Inverse:
         z = self._between(x, torch.full_like(x, self.argmin), x.clamp(min=0) + 2.0, rising=True)
         # Near the minimum z moves far for a small move of x: the slope states the row in x.
@@ -330,6 +326,14 @@ class GELU(NonMonotone):
     def __call__(self, z: Tensor) -> Tensor:
         return functional.gelu(z, approximate=self.approximate)
 
+    def slope(self, z: Tensor) -> Tensor:
+        if self.approximate == "none":
+            phi: Tensor = torch.special.ndtr(z)
+            return phi + z * (-0.5 * z * z).exp() / math.sqrt(2 * math.pi)
+        scale, cubic = math.sqrt(2 / math.pi), 0.044715
+        t = torch.tanh(scale * (z + cubic * z**3))
+        return 0.5 * (1 + t) + 0.5 * z * (1 - t) * (1 + t) * scale * (1 + 3 * cubic * z * z)
+
 
 @dataclass(frozen=True)
 class SiLU(NonMonotone):
@@ -340,6 +344,10 @@ class SiLU(NonMonotone):
     def __call__(self, z: Tensor) -> Tensor:
         return functional.silu(z)
 
+    def slope(self, z: Tensor) -> Tensor:
+        rising, falling = torch.sigmoid(z), torch.sigmoid(-z)
+        return rising * (1 + z * falling)
+
 
 @dataclass(frozen=True)
 class Mish(NonMonotone):
@@ -349,6 +357,12 @@ class Mish(NonMonotone):
 
     def __call__(self, z: Tensor) -> Tensor:
         return functional.mish(z)
+
+    def slope(self, z: Tensor) -> Tensor:
+        # With q = exp(-2 log(1 + exp(z))), tanh is (1 - q) / (1 + q), without what cancels.
+        rising, falling = torch.sigmoid(z), torch.sigmoid(-z)
+        q = falling.square()
+        return rising * (1 + falling) / (1 + q) + 4 * z * rising * q / (1 + q).square()
 
 
 SELU = ELU(alpha=1.6732632423543772848170429916717, scale=1.0507009873554804934193349852946)

@@ -228,6 +228,13 @@ class Layer:
         """K x, the gradient of the weight (Eq. 15)."""
         return self._by_group(k) @ self.patches(x).mT
 
+    def batch_gradient(self, x: Float[Tensor, "b c n"], k: Float[Tensor, "b o p"]) -> Float[Tensor, "1 g j i"]:
+        """The gradient of the weight, summed over samples."""
+        if self.positions > 1:
+            return self.grad_weight(x, k).sum(0, keepdim=True)
+        # Of Linear layers as one product: the samples' own gradients would take so many times as much memory.
+        return (self._by_group(k)[..., 0].movedim(0, -1) @ self.patches(x)[..., 0].movedim(0, 1))[None]
+
     def grad_input(self, k: Float[Tensor, "*s o p"], weight: Tensor | None = None) -> Float[Tensor, "*s c n"]:
         """W' k, the gradient of the input; with a gradient of the weight in place of W it is K' grad W."""
         weight = self.weight if weight is None else weight

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgap.inversion.subspace.span import Span
+from rgap.linalg.derivative import linearised
 from rgap.nn.losses import Loss
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise
@@ -264,7 +265,7 @@ class CotangentCondition(Condition):
         tangent = self.weight.mT.expand(s, d, -1).flatten(0, 1)
         labels = self.labels.repeat_interleave(d)
         wide = z.repeat_interleave(d, 0)
-        k, slopes = torch.func.jvp(lambda each: self._k(each, labels), (wide,), (tangent,))[:2]
+        along, k, _ = linearised(lambda each: self._k(each, labels), wide)
         r = self.first.outside(k[::d])
-        j = self.first.outside(slopes).reshape(s, d, -1)
+        j = self.first.outside(along(tangent)).reshape(s, d, -1)
         return (j @ r[:, :, None])[:, :, 0], j @ j.mT

@@ -22,6 +22,7 @@ from rgap.inversion.subspace.condition import CotangentCondition
 from rgap.inversion.subspace.head import Head, Spaces
 from rgap.inversion.subspace.identify import Samples
 from rgap.linalg import deadline
+from rgap.linalg.derivative import jacobian as jacobian_of
 from rgap.nn.ops import Linear
 
 LARGEST = 20_000_000
@@ -96,7 +97,7 @@ class HeadSystem:
             x, k = values[network.nodes[node_id].reads[0] - 1], ks[node_id]
             assert k is not None
             packed = op.layer.pack_output(k)
-            found = op.layer.grad_weight(op.layer.pack_input(x), packed).sum(0).flatten()
+            found = op.layer.batch_gradient(op.layer.pack_input(x), packed).flatten()
             if len(grad) > len(found):
                 found = torch.cat([found, packed.sum((0, 2))])
             rows.append((found - grad) / unit)
@@ -121,8 +122,7 @@ class HeadSystem:
 
     def jacobian(self, t: Float[Tensor, "b d"]) -> Float[Tensor, "rows u"]:
         """Of the residual."""
-        eye = torch.eye(t.numel(), dtype=t.dtype, device=t.device).reshape(-1, *t.shape)
-        return torch.stack([torch.func.jvp(self.residual, (t,), (each,))[1] for each in eye], 1)
+        return jacobian_of(lambda flat: self.residual(flat.reshape(t.shape)), t.flatten())
 
     def error(self, t: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
         """How far rounding may have moved each value of the inputs (root mean square): along the row space by what it
