@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from rgap import Protocol, Target, Update, capture, data, losses, models, score
 from rgap.attacks import Recursive, Status
@@ -75,6 +76,35 @@ def test_a_unit_on_the_wrong_side_is_found_and_mended(samples: int) -> None:
     mended = refine_sides(system, wrong, 1e-6)
     assert float((mended - right).abs().max()) < 1e-5
     assert system.distance(system.linearise(mended)) < 1e-6
+
+
+def test_two_units_that_hide_each_other_are_mended_together() -> None:
+    """Two patches that are nearly the same, one on each side of the kink, and an input with both on the other."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 1, 2, 2, bias=False), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(6, 1, bias=False)
+    ).double()
+    x = torch.rand(1, 1, 2, 12, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.5)
+        model[3].weight[0, 1] = 1.2 * model[3].weight[0, 0]
+        kernel = model[0].weight[0, 0]
+        for place, height in ((0, -1e-9), (1, 1e-9)):
+            patch = x[0, 0, :, :2] + 0.02 * place * torch.rand(2, 2, generator=generator, dtype=torch.float64)
+            patch = patch - kernel * ((kernel * patch).sum() - height) / kernel.square().sum()
+            x[0, 0, :, 2 * place : 2 * place + 2] = patch
+    target = Target(model, losses.Logistic(), (1, 2, 12))
+    system = system_of(target, x, LABEL)
+    units = [(1, 0), (1, 1)]
+    astray = step_over(system, system.linearise(x), units)
+    missed = system.distance_by_layer(system.linearise(astray))
+    assert 1e-3 < missed < 0.2
+    for unit in units:
+        alone = step_over(system, system.linearise(astray), [unit])
+        assert system.distance_by_layer(system.linearise(alone)) > missed
+    mended = refine_sides(system, astray, 1e-8)
+    assert system.distance_by_layer(system.linearise(mended)) < 1e-8
 
 
 def test_an_input_that_agrees_is_left_alone() -> None:

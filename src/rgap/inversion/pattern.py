@@ -115,6 +115,8 @@ def _reads(system: ConstraintSystem, at: Linearisation, node: int) -> Tensor:
 
 TRIED, FLIPPED = 32, 8
 """How many units, those nearest to their kink, are tried on their other side, and how many are changed at the most."""
+PAIRS = 2**26
+"""Numbers of the gradients at all of them, above which units are tried alone and not by twos."""
 LESS = 0.9
 """What a change of side must leave of the distance: of several units on their wrong sides each one tells a part."""
 NEAR = 0.2
@@ -141,13 +143,16 @@ def refine_sides(system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance:
     slopes = at.slopes
     changed: list[tuple[int, int]] = []
     while near and best > tolerance and len(changed) < FLIPPED:
-        tried = [_flipped(system, slopes, unit) for unit in near]
-        distances = [system.distance_by_layer(system.with_slopes(at, each)) for each in tried]
-        least = min(range(len(near)), key=distances.__getitem__)
-        if distances[least] > LESS * best:
+        chosen = _best_flips(system, at, slopes, near)
+        flipped = slopes
+        for unit in chosen:
+            flipped = _flipped(system, flipped, unit)
+        distance = system.distance_by_layer(system.with_slopes(at, flipped))
+        if distance > LESS * best:
             break
-        best, slopes = distances[least], tried[least]
-        changed.append(near.pop(least))
+        best, slopes = distance, flipped
+        changed += chosen
+        near = [unit for unit in near if unit not in chosen]
     if not changed:
         return x
     moved = step_over(system, at, changed)
@@ -188,6 +193,34 @@ def _nearest_units(system: ConstraintSystem, at: Linearisation) -> list[tuple[in
             found, index = distance.topk(min(TRIED, len(distance)), largest=False)
             near += [(v, node, i) for v, i in zip(found.tolist(), index.tolist(), strict=True)]
     return [(node, index) for _, node, index in sorted(near)[:TRIED]]
+
+
+def _best_flips(
+    system: ConstraintSystem, at: Linearisation, slopes: Mapping[int, Tensor], near: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """The one unit, or the two, without which the gradients are missed least.
+
+    Of two units that put nearly the same into a gradient, with opposite signs, each one alone only makes it worse.
+    """
+
+    def missed(slopes: Mapping[int, Tensor]) -> Float[Tensor, " w"]:
+        rows = system.residual(system.with_slopes(at, dict(slopes))).gradient
+        pairs = zip(rows, system.gradients, strict=True)
+        return torch.cat([(row / grad.norm()).flatten() for row, grad in pairs if bool(grad.any())])
+
+    here = missed(slopes)
+    tried = (missed(_flipped(system, slopes, unit)) for unit in near)
+    if here.numel() * len(near) > PAIRS:
+        sizes = [float(each.norm()) for each in tried]
+        return [near[min(range(len(near)), key=sizes.__getitem__)]]
+    moved = torch.stack([each - here for each in tried])
+    # |here + e_u + e_v|^2 less |here|^2; on the diagonal |here + e_u|^2.
+    gram, along = moved @ moved.mT, moved @ here
+    own = gram.diagonal() + 2 * along
+    both = own + own[:, None] + 2 * gram
+    both.diagonal().copy_(own)
+    first, second = divmod(int(both.argmin()), len(near))
+    return [near[first]] if first == second else [near[first], near[second]]
 
 
 def _flipped(system: ConstraintSystem, slopes: Mapping[int, Tensor], unit: tuple[int, int]) -> dict[int, Tensor]:
