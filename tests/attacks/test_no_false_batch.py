@@ -127,6 +127,12 @@ def test_gradients_that_agree_certify_nothing_where_a_layer_is_open() -> None:
     assert counted["clean: rank-deficient"] == 1
 
 
+def test_many_values_tell_a_batch_whichever_input_of_silu_each_of_them_has() -> None:
+    """Behind a convolution and a block 192 values of each sample, four times as many as it has."""
+    counted = look(7505, ("clean",))
+    assert counted["clean: exact"] == 1
+
+
 if __name__ == "__main__":
     total: Counter[str] = Counter()
     first, count, few = int(sys.argv[1]), int(sys.argv[2]), "few" in sys.argv[3:]

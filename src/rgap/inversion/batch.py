@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.inversion.by_values import input_by_values
+from rgap.inversion.gauss_newton import Continuation, gauss_newton
 from rgap.inversion.joint import JointSolve, names
 from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
@@ -28,6 +30,9 @@ from rgap.nn.losses import Loss
 from rgap.nn.network import Network
 from rgap.nn.ops import Linear
 from rgap.nn.pools import Pool
+
+LAST = Continuation(max_steps=4, doubt=(4,))
+"""Steps from inputs that are nearly right."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,15 +200,54 @@ def back(
     if passed.stop is None:
         # A last unit or two may still be on the wrong side.
         passed = passed.moved(refine_sides(system, passed.state.value, tolerance))
-        # Where every layer determines its inputs, there is nothing that all of them together would add. Where one does
-        # not, gradients that agree say nothing of what is free.
-        if passed.certain[0] == 0:
-            x = passed.state.value
-            x = refined(system, x, tolerance)[0] if len(passed.layers) > 1 else x
-            return Inputs(x, passed.state.rms_std, passed.layers)
+    if passed.stop is not None or system.distance(system.linearise(passed.state.value)) > tolerance:
+        told = _by_values(front, passed, gradients, eps, tolerance, value_range, solve, report)
+        if told is not None:
+            return told
+    # Where every layer determines its inputs, there is nothing that all of them together would add. Where one does not,
+    # gradients that agree say nothing of what is free.
+    if passed.stop is None and passed.certain[0] == 0:
+        x = passed.state.value
+        x = refined(system, x, tolerance)[0] if len(passed.layers) > 1 else x
+        return Inputs(x, passed.state.rms_std, passed.layers)
     if passed.stop is not None and passed.stop.cause is Cause.LOSSY:
         return str(passed.stop)
     return _jointly(front, passed, gradients, eps, tolerance, value_range, solve, report)
+
+
+def _by_values(
+    front: Network,
+    passed: Passed,
+    gradients: Mapping[str, Tensor],
+    eps: float,
+    tolerance: float,
+    value_range: tuple[float, float] | None,
+    solve: JointSolve,
+    report: Callable[[int, float], None],
+) -> Inputs | None:
+    """The inputs from weight rows alone, where a value that is known has many times as many numbers: no activation is
+    inverted, so that nothing is asked for which of two inputs an output has; None if no such value tells them."""
+    probe = torch.Generator(device=front.device).manual_seed(0)
+    for value_id, state in {len(front.nodes): passed.output, passed.certain[0]: passed.certain[1]}.items():
+        segments = [segment for segment in front.segments if segment.exit <= value_id]
+        if not segments:
+            continue
+        part = front.part(segments)
+        try:
+            found = input_by_values(part, state, eps, report=report)
+            if found is None:
+                continue
+            system, (_, solution) = ConstraintSystem(part.own, state, gradients, eps), found
+            prior = Prior(part.input_shape, sum(value_range or (0.0, 0.0)) / 2)
+            solver = solve.solver(system, "auto")
+            # All rows from there: they know the last digits.
+            solution = gauss_newton(system, solver, None, tolerance, system.linearise(solution.x), LAST, report)
+            told = solve.solve(system, solver, prior, tolerance, None, probe, report, solution)
+        except OutOfTime:
+            return None
+        if told.report.converged:
+            return Inputs(told.x, told.x.new_full((len(told.x),), told.std), passed.layers, told.report)
+    return None
 
 
 def _jointly(
