@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,11 +267,47 @@ def test_an_attack_that_began_in_time_ends(clock: Clock) -> None:
             clock.now += 1
             return GAVE_UP
 
-    found = audit(open_target(), pictures(2), attacks=[Slow(), Bias()], budget=1.5, about=ABOUT)
-    assert [[r.attack for r in case.results] for case in found.cases] == [["Slow"], ["Slow"]]
-    assert found.not_run == ("Bias on 2 updates: the time was up",)
+    found = audit(open_target(), pictures(2), attacks=[Slow(), Silent()], budget=1.5, about=ABOUT)
+    assert [[r.attack for r in case.results] for case in found.cases] == [["Slow", "Silent"], ["Silent"]]
+    assert "Slow on 1 update: the time was up" in found.not_run
     assert not found.complete
-    assert found.seconds == 2.0
+    assert found.seconds == 1.0
+
+
+def test_updates_of_which_one_takes_long_are_attacked_one_after_the_other(clock: Clock) -> None:
+    """All at once none would be done in time: of an attack that has an answer at any time, they are."""
+    groups = []
+
+    class Slow(Silent):
+        def run(self, target: Target, update: Update) -> Outcome:
+            clock.now += 3
+            return GAVE_UP
+
+        def _timed(self, target: Target, updates: Sequence[Update]) -> list[tuple[Outcome, float]]:
+            groups.append(len(updates))
+            return super()._timed(target, updates)
+
+    class Anytime(Slow):
+        anytime = True
+
+    audit(open_target(), pictures(5), attacks=[Slow()], budget=10.0, about=ABOUT)
+    assert groups == [1, 2, 1]
+    audit(open_target(), pictures(5), attacks=[Slow()], budget=100.0, about=ABOUT)
+    assert groups[3:] == [1, 4]
+    audit(open_target(), pictures(5), attacks=[Anytime()], budget=10.0, about=ABOUT)
+    assert groups[5:] == [5]
+
+
+def test_an_attack_that_is_exact_has_all_the_time_that_is_left(clock: Clock) -> None:
+    class Slow(Bias):
+        def run(self, target: Target, update: Update) -> Outcome:
+            clock.now += 3
+            return super().run(target, update)
+
+    found = audit(open_target(), pictures(5), attacks=[Slow(), Silent()], budget=17.0, about=ABOUT)
+    assert levels(found) == ["exact"] * 5
+    found = audit(open_target(), pictures(5), attacks=[Silent(), Slow()], budget=8.0, about=ABOUT)
+    assert levels(found) == ["exact"] * 3 + ["not recovered"] * 2
 
 
 def test_an_audit_that_took_long_but_left_nothing_out_is_complete(clock: Clock) -> None:

@@ -31,6 +31,9 @@ class Attack(ABC):
 
     partial: ClassVar[bool] = False
     """Whether the attack works on updates in which some parameters' gradients are missing."""
+    anytime: ClassVar[bool] = False
+    """Whether it has an answer whenever it is cut off. Where time is short, updates are attacked one after the other by
+    an attack that has none before its end."""
 
     @property
     def name(self) -> str:

@@ -81,6 +81,7 @@ class Matching(BatchAttack):
     """
 
     partial: ClassVar[bool] = True
+    anytime: ClassVar[bool] = True
 
     distance: Distance = squared
     features: float = 0.0

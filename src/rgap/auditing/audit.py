@@ -183,8 +183,9 @@ def audit(
         protocol: what a client does between its data and what it sends.
         accounting: to give an epsilon for each strength of DPSGD; None: none is given.
         seed: of the defences' noise.
-        budget: seconds, shared out evenly among the attacks that are left; one that takes longer is cut off, and what
-            was cut off or left out is listed.
+        budget: seconds, shared out evenly among the attacks that are left; one that takes longer is cut off, unless it
+            has been exact so far, and what was cut off or left out is listed. Updates of which one takes long are
+            attacked one after the other.
         folder: where results are kept as they come; an audit that was interrupted goes on from there.
         fresh: forget what is in the folder.
         about: model, data and command in words, for the report.

@@ -152,8 +152,7 @@ class Run:
             left = {at: update for at, update in enumerate(self.updates) if not self._exact(at, self.able[:number])}
             self.tell(attack.name, number * len(self.updates), note)
             note = ""
-            with within(self.share(len(self.able) - number)):
-                begun = self.results(attack, left)
+            begun = self.results(attack, left, share=self.share(len(self.able) - number))
             short += [(attack, at) for at in left if at not in begun or any(map(cut_off, begun[at]))]
         short = [(attack, at) for attack, at in short if not self._exact(at, self.able)]
         for attack in self.able:
@@ -222,8 +221,14 @@ class Run:
             "away audit a smaller client too (--batch-size 1, one step)."
         )
 
-    def results(self, attack: Attack, updates: Mapping[int, Update], defence: str = "") -> dict[int, list[Result]]:
-        """One attack on updates by their number, from the store those that are there; fewer if the time is up."""
+    def results(
+        self, attack: Attack, updates: Mapping[int, Update], defence: str = "", share: float | None = None
+    ) -> dict[int, list[Result]]:
+        """One attack on updates by their number, from the store those that are there; fewer if the time is up.
+
+        Args:
+            share: seconds for the attack. One that has been exact so far has all that is left: no other can do better.
+        """
         keys = {at: self._key(attack, at, defence) for at in updates}
         for at, key in keys.items():
             if key not in self.found and self.store is not None and key in self.store.rows:
@@ -231,17 +236,24 @@ class Run:
                 if kept is not None:
                     self.found[key] = kept
         left = [at for at, key in keys.items() if key not in self.found]
-        for start in range(0, len(left), CHUNK):
-            if self.late:
+        begun, took, exact = time.perf_counter(), math.inf, False
+        while left and not self.late:
+            seconds = self._left if exact or share is None else begun + share - time.perf_counter()
+            if seconds <= 0:
                 break
-            chunk = left[start : start + CHUNK]
-            attacked = guarded(attack, self.target, [updates[at] for at in chunk])
+            # One that has no answer before its end takes no more updates at once than it surely ends with.
+            count = CHUNK if attack.anytime or self.budget is None else max(1, min(CHUNK, int(seconds / took)))
+            chunk, left, start = left[:count], left[count:], time.perf_counter()
+            with within(seconds if math.isfinite(seconds) else None):
+                attacked = guarded(attack, self.target, [updates[at] for at in chunk])
+            took = max(time.perf_counter() - start, 1e-6) / len(chunk)
             for at, each in zip(chunk, attacked, strict=True):
                 own = self.found[keys[at]] = self._judged(self.observed[at], each)
                 # What was cut off is done again when there is more time.
                 if self.store is not None and each.status is not Status.CUT_OFF:
                     tensors = {str(n): result.inputs for n, result in enumerate(own) if result.inputs is not None}
                     self.store.add(keys[at], Row({"results": [result.to_dict() for result in own]}, tensors))
+            exact = all(all_exact(self.found[keys[at]]) for at in chunk)
         return {at: self.found[key] for at, key in keys.items() if key in self.found}
 
     def _kept(self, row: Row, samples: int) -> list[Result] | None:
