@@ -86,7 +86,7 @@ class Dominant:
             layer = self._rows[0].layer
             return grads[0].new_zeros(len(grads[0]), layer.channels, layer.pixels)
         if self._core is not None:
-            return self._adjoint(self._core @ torch.cat([_stacked(each, g) for each, g in self._pairs(grads)], 2))
+            return self._adjoint(self._cored([_stacked(each, g) for each, g in self._pairs(grads)]))
         pulled = torch.stack([each.layer.grad_input(each.k, g) for each, g in self._pairs(grads)]).sum(0)
         x = self._by_group(pulled)
         return ((x @ self._basis * self._inverse[..., None, :]) @ self._basis.mT).reshape(pulled.shape)
@@ -97,8 +97,14 @@ class Dominant:
             return x
         if self._core is None:
             return x - ((self._by_group(x) @ self._basis) @ self._basis.mT).reshape(x.shape)
-        seen = torch.cat([_stacked(each, each.layer.grad_weight(x, each.k)) for each in self._rows], 2)
-        return x - self._adjoint(self._core @ seen)
+        return x - self._adjoint(
+            self._cored([_stacked(each, each.layer.grad_weight(x, each.k)) for each in self._rows])
+        )
+
+    def _cored(self, seen: Sequence[Float[Tensor, "s g _ d"]]) -> Float[Tensor, "s g m d"]:
+        """C = U S^-2 U' times columns: as rows times C, which is symmetric; few columns take four times as long."""
+        assert self._core is not None
+        return (torch.cat(list(seen), 2).mT @ self._core).mT
 
     def single(self, rows: Sequence[LayerRows], scale: Float[Tensor, "s g"]) -> Dominant:
         """In float32, for `deflate`, with gradient rows whose squares are scaled."""

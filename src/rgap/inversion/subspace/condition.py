@@ -268,4 +268,4 @@ class CotangentCondition(Condition):
         along, k, _ = linearised(lambda each: self._k(each, labels), wide)
         r = self.first.outside(k[::d])
         j = self.first.outside(along(tangent)).reshape(s, d, -1)
-        return (j @ r[:, :, None])[:, :, 0], j @ j.mT
+        return (r[:, None] @ j.mT)[:, 0], j @ j.mT
