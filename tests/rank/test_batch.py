@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rgap import Target, capture, losses, models, rank_analysis
 from rgap.attacks import Closed, Status
+from tests.attacks.test_no_false_batch import drawn
 from tests.inversion.test_shared_null_space import CLASSES, SHAPE, convolutional
 
 
@@ -25,11 +26,11 @@ def target(model: nn.Module, shape: tuple[int, ...] = SHAPE, classes: int = CLAS
     return Target(model, losses.CrossEntropy(classes), shape, (0.0, 1.0), batch_size=samples)
 
 
-def rank(model: nn.Sequential, samples: int, with_first: bool) -> int:
+def rank(model: nn.Sequential, samples: int, with_first: bool, shape: tuple[int, ...] = SHAPE) -> int:
     """Of what one or two convolutions tell of inputs, one unit at a time: true slopes and drawn cotangents."""
     convolutions = [module for module in model if isinstance(module, nn.Conv2d)]
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(samples, *SHAPE, generator=generator, dtype=torch.float64)
+    x = torch.rand(samples, *shape, generator=generator, dtype=torch.float64)
     units = torch.eye(x.numel(), dtype=torch.float64).reshape(-1, *x.shape)
     rows: list[Tensor] = []
     for depth, convolution in enumerate(convolutions):
@@ -56,6 +57,16 @@ def test_gradient_rows_that_weight_rows_repeat_count_once(channels: int, most: i
     assert (analysis.largest_batch, analysis.largest_batch_at_most) == (most, most)
     assert rank(model, most, True) == 300 * most
     assert rank(model, most + 1, True) < 300 * (most + 1)
+
+
+def test_gradient_rows_that_are_more_than_the_pixels_they_reach_tell_nothing() -> None:
+    """A kernel of 3 that moves by 2 reaches every fourth pixel four times, and every other fourth once."""
+    shape = (3, 4, 4)
+    model = behind(nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.LeakyReLU(0.2), width=24)
+    analysis = rank_analysis(target(model, shape, 20), measure=False)
+    assert (analysis.largest_batch, analysis.largest_batch_layer) == (4, "0")
+    assert rank(model, 4, True, shape) == 48 * 4
+    assert rank(model, 5, True, shape) < 48 * 5
 
 
 def test_the_layer_directly_before_one_adds_virtual_constraints() -> None:
@@ -94,4 +105,19 @@ def test_relu_hands_nothing_down() -> None:
 def test_what_is_measured_stands_beside_the_count() -> None:
     analysis = rank_analysis(target(convolutional()), batch_size=4)
     told = next(note for note in analysis.notes if note.startswith("by count"))
-    assert told.endswith("up to 5; measured, a batch of 4 leaves no dimensions free")
+    assert told.endswith(
+        "up to 5; measured at drawn batches, up to 3; measured, a batch of 4 leaves no dimensions free"
+    )
+
+
+@pytest.mark.parametrize("seed", [7411, 7413, 7442, 7555, 7558, 7596])
+def test_drawn_batches_foretell_what_counting_does_not(seed: int) -> None:
+    """Nearly straight sigmoids, wrong ones of two inputs, layers whose units are all on the same sides: of these
+    networks count allows each one's batch."""
+    aim, x, labels = drawn(seed)
+    analysis = rank_analysis(aim)
+    assert analysis.largest_batch is not None
+    assert analysis.largest_batch_measured is not None
+    assert analysis.largest_batch >= len(x)
+    exact = Closed()(aim, capture(aim, x, labels)).status is Status.EXACT
+    assert (analysis.largest_batch_measured >= len(x)) == exact

@@ -14,6 +14,7 @@ from rgap.linalg.threads import one_thread
 from rgap.nn.obstacles import NotAChain
 from rgap.rank import measured
 from rgap.rank.counts import LargestBatch, LayerRank, Measured, count, largest_batch
+from rgap.rank.drawn import Drawn
 from rgap.rank.estimated import estimate
 from rgap.rank.found import RankAnalysis
 from rgap.rank.local import Local, free_dimensions, worth
@@ -79,7 +80,7 @@ def rank_analysis(
     obstacles = tuple(each for each in target.obstacles if each.what != "batch_norm") if sequence is None else ()
     uncounted = _uncounted(target) if sequence is None else ()
     at_sample = measure and sample is not None
-    return RankAnalysis(counts, batch, at_sample, obstacles, _largest_batch(target), local, uncounted)
+    return RankAnalysis(counts, batch, at_sample, obstacles, _largest_batch(target, measure, seed), local, uncounted)
 
 
 def _uncounted(target: Target) -> tuple[str, ...]:
@@ -109,10 +110,16 @@ def _local(target: Target, sample: Tensor, generator: torch.Generator, seconds: 
         return None
 
 
-def _largest_batch(target: Target) -> LargestBatch | None:
-    """By count; None where the closed form cannot pass the model."""
+def _largest_batch(target: Target, measure: bool, seed: int) -> LargestBatch | None:
+    """By count, and measured at drawn batches; None where the closed form cannot pass the model."""
     network = passed(target)
-    return None if network is None else largest_batch(network, target.loss)
+    if network is None:
+        return None
+    drawn = Drawn(network, target.loss, target.value_range or (0.0, 1.0), seed) if measure else None
+    try:
+        return largest_batch(network, target.loss, drawn)
+    except (RuntimeError, ValueError, NotImplementedError):  # what torch cannot differentiate
+        return largest_batch(network, target.loss)
 
 
 def _batch_size(target: Target, sample: Tensor | None, batch_size: int | None) -> int:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from math import prod
+from types import MappingProxyType
 
+from rgap.inversion.by_values import MANY
 from rgap.inversion.shared_null_space import virtual_rows
 from rgap.inversion.subspace.head import largest_batches
-from rgap.nn.activations import ReLU
+from rgap.nn.activations import NonMonotone, ReLU
 from rgap.nn.graph import Graph, Use
 from rgap.nn.losses import Loss
 from rgap.nn.network import Network, Node
-from rgap.nn.ops import Linear
+from rgap.nn.ops import Elementwise, Linear
+from rgap.rank.drawn import Drawn
+from rgap.rank.measured import residue_classes
 
 INPUT = "input"
 """What the first layer reads."""
@@ -147,35 +152,107 @@ class LargestBatch:
     at_most: int
     """Samples, where all layers in front are solved together, `size` or more: beyond it too few are told apart, or
     their inputs stay open."""
+    measured: int | None = None
+    """Samples, where those that rounding leaves apart and the values that activations tell are measured at drawn
+    batches, `size` or fewer; None where that was not done."""
 
 
-def largest_batch(network: Network, loss: Loss) -> LargestBatch:
+def largest_batch(network: Network, loss: Loss, drawn: Drawn | None = None) -> LargestBatch:
     """The best of all places where samples are told apart, each with the layers in front of it.
 
     A layer in front has |z| weight constraints for each sample, and for all samples together as many gradient
     constraints as weight constraints do not repeat. A layer directly before it with more outputs than inputs adds
     virtual constraints, as many for each sample as it has more.
+
+    Args:
+        drawn: batches to measure at; None for counts alone.
     """
-    found, at_most = [], 0
-    for value_id, size in largest_batches(network, loss).items():
-        own = (size, _name(network.nodes[value_id]))
-        found.append(min([*_in_front(network, value_id), own], key=lambda each: each[0]))
+    counted, at_most = largest_batches(network, loss), 0
+    best, layer = _best(network, counted)
+    for value_id, size in counted.items():
         open_ = partial(_open, network, value_id)
         at_most = max(at_most, bisect_left(range(1, size + 1), True, key=lambda samples: open_(samples) > 0))
-    best = max(found, key=lambda each: each[0], default=(0, network.layers[-1].name))
-    return LargestBatch(*best, max(best[0], at_most))
+    apart = None if drawn is None else drawn.told_apart(counted)
+    measured = None if drawn is None or apart is None else min(best, _best(network, apart, drawn.told)[0])
+    return LargestBatch(best, layer, max(best, at_most), measured)
 
 
-def _in_front(network: Network, value_id: int) -> list[tuple[int, str]]:
-    """For how many samples each layer in front of a place has constraints enough, where that is limited."""
+def _best(
+    network: Network, apart: Mapping[int, int], told: Mapping[int, float] = MappingProxyType({})
+) -> tuple[int, str]:
+    """The largest batch, and the layer that ends it, given up to how many samples each place tells apart."""
     found = []
-    for at, node in enumerate(network.nodes[:value_id]):
+    for value_id, size in apart.items():
+        own = (size, _name(network.nodes[value_id]))
+        found.append(min([*_in_front(network, value_id, size, told), own], key=lambda each: each[0]))
+    return max(found, key=lambda each: each[0], default=(0, network.layers[-1].name))
+
+
+def _in_front(network: Network, value_id: int, most: int, told: Mapping[int, float]) -> list[tuple[int, str]]:
+    """For how many samples each layer in front of a place has constraints enough, where that limits them.
+
+    What stands in front of a value with many times the input's numbers need not be inverted.
+    """
+    many = MANY * prod(network.input_shape)
+    first = max(
+        (at for at in range(1, value_id + 1) if prod(network.shapes[at]) >= many and _alone(network, at)), default=0
+    )
+    found = []
+    for at, node in enumerate(network.nodes[first:value_id], first):
         if isinstance(node.op, Linear):
-            layer = node.op.layer
-            short = layer.unknowns - layer.weight_rows - virtual_rows(network, at)
-            rows = layer.spare_rows if node.op.has_gradient else 0
-            found += [(rows // short, layer.name)] if short > 0 else []
+            open_ = _open_of(network, at, node.op, told)
+            size = bisect_left(range(1, most + 1), True, key=lambda samples: open_(samples) > 0)
+            found += [(size, node.op.layer.name)] if size < most else []
     return found
+
+
+def _alone(network: Network, value_id: int) -> bool:
+    """Whether everything passes through a value."""
+    return any(segment.exit == value_id for segment in network.segments)
+
+
+def _open_of(network: Network, at: int, op: Linear, told: Mapping[int, float]) -> Callable[[int], int]:
+    """Dimensions of what a layer reads that its constraints and those of the layer directly before it leave open, by
+    the number of samples.
+
+    Gradient rows tell each channel by itself, and each residue class of pixels where kernels move by more than one:
+    those that are more than its pixels tell nothing. What they leave open weight rows tell, but for one for each pair
+    of outputs, which the gradient rows repeat. Behind a ReLU about half of the values are known, and their rows repeat
+    what their own output's gradient tells and no other's. Where some outputs have two inputs there are two cotangents
+    as well, so that no gradient row is counted.
+
+    Args:
+        told: of activations the part of their outputs that tells its input, by their nodes, where that was measured.
+    """
+    layer, behind = op.layer, _activation_behind(network, at + 1)
+    kind = None if behind is None else dict(network.activations)[behind]
+    part = 1.0 if behind is None else told.get(behind, 0.5 if isinstance(kind, ReLU) else 1.0)
+    two = isinstance(kind, NonMonotone) and part < 1
+    (outputs, weights), virtual = layer.weight.shape[1:], virtual_rows(network, at)
+    classes = [(len(offsets), len(pixels)) for offsets, pixels in residue_classes(layer)]
+    unseen = layer.pixels - sum(pixels for _, pixels in classes)
+
+    def left(samples: int) -> int:
+        rank = min(outputs, samples * layer.positions) if op.has_gradient and not two else 0
+        channel = samples * unseen + sum(max(0, samples * pixels - rank * offsets) for offsets, pixels in classes)
+        repeated = layer.groups * rank * (1 if part < 1 else min(outputs, weights))
+        rows = int(part * samples * layer.weight_rows) - repeated
+        return layer.channels * channel - max(0, rows) - samples * virtual
+
+    return left
+
+
+def _activation_behind(network: Network, value_id: int) -> int | None:
+    """The node of the one that alone reads a value, or a sum of it; None where there is another way."""
+    while value_id < len(network.nodes) and len(network.readers[value_id]) == 1:
+        node = network.readers[value_id][0]
+        op = network.nodes[node].op
+        if isinstance(op, Elementwise):
+            return node
+        if isinstance(op, Linear):
+            return None
+        value_id = node + 1
+    return None
 
 
 def _open(network: Network, value_id: int, samples: int) -> int:

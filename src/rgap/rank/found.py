@@ -50,6 +50,12 @@ class RankAnalysis:
         return None if self.batch is None else self.batch.at_most
 
     @property
+    def largest_batch_measured(self) -> int | None:
+        """`largest_batch`, with what drawn batches show: samples that rounding leaves apart, values that activations
+        tell. None where that was not measured."""
+        return None if self.batch is None else self.batch.measured
+
+    @property
     def index(self) -> int:
         """The paper's index of the network: the largest over its layers."""
         return max(layer.index for layer in self.layers)
@@ -202,11 +208,13 @@ class RankAnalysis:
         if shared:
             found.append(f"used several times, |x|, |z| and |V| added up and |W| once: {names(shared)}")
         if self.batch is not None:
-            size, more = self.batch.size, self.batch.at_most
+            size, more, fewer = self.batch.size, self.batch.at_most, self.batch.measured
             back = f"samples of one gradient are told apart and followed back up to a batch of {size}, which"
             told = back if size > 1 else "no batch comes back sample by sample:"
             together = f"; solved together, the layers in front may tell up to {more}" if more > max(1, size) else ""
             found.append(f"by count, {told} {self.batch.layer} ends{'' if size > 1 else ' it'}{together}")
+            if fewer is not None and 1 < size > fewer:
+                found[-1] += f"; measured at drawn batches, {f'up to {fewer}' if fewer > 1 else 'none'}"
             if self.batch_size > 1 and self.joint_free is not None:
                 found[-1] += (
                     f"; measured, a batch of {self.batch_size} leaves {self.joint_free or 'no'} dimensions free"
@@ -238,6 +246,7 @@ class RankAnalysis:
             "largest_batch": self.largest_batch,
             "largest_batch_layer": self.largest_batch_layer,
             "largest_batch_at_most": self.largest_batch_at_most,
+            "largest_batch_measured": self.largest_batch_measured,
             "batch_size": self.batch_size,
             "at_sample": self.at_sample,
             "notes": list(self.notes),
