@@ -137,15 +137,25 @@ def network(name: str, pictures: Pictures, epochs: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = ROWS[name][0](pictures.x.shape[1], pictures.x.shape[-1]).eval()
     model(pictures.x[:1])
-    return train(model, losses.CrossEntropy(10), pictures.others, pictures.others_y, epochs, 1e-3, 16, seed)
+    train(model.train(), losses.CrossEntropy(10), pictures.others, pictures.others_y, epochs, 1e-3, 16, seed)
+    return model.eval()
+
+
+def learned(model: nn.Module, pictures: Pictures) -> dict[str, float]:
+    """The loss on the pictures it has learned, the share of them that it labels right, and of those attacked."""
+    with torch.no_grad():
+        batches = zip(pictures.others.split(64), pictures.others_y.split(64), strict=True)
+        loss = sum(float(losses.CrossEntropy(10)(model(x), y)) * len(x) for x, y in batches) / len(pictures.others)
+    right = accuracy(model, pictures.others, pictures.others_y)
+    return {"loss": loss, "learned": right, "labelled right": accuracy(model, pictures.x, pictures.y)}
 
 
 def run(name: str, pictures: Pictures, first: int, epochs: int, limit: float) -> dict[str, Any]:
-    learned = network(name, pictures, epochs, 0) if epochs else None
+    trained = network(name, pictures, epochs, 0) if epochs else None
     exact, wrong, errors, seconds, reasons = 0, 0, [], [], []
     for at in range(first, len(pictures.x)):
         x, y = pictures.x[at : at + 1], pictures.y[at : at + 1]
-        model = learned or network(name, pictures, 0, at)
+        model = trained or network(name, pictures, 0, at)
         target = Target(model, losses.CrossEntropy(10), tuple(x.shape[1:]), (0.0, 1.0))
         update = capture(target, x, y)
         start = time.process_time()
@@ -161,7 +171,7 @@ def run(name: str, pictures: Pictures, first: int, epochs: int, limit: float) ->
     return {
         "network": name,
         "exact": f"{exact} of {len(seconds)}",
-        "labelled right": accuracy(learned, pictures.x, pictures.y) if learned else float("nan"),
+        **(learned(trained, pictures) if trained else {}),
         "wrong": wrong,
         "median MSE": statistics.median(errors) if errors else float("nan"),
         "worst MSE": max(errors, default=float("nan")),

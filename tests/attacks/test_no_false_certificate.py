@@ -34,3 +34,19 @@ def test_an_answer_from_a_coarse_gradient_is_as_near_as_it_says() -> None:
     found = Closed()(target, Update({name: grad.bfloat16().float() for name, grad in clean.items()}))
     assert found.status is Status.EXACT
     assert float((found.inputs - x).square().mean().sqrt()) < 4 * found.answers[0].error
+
+
+def test_pixels_that_no_mean_reads_are_free() -> None:
+    """A mean over windows of 2 leaves the last row and column of 5 x 5 values out, and so 13 of 49 pixels."""
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 12, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()),
+        *(nn.Linear(48, 10), nn.ReLU(), nn.Linear(10, 4)),
+    )
+    target, x = Target(model, losses.CrossEntropy(4), (1, 7, 7), (0.0, 1.0)), torch.rand(1, 1, 7, 7)
+    found = Closed()(target, capture(target, x, torch.zeros(1)))
+    assert found.status is Status.RANK_DEFICIENT
+    joint = found.answers[0].joint
+    assert joint is not None
+    assert joint.free == 13
+    assert float((found.inputs - x)[..., :6, :6].square().mean()) < 1e-8

@@ -82,6 +82,25 @@ def test_values_of_another_front_tell_nothing() -> None:
     assert input_by_values(front, state, 1e-7) is None
 
 
+def test_directions_that_values_hardly_show_are_found() -> None:
+    """Kernels that are nearly one smooth one, as training leaves them: a condition of thousands."""
+    smooth = torch.tensor([1.0, 2.0, 1.0])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [conv(WIDE, inputs=3), nn.ReLU(), conv(WIDE)]
+        with torch.no_grad():
+            weight = layers[0].weight
+            weight.copy_(smooth[:, None] * smooth / 16 * weight.mean((2, 3), keepdim=True) + 1e-4 * weight)
+        target, _, x = client(SIZE, layers, 2)
+    network = target.network
+    front = network.part(network.segments[:3])
+    value = front.forward(x.double())[-1]
+    state = State(value, torch.zeros_like(value), None, torch.full_like(value, 1e-9))
+    found = input_by_values(front, state, 1e-7)
+    assert found is not None
+    assert float((found[1].x - x).square().mean()) < 1e-9
+
+
 @pytest.mark.parametrize("unit", [None, (0, 3, 4, 4), (0, 50, 0, 7), (0, 95, 7, 3)])
 @pytest.mark.parametrize("where", ["inside", "behind"])
 def test_large_blocks_are_passed_with_a_unit_at_its_kink(

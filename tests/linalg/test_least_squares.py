@@ -65,6 +65,16 @@ def test_rank_condition_and_error_are_those_of_the_singular_values(solver: Direc
     assert solver.propagate(Dense(matrix), noise) == pytest.approx(found.std, rel=0.05)
 
 
+def test_noise_is_followed_to_what_rows_hardly_show() -> None:
+    """However coarsely the steps are solved: it moves most what converges last."""
+    left, right = torch.linalg.qr(drawn(20, 12))[0], torch.linalg.qr(drawn(12, 12, seed=1))[0]
+    matrix = left * torch.logspace(0, -3, 12, dtype=left.dtype) @ right
+    noise = drawn(1, 20, seed=2)
+    moved = torch.linalg.pinv(matrix) @ noise[0]
+    found = Iterative(rtol=0.05).determine(Dense(matrix), noise)
+    assert found.std == pytest.approx(float(moved.square().mean().sqrt()), rel=1e-2)
+
+
 def test_free_dimensions_are_those_that_do_not_come_back() -> None:
     basis = torch.linalg.qr(drawn(200, 200))[0][:, :12]  # of the null space
     moves = drawn(400, 200, seed=1)

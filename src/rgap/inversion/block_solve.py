@@ -60,9 +60,9 @@ def solve_jointly(network: Network, observed: Observation, output: State, start:
         free = f"{system.unknowns - sure.rank} of {system.unknowns} directions"
         what = f"its constraints leave about {free} of its input open, condition {sure.condition:.1e}"
         return Stop(network.nodes[-1].op, Cause.OPEN, what)
-    at = settle(system, at, SOLVER, sure.std)
+    at, std = settle(system, at, SOLVER, sure.std)
     cotangent = torch.zeros_like(at.x) if at.cotangents[0] is None else at.cotangents[0]
-    return BlockInput(at.x, cotangent, sure.std, joint_reports(system, at, sure))
+    return BlockInput(at.x, cotangent, std, joint_reports(system, at, sure))
 
 
 def joint_reports(

@@ -29,7 +29,10 @@ MANY, LARGE = 4, 6_000
 AGREES = 1e-6
 """What weight rows may miss, relatively, beyond their errors."""
 SOLVER = Iterative(rtol=0.05, max_steps=100)
-SCHEDULE = Continuation(patience=4, doubt=(4,), max_steps=80)
+NEAR, LONG = 1e-3, Iterative(rtol=0.01, max_steps=1500)
+"""What weight rows miss where the input is nearly found, and how its last digits are: of weights that training has left
+some directions hardly show."""
+SCHEDULE = Continuation(patience=4, doubt=(4,), max_steps=80, gain=0.8)
 
 
 def input_by_values(
@@ -55,6 +58,8 @@ def input_by_values(
         starts = [output.value.new_full(values.in_shape, float(each)) for each in torch.cat([sizes, -sizes])]
         start = min(starts, key=lambda each: values.distance(values.linearise(each)))
     found = gauss_newton(values, SOLVER, None, AGREES, values.linearise(start), SCHEDULE, report)
+    if AGREES < found.distance <= NEAR:
+        found = gauss_newton(values, LONG, None, AGREES, values.linearise(found.x), SCHEDULE, report)
     return (values, found) if found.distance <= AGREES else None
 
 
@@ -87,12 +92,12 @@ def told_by_values(
         sure = determine(values, at, SOLVER, observed.probe(value_id, network.device))
         if sure.rank < values.unknowns:
             continue
-        at = settle(values, at, SOLVER, sure.std)
+        at, std = settle(values, at, LONG, sure.std)
         gradients = {name: observed.gradient(name, paths.update[s : s + 1])[0] for name in observed.gradients}
         system = ConstraintSystem(front, sides_at(network, value_id, state, at.values[-1]), gradients, observed.eps)
         at = system.linearise(at.x)
         cotangent = torch.zeros_like(at.x) if at.cotangents[0] is None else at.cotangents[0]
-        found.append((s, BlockInput(at.x, cotangent, sure.std, joint_reports(system, at, sure, VALUES))))
+        found.append((s, BlockInput(at.x, cotangent, std, joint_reports(system, at, sure, VALUES))))
     if not found:
         return None
     kept = paths.select(torch.tensor([s for s, _ in found], device=paths.root.device))

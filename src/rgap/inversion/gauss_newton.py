@@ -45,6 +45,8 @@ class Continuation:
     """Below this part of the tolerance a distance is the gradient's rounding and nothing else."""
     patience: int = 15
     """Linearisations without any progress after which a try ends."""
+    gain: float = 1.0
+    """It is progress if the distance is below this part of what it was at the last."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Solution:
 CONTINUATION = Continuation()
 COARSE = 0.1
 """A distance above which a start tells next to nothing of the slopes."""
-SETTLING = 4
-"""Solves at the most, once the gradients agree."""
+SETTLING = 20
+"""Solves at the most, once the gradients agree. One or two will do but where slopes move much with the inputs."""
 HALVINGS = 6
 """Of a step without a prior, at the most."""
 
@@ -117,7 +119,7 @@ class _Descent:
         uncertain: Pattern | None = None if coarse else {}
         weight, last = schedule.final if self.prior is None else schedule.initial, False
         best = Solution(at.x, torch.inf, 0)
-        fewest, progress, count, step = torch.inf, 0, 0, 0
+        fewest, progress, least, count, step = torch.inf, 0, math.inf, 0, 0
         for step in range(schedule.max_steps):
             deadline.check()
             self.report(step, best.distance)
@@ -127,8 +129,8 @@ class _Descent:
                 break  # the input ran away, and activations overflowed
             distance, changed = system.distance(at), changed_sides(system, before, at)
             settled = again and best.distance <= tolerance and distance >= best.distance / 2
-            if distance < best.distance or changed < fewest:
-                progress = step
+            if distance < schedule.gain * least or changed < fewest:
+                progress, least = step, min(least, distance)
             if distance < best.distance:
                 best = Solution(at.x, distance, step + 1)
             if settled:
@@ -166,7 +168,7 @@ class _Descent:
         return new
 
 
-def settle(system: ConstraintSystem, at: Linearisation, solver: Solver, error: float) -> Linearisation:
+def settle(system: ConstraintSystem, at: Linearisation, solver: Solver, error: float) -> tuple[Linearisation, float]:
     """Where inputs at which the constraints are met stand still: until a solve moves them by less than their error.
 
     The distance does not show it: what moves last hardly changes it, and behind a coarse gradient it allows inputs that
@@ -174,9 +176,12 @@ def settle(system: ConstraintSystem, at: Linearisation, solver: Solver, error: f
 
     Args:
         error: of the inputs, root mean square.
+
+    Returns:
+        Where that is, and the error: the last move if it is larger still.
     """
-    distance, move, steps = system.distance(at), math.inf, 0
-    while steps < SETTLING and move > error:
+    distance, move, steps = system.distance(at), 0.0, 0
+    while steps < SETTLING and (move > error or not steps):
         jacobian = Jacobian(system, at, {})
         try:
             moved = system.linearise(solver.step(jacobian, jacobian.weighted(system.residual(at)), at.x, None))
@@ -187,7 +192,7 @@ def settle(system: ConstraintSystem, at: Linearisation, solver: Solver, error: f
             break
         move = float((moved.x - at.x).square().mean().sqrt())
         at, distance, steps = moved, missed, steps + 1
-    return at
+    return at, max(error, move)
 
 
 def determine(system: ConstraintSystem, at: Linearisation, solver: Solver, generator: torch.Generator) -> Determined:

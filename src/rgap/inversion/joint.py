@@ -152,7 +152,8 @@ class JointSolve:
         by = at if enough is system else enough.linearise(at.x)
         sure = determine(enough, by, solver, probe)
         if distance <= tolerance and sure.rank == system.unknowns:
-            by = settle(enough, by, solver, sure.std)
+            by, std = settle(enough, by, solver, sure.std)
+            sure = replace(sure, std=std)
             at = by if enough is system else system.linearise(by.x)
         # At an input that is not the sample's the number is one of many: an estimate of it will do.
         if isinstance(solver, Iterative) and distance <= tolerance and sure.rank < system.unknowns <= self.counted:

@@ -30,6 +30,7 @@ from rgap.inversion.prior import Prior
 from rgap.inversion.rounding import rounding
 from rgap.inversion.windows import Windows, windows
 from rgap.linalg import cg, deadline
+from rgap.linalg.least_squares import null_space_probe
 from rgap.nn.activation import Activation
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
@@ -108,10 +109,12 @@ FROM_INPUT = Annealing(max_steps=6, patience=6, solve_rtol=0.05, solve_steps=40)
 """From the network's input, whose neighbouring values are similar: far enough to begin nearer, and no further."""
 NEAR = Annealing(temperature=0.3, prior=0.01, patience=30)
 """From a start of a few per cent's error."""
-VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, gradient=False)
+VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, patience=12, gradient=False)
 """Where the maxima alone determine the input: the routes of the present input, and a prior that fades fast."""
 SETTLED = Annealing(solve_rtol=1e-9, solve_steps=1000)
 """What few rows tell of the input, those of an annealing step leave as it is."""
+RETURNS = 5e-3
+"""A drawn move of the input that comes back from its rows to this part of itself is seen by them."""
 ROUNDING = 0.05
 """Below this part of what right routes may miss nothing is left but rounding."""
 ASTRAY = 1e6
@@ -184,8 +187,9 @@ def _finish(step: _Decided) -> _Decided:
 
 def settle(
     part: Pooled, observed: Observed, x: Tensor, std: Float[Tensor, "b o m"], eps: float
-) -> tuple[Float[Tensor, "b ..."], Float[Tensor, "b o n"]]:
-    """Where all is decided: the input as exactly as the rows tell, and how far one draw of noise moves z.
+) -> tuple[Float[Tensor, "b ..."], Float[Tensor, "b o n"], Bool[Tensor, "b o n"]]:
+    """Where all is decided: the input as exactly as the rows tell, how far one draw of noise moves z, and which z the
+    rows leave open, as those that no window reads may be.
 
     Args:
         std: of the pool's values.
@@ -196,8 +200,13 @@ def settle(
     generator = torch.Generator(device=x.device).manual_seed(0)
     draws = (torch.randn(of.shape, generator=generator, dtype=x.dtype, device=x.device) for of in (std, observed.grad))
     move = at.move(next(draws) * std, next(draws) * rounding(observed.grad, eps))
-    tangent = part.front.jvp(at.point.values, at.point.slopes, move)[-1]
-    return x, part.layer.output(part.layer.pack_input(tangent))
+    drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    left = drawn - at.move(*at.rows(drawn))  # what the rows do not see of it
+    if null_space_probe(drawn.reshape(1, -1), (drawn - left).reshape(1, -1), RETURNS):
+        hidden = at.z_moved(left).abs() > RETURNS * at.z_moved(drawn).square().mean().sqrt()
+    else:
+        hidden = torch.zeros_like(at.point.z, dtype=torch.bool)
+    return x, at.z_moved(move), hidden
 
 
 class _Point:
@@ -258,6 +267,20 @@ class _Step:
         """The next input: least squares of all rows as they stand."""
         return self.point.x + self.move(self.wanted, self.left, prior, weight)
 
+    def rows(self, move: Float[Tensor, "b ..."]) -> tuple[Float[Tensor, "b o m"], Float[Tensor, "g j i"]]:
+        """What a move of the input does to value rows and gradient rows."""
+        layer, pool = self.point.part.layer, self.point.part.pool
+        z, grad = layer.rows(self._read(move), self.k)
+        return (pool.read(z) * self.slope).sum(-1), grad.sum(0)
+
+    def z_moved(self, move: Float[Tensor, "b ..."]) -> Float[Tensor, "b o n"]:
+        """What it does to z."""
+        return self.point.part.layer.output(self._read(move))
+
+    def _read(self, move: Tensor) -> Tensor:
+        tangent = self.point.part.front.jvp(self.point.values, self.point.slopes, move)[-1]
+        return self.point.part.layer.pack_input(tangent)
+
     def move(self, wanted: Tensor, left: Tensor, prior: Prior | None = None, weight: float = 0.0) -> Tensor:
         """How far the input moves for what value rows want and gradient rows miss."""
         point, front, layer, pool = self.point, self.point.part.front, self.point.part.layer, self.point.part.pool
@@ -272,20 +295,15 @@ class _Step:
             assert found is not None
             return found[None]
 
-        def rows(move: Tensor) -> tuple[Tensor, Tensor]:
-            tangent = layer.pack_input(front.jvp(point.values, point.slopes, move[0])[-1])
-            z, grad = layer.rows(tangent, self.k)
-            return (pool.read(z) * self.slope).sum(-1), grad.sum(0)
-
         def normal(move: Tensor) -> Tensor:
-            found = back(*rows(move))
+            found = back(*self.rows(move[0]))
             return found if prior is None else found + pull * prior(move)
 
         right = back(wanted, left)
         if prior is not None:
             generator = torch.Generator(device=point.x.device).manual_seed(0)
             drawn = torch.randn(point.x.shape, generator=generator, dtype=point.x.dtype, device=point.x.device)
-            size = float((self.weight.sqrt() * rows(drawn[None])[0]).square().sum()) / drawn.numel()
+            size = float((self.weight.sqrt() * self.rows(drawn)[0]).square().sum()) / drawn.numel()
             pull = weight * size
             right = right - pull * prior(point.x - prior.centre)[None]
         steps = self.schedule.solve_steps * (1 if prior is not None else 3)

@@ -247,10 +247,10 @@ def zeros_behind(network: Network, node: int) -> bool:
 
 
 def _values(route: Route, observed: Observed, state: State, x: Tensor, eps: float) -> State:
-    """The state in front of a mean, all of whose values follow from the input."""
+    """The state in front of a mean, whose values follow from the input, but for those that its rows leave open."""
     part = route.part
     assert isinstance(part.pool, MeanPool)
-    x, std = settle(part, observed, x, state.std.expand(state.value.shape).reshape(observed.value.shape), eps)
+    x, std, hidden = settle(part, observed, x, state.std.expand(state.value.shape).reshape(observed.value.shape), eps)
     z = part.layer.output(part.layer.pack_input(part.front.forward(x)[-1])) + part.layer.offset
     shape, slope = (len(x), *part.pool.input_shape), part.activation.slope(z)
     # All values follow from as few as the layer reads: solved for these as if each had an error of its own, they would
@@ -261,7 +261,8 @@ def _values(route: Route, observed: Observed, state: State, x: Tensor, eps: floa
     # On which side of its kink each value lies is decided, however small it is.
     size = torch.minimum(size, value.abs() / LARGER)
     cotangent = part.pool.against(state.cotangent, part.pool.share)
-    return State(value.reshape(shape), cotangent, None, size.reshape(shape))
+    known = (~hidden).to(value).reshape(shape) if bool(hidden.any()) else None
+    return State(value.reshape(shape), cotangent, known, size.reshape(shape))
 
 
 def _routed(pool: MaxPool, state: State, routes: Tensor) -> State:

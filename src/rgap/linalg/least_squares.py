@@ -171,7 +171,8 @@ class Iterative(Solver):
     def determine(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> Determined:
         drawn = probes(operator, self.probes)
         right = torch.cat([operator.normal(drawn), operator.rmv(noise)])
-        size = right.flatten(1).norm(dim=1) * right.new_tensor([self.probe_rtol] * self.probes + [self.rtol])
+        # Noise as well: it moves most what the rows hardly tell, which comes last.
+        size = self.probe_rtol * right.flatten(1).norm(dim=1)
         found = cg.solve(operator.normal, right, 1.0, self.probe_steps, size)
         back = found.x[: self.probes]
         free = null_space_probe(drawn, back, self.returns)
