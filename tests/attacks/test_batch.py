@@ -265,6 +265,28 @@ def test_a_batch_for_which_the_time_is_up_is_cut_off(activation: str, monkeypatc
     assert found.status is Status.CUT_OFF
 
 
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_a_network_of_odd_functions_leaves_signs_to_the_value_range(classes: int, low: float) -> None:
+    """Through tanh without biases -x gives -z, and with the other one of two labels the same gradient."""
+    x, labels = draw(4, (30,))
+    x, labels = low + (1 - low) * x, labels % 2
+    labels = 2 * labels - 1 if classes == 1 else labels
+    loss: losses.Loss = losses.Logistic() if classes == 1 else losses.CrossEntropy(2)
+    model = perceptron((30, 24, 20, classes), "tanh", False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    target = Target(model, loss, (30,), (low, 1.0), batch_size=4)
+    found = Closed()(target, capture(target, x, labels))
+    if low < 0:
+        assert {sample.status for sample in found.samples} == {Status.AMBIGUOUS}
+        assert found.status is Status.AMBIGUOUS
+    else:
+        assert found.status is Status.EXACT, str(found)
+        assert matched(found, x, labels) < 1e-3
+
+
 @pytest.mark.parametrize("activation", ["relu", "leaky", "gelu"])
 def test_polishing_moves_no_sample_to_explain_one_that_is_missing(activation: str) -> None:
     x, labels = draw(4, (30,))

@@ -9,7 +9,7 @@ from torch import Tensor
 from rgap.attacks.base import certify
 from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, BatchFeatures, Outcome, Sample, Status
-from rgap.attacks.verdict import EXPLAINED, SOLVED, range_misfit
+from rgap.attacks.verdict import EXPLAINED, SOLVED, mirrored, range_misfit
 from rgap.inversion.batch import Features, Inputs, back, find_features
 from rgap.inversion.joint import JointSolve
 from rgap.inversion.subspace.peel import Search
@@ -175,7 +175,10 @@ def _scaled(
     ambiguous = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for at, (label, factor) in enumerate(found.samples.others):
         if factor == 1 or not target.network.scalable:
-            continue
+            opposite = mirrored(target, x[at : at + 1], labels[at : at + 1])
+            if opposite is None:
+                continue
+            label, factor = opposite, -1.0
         own, other = (range_misfit(each, target.value_range) for each in (x[at], x[at] * factor))
         ambiguous[at] = own[0] == other[0]
         if other < own:

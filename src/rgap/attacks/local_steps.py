@@ -12,7 +12,7 @@ from rgap.attacks.last_layer import Begun, begin, obstacle
 from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, Outcome, Sample, Status
 from rgap.attacks.smoothed_steps import smoothed
-from rgap.attacks.verdict import EXPLAINED, range_misfit
+from rgap.attacks.verdict import EXPLAINED, mirrored, range_misfit
 from rgap.inversion.local_steps import UNEXPLAINED, Bound, Limit, Recovered, recover
 from rgap.inversion.output import OutputCandidates
 from rgap.inversion.prior import Prior
@@ -139,6 +139,14 @@ def plan_of(protocol: Protocol, samples: int) -> Plan:
     )
 
 
+def _mirrored(target: Target, x: Tensor, label: Tensor) -> bool:
+    """Whether the value range leaves open which sign a sample has."""
+    if mirrored(target, x, label) is None:
+        return False
+    own, other = (range_misfit(each[0], target.value_range) for each in (x, -x))
+    return own[0] == other[0]
+
+
 def _outside(protocol: Protocol, samples: int) -> Bound | None:
     """Why the steps of a protocol are not followed at all."""
     if not protocol.linear:
@@ -189,6 +197,8 @@ def _verdict(target: Target, update: Update, found: Recovered, told: int, visibl
             status, reason = Status.REPRODUCED, f"some of its values are outside the value range {target.value_range}"
         elif not found.certain:
             status, reason = Status.REPRODUCED, "another order of the samples fits the steps about as well"
+        elif _mirrored(target, found.x[at : at + 1], found.labels[at : at + 1]):
+            status, reason = Status.AMBIGUOUS, "with its sign changed and another label it gives the same steps"
         samples.append(Sample(status, label, float(found.error[at]), reason))
     certified = sum(sample.status is Status.EXACT for sample in samples)
     size = sum(float(d.double().square().sum()) for d in update.gradients.values()) ** 0.5

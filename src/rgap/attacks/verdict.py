@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rgap.attacks.base import certify
@@ -199,3 +201,25 @@ def range_misfit(x: Tensor, value_range: tuple[float, float] | None) -> tuple[fl
         return (0.0, 0.0)
     outside = _rms_outside(x, value_range) / _length(value_range)
     return (outside if outside > 1e-3 else 0.0, -min(float(x.max() - x.min()) / _length(value_range), 1.0))
+
+
+ODD = 1e-9
+"""Relative difference below which two numbers are the same but for their sign."""
+
+
+def mirrored(target: Target, x: Float[Tensor, "1 ..."], label: Float[Tensor, " 1"]) -> float | None:
+    """The label with which -x gives the gradient of x, where every operation is an odd function; None if none does.
+
+    A network of tanh without biases puts out -z for -x, and of two classes the other one's cotangent is then -k.
+    """
+    network, loss = target.network, target.loss
+    values = network.forward(torch.cat([x, -x]))
+    if not all(torch.allclose(value[1], -value[0], rtol=ODD, atol=ODD * float(value.abs().max())) for value in values):
+        return None
+    outputs = values[-1].flatten(1)
+    k = loss.output_gradient(outputs[:1], label)
+    for other in loss.labels or (-float(label),):
+        there = loss.output_gradient(outputs[1:], label.new_tensor([other]))
+        if float((there + k).norm()) <= ODD * float(k.norm()):
+            return other
+    return None
