@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rgap import Target, capture, losses
-from rgap.attacks import Closed, Status
-from rgap.inversion import routes, unpool
+from rgap import Target, Update, capture, losses
+from rgap.attacks import Closed, Recursive, Status
+from rgap.inversion import recursion, routes, unpool
 from rgap.inversion.prior import Prior
 from rgap.inversion.state import State
 from rgap.inversion.unpool import MISSED, before_pool, route_of
+from rgap.linalg.deadline import OutOfTime
+from rgap.nn.network import Network
 from rgap.nn.pools import Pool
 from tests.auditing.small_audits import seeded
 
@@ -252,3 +254,47 @@ def test_routes_of_a_layer_that_reads_more_than_the_input_has_begin_at_an_input(
     assert begun[0] > 0
     assert found.status is Status.EXACT, found.reason
     assert float((found.inputs - x).square().mean()) < 1e-11
+
+
+# Several updates at once.
+
+
+def two_updates(kind: str = "relu, pool") -> tuple[Target, Tensor, list[Update]]:
+    target, x = target_of(kind, 6), pictures(2, 1, 6)
+    return target, x, [capture(target, each[None], torch.tensor([3.0])) for each in x]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_update_that_gets_no_further_is_followed_no_less_beside_another(
+    first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its routes are found by all layers together, as they are alone; it fell out without a word."""
+    target, x, updates = two_updates()
+    name, real = next(iter(updates[first].gradients)), recursion.before_pool
+
+    def fails(network: Network, node: int, state: State, gradients: dict[str, Tensor], *more: Any) -> State | str:
+        if torch.equal(gradients[name].float(), updates[first].gradients[name]):
+            return "its routes were not found"
+        return real(network, node, state, gradients, *more)
+
+    monkeypatch.setattr(recursion, "before_pool", fails)
+    for attack in (Recursive(), Closed()):
+        together, alone = attack.many(target, updates), [attack(target, update) for update in updates]
+        assert [(each.status, str(each)) for each in together] == [(each.status, str(each)) for each in alone]
+    assert "its routes were not found" in Recursive().many(target, updates)[first].reason
+    assert [each.status for each in together] == [Status.EXACT] * 2
+    for found, truth in zip(together, x, strict=True):
+        assert float((found.inputs - truth).square().mean()) < 1e-10
+
+
+def test_an_update_that_runs_out_of_time_takes_nothing_from_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, _, updates = two_updates()
+    begun: list[int] = []
+
+    def late(*arguments: object) -> None:
+        begun.append(1)
+        if len(begun) > 1:
+            raise OutOfTime
+
+    monkeypatch.setattr(recursion, "told_by_values", late)
+    assert [each.status for each in Recursive().many(target, updates)] == [Status.EXACT, Status.CUT_OFF]

@@ -167,6 +167,16 @@ class Paths:
             tuple(self.history[s] for s in index.tolist()),
         )
 
+    @property
+    def updates(self) -> list[int]:
+        """Those of which there are candidates."""
+        found: list[int] = torch.unique(self.update).tolist()
+        return found
+
+    def of(self, update: int) -> Paths:
+        """The candidates of one update."""
+        return self.select((self.update == update).nonzero().flatten())
+
     def scattered(self, more: float | Float[Tensor, " s"]) -> Paths:
         """The values of the cotangent moved on their own by that much more, relatively."""
         return replace(self, cotangent_scatter=(self.cotangent_scatter.square() + more**2).sqrt())

@@ -70,13 +70,34 @@ def recurse(
         report: is called with the number of segments that were passed.
         virtual: whether a layer before may tell what one leaves open: virtual constraints (Section 4).
     """
-    output, here = paths, len(network.nodes)
+    return _from(network, observed, paths, paths, len(network.nodes), report, virtual)
+
+
+def _from(
+    network: Network,
+    observed: Observation,
+    output: Paths,
+    paths: Paths,
+    here: int,
+    report: Callable[[int, float], None],
+    virtual: bool,
+) -> list[Candidate]:
+    """The same from a value on.
+
+    Args:
+        output: the candidates at the network's output.
+        paths: what is known of the value, for those that are left of them.
+        here: its value_id.
+    """
     for count, segment in enumerate(reversed(network.segments)):
         if segment.exit > here:
             continue
         deadline.check()
         report(count, float("nan"))
         op = network.nodes[segment.nodes[-1]].op
+        if (segment.block or isinstance(op, Pool)) and len(paths.updates) > 1:
+            go_on = partial(_from, network, observed, here=segment.exit, report=report, virtual=virtual)
+            return _one_by_one(output, paths, segment.exit, op, go_on)
         paths = paths.at(segment.exit)
         ahead: tuple[int, Paths] | None = None
         if segment.block or isinstance(op, Pool):
@@ -107,6 +128,22 @@ def recurse(
             found = ahead[1]
         here, paths = ahead[0] if ahead else segment.entry, found
     return paths.at(0).candidates(0)
+
+
+def _one_by_one(
+    output: Paths, paths: Paths, value_id: int, op: Op, go_on: Callable[[Paths, Paths], list[Candidate]]
+) -> list[Candidate]:
+    """Each update by itself. Blocks and pools take every candidate alone: one that gets no further, or is told at once,
+    or runs out of time, leads the others nowhere else."""
+    ends: list[Candidate] = []
+    for update in paths.updates:
+        own = paths.of(update)
+        try:
+            ends += go_on(output.of(update), own)
+        except deadline.OutOfTime:
+            late = own.candidates(value_id, Stop(op, Cause.NOT_FOUND, "the time was up"))
+            ends += [replace(each, cut_off=True) for each in late]
+    return ends
 
 
 def _missed(report: Callable[[int, float], None], count: int, step: int, missed: float) -> None:
