@@ -523,9 +523,9 @@ def test_counting_a_deep_chain_at_full_resolution_takes_no_time():
             before = body[-2].out_channels
             body += [conv(before, width, 3, stride=2 if block == 0 else 1, padding=1), leaky()]
     aim = target(*body, shape=(3, 224, 224))
-    start = time.perf_counter()
+    start = time.process_time()
     analysis = rank_analysis(aim, measure=False)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert analysis.layers[0].unknowns == 3 * 224 * 224
     assert analysis.layers[0].weight_rows == 64 * 112 * 112
 
