@@ -50,3 +50,17 @@ def test_pixels_that_no_mean_reads_are_free() -> None:
     assert joint is not None
     assert joint.free == 13
     assert float((found.inputs - x)[..., :6, :6].square().mean()) < 1e-8
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_steps_that_converge_slowly_go_on(seed: int) -> None:
+    """A last layer of one output, and slopes that move with the input: each step leaves two thirds of the error."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 24, 2, bias=False), nn.GELU(), nn.AdaptiveAvgPool2d(3), nn.Flatten()),
+        nn.Linear(216, 1, bias=False),
+    )
+    target, x = Target(model, losses.Logistic(), (3, 8, 8), (0.0, 1.0)), torch.rand(1, 3, 8, 8)
+    found = Closed()(target, capture(target, x, torch.ones(1)))
+    assert found.status is Status.EXACT
+    assert float((found.inputs - x).square().mean().sqrt()) < 4 * found.answers[0].error

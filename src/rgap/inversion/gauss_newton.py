@@ -63,8 +63,9 @@ class Solution:
 CONTINUATION = Continuation()
 COARSE = 0.1
 """A distance above which a start tells next to nothing of the slopes."""
-SETTLING = 20
-"""Solves at the most, once the gradients agree. One or two will do but where slopes move much with the inputs."""
+SETTLING, SLOW = 30, 0.9
+"""Solves at the most, once the gradients agree, and how much of a move is left in the next one, at first. One or two
+solves will do but where slopes move much with the inputs: steps that take them for fixed then converge slowly."""
 HALVINGS = 6
 """Of a step without a prior, at the most."""
 
@@ -169,7 +170,7 @@ class _Descent:
 
 
 def settle(system: ConstraintSystem, at: Linearisation, solver: Solver, error: float) -> tuple[Linearisation, float]:
-    """Where inputs at which the constraints are met stand still: until a solve moves them by less than their error.
+    """Where inputs at which the constraints are met stand still: until solves will move them by less than their error.
 
     The distance does not show it: what moves last hardly changes it, and behind a coarse gradient it allows inputs that
     are wrong by many times what rounding does to them.
@@ -178,21 +179,26 @@ def settle(system: ConstraintSystem, at: Linearisation, solver: Solver, error: f
         error: of the inputs, root mean square.
 
     Returns:
-        Where that is, and the error: the last move if it is larger still.
+        Where that is, and the error: what is left to go, if it is larger still.
     """
-    distance, move, steps = system.distance(at), 0.0, 0
-    while steps < SETTLING and (move > error or not steps):
+    distance, before, left, steps = system.distance(at), 0.0, math.inf, 0
+    while steps < SETTLING and left > error:
         jacobian = Jacobian(system, at, {})
         try:
             moved = system.linearise(solver.step(jacobian, jacobian.weighted(system.residual(at)), at.x, None))
         except deadline.OutOfTime:  # they are found already, only not as precisely
+            left = min(left, before)
             break
         missed = system.distance(moved)
         if not missed <= distance:
+            left = min(left, before)
             break
         move = float((moved.x - at.x).square().mean().sqrt())
-        at, distance, steps = moved, missed, steps + 1
-    return at, max(error, move)
+        # Moves go on shrinking as the last one did; of the first it is not known how.
+        rate = move / before if before else SLOW
+        left = move * rate / (1 - rate) if rate < 1 else math.inf
+        at, distance, before, steps = moved, missed, move, steps + 1
+    return at, max(error, left if math.isfinite(left) else before)
 
 
 def determine(system: ConstraintSystem, at: Linearisation, solver: Solver, generator: torch.Generator) -> Determined:

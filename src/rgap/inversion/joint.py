@@ -35,6 +35,8 @@ from rgap.nn.pools import Pool
 
 RANK_ROUNDINGS = 8
 """Singular values of the joint constraints below so many roundings of the gradient count as zero."""
+NEAR = 1e-2
+"""A distance below which steps that converge slowly may still get there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,10 +153,11 @@ class JointSolve:
         enough = enough or system
         by = at if enough is system else enough.linearise(at.x)
         sure = determine(enough, by, solver, probe)
-        if distance <= tolerance and sure.rank == system.unknowns:
+        if distance <= NEAR and sure.rank == system.unknowns:
             by, std = settle(enough, by, solver, sure.std)
             sure = replace(sure, std=std)
             at = by if enough is system else system.linearise(by.x)
+            distance = system.distance(at)
         # At an input that is not the sample's the number is one of many: an estimate of it will do.
         if isinstance(solver, Iterative) and distance <= tolerance and sure.rank < system.unknowns <= self.counted:
             sure = determine(system, at, self._direct(system), probe)
