@@ -1,4 +1,4 @@
-"""ReLU and LeakyReLU with rounded kinks: where they stay as they are, and how smooth they become."""
+"""ReLU and LeakyReLU with rounded kinks, where they stay and how smooth they become, and with slopes that are given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rgap.nn.soft import SoftKinks
+from rgap.nn.soft import GivenSlopes, SoftKinks
 
 KINKED: list[Callable[[Tensor], Tensor]] = [
     functional.relu,
@@ -40,3 +40,12 @@ def test_other_operations_stay_as_they_are() -> None:
         found = functional.elu(z), torch.sigmoid(z)
     assert found[0].equal(functional.elu(z))
     assert found[1].equal(torch.sigmoid(z))
+
+
+def test_slopes_are_given_to_activations_in_turn_and_are_differentiated() -> None:
+    z = torch.tensor([-2.0, 3.0], dtype=torch.float64)
+    first, second = (torch.tensor(each, dtype=torch.float64, requires_grad=True) for each in ([0.5, 0.5], [1.0, -1.0]))
+    with GivenSlopes([first, second]):
+        found = functional.leaky_relu(functional.relu(z), 0.2)
+    assert found.tolist() == [-1.0, -1.5]
+    assert [each.tolist() for each in torch.autograd.grad(found.sum(), (first, second))] == [[-2, -3], [-1, 1.5]]

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor
 
 from rgap.attacks.base import Attack, gradient_residual
@@ -19,6 +16,7 @@ from rgap.attacks.result import Answer, Outcome, Reconstruction, Status
 from rgap.inversion.rounding import rounding
 from rgap.linalg import deadline
 from rgap.linalg.derivative import jacobian, linearised
+from rgap.linalg.lsmr import lsmr
 from rgap.target import Target
 from rgap.update import Update
 
@@ -124,17 +122,7 @@ def _move(residual: Callable[[Tensor], Tensor], x: Tensor, damping: float, inner
         below = torch.cat([here, torch.zeros_like(x)])
         step: Tensor = -torch.linalg.lstsq(torch.cat([J, ridge]), below[:, None]).solution[:, 0]
         return step, float(step.norm())
-
-    def product(of: Callable[[Tensor], Tensor]) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-        def numbers(v: NDArray[np.float64]) -> NDArray[np.float64]:
-            deadline.check()
-            return of(torch.from_numpy(np.ascontiguousarray(v.reshape(-1))).to(x)).cpu().numpy()
-
-        return numbers
-
-    operator = LinearOperator((len(here), len(x)), matvec=product(along), rmatvec=product(back), dtype=np.float64)
-    found = lsmr(operator, -here.cpu().numpy(), damp=damping * size, maxiter=inner, atol=0, btol=0)
-    move: Tensor = torch.from_numpy(found[0]).to(x)
+    move = lsmr(along, back, -here, len(x), inner, damping * size)
     return move, float(move.norm())
 
 

@@ -60,7 +60,7 @@ def in_their_span(
     if not _agrees(client, small, name, q, x, labels):
         return x
     sent = {**difference.sent, name: difference.sent[name] @ q}
-    made = _made(small, plan, replace(difference, sent=sent), labels, order)
+    made = made_by(small, plan, replace(difference, sent=sent), labels, order)
     at = x @ q
     operator = Unrolled(made, at)
     here, factored = operator.missed, psd.factor(operator.gram(), 0.0)
@@ -142,7 +142,7 @@ def meet(
         units = difference.along(walk) if last else difference
         if last and trail:  # what was the nearest may not be in the finer units
             (best, least), trail = ((x, walk), units.misfit(walk)), []
-        operator = Unrolled(_made(soft, plan, units, labels, order), x)
+        operator = Unrolled(made_by(soft, plan, units, labels, order), x)
         weight = softening.weight * softening.fades**step
         move = DIRECT.step(operator, operator.missed[None], x, Regulariser(prior, prior.centre, weight, last)) - x
         points = [x + move * 0.5**halving for halving in range(HALVINGS)]
@@ -161,7 +161,7 @@ def meet(
         step = max(step + 1, softening.soft) if misfit <= enough else step + 1
     x, walk = best
     units = difference.along(walk)
-    return Met(x, walk, units.misfit(walk), Unrolled(_made(client, plan, units, labels, order), x))
+    return Met(x, walk, units.misfit(walk), Unrolled(made_by(client, plan, units, labels, order), x))
 
 
 def _softened(client: Client, width: float) -> Client:
@@ -199,7 +199,7 @@ class Unrolled(LinearOperator):
         return found.detach()
 
 
-def _made(
+def made_by(
     client: Client, plan: Plan, difference: Difference, labels: Float[Tensor, " n"], order: Order
 ) -> Callable[[Tensor], Tensor]:
     """What the steps on samples make, less what was sent, each value in units of its rounding."""

@@ -1,7 +1,8 @@
-"""Kinked activations with their kinks rounded off, while a model runs."""
+"""Kinked activations with something else in their place, while a model runs."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,24 +12,44 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
-class SoftKinks(TorchFunctionMode):
-    """Replaces ReLU and LeakyReLU, a z + (1 - a) max(z, 0), by a z + (1 - a) w log(1 + exp(z / w)), with w the width
-    times the root mean square of z. The gradient of a loss is then a smooth function of the input."""
-
-    def __init__(self, width: float):
-        super().__init__()
-        self.width = width
+class Replaced(TorchFunctionMode):
+    """Replaces ReLU and LeakyReLU."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in (functional.relu, torch.relu, Tensor.relu):
-            return self._rounded(args[0], 0.0)
+            return self.kinked(args[0], 0.0)
         if func is functional.leaky_relu:
-            return self._rounded(args[0], args[1] if len(args) > 1 else kwargs.get("negative_slope", 0.01))
+            return self.kinked(args[0], args[1] if len(args) > 1 else kwargs.get("negative_slope", 0.01))
         return func(*args, **kwargs)
 
-    def _rounded(self, z: Tensor, slope: float) -> Tensor:
+    @abstractmethod
+    def kinked(self, z: Tensor, slope: float) -> Tensor:
+        """In place of the activation, whose slope below zero this is."""
+
+
+class SoftKinks(Replaced):
+    """a z + (1 - a) w log(1 + exp(z / w)) in place of a z + (1 - a) max(z, 0), with w the width times the root mean
+    square of z. The gradient of a loss is then a smooth function of the input."""
+
+    def __init__(self, width: float):
+        super().__init__()
+        self.width = width
+
+    def kinked(self, z: Tensor, slope: float) -> Tensor:
         width = self.width * z.detach().square().mean().sqrt().clamp(min=torch.finfo(z.dtype).tiny)
         return slope * z + (1 - slope) * width * functional.softplus(z / width)
+
+
+class GivenSlopes(Replaced):
+    """Slopes that are given, one tensor for each activation that runs, in turn. The gradient of a loss is then a
+    smooth function of the input and of them."""
+
+    def __init__(self, slopes: Sequence[Tensor]):
+        super().__init__()
+        self.slopes = iter(slopes)
+
+    def kinked(self, z: Tensor, slope: float) -> Tensor:
+        return next(self.slopes).reshape(z.shape) * z

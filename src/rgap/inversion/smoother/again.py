@@ -38,7 +38,7 @@ class Again:
         """One pass at a guess, whose steps leave a residual of the mean gradient."""
         steps, chosen = self.setting.steps, self._in_doubt(middle)
         effects = self._effects(middle, chosen)
-        information, blurred = self._back(middle, residual, weight, effects)
+        information, blurred = self.back(middle, residual, weight, effects)
         rise = torch.cat([(1 - b).flatten()[u] for b, u in zip(steps.below, chosen, strict=True)])
         variance = torch.cat([v.flatten()[u] for v, u in zip(middle.variances, chosen, strict=True)])
         shares = torch.cat([s.flatten()[u] for s, u in zip(guess.shares, chosen, strict=True)])
@@ -56,11 +56,11 @@ class Again:
         factor = torch.linalg.cholesky(definite(alone + tie))
         move = cholesky_solve(wanted[:, None], factor)[:, 0]
         beside = cholesky_solve((right - information.cross.mT @ move)[:, None], lower)[:, 0]
-        tangents, moved = self._forth(middle, blurred, move[None], beside[None], middle.apart)
+        tangents, moved = self.forth(middle, blurred, move[None], beside[None], middle.apart)
         left = self._left(middle, residual, effects, tangents, beside)
         drawn = self.setting.drawn(factor)
         beside_drawn = cholesky_solve(-(drawn @ information.cross).mT, lower).mT + self.setting.drawn(lower)
-        spread = self._forth(middle, blurred, drawn, beside_drawn, None)[1]
+        spread = self.forth(middle, blurred, drawn, beside_drawn, None)[1]
         std = [each.square().mean(0, keepdim=True).sqrt().clamp(min=1e-12) for each in spread]
         z = [own + each for own, each in zip(guess.z, moved, strict=True)]
         found = [torch.zeros_like(each) for each in guess.shares]
@@ -106,7 +106,7 @@ class Again:
             found[name].append(rows)
         return {name: torch.cat(rows) for name, rows in found.items()}
 
-    def _back(
+    def back(
         self, middle: Middle, residual: dict[str, Tensor], weight: dict[str, Tensor], effects: dict[str, Tensor]
     ) -> tuple[Information, dict[int, Blurred | None]]:
         """From the output to the input: of how all values have to move."""
@@ -151,7 +151,7 @@ class Again:
             sure * slope.mT @ slope, -sure * slope.mT, torch.zeros_like(flat), sure * eye, torch.zeros_like(flat)
         )
 
-    def _forth(
+    def forth(
         self,
         middle: Middle,
         blurred: dict[int, Blurred | None],

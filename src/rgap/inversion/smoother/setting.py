@@ -35,6 +35,10 @@ class Smoothing:
     """and in each one after it this part of what it was: where rows miss less than half of their noise, else."""
     most: int = 24
     """Passes."""
+    near: float = 1e-2
+    """Where values of the input are known to this part of its range, or"""
+    far: int = 8
+    """after so many passes, the steps themselves are linearised."""
     patience: int = 6
     """Passes that come no nearer, at the end."""
     units: int = 2500

@@ -4,7 +4,8 @@ From the output to the input each value of the chain is a normal distribution, w
 it tell (`information`). A unit whose side is in doubt makes the slope behind it a number of its own, with a variance,
 that disturbs the gradient rows of all layers in front; so they are used as far as they are good from the first pass on.
 From the input to the output all values, their errors and the slopes in doubt follow. Kinks are then rounded off as far
-as values are in doubt, and all is linearised once more. What the rows miss without a reason is noise of theirs.
+as values are in doubt, and all is linearised once more. What the rows miss without a reason is noise of theirs. Near
+the sample the steps themselves are linearised, and not their middle (`through`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from rgap.inversion.smoother.first import First
 from rgap.inversion.smoother.information import Information
 from rgap.inversion.smoother.setting import Setting
 from rgap.inversion.smoother.steps import Guess, Made
+from rgap.inversion.smoother.through import Through
 from rgap.inversion.walk import Walk
 from rgap.linalg.deadline import OutOfTime
+
+AGREES = 5.0
+"""Roundings up to which no units stand on wrong sides."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +42,15 @@ class Reached:
     """How far the rounding moves its values, root mean square, by the rows alone; infinite where some are free."""
     cut_off: bool
     """Whether the time was up before the end."""
+    through: bool = False
+    """Whether all rows agree but for units that stand at their kinks, whose sides are left open."""
+
+    def nearer(self, other: Reached) -> bool:
+        """Whether it is to be preferred. One wrong side misses more than a sample that is far away; so where only sides
+        are open that counts, and not the misfit, unless that is small."""
+        if min(self.misfit, other.misfit) <= AGREES:
+            return self.misfit < other.misfit
+        return self.through or (not other.through and self.misfit < other.misfit)
 
 
 def mismatch(setting: Setting, k: Tensor) -> float:
@@ -62,7 +76,7 @@ def smooth(
         for number, found in enumerate(_Smoother(setting).passes(k)):
             report(number + 1, found.misfit)
             since = since + 1
-            if best is None or found.misfit < best.misfit:
+            if best is None or found.nearer(best):
                 best, since = found, 0
             if best.misfit <= enough or (since >= smoothing.patience and number >= smoothing.most // 2):
                 break
@@ -78,13 +92,15 @@ class _Smoother:
     setting: Setting
 
     def passes(self, k: Tensor) -> Iterator[Reached]:
-        """Guess after guess."""
+        """Guess after guess; those through the steps themselves as soon as values are known well enough, or no better
+        after some."""
         smoothing, steps = self.setting.smoothing, self.setting.steps
         guess = First(self.setting).guess(k)
         made: Made | None = None
-        missed = before = 1.0
+        missed, before, begun = 1.0, 1.0, False
         tau = dict.fromkeys(steps.names, smoothing.begin)
-        for _ in range(smoothing.most):
+        through = Through(self.setting)
+        for number in range(smoothing.most):
             made, residual, now = self._run(guess, made)
             before, missed = missed, now
             places = [z - own for z, own in zip(made.z, guess.z, strict=True)]
@@ -98,7 +114,13 @@ class _Smoother:
                 fast, slow = smoothing.cooling
                 tau[name] *= fast if excess < 0.5 else slow if excess < smoothing.amiss else 1.0
             guess = solved.guess
-            yield self.reached(guess.x, solved.information)
+            reached = self.reached(guess.x, solved.information)
+            yield reached
+            low, high = self.setting.value_range
+            if not begun and (reached.std <= smoothing.near * (high - low) or number + 1 == smoothing.far):
+                begun = True
+                for found in through.passes(guess.x):
+                    yield replace(self.reached(found.x, found.information), through=True)
 
     def _run(self, guess: Guess, before: Made | None) -> tuple[Made, dict[str, Tensor], float]:
         """The steps, what they miss of the mean gradient, and how much that is.

@@ -156,7 +156,7 @@ class KinkedSteps:
         if gradients is None:
             found, end = [dict(start) for _ in self.plan.expansion], dict(sent)
         else:
-            found = [self._now(gradients[:step]) for step in range(len(self.plan.expansion))]
+            found = [self.now(gradients[:step]) for step in range(len(self.plan.expansion))]
             if not tied:
                 return found
             end = {name: sent[name] - (found[-1][name] - w) for name, w in start.items()}
@@ -172,7 +172,7 @@ class KinkedSteps:
         fixed = self.trail(None if before is None else before.each) if tied else []
         zs: list[list[Tensor]] = []
         for step in range(self.plan.steps):
-            weights = fixed[step] if tied else self._now(gradients)
+            weights = fixed[step] if tied else self.now(gradients)
             found, z = self._step(self.client.network(weights), guess, apart)
             gradients.append(found)
             zs.append(z)
@@ -182,7 +182,7 @@ class KinkedSteps:
         }
         return Made(mean, [torch.cat(z) for z in zip(*zs, strict=True)], self.trail(gradients, tied), gradients)
 
-    def _now(self, gradients: Sequence[Weights]) -> dict[str, Tensor]:
+    def now(self, gradients: Sequence[Weights]) -> dict[str, Tensor]:
         """The weights behind the steps that had these gradients."""
         decay, c = self.plan.expansion[len(gradients)]
         start = self.client.weights

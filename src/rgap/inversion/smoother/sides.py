@@ -1,0 +1,128 @@
+"""Units in doubt, step by step: on which sides of their kinks they may stand, and what that does to the gradients.
+
+A unit's value z is normal, and where it stands in each step is z plus what it has moved by until then, which is known
+much better. So it is above zero in steps s and t at once with the probability min(P_s, P_t), and its sides in all steps
+have the covariance min(P_s, P_t) - P_s P_t. Its large eigenvectors are the numbers that are in doubt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rgap.inversion.smoother.steps import KinkedSteps
+from rgap.nn.network import Network
+
+LIKELY = 1e-2
+"""Probability times that of the other side, from which on a unit is in doubt."""
+MOST = 1500
+"""Units that are, at the most."""
+KEPT = 3e-3
+"""Variance of a combination of sides, from which on it is a number of its own."""
+MOVED = 0.02
+"""Of a side's variance is its own in each step: how far units move is not known exactly."""
+
+
+@dataclass(frozen=True, eq=False)
+class Doubt:
+    """Of one activation, the combinations of slopes that are in doubt, each of variance one."""
+
+    unit: Int[Tensor, " n"]
+    """Of which unit each is, by its number."""
+    pattern: Float[Tensor, "n steps"]
+    """What it does to that unit's slope in each step."""
+
+    def added(self, slopes: Float[Tensor, "steps ..."], d: Float[Tensor, " n"]) -> Tensor:
+        """The slopes with so much of each."""
+        flat = slopes.flatten(1).index_add(1, self.unit, (self.pattern * d[:, None]).mT)
+        return flat.reshape(slopes.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step of an input whose slopes are the expected ones."""
+
+    network: Network
+    values: list[Tensor]
+    slopes: dict[int, Tensor]
+    cotangents: list[Tensor | None]
+
+
+def steps_with(steps: KinkedSteps, x: Tensor, std: Sequence[Tensor]) -> list[Step]:
+    """All steps of an input, each unit with the slope that is expected where it stands.
+
+    Args:
+        std: of what is in front of each activation.
+    """
+    found, gradients = list[Step](), list[dict[str, Tensor]]()
+    for _ in range(steps.plan.steps):
+        network = steps.client.network(steps.now(gradients))
+        values, slopes = [x], dict[int, Tensor]()
+        for at, node in enumerate(network.nodes):
+            read = values[node.reads[0]]
+            if at in steps.activations:
+                j = steps.activations.index(at)
+                slopes[at] = steps.below[j] + (1 - steps.below[j]) * torch.special.ndtr(read / std[j])
+                values.append(slopes[at] * read)
+            else:
+                values.append(node.op.forward(read))
+        cotangents = network.cotangents(values, slopes, steps.output_gradient(values[-1]))
+        made = steps.rows(network, values, cotangents)
+        gradients.append({name: made[name][0] if name in made else 0 * w for name, w in steps.client.weights.items()})
+        found.append(Step(network, values, slopes, cotangents))
+    return found
+
+
+def doubts(steps: KinkedSteps, run: Sequence[Step], std: Sequence[Tensor]) -> list[Doubt]:
+    """Of each activation, where it is not known on which side units stand."""
+    upper, reads = [], [steps.reads(at) for at in steps.activations]
+    for j, there in enumerate(reads):
+        z = torch.cat([step.values[there] for step in run])
+        upper.append(torch.special.ndtr(z / std[j]).flatten(1).mT)
+    rises = [(1 - below).flatten() for below in steps.below]
+    open_ = [(p * (1 - p)).amax(1) * (rise > 0) for p, rise in zip(upper, rises, strict=True)]
+    least = LIKELY
+    every = torch.cat(open_)
+    if int((every > least).sum()) > MOST:
+        least = float(every.topk(MOST).values[-1])
+    found = []
+    for j, p in enumerate(upper):
+        unit = (open_[j] >= least).nonzero().flatten()
+        p = p[unit]
+        both = torch.minimum(p[:, :, None], p[:, None, :]) - p[:, :, None] * p[:, None, :]
+        both = (1 - MOVED) * both + MOVED * torch.diag_embed(p * (1 - p))
+        variance, vectors = torch.linalg.eigh(both)
+        own, at = (variance > KEPT).nonzero(as_tuple=True)
+        rise = rises[j][unit[own], None]
+        found.append(Doubt(unit[own], rise * vectors[own, :, at] * variance[own, at, None].sqrt()))
+    return found
+
+
+def effects(steps: KinkedSteps, run: Sequence[Step], found: Sequence[Doubt]) -> dict[str, Tensor]:
+    """What each doubt, and last each of the output's cotangents changed by one, do to the mean gradient of each
+    parameter; left out are those that do nothing, of activations in front of it."""
+    columns: dict[str, list[Tensor]] = {name: [] for name in steps.names}
+    starts = [*zip(steps.activations, found, strict=True), (None, None)]
+    for at, doubt in starts:
+        total: dict[str, Tensor] = {}
+        for t, (step, share) in enumerate(zip(run, steps.shares, strict=True)):
+            if at is None or doubt is None:
+                there, size = len(step.values) - 1, step.values[-1].numel()
+                own = torch.eye(size, dtype=step.values[-1].dtype).to(step.values[-1])
+            else:
+                k = step.cotangents[at + 1]
+                assert k is not None
+                there, own = steps.reads(at), k.new_zeros(len(doubt.unit), k.numel())
+                each = torch.arange(len(doubt.unit), device=k.device)
+                own[each, doubt.unit] = k.flatten()[doubt.unit] * doubt.pattern[:, t]
+            own = own.reshape(-1, *step.network.shapes[there])
+            ks = step.network.vjp(step.values, step.slopes, {there: share * own})
+            for name, rows in steps.rows(step.network, step.values, ks).items():
+                total[name] = total[name] + rows if name in total else rows
+        for name, rows in total.items():
+            columns[name].append(rows)
+    return {name: torch.cat(rows) for name, rows in columns.items()}

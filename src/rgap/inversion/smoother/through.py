@@ -1,0 +1,266 @@
+"""Gauss and Newton's steps through the local steps themselves, near the sample.
+
+The residual is that of all parameters after all steps, as a function of the input and of the slopes in doubt
+(`sides`), which with slopes given is smooth. Its derivative is had by products, and the smoother's matrix, at the
+weights in the middle of the steps, whitens the unknowns for LSMR; with its factor are the errors of all values drawn.
+A step counts where what is left of the rows is their noise, and so much noise as the residual was is taken for granted
+at first. The more sides are settled, the fewer are in doubt, until none is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rgap.inversion.smoother.again import Again
+from rgap.inversion.smoother.information import Information
+from rgap.inversion.smoother.setting import Setting
+from rgap.inversion.smoother.sides import Doubt, Step, doubts, effects, steps_with
+from rgap.inversion.smoother.steps import Guess
+from rgap.inversion.unrolled import made_by
+from rgap.inversion.walk import Walk
+from rgap.linalg.derivative import linearised
+from rgap.linalg.lsmr import lsmr
+from rgap.nn.soft import GivenSlopes
+
+
+@dataclass(frozen=True)
+class Approach:
+    """How it goes on from step to step."""
+
+    wider: float = 3.0
+    """By so much values' errors are taken for larger than the rows say."""
+    most: int = 16
+    """Linearisations."""
+    begin: float = 1e-3
+    """Of a parameter's gradient is taken for noise at first, and of what is in front of activations for their errors,
+    but wider."""
+    attempts: int = 4
+    """Each with noise and errors twice as large, where rows miss more than they may."""
+    inner: int = 3
+    """Gauss and Newton's steps with one factor."""
+    iterations: int = 80
+    """Of LSMR."""
+    tolerance: float = 1e-4
+    amiss: float = 1.5
+    """Root mean square of a parameter's rows, in units of their noise, that is too much."""
+    cooling: tuple[float, float] = (0.3, 0.6)
+    """The noise falls to this part of what it was: where rows miss less than 0.7 of it, or less than `amiss`; else it
+    rises."""
+    settled: float = 0.3
+    """Noise, in units of the rounding, below which it begins again with the rounding, and errors twice as large: some
+    unit stands on its wrong side, and no other is in doubt."""
+    halvings: int = 4
+
+
+APPROACH = Approach()
+
+
+@dataclass(frozen=True, eq=False)
+class Near:
+    """What is known near the sample."""
+
+    x: Float[Tensor, "1 ..."]
+    std: list[Tensor]
+    """Of what is in front of each activation, taken for larger."""
+    noise: dict[str, float]
+    """Of each parameter's gradient, beside the rounding, relative to its size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Whitened:
+    """Input and doubts, by the factor of what the rows tell of both in the middle of the steps."""
+
+    lower: Float[Tensor, "u u"]
+    """The doubts are first."""
+    doubts: int
+
+    @cached_property
+    def _upper(self) -> Tensor:
+        return self.lower.mT.contiguous()
+
+    def unwhitened(self, v: Float[Tensor, " u"]) -> Float[Tensor, " u"]:
+        """Input first, and then doubts."""
+        found = torch.linalg.solve_triangular(self._upper, v[:, None], upper=True)[:, 0]
+        return torch.cat([found[self.doubts :], found[: self.doubts]])
+
+    def adjoint(self, u: Float[Tensor, " u"]) -> Float[Tensor, " u"]:
+        inputs = len(u) - self.doubts
+        found = torch.cat([u[inputs:], u[:inputs]])
+        white: Tensor = torch.linalg.solve_triangular(self.lower, found[:, None], upper=False)[:, 0]
+        return white
+
+
+@dataclass(frozen=True, eq=False)
+class Stepped:
+    """Gauss and Newton's steps from a point, with one factor."""
+
+    x: Float[Tensor, "1 ..."]
+    std: list[Tensor]
+    """Of what is in front of each activation, by the rows."""
+    left: dict[str, float]
+    """Of each parameter, what the rows miss, root mean square in units of their noise."""
+    explained: bool
+    """Whether that is their noise, and what was expected."""
+    information: Information
+    rounding: dict[str, float]
+    """Of each parameter's gradient, relative to its size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Through:
+    setting: Setting
+    approach: Approach = APPROACH
+
+    def passes(self, x: Tensor) -> Iterator[Stepped]:
+        """Nearer and nearer to the sample; it ends where rows miss more than can be explained."""
+        wider, steps = self.approach.wider, self.setting.steps
+        values = steps.middle_network.forward(x)
+        z, begin = [values[steps.reads(at)] for at in steps.activations], self.approach.begin
+        std = [torch.full_like(each, wider * begin * float(each.square().mean().sqrt())) for each in z]
+        near = Near(x, std, dict.fromkeys(steps.names, begin))
+        for _ in range(self.approach.most):
+            for _ in range(self.approach.attempts):
+                found = self.step(near)
+                if found.explained:
+                    break
+                noise = {name: 2 * each for name, each in near.noise.items()}
+                near = Near(near.x, [2 * each for each in near.std], noise)
+            else:
+                return
+            yield found
+            noise, more = self._cooler(near.noise, found), wider
+            if all(each < self.approach.settled * found.rounding[name] for name, each in noise.items()):
+                noise, more = found.rounding, 2 * wider
+            near = Near(found.x, [more * each for each in found.std], noise)
+
+    def _cooler(self, noise: dict[str, float], found: Stepped) -> dict[str, float]:
+        approach, new = self.approach, dict[str, float]()
+        for name, left in found.left.items():
+            fast, slow = approach.cooling
+            new[name] = noise[name] * (fast if left < 0.7 else slow if left < approach.amiss else min(left, 3.0))
+        return new
+
+    def step(self, near: Near) -> Stepped:
+        setting, steps = self.setting, self.setting.steps
+        walk = Walk(steps.client, steps.plan).all(near.x, steps.labels, ((0,),) * steps.plan.steps)
+        own, size = setting.noise(walk.trail), steps.size
+        variance = {name: own[name] + (near.noise[name] * size[name]) ** 2 for name in steps.names}
+        run = steps_with(steps, near.x, near.std)
+        found = doubts(steps, run, near.std)
+        whitened, information, std = self._factored(near, run, found, variance)
+        units = {name: each.sqrt() * abs(steps.scale) for name, each in variance.items()}
+        made = self._made(run, found, units)
+        rows = sum(each.numel() for each in units.values())
+        u = torch.cat([near.x.flatten(), near.x.new_zeros(whitened.doubts)])
+        for _ in range(self.approach.inner):
+            u, missed, expected = self._moved(made, u, whitened)
+            if float(missed.norm()) < 1.1 * float(expected.norm()):
+                break
+        sizes = [each.numel() for each in units.values()]
+
+        def each_of(r: Tensor) -> dict[str, float]:
+            parts = torch.split(r[:rows], sizes)
+            return {name: float(part.square().mean().sqrt()) for name, part in zip(units, parts, strict=True)}
+
+        explained = float(missed.norm()) <= 2 * float(expected.norm())
+        explained &= max(each_of(expected).values()) <= self.approach.amiss
+        x = u[: near.x.numel()].reshape(near.x.shape)
+        rounding = {name: float(own[name].mean().sqrt()) / size[name] for name in units}
+        return Stepped(x, std, each_of(missed), explained, information, rounding)
+
+    def _moved(self, made: Callable[[Tensor], Tensor], u: Tensor, whitened: Whitened) -> tuple[Tensor, Tensor, Tensor]:
+        """One step, halved until less is missed: where it ends, what is missed there, and what was expected to be."""
+        along, here, back = linearised(made, u)
+
+        def forth(v: Tensor) -> Tensor:
+            return along(whitened.unwhitened(v))
+
+        def pulled(rows: Tensor) -> Tensor:
+            return whitened.adjoint(back(rows))
+
+        approach = self.approach
+        v = lsmr(forth, pulled, -here, len(u), approach.iterations, tolerance=approach.tolerance)
+        move, expected = whitened.unwhitened(v), here + forth(v)
+        for halving in range(approach.halvings):
+            there = made(u + 0.5**halving * move).detach()
+            if float(there.norm()) < float(here.norm()):
+                return u + 0.5**halving * move, there, expected
+        return u, here, expected
+
+    def _made(
+        self, run: Sequence[Step], found: Sequence[Doubt], units: dict[str, Tensor]
+    ) -> Callable[[Tensor], Tensor]:
+        """What the steps of an input with slopes in doubt miss, and what the prior and the doubts say beside."""
+        setting, steps = self.setting, self.setting.steps
+        difference = replace(steps.difference, each=units)
+        made = made_by(steps.client, steps.plan, difference, steps.labels, ((0,),) * steps.plan.steps)
+        expected = [torch.cat([step.slopes[at] for step in run]) for at in steps.activations]
+        sizes, inputs = [len(doubt.unit) for doubt in found], run[0].values[0].numel()
+        shape = run[0].values[0].shape
+        kinked = [j for j, below in enumerate(steps.below) if bool((below < 1).any())]
+        upper = self._prior
+
+        def residual(u: Tensor) -> Tensor:
+            x, d = u[:inputs], u[inputs:]
+            every = zip(found, expected, torch.split(d, sizes), strict=True)
+            slopes = [doubt.added(slope, own) for doubt, slope, own in every]
+            with GivenSlopes([slopes[j][t] for t in range(len(run)) for j in kinked]):
+                rows = made(x.reshape(shape))
+            return torch.cat([rows, upper @ (x - setting.prior.centre), d])
+
+        return residual
+
+    @cached_property
+    def _prior(self) -> Float[Tensor, "v v"]:
+        """The root of the prior's matrix."""
+        found: Tensor = torch.linalg.cholesky(self.setting.tie[0]).mT.contiguous()
+        return found
+
+    def _factored(
+        self, near: Near, run: Sequence[Step], found: Sequence[Doubt], variance: dict[str, Tensor]
+    ) -> tuple[Whitened, Information, list[Tensor]]:
+        """By the smoother's matrix in the middle of the steps: whitened unknowns, what the rows tell of the input, and
+        the errors of what is in front of the activations."""
+        setting, steps = self.setting, self.setting.steps
+        values = steps.middle_network.forward(near.x)
+        there = [steps.reads(at) for at in steps.activations]
+        z = [values[each] for each in there]
+        places = [torch.cat([step.values[each] for step in run]) - own for each, own in zip(there, z, strict=True)]
+        zeros = [torch.zeros_like(each) for each in z]
+        middle = replace(steps.middle(Guess(near.x, z, near.std, places, zeros)), residuals=zeros, apart=zeros)
+        again = Again(setting)
+        nothing = {name: torch.zeros_like(each) for name, each in variance.items()}
+        weight = {name: 1 / each for name, each in variance.items()}
+        information, blurred = again.back(middle, nothing, weight, effects(steps, run, found))
+        # The output's cotangent is first, then doubts, then the input.
+        number = sum(len(doubt.unit) for doubt in found)
+        order = torch.cat([torch.arange(number, len(information.beside)), torch.arange(number)])
+        beside = information.beside[order][:, order].clone()
+        beside.diagonal()[len(order) - number :].add_(1.0)
+        lower = _cholesky(beside)
+        half = torch.linalg.solve_triangular(lower, information.cross[:, order].mT, upper=False)
+        known = information.known - half.mT @ half
+        corner = _cholesky(known + setting.tie[0])
+        whole = torch.cat(
+            [torch.cat([lower, lower.new_zeros(len(lower), len(corner))], 1), torch.cat([half.mT, corner], 1)]
+        )
+        drawn = setting.drawn(whole)
+        spread = again.forth(middle, blurred, drawn[:, len(lower) :], drawn[:, :0], None)[1]
+        std = [each.square().mean(0, keepdim=True).sqrt().clamp(min=1e-12) for each in spread]
+        outputs = len(order) - number
+        return Whitened(whole[outputs:, outputs:].contiguous(), number), replace(information, known=known), std
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """The factor of a matrix whose diagonal may have any sizes."""
+    size = matrix.diagonal().sqrt()
+    scaled = matrix / size / size[:, None]
+    scaled.diagonal().add_(1e-12)
+    found: Tensor = torch.linalg.cholesky(scaled) * size[:, None]
+    return found
