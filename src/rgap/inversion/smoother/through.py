@@ -22,6 +22,7 @@ from rgap.inversion.smoother.information import Information
 from rgap.inversion.smoother.setting import Setting
 from rgap.inversion.smoother.sides import Doubt, Step, doubts, effects, steps_with
 from rgap.inversion.smoother.steps import Guess
+from rgap.inversion.smoother.trial import Trial
 from rgap.inversion.unrolled import made_by
 from rgap.inversion.walk import Walk
 from rgap.linalg.derivative import linearised
@@ -110,6 +111,9 @@ class Stepped:
     information: Information
     rounding: dict[str, float]
     """Of each parameter's gradient, relative to its size."""
+    doubts: list[Doubt]
+    settled: bool = False
+    """Whether the noise that is left is less than the rounding: all but sides of units is known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +137,9 @@ class Through:
                 near = Near(near.x, [2 * each for each in near.std], noise)
             else:
                 return
+            if found.settled:
+                lower = _cholesky(found.information.known + self.setting.tie[0])
+                found = replace(found, x=Trial(steps, lower).settled(found.x, found.doubts))
             yield found
             noise, more = self._cooler(near.noise, found), wider
             if all(each < self.approach.settled * found.rounding[name] for name, each in noise.items()):
@@ -172,7 +179,8 @@ class Through:
         explained &= max(each_of(expected).values()) <= self.approach.amiss
         x = u[: near.x.numel()].reshape(near.x.shape)
         rounding = {name: float(own[name].mean().sqrt()) / size[name] for name in units}
-        return Stepped(x, std, each_of(missed), explained, information, rounding)
+        settled = all(near.noise[name] < each for name, each in rounding.items())
+        return Stepped(x, std, each_of(missed), explained, information, rounding, found, settled)
 
     def _moved(self, made: Callable[[Tensor], Tensor], u: Tensor, whitened: Whitened) -> tuple[Tensor, Tensor, Tensor]:
         """One step, halved until less is missed: where it ends, what is missed there, and what was expected to be."""
