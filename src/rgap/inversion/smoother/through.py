@@ -29,6 +29,9 @@ from rgap.linalg.derivative import linearised
 from rgap.linalg.lsmr import lsmr
 from rgap.nn.soft import GivenSlopes
 
+SHARP = 1e-6
+"""Of values' errors, with which no unit is in doubt."""
+
 
 @dataclass(frozen=True)
 class Approach:
@@ -139,7 +142,12 @@ class Through:
                 return
             if found.settled:
                 lower = _cholesky(found.information.known + self.setting.tie[0])
-                found = replace(found, x=Trial(steps, lower).settled(found.x, found.doubts))
+                trial = Trial(steps, lower)
+                found = replace(found, x=trial.settled(found.x, found.doubts))
+                sharp = self.step(Near(found.x, [SHARP * each for each in found.std], near.noise))
+                if sharp.explained:
+                    yield found
+                    found = replace(found, x=trial.settled(sharp.x, found.doubts))
             yield found
             noise, more = self._cooler(near.noise, found), wider
             if all(each < self.approach.settled * found.rounding[name] for name, each in noise.items()):
