@@ -70,6 +70,30 @@ def test_every_sample_and_the_order_of_the_minibatches(activation: str) -> None:
     in_order(found, x, labels, told)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"momentum": 0.5, "summed": True, "learning_rate": 0.02}], ids=str)
+def test_real_labels_come_back_with_their_samples(arguments: dict[str, Any]) -> None:
+    """Of a regression: each label is told by how much its sample counts in its step."""
+    model = perceptron((*WIDTHS[:-1], 1), "leaky")
+    target = Target(model, losses.MeanSquaredError(), (WIDTHS[0],), (0.0, 1.0), 6)
+    x, labels = draw(6)[0], torch.randn(6, generator=torch.Generator().manual_seed(1))
+    told = protocol(**{"epochs": 2, "minibatch": 2, **arguments})
+    found = Closed()(target, send(target, x, labels, told))
+    assert found.status is Status.EXACT, str(found)
+    at = torch.cdist(found.inputs, x.double()).argmin(1)
+    torch.testing.assert_close(found.labels, labels.double()[at], rtol=0, atol=1e-4)
+    in_order(replace(found, answers=(replace(found.answers[0], labels=labels.double()[at]),)), x, labels, told)
+
+
+def test_real_labels_of_clipped_steps_are_not_guessed() -> None:
+    """How much a sample counts tells either its label or how much was clipped."""
+    target = Target(perceptron((*WIDTHS[:-1], 1), "leaky"), losses.MeanSquaredError(), (WIDTHS[0],), (0.0, 1.0), 6)
+    x, labels = draw(6)[0], torch.randn(6, generator=torch.Generator().manual_seed(1))
+    told = protocol(epochs=1, minibatch=2, clip_norm=0.05)
+    found = Closed()(target, send(target, x, labels, told))
+    assert found.status is not Status.EXACT, str(found)
+    assert all(each.status is not Status.EXACT for each in found.samples)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

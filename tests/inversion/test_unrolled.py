@@ -21,9 +21,11 @@ ORDER = [(0, 1), (2, 3), (0, 1), (2, 3)]
 EPS = float(torch.finfo(torch.float32).eps)
 
 
-def sent(model: nn.Module, **arguments: object) -> tuple[Client, Plan, Difference, Layer, Tensor, Tensor]:
+def sent(
+    model: nn.Module, loss: losses.Loss | None = None, **arguments: object
+) -> tuple[Client, Plan, Difference, Layer, Tensor, Tensor]:
     """A client's difference, and its samples."""
-    target = Target(model, losses.CrossEntropy(CLASSES), (30,), (0.0, 1.0), batch_size=SAMPLES)
+    target = Target(model, loss or losses.CrossEntropy(CLASSES), (30,), (0.0, 1.0), batch_size=SAMPLES)
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.rand(SAMPLES, 30, generator=generator), torch.arange(SAMPLES).float()
     told = Protocol(Sends.DIFFERENCE, learning_rate=0.1, epochs=2, minibatch=2, shuffled=False, **arguments)  # type: ignore[arg-type]
@@ -57,10 +59,23 @@ def test_samples_that_are_a_little_off_are_brought_to_the_rounding(
 ) -> None:
     server, plan, difference, layer, x, labels = sent(perceptron((30, 24, 20, CLASSES), activation), **arguments)
     start = mixed(x, 1e-4)
-    found = in_their_span(server, plan, difference, layer, start, labels, ORDER)
+    found, same = in_their_span(server, plan, difference, layer, start, labels, ORDER)
+    assert same is labels
     assert difference.misfit(Walk(server, plan).all(start, labels, ORDER)) > 20
     assert difference.misfit(Walk(server, plan).all(found, labels, ORDER)) < 2
     assert float((found - x).norm()) < 0.01 * float((start - x).norm())
+
+
+def test_real_labels_are_unknowns_too() -> None:
+    model = perceptron((30, 24, 20, 1), "tanh")
+    server, plan, difference, layer, x, labels = sent(model, losses.MeanSquaredError(1))
+    start, near = mixed(x, 1e-4), labels + 1e-3 * torch.tensor([1.0, -2.0, 0.5, 1.5], dtype=labels.dtype)
+    found, told = in_their_span(server, plan, difference, layer, start, near, ORDER)
+    assert difference.misfit(Walk(server, plan).all(start, near, ORDER)) > 20
+    wanted = difference.misfit(Walk(server, plan).all(x, labels, ORDER))
+    assert difference.misfit(Walk(server, plan).all(found, told, ORDER)) < 1.5 * wanted
+    assert float((found - x).norm()) < 0.01 * float((start - x).norm())
+    assert float((told - labels).norm()) < 0.01 * float((near - labels).norm())
 
 
 class Shifted(nn.Module):
@@ -79,4 +94,6 @@ def test_where_something_stands_in_front_nothing_is_done(front: nn.Module) -> No
     behind = perceptron((30, 24, 20, CLASSES), "tanh")
     server, plan, difference, layer, x, labels = sent(nn.Sequential(front, nn.Flatten(), behind))
     start = mixed(x, 1e-4)
-    assert torch.equal(in_their_span(server, plan, difference, layer, start, labels, ORDER), start)
+    found, same = in_their_span(server, plan, difference, layer, start, labels, ORDER)
+    assert torch.equal(found, start)
+    assert same is labels

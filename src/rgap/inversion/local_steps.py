@@ -290,15 +290,15 @@ class _Recovery:
             return by.flatten(), self.difference.misfit(walk)
 
         misfit, x = self.difference.misfit(walk), known.x
-        if misfit > AGREES:
+        if misfit > AGREES and self.client.loss.labels:
             flat, misfit = anderson(move, x.flatten(), REFINEMENTS, AGREES)
             x = flat.reshape(x.shape)
             walk = Walk(self.client, self.plan).all(self._inputs(x), labels, order)
         if misfit > UNEXPLAINED:
-            better = in_their_span(self.client, self.plan, self.difference, layer, x, labels, order)
-            there = Walk(self.client, self.plan).all(self._inputs(better), labels, order)
+            better, relabelled = in_their_span(self.client, self.plan, self.difference, layer, x, labels, order)
+            there = Walk(self.client, self.plan).all(self._inputs(better), relabelled, order)
             if self.difference.misfit(there) < misfit:
-                x, walk, misfit = better, there, self.difference.misfit(there)
+                x, labels, walk, misfit = better, relabelled, there, self.difference.misfit(there)
         missed = self.difference.missed(walk)
         return Recovered(self._inputs(x), labels, error, order, misfit, missed, certain, self._samples)
 

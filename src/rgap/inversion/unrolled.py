@@ -44,8 +44,9 @@ def in_their_span(
     x: Float[Tensor, "n u"],
     labels: Float[Tensor, " n"],
     order: Order,
-) -> Float[Tensor, "n u"]:
-    """Samples that all parameters agree with, in units of their rounding; x itself where that cannot be had.
+) -> tuple[Float[Tensor, "n u"], Float[Tensor, " n"]]:
+    """Samples that all parameters agree with, in units of their rounding, and their labels, which are unknowns too
+    where they may be any number; x itself where that cannot be had.
 
     Args:
         layer: the first one, which reads the samples.
@@ -54,14 +55,15 @@ def in_their_span(
     name, n = layer.weight_name, len(x)
     whole = client.weights[name]
     if n * n > LARGEST or whole.shape != (layer.outputs, layer.unknowns):
-        return x
+        return x, labels
     q: Tensor = torch.linalg.qr(x.mT)[0]
     small = replace(client, weights={**client.weights, name: whole @ q})
     if not _agrees(client, small, name, q, x, labels):
-        return x
+        return x, labels
     sent = {**difference.sent, name: difference.sent[name] @ q}
-    made = made_by(small, plan, replace(difference, sent=sent), labels, order)
-    at = x @ q
+    real = not client.loss.labels
+    made = made_by(small, plan, replace(difference, sent=sent), None if real else labels, order)
+    at = torch.cat([x @ q, labels[:, None]], 1) if real else x @ q
     operator = Unrolled(made, at)
     here, factored = operator.missed, psd.factor(operator.gram(), 0.0)
     for _ in range(STEPS):
@@ -70,7 +72,7 @@ def in_their_span(
         if not float(there.norm()) < ENOUGH * float(here.norm()):
             break
         at, here = at + move, there
-    return at @ q.mT
+    return (at[:, :-1] @ q.mT, at[:, -1]) if real else (at @ q.mT, labels)
 
 
 @dataclass(frozen=True)
@@ -200,15 +202,17 @@ class Unrolled(LinearOperator):
 
 
 def made_by(
-    client: Client, plan: Plan, difference: Difference, labels: Float[Tensor, " n"], order: Order
+    client: Client, plan: Plan, difference: Difference, labels: Float[Tensor, " n"] | None, order: Order
 ) -> Callable[[Tensor], Tensor]:
-    """What the steps on samples make, less what was sent, each value in units of its rounding."""
+    """What the steps on samples make, less what was sent, each value in units of its rounding; without labels each
+    sample has its own behind its values."""
     smooth = replace(client, gradient=client.differentiable)
 
     sent = {name: d for name, d in difference.sent.items() if difference.noise[name]}
 
     def made(x: Tensor) -> Float[Tensor, " rows"]:
-        end = Walk(smooth, plan).all(x, labels, order).end
+        samples, own = (x[:, :-1], x[:, -1]) if labels is None else (x, labels)
+        end = Walk(smooth, plan).all(samples, own, order).end
         parts = ((end[name] - d) / difference.units(name) for name, d in sent.items())
         return torch.cat([each.flatten() for each in parts])
 

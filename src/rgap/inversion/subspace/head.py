@@ -53,6 +53,12 @@ class Head:
         found = self.cotangents(values, labels)[1]
         return torch.zeros_like(values[1]).flatten(1) if found is None else found.flatten(1)
 
+    def direction(self, values: list[Tensor]) -> Float[Tensor, "s o"]:
+        """Of a network with one output, the cotangent behind the first layer whatever the label, up to its size."""
+        end = {len(values) - 1: torch.ones_like(values[-1])}
+        found = self.network.vjp(values, self.network.slopes(values), end)[1]
+        return torch.zeros_like(values[1]).flatten(1) if found is None else found.flatten(1)
+
 
 @dataclass(frozen=True, eq=False)
 class Spaces:

@@ -140,10 +140,7 @@ def _of_real_label(spaces: Spaces, x: Float[Tensor, "1 n"], count: int) -> Sampl
     if head.loss.outputs != 1:
         return None
     values = head.values(x)
-    unit = head.network.vjp(values, head.network.slopes(values), {len(values) - 1: torch.ones_like(values[-1])})[1]
-    if unit is None:
-        return None
-    k = unit.flatten(1)
+    k = head.direction(values)
     if not _off(spaces, x, k, x.new_zeros(1))[0] <= 1:
         return None
     share, moved = spaces.first.inverse_share(x, k)

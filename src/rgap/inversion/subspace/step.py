@@ -126,21 +126,35 @@ class Place:
             t, _ = levenberg_marquardt(condition, t, max_steps, found=1e-17)
         return condition.inputs(t)
 
-    def labels(self, x: Float[Tensor, "s n"]) -> tuple[Float[Tensor, " s"], Float[Tensor, " s"], Float[Tensor, " s"]]:
+    def labels(
+        self, x: Float[Tensor, "s n"], size: int
+    ) -> tuple[Float[Tensor, " s"], Float[Tensor, " s"], Float[Tensor, " s"]]:
         """Of each input the likeliest label, and by how much its cotangent misses the second layer's column space:
-        relative to what rounding explains, and to its size."""
+        relative to what rounding explains, and to its size.
+
+        Args:
+            size: how many samples the step is on: a real label is told by how much its sample counts in their mean.
+        """
         head, span = self.behind.head, self.behind.first
         values = head.values(self.spaces.head.values(x)[self.spaces.second_at])
-        every = torch.tensor(head.loss.labels or (0.0,), dtype=x.dtype, device=x.device)
+        if not head.loss.labels:
+            unit = head.direction(values)
+            inverse, _ = span.inverse_share(values[0].flatten(1), unit)
+            label = head.loss.label_from(values[-1].flatten(1), (size / inverse)[:, None])
+            assert label is not None
+            return label, *self._off(unit)
+        every = torch.tensor(head.loss.labels, dtype=x.dtype, device=x.device)
         off, share = x.new_zeros(len(every), len(x)), x.new_zeros(len(every), len(x))
-        for at, label in enumerate(every):
-            k = head.k(values, label.expand(len(x)))
-            missed, size = span.outside(k).norm(dim=1), k.norm(dim=1).clamp(min=1e-300)
-            share[at] = missed / size
-            off[at] = missed / (span.cotangent_uncertainty(k) + 1e-9 * size)
+        for at, each in enumerate(every):
+            off[at], share[at] = self._off(head.k(values, each.expand(len(x))))
         share = share.nan_to_num(nan=torch.inf)
         best = share.argmin(0, keepdim=True)
         return every[best[0]], off.gather(0, best)[0], share.gather(0, best)[0]
+
+    def _off(self, k: Float[Tensor, "s o"]) -> tuple[Float[Tensor, " s"], Float[Tensor, " s"]]:
+        span = self.behind.first
+        missed, size = span.outside(k).norm(dim=1), k.norm(dim=1).clamp(min=1e-300)
+        return missed / (span.cotangent_uncertainty(k) + 1e-9 * size), missed / size
 
     def share(self, x: Float[Tensor, "s n"], labels: Float[Tensor, " s"]) -> float:
         """What each of these samples counts in the step's gradient, by the gradient itself (Wedderburn)."""
@@ -222,7 +236,7 @@ def find_step(
         off, cost = place.misfit(near)
         order = off.argsort()
         near, off, cost = near[order], off[order], cost[order]
-        labels, off_k, share = place.labels(near)
+        labels, off_k, share = place.labels(near, size)
         taken, kept = list[int](), list[int]()
         for at in range(len(near)):
             others = torch.cat([known.x, found.x, near[[*taken, *kept]]])
@@ -255,7 +269,7 @@ def _starts(
 ) -> Float[Tensor, "a n"]:
     """Where to look for samples that are not found yet, each once: some steps from rows of the gradient and from random
     points, in about the space that all others leave."""
-    there = found.and_(Candidates(near, place.labels(near)[0]))
+    there = found.and_(Candidates(near, place.labels(near, size)[0]))
     share = torch.full_like(there.labels, later / size)
     share[len(found) :] += 1 / size
     rank = min(place.rank, max(1, place.rank - len(there) + wider))
