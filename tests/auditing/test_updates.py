@@ -74,8 +74,7 @@ def test_nothing_certain_is_said_so() -> None:
     found = audit_updates(target, updates, {"client-0": truth["client-0"]}, attacks=[Silent()])
     assert found.verdict.headline.startswith("None of the 2 samples was certainly recovered")
     assert found.summary == (
-        "0 of 2 samples recovered exactly, 0 more recognisably, 1 not; of 1 nobody can say: "
-        "there is nothing to compare with."
+        "0 of 2 samples recovered exactly, 0 more recognisably, 1 not, 1 cannot be judged without the original."
     )
     assert any("Nobody here knows 1 of these samples" in note for note in found.verdict.limits)
     assert [case.label for case in found.cases] == [1.0, None]

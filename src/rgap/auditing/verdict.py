@@ -152,10 +152,10 @@ def _many(some: int, count: int, what: str) -> str:
 def _sentences(cases: Sequence[Case], exact: int, seen: int, read: ReadOut | None, target: Target) -> list[str]:
     count = len(cases)
     others = sum(case.truth is None and case.level is Level.NOTHING for case in cases)
-    tail = f"; of {others} nobody can say: there is nothing to compare with" if others else ""
-    seen_or_not = f"{seen - exact} more recognisably, {count - seen - others} not{tail}"
-    tried = any(case.results for case in cases)
-    found = [f"{exact} of {count} samples recovered exactly, {seen_or_not}."] if tried else []
+    parts = [f"{exact} of {count} samples recovered exactly", f"{seen - exact} more recognisably"]
+    parts += [f"{count - seen - others} not"] if count > seen + others or not others else []
+    parts += [f"{others} cannot be judged without the original{'s' * (others > 1)}"] if others else []
+    found = [f"{', '.join(parts)}."] if any(case.results for case in cases) else []
     best = [case.best for case in cases if case.best is not None and case.level is not Level.NOTHING]
     unknown = [r for r in best if not r.compared and r.level is not Level.EXACT]
     if unknown:
