@@ -23,6 +23,8 @@ MOST = 1500
 """Units that are, at the most."""
 KEPT = 3e-3
 """Variance of a combination of sides, from which on it is a number of its own."""
+NUMBERS = 2500
+"""Of these, at the most: each takes memory of the size of all parameters."""
 MOVED = 0.02
 """Of a side's variance is its own in each step: how far units move is not known exactly."""
 
@@ -89,16 +91,20 @@ def doubts(steps: KinkedSteps, run: Sequence[Step], std: Sequence[Tensor]) -> li
     every = torch.cat(open_)
     if int((every > least).sum()) > MOST:
         least = float(every.topk(MOST).values[-1])
-    found = []
+    parts = []
     for j, p in enumerate(upper):
         unit = (open_[j] >= least).nonzero().flatten()
         p = p[unit]
         both = torch.minimum(p[:, :, None], p[:, None, :]) - p[:, :, None] * p[:, None, :]
         both = (1 - MOVED) * both + MOVED * torch.diag_embed(p * (1 - p))
-        variance, vectors = torch.linalg.eigh(both)
-        own, at = (variance > KEPT).nonzero(as_tuple=True)
-        rise = rises[j][unit[own], None]
-        found.append(Doubt(unit[own], rise * vectors[own, :, at] * variance[own, at, None].sqrt()))
+        parts.append((unit, *torch.linalg.eigh(both)))
+    variances = torch.cat([variance.flatten() for _, variance, _ in parts])
+    kept = max(KEPT, float(variances.topk(NUMBERS).values[-1]) if len(variances) > NUMBERS else 0.0)
+    found = []
+    for rise, (unit, variance, vectors) in zip(rises, parts, strict=True):
+        own, at = (variance > kept).nonzero(as_tuple=True)
+        of = unit[own]
+        found.append(Doubt(of, rise[of, None] * vectors[own, :, at] * variance[own, at, None].sqrt()))
     return found
 
 
