@@ -56,6 +56,23 @@ def test_values_many_times_the_picture_tell_it(name: str, attack: Recursive) -> 
     assert "values" in [layer.method for layer in found.answers[0].layers]
 
 
+@pytest.mark.parametrize("name", ["residual block", "two blocks", "maximum"])
+def test_two_samples_of_one_gradient_are_read_behind_a_mean(name: str) -> None:
+    """The gradient of the convolution in front of the mean tells what both span, and features which mixture each is."""
+    size, front = FRONTS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        head = [conv(2 * WIDE), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * WIDE, 10)]
+        model = nn.Sequential(*front(), *head)
+    target = Target(model.eval(), losses.CrossEntropy(10), (3, size, size), (0.0, 1.0), batch_size=2)
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    found = Closed()(target, capture(target, x, torch.tensor([0.0, 1.0])))
+    assert found.status is Status.EXACT, found.reason
+    apart = torch.cdist(found.inputs.flatten(1), x.double().flatten(1)) / x[0].numel() ** 0.5
+    assert apart.min(1).values.max() < 1e-5
+    assert sorted(apart.argmin(1).tolist()) == [0, 1]
+
+
 @pytest.mark.parametrize("kept", [0, 1, 3])
 def test_too_few_values_are_not_asked(kept: int) -> None:
     with torch.random.fork_rng():

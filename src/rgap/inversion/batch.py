@@ -15,6 +15,7 @@ from rgap.inversion.gauss_newton import Continuation, gauss_newton
 from rgap.inversion.joint import JointSolve, names
 from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
+from rgap.inversion.read_together import read_together
 from rgap.inversion.refine import refined
 from rgap.inversion.report import JointReport, LayerReport
 from rgap.inversion.samples import Passed, layer_by_layer
@@ -187,14 +188,20 @@ def back(
     front = network.part([segment for segment in network.segments if segment.exit <= head.value_id])
     if front.layers and not features.complete:
         return "all samples share the gradients of the layers in front, and some samples are missing"
-    state = features.state
+    state, scatter = features.state, features.scatter
+    if any(isinstance(node.op, Pool) for node in front.nodes) and features.complete:
+        ahead = read_together(front, state, gradients, eps)
+        if ahead is not None and ahead[0] == 0:
+            return Inputs(ahead[1].value, ahead[1].rms_std)
+        if ahead is not None:
+            front, state, scatter = _up_to(front, ahead[0]), ahead[1], eps
     system = ConstraintSystem(front.own, state, gradients, eps)
     free = system.unknowns - system.rank_at_most
     if front.layers and free > 0 and not any(isinstance(node.op, Pool) for node in front.nodes):
         which = " and ".join(names(system))
         return f"{which} leave {free} of {system.unknowns} dimensions free at least, whatever the attack"
     observed = Observation({name: grad[None] for name, grad in gradients.items()}, eps, rank_tolerance)
-    passed = layer_by_layer(front, state, observed, report, features.scatter)
+    passed = layer_by_layer(front, state, observed, report, scatter)
     if not front.layers:
         return str(passed.stop) if passed.stop else Inputs(passed.state.value, features.error)
     if passed.stop is None:
@@ -215,6 +222,10 @@ def back(
     return _jointly(front, passed, gradients, eps, tolerance, value_range, solve, report)
 
 
+def _up_to(network: Network, value_id: int) -> Network:
+    return network.part([segment for segment in network.segments if segment.exit <= value_id])
+
+
 def _by_values(
     front: Network,
     passed: Passed,
@@ -229,10 +240,9 @@ def _by_values(
     inverted, so that nothing is asked for which of two inputs an output has; None if no such value tells them."""
     probe = torch.Generator(device=front.device).manual_seed(0)
     for value_id, state in {len(front.nodes): passed.output, passed.certain[0]: passed.certain[1]}.items():
-        segments = [segment for segment in front.segments if segment.exit <= value_id]
-        if not segments:
+        if value_id == 0:
             continue
-        part = front.part(segments)
+        part = _up_to(front, value_id)
         try:
             found = input_by_values(part, state, eps, report=report)
             if found is None:

@@ -46,15 +46,10 @@ class Direction:
     """How much less of any other input is in it."""
 
 
-def readable(layer: Layer) -> bool:
+def readable(layer: Layer, samples: int = 1) -> bool:
     """Whether the row space of the layer's gradient can hold all patches and be smaller than what it is a space of."""
-    reads = layer.weight.shape[2]
-    return (
-        layer.groups == 1
-        and layer.positions <= layer.outputs
-        and layer.positions < reads
-        and layer.seen == layer.unknowns
-    )
+    reads, patches = layer.weight.shape[2], samples * layer.positions
+    return layer.groups == 1 and patches <= layer.outputs and patches < reads and layer.seen == layer.unknowns
 
 
 def input_direction(layer: Layer, grad: Float[Tensor, "o i"], eps: float) -> Direction | None:
@@ -77,12 +72,24 @@ def input_direction(layer: Layer, grad: Float[Tensor, "o i"], eps: float) -> Dir
     return Direction(x, error, gap)
 
 
-def _leading(layer: Layer, grad: Tensor, eps: float, start: Tensor | None = None) -> tuple[Tensor, float] | None:
-    """The input with the largest share, and how much less of any other is in it."""
-    span = Span.of(layer, grad, None, eps)
-    if not 0 < span.rank <= layer.positions:
+def input_space(layer: Layer, grad: Float[Tensor, "o i"], eps: float, samples: int) -> Float[Tensor, "b c n"] | None:
+    """An orthonormal basis of what the inputs of several samples span, whose patches the row space holds as well; None
+    where it does not tell them."""
+    found = _leading(layer, grad, eps, None, samples)
+    if found is None:
         return None
-    if layer.positions == 1:
+    basis: Tensor = torch.linalg.qr(found[0].flatten(1).mT)[0].mT
+    return basis.reshape(found[0].shape)
+
+
+def _leading(
+    layer: Layer, grad: Tensor, eps: float, start: Tensor | None = None, samples: int = 1
+) -> tuple[Float[Tensor, "b c n"], float] | None:
+    """The inputs with the largest shares, as many as there are samples, and how much less of any other is in it."""
+    span = Span.of(layer, grad, None, eps)
+    if not 0 < span.rank <= samples * layer.positions:
+        return None
+    if samples * layer.positions == 1:
         return span.v.mT[:1, :, None].reshape(1, layer.channels, layer.pixels), 1.0
     like = grad.new_zeros(1, layer.channels, layer.pixels)
     read = layer.patches(torch.ones_like(like))
@@ -98,11 +105,12 @@ def _leading(layer: Layer, grad: Tensor, eps: float, start: Tensor | None = None
     begin = np.random.default_rng(0).random(count) if start is None else (start / size).flatten().cpu().numpy()
     operator = LinearOperator((count, count), matvec=within, dtype=np.float64)
     try:
-        shares, vectors = eigsh(operator, k=2, which="LA", v0=begin, maxiter=STEPS, tol=1e-12)
+        shares, vectors = eigsh(operator, k=samples + 1, which="LA", v0=begin, maxiter=STEPS, tol=1e-12)
     except ArpackNoConvergence:
         return None
     second, first = float(shares[0]), float(shares[1])
     if 1 - first > WITHIN or first - second < GAP:
         return None
-    x = torch.as_tensor(vectors[:, 1].copy(), dtype=like.dtype, device=like.device).reshape(like.shape) * size
-    return x / x.norm(), first - second
+    x = torch.as_tensor(vectors[:, :0:-1].T.copy(), dtype=like.dtype, device=like.device)
+    x = x.reshape(samples, *like.shape[1:]) * size
+    return x / x.flatten(1).norm(dim=1)[:, None, None], first - second
