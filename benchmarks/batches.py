@@ -87,7 +87,7 @@ ROWS = [
     *(
         Row(f"3072-512-256-10, {act}, no biases", partial(perceptron, WIDTHS, act, False), b)
         for act in ACTIVATIONS
-        for b in (8, 32)
+        for b in (8, 16, 32, 64)
     ),
     *(
         Row(f"3072-512-256-10, {act}, mean removed", partial(perceptron, WIDTHS, act), 64, centred=True)
@@ -145,6 +145,7 @@ ROWS = [
         )
         for classes, b in ((10, 4), (100, 16), (100, 32))
     ),
+    Row("features of ConvNet-64, 10 classes", models.convnet, 4, distinct=True),
 ]
 
 
