@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -91,7 +92,8 @@ def plot(network: str, points: dict[str, list[tuple[float, float]]], folder: Pat
         plotting.ticks(axes, kept, [f"{tick:g}" for tick in kept])
         axes.set_xlabel("seconds for a picture, one thread")
         plotting.name_lines(axes, lines, LOOKS)
-    plotting.save(figure, folder / f"matching-{network.split()[0].lower().replace('_', '-')}.svg")
+    slug = re.sub("[^a-z0-9]+", "-", network.lower().replace("'s", ""))
+    plotting.save(figure, folder / f"matching-{slug}.svg")
 
 
 def main() -> None:
