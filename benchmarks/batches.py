@@ -20,6 +20,7 @@ from rows import ACTIVATIONS, Tally, measure, parser, perceptron
 from torch import Tensor, nn
 
 from rgap import Protocol, Target, attacks, capture, data, losses, models
+from rgap.linalg import deadline
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def with_classes(body: Callable[[], nn.Module], classes: int) -> Callable[[], nn
     return make
 
 
+FEATURES = 15.0
+"""Seconds for a batch whose features alone count: what is in front of them is not waited for."""
 WIDTHS = (3072, 512, 256, 10)
 ROWS = [
     *(
@@ -176,7 +179,9 @@ def run(row: Row, pictures: data.Images, batches: int) -> dict[str, Any]:
     for seed in range(batches):
         x, labels = drawn(row, pictures, seed)
         target = Target(model, loss, tuple(x.shape[1:]), value_range, batch_size=row.samples)
-        found = attacks.Closed()(target, capture(target, x, labels, protocol))
+        update = capture(target, x, labels, protocol)
+        with deadline.within(FEATURES if features else None):
+            found = attacks.Closed()(target, update)
         seconds.append(found.seconds)
         statuses.append(found.status.value)
         if features and found.features is not None:

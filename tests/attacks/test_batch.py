@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rgap import Protocol, Target, Update, capture, losses
 from rgap.attacks import Closed, Hybrid, Polish, Reconstruction, Rule, Status
 from rgap.defences import DropBias
-from rgap.linalg.deadline import within
+from rgap.linalg.deadline import OutOfTime, within
 from tests.inversion.subspace.cases import perceptron
 from tests.nn.modules import Skip
 
@@ -263,6 +263,21 @@ def test_a_batch_for_which_the_time_is_up_is_cut_off(activation: str, monkeypatc
     with within(0.0):
         found = Closed()(target, capture(target, x, labels))
     assert found.status is Status.CUT_OFF
+
+
+def test_what_was_told_apart_is_kept_where_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*arguments: object) -> None:
+        raise OutOfTime
+
+    monkeypatch.setattr("rgap.attacks.batch.back", late)
+    x, labels = draw(4, (30,))
+    target = target_of(perceptron((30, 24, 20, CLASSES), "tanh"), (30,), 4)
+    found = Closed()(target, capture(target, x, labels))
+    assert found.status is Status.PARTIAL
+    assert "the labels of all 4 samples" in found.reason
+    assert "the time was up" in found.reason
+    assert found.features is not None
+    assert sorted(found.features.labels.tolist()) == sorted(labels.tolist())
 
 
 @pytest.mark.parametrize("classes", [1, 2])

@@ -13,6 +13,7 @@ from rgap.attacks.verdict import EXPLAINED, SOLVED, mirrored, range_misfit
 from rgap.inversion.batch import Features, Inputs, back, find_features
 from rgap.inversion.joint import JointSolve
 from rgap.inversion.subspace.peel import Search
+from rgap.linalg.deadline import OutOfTime
 from rgap.target import Target
 from rgap.update import Update
 
@@ -52,17 +53,21 @@ def invert_batch(
     if found.complete and not told <= update.tolerance:
         reason = f"the {found.found} samples in front of {found.layer} give its gradient to {told:.1e} only"
         return Outcome(Status.NOT_CONVERGED, reason, assumptions=tuple(assumptions))
-    inputs = back(
-        target.network,
-        found,
-        gradients,
-        update.precision,
-        rank_tolerance,
-        tolerance,
-        target.value_range,
-        joint,
-        Reporter("Closed, layers together, step", joint.continuation.max_steps),
-    )
+    together = Reporter("Closed, layers together, step", joint.continuation.max_steps)
+    try:
+        inputs = back(
+            target.network,
+            found,
+            gradients,
+            update.precision,
+            rank_tolerance,
+            tolerance,
+            target.value_range,
+            joint,
+            together,
+        )
+    except OutOfTime:
+        inputs = "the time was up"
     features = _features(found)
     if isinstance(inputs, str):
         reason = f"{_of(found.found, found.count)} and what {found.layer} reads of them, but no inputs: {inputs}"
