@@ -126,7 +126,7 @@ class Bias(Attack):
         state = State(x, torch.zeros_like(x) if before is None else before, None, std)
         # Where the cotangent goes on by a way that is not known, the layers in front have weight constraints only.
         known = {} if before is None else {name: g[None] for name, g in gradients.items()}
-        front = network.part([segment for segment in network.segments if segment.exit <= entry])
+        front = network.up_to(entry)
         paths = Paths.begin(state, torch.zeros(1, dtype=torch.long, device=x.device), x.new_zeros(1))
         report = Reporter(self.name, len(front.segments))
         [end, *_] = recurse(front, Observation(known, eps, rank_tolerance, self.seed), paths, report)

@@ -185,7 +185,7 @@ def back(
     head = features.spaces.head
     if head.value_id == 0:
         return Inputs(features.samples.x.reshape(-1, *network.input_shape), features.error)
-    front = network.part([segment for segment in network.segments if segment.exit <= head.value_id])
+    front = network.up_to(head.value_id)
     if front.layers and not features.complete:
         return "all samples share the gradients of the layers in front, and some samples are missing"
     state, scatter = features.state, features.scatter
@@ -194,7 +194,7 @@ def back(
         if ahead is not None and ahead[0] == 0:
             return Inputs(ahead[1].value, ahead[1].rms_std)
         if ahead is not None:
-            front, state, scatter = _up_to(front, ahead[0]), ahead[1], eps
+            front, state, scatter = front.up_to(ahead[0]), ahead[1], eps
     system = ConstraintSystem(front.own, state, gradients, eps)
     free = system.unknowns - system.rank_at_most
     if front.layers and free > 0 and not any(isinstance(node.op, Pool) for node in front.nodes):
@@ -222,10 +222,6 @@ def back(
     return _jointly(front, passed, gradients, eps, tolerance, value_range, solve, report)
 
 
-def _up_to(network: Network, value_id: int) -> Network:
-    return network.part([segment for segment in network.segments if segment.exit <= value_id])
-
-
 def _by_values(
     front: Network,
     passed: Passed,
@@ -242,7 +238,7 @@ def _by_values(
     for value_id, state in {len(front.nodes): passed.output, passed.certain[0]: passed.certain[1]}.items():
         if value_id == 0:
             continue
-        part = _up_to(front, value_id)
+        part = front.up_to(value_id)
         try:
             found = input_by_values(part, state, eps, report=report)
             if found is None:
@@ -272,7 +268,7 @@ def _jointly(
 ) -> Inputs | str:
     """The layers up to the last value that is certain together, from what they gave one by one."""
     value_id, state = passed.certain
-    front = front.part([segment for segment in front.segments if segment.exit <= value_id])
+    front = front.up_to(value_id)
     system = ConstraintSystem(front, state, gradients, eps)
     if not system.nodes:
         return str(passed.stop or "no gradient in front of the features was sent")

@@ -77,7 +77,7 @@ def told_by_values(
     """
     if not paths.state.value[0].numel() > max(LARGE, MANY * math.prod(network.input_shape)):
         return None
-    front = network.part([segment for segment in network.segments if segment.exit <= value_id])
+    front = network.up_to(value_id)
     found: list[tuple[int, BlockInput]] = []
     for s, history in enumerate(paths.history):
         if (history.value_open or history.cotangent_open) is not None:

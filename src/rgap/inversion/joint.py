@@ -83,7 +83,7 @@ class JointSolve:
         """
         if candidate.certain_id == 0:
             return candidate
-        front = network.part([segment for segment in network.segments if segment.exit <= candidate.certain_id])
+        front = network.up_to(candidate.certain_id)
         gradients = {name: g[0] for name, g in observed.gradients.items()}
         system = ConstraintSystem(front, candidate.certain, gradients, observed.eps)
         if not system.nodes:

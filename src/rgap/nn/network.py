@@ -107,6 +107,10 @@ class Network:
         )
         return Network(tuple(nodes), self.shapes[first])
 
+    def up_to(self, value_id: int) -> Network:
+        """The segments from the input to a value."""
+        return self.part([segment for segment in self.segments if segment.exit <= value_id])
+
     @cached_property
     def own(self) -> Network:
         """The same, with batch norms in training mode that take the statistics of their values, and not those that
