@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.by_values import input_by_values
-from rgap.inversion.gauss_newton import Continuation, gauss_newton
+from rgap.inversion.gauss_newton import Continuation, Solution, gauss_newton
 from rgap.inversion.joint import JointSolve, names
 from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
@@ -25,7 +25,7 @@ from rgap.inversion.subspace.identify import Samples
 from rgap.inversion.subspace.pattern import by_patterns
 from rgap.inversion.subspace.peel import Search
 from rgap.inversion.subspace.together import by_labels
-from rgap.inversion.system import ConstraintSystem
+from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.linalg.deadline import OutOfTime
 from rgap.nn.losses import Loss
 from rgap.nn.network import Network
@@ -207,8 +207,9 @@ def back(
     if passed.stop is None:
         # A last unit or two may still be on the wrong side.
         passed = passed.moved(refine_sides(system, passed.state.value, tolerance))
+    whole = _Front(front, passed, gradients, eps, tolerance, value_range, solve, report)
     if passed.stop is not None or system.distance(system.linearise(passed.state.value)) > tolerance:
-        told = _by_values(front, passed, gradients, eps, tolerance, value_range, solve, report)
+        told = whole.by_values()
         if told is not None:
             return told
     # Where every layer determines its inputs, there is nothing that all of them together would add. Where one does not,
@@ -219,65 +220,62 @@ def back(
         return Inputs(x, passed.state.rms_std, passed.layers)
     if passed.stop is not None and passed.stop.cause is Cause.LOSSY:
         return str(passed.stop)
-    return _jointly(front, passed, gradients, eps, tolerance, value_range, solve, report)
+    return whole.jointly()
 
 
-def _by_values(
-    front: Network,
-    passed: Passed,
-    gradients: Mapping[str, Tensor],
-    eps: float,
-    tolerance: float,
-    value_range: tuple[float, float] | None,
-    solve: JointSolve,
-    report: Callable[[int, float], None],
-) -> Inputs | None:
-    """The inputs from weight rows alone, where a value that is known has many times as many numbers: no activation is
-    inverted, so that nothing is asked for which of two inputs an output has; None if no such value tells them."""
-    probe = torch.Generator(device=front.device).manual_seed(0)
-    for value_id, state in {len(front.nodes): passed.output, passed.certain[0]: passed.certain[1]}.items():
-        if value_id == 0:
-            continue
-        part = front.up_to(value_id)
-        try:
-            found = input_by_values(part, state, eps, report=report)
-            if found is None:
+@dataclass(frozen=True, eq=False)
+class _Front:
+    """The layers that were passed one by one, to be solved as a whole."""
+
+    network: Network
+    passed: Passed
+    gradients: Mapping[str, Tensor]
+    eps: float
+    tolerance: float
+    value_range: tuple[float, float] | None
+    solve: JointSolve
+    report: Callable[[int, float], None]
+
+    def by_values(self) -> Inputs | None:
+        """The inputs from weight rows alone, where a value that is known has many times as many numbers: no activation
+        is inverted, so that nothing is asked for which of two inputs an output has; None if no such value tells
+        them."""
+        passed, network = self.passed, self.network
+        for value_id, state in {len(network.nodes): passed.output, passed.certain[0]: passed.certain[1]}.items():
+            if value_id == 0:
                 continue
-            system, (_, solution) = ConstraintSystem(part.own, state, gradients, eps), found
-            prior = Prior(part.input_shape, sum(value_range or (0.0, 0.0)) / 2)
-            solver = solve.solver(system, "auto")
-            # All rows from there: they know the last digits.
-            solution = gauss_newton(system, solver, None, tolerance, system.linearise(solution.x), LAST, report)
-            told = solve.solve(system, solver, prior, tolerance, None, probe, report, solution)
+            part = network.up_to(value_id)
+            try:
+                found = input_by_values(part, state, self.eps, report=self.report)
+                if found is None:
+                    continue
+                system = ConstraintSystem(part.own, state, self.gradients, self.eps)
+                # All rows from there: they know the last digits.
+                start, solver = system.linearise(found[1].x), self.solve.solver(system, "auto")
+                at_end = gauss_newton(system, solver, None, self.tolerance, start, LAST, self.report)
+                told = self._together(system, None, at_end)
+            except OutOfTime:
+                return None
+            if told.joint is not None and told.joint.converged:
+                return told
+        return None
+
+    def jointly(self) -> Inputs | str:
+        """The layers up to the last value that is certain together, from what they gave one by one."""
+        value_id, state = self.passed.certain
+        system = ConstraintSystem(self.network.up_to(value_id), state, self.gradients, self.eps)
+        if not system.nodes:
+            return str(self.passed.stop or "no gradient in front of the features was sent")
+        start = None if self.passed.stop else system.linearise(self.passed.state.value)
+        try:
+            return self._together(system, start, None)
         except OutOfTime:
-            return None
-        if told.report.converged:
-            return Inputs(told.x, told.x.new_full((len(told.x),), told.std), passed.layers, told.report)
-    return None
+            return "the layers in front were not solved jointly: the time was up"
 
-
-def _jointly(
-    front: Network,
-    passed: Passed,
-    gradients: Mapping[str, Tensor],
-    eps: float,
-    tolerance: float,
-    value_range: tuple[float, float] | None,
-    solve: JointSolve,
-    report: Callable[[int, float], None],
-) -> Inputs | str:
-    """The layers up to the last value that is certain together, from what they gave one by one."""
-    value_id, state = passed.certain
-    front = front.up_to(value_id)
-    system = ConstraintSystem(front, state, gradients, eps)
-    if not system.nodes:
-        return str(passed.stop or "no gradient in front of the features was sent")
-    low, high = value_range or (0.0, 0.0)
-    prior = Prior(front.input_shape, (low + high) / 2)
-    start = None if passed.stop else system.linearise(passed.state.value)
-    probe = torch.Generator(device=front.device).manual_seed(0)
-    try:
-        found = solve.solve(system, solve.solver(system, "auto"), prior, tolerance, start, probe, report)
-    except OutOfTime:
-        return "the layers in front were not solved jointly: the time was up"
-    return Inputs(found.x, found.x.new_full((len(found.x),), found.std), passed.layers, found.report)
+    def _together(self, system: ConstraintSystem, start: Linearisation | None, found: Solution | None) -> Inputs:
+        """From all constraints, or where they were solved already: how well they determine what was found."""
+        prior = Prior(system.network.input_shape, sum(self.value_range or (0.0, 0.0)) / 2)
+        probe = torch.Generator(device=self.network.device).manual_seed(0)
+        solver = self.solve.solver(system, "auto")
+        told = self.solve.solve(system, solver, prior, self.tolerance, start, probe, self.report, found)
+        return Inputs(told.x, told.x.new_full((len(told.x),), told.std), self.passed.layers, told.report)
