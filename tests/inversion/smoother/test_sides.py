@@ -36,35 +36,40 @@ def test_sides_vary_together_as_draws_do() -> None:
             assert (torch.cov(slopes) - pattern.mT @ pattern).abs().max() < 0.02
 
 
-def test_each_does_to_the_gradients_what_its_slopes_do() -> None:
-    steps, x, std = doubtful(1)
+@pytest.mark.parametrize("number", [1, 3])
+def test_each_does_to_the_gradients_what_its_slopes_do(number: int) -> None:
+    steps, x, std = doubtful(number)
     run = steps_with(steps, x, std)
     found = doubts(steps, run, std)
     columns = effects(steps, run, found)
-    weights = dict(steps.client.weights)
+    made = [steps.rows(step.network, step.values, step.cotangents) for step in run]
+    gradients = [{name: rows[0] for name, rows in each.items()} for each in made]
+    trail = [steps.now(gradients[:t]) for t in range(number)]
 
     def gradient(d: Tensor) -> dict[str, Tensor]:
+        """The mean of the steps, whose weights stay."""
         parts = torch.split(d, [len(doubt.unit) for doubt in found])
-        expected = [run[0].slopes[at] for at in steps.activations]
-        slopes = [doubt.added(slope, own) for doubt, slope, own in zip(found, expected, parts, strict=True)]
-        with GivenSlopes(slopes):
-            return steps.client.differentiable(weights, x, steps.labels)
+        total = {name: torch.zeros_like(w) for name, w in steps.client.weights.items()}
+        for t, share in enumerate(steps.shares):
+            slopes = [
+                doubt.added(torch.cat([step.slopes[at] for step in run]), own)[t]
+                for at, doubt, own in zip(steps.activations, found, parts, strict=True)
+            ]
+            with GivenSlopes(slopes):
+                each = steps.client.differentiable(trail[t], x, steps.labels)
+            total = {name: own + share * each[name] for name, own in total.items()}
+        return total
 
-    number = sum(len(doubt.unit) for doubt in found)
-    names = list(columns)
-    for at in range(0, number, 3):
-        unit = torch.zeros(number, dtype=torch.float64)
-        unit[at] = 1e-6
+    doubtful_slopes = sum(len(doubt.unit) for doubt in found)
+    assert doubtful_slopes
+    for at in range(doubtful_slopes):
+        unit = torch.zeros(doubtful_slopes, dtype=torch.float64)
+        unit[at] = 1e-5
         up, down = gradient(unit), gradient(-unit)
-        for name in names:
-            own = at - (number - (len(columns[name]) - 4))  # the last four are the output's
-            change = (up[name] - down[name]) / 2e-6
-            if own < 0:
-                k_alone = change.abs().max() < 10 * WIDTH * steps.size[name]
-                assert k_alone
-                continue
-            wanted = columns[name][own]
-            assert float((change - wanted).norm()) <= 0.2 * float(wanted.norm()) + WIDTH * steps.size[name]
+        for name, own in columns.items():
+            assert len(own) == doubtful_slopes + 4  # the last four are the output's
+            change = (up[name] - down[name]) / 2e-5
+            assert float((change - own[at]).norm()) <= 1e-5 * float(change.norm()) + 1e-7 * steps.size[name]
 
 
 @pytest.mark.parametrize("number", [1, 3])

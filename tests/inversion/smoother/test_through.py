@@ -7,8 +7,10 @@ import torch
 
 from rgap.inversion.prior import Prior
 from rgap.inversion.smoother.setting import Setting
-from rgap.inversion.smoother.through import Through, Whitened
+from rgap.inversion.smoother.sides import doubts, steps_with
+from rgap.inversion.smoother.through import Near, Through, Whitened
 from rgap.inversion.walk import Walk
+from rgap.linalg.derivative import jacobian
 from tests.inversion.smoother.test_steps import of
 
 
@@ -26,7 +28,7 @@ def test_units_on_their_wrong_sides_are_settled(number: int) -> None:
     wrong = [((values[steps.reads(at)] > 0) != (there[steps.reads(at)] > 0)).sum() for at in steps.activations]
     assert sum(wrong) > 0
     assert misfit(start) > 100
-    for found in Through(setting).passes(start):
+    for found in Through(setting).passes(start, 1e-3):
         if misfit(found.x) <= 2:
             break
     assert misfit(found.x) <= 2
@@ -44,3 +46,24 @@ def test_whitening_is_undone_by_its_adjoint() -> None:
     found = whitened.unwhitened(v)
     found = torch.cat([found[4:], found[:4]])
     torch.testing.assert_close(root.mT @ found, v)
+
+
+@pytest.mark.parametrize(("number", "apart"), [(1, 1.01), (2, 20.0)])
+def test_whitened_unknowns_are_told_alike_by_the_steps(number: int, apart: float) -> None:
+    """With many sides in doubt, whose units change what all layers behind read."""
+    steps, x = of(number)
+    through = Through(Setting(steps, Prior((1, 5, 5), 0.5), (0.0, 1.0)))
+    values, noise = steps.middle_network.forward(x), 3e-3
+    z = [values[steps.reads(at)] for at in steps.activations]
+    std = [torch.full_like(each, 0.05 * float(each.square().mean().sqrt())) for each in z]
+    near = Near(x, std, dict.fromkeys(steps.names, noise))
+    variance = {name: torch.full_like(g, (noise * steps.size[name]) ** 2) for name, g in steps.gradient.items()}
+    run = steps_with(steps, x, std)
+    found = doubts(steps, run, std)
+    whitened, _, _ = through._factored(near, run, found, variance)
+    assert whitened.doubts >= 20
+    made = through._made(run, found, {name: each.sqrt() * abs(steps.scale) for name, each in variance.items()})
+    moves = jacobian(made, torch.cat([x.flatten(), x.new_zeros(whitened.doubts)]))
+    white = torch.stack([whitened.adjoint(row) for row in moves])
+    told = torch.linalg.svdvals(white).square()
+    assert 1 / apart < float(told.min()) <= float(told.max()) < apart

@@ -135,14 +135,7 @@ class Again:
 
     def _tied(self, middle: Middle) -> Information:
         """That the output's cotangent changes as the output does."""
-        value, steps = middle.values[-1], self.setting.steps
-        flat = value.flatten()
-        step = 1e-6 * max(1.0, float(flat.abs().max()))
-        columns = []
-        for unit in torch.eye(len(flat), dtype=flat.dtype).to(flat):
-            up, down = (steps.output_gradient((flat + sign * step * unit).reshape(value.shape)) for sign in (1, -1))
-            columns.append((up - down).flatten() / (2 * step))
-        slope = torch.stack(columns, 1)
+        flat, slope = middle.values[-1].flatten(), self.setting.steps.output_curvature(middle.values[-1])
         k = middle.cotangents[-1]
         assert k is not None
         sure = (SURE * float(k.norm())) ** -2

@@ -119,7 +119,7 @@ class _Smoother:
             low, high = self.setting.value_range
             if not begun and (reached.std <= smoothing.near * (high - low) or number + 1 == smoothing.far):
                 begun = True
-                for found in through.passes(guess.x):
+                for found in through.passes(guess.x, max(tau.values())):
                     yield replace(self.reached(found.x, found.information), through=True)
 
     def _run(self, guess: Guess, before: Made | None) -> tuple[Made, dict[str, Tensor], float]:

@@ -217,18 +217,29 @@ class KinkedSteps:
         """k of the network's output."""
         return self.client.loss.output_gradient(value.reshape(len(value), -1), self.labels).reshape(value.shape)
 
-    def rows(self, network: Network, values: list[Tensor], ks: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """The gradients of all parameters that these cotangents give, (s, *shape)."""
+    def output_curvature(self, value: Tensor) -> Float[Tensor, "o o"]:
+        """How k of the network's output changes with the output."""
+        flat = value.flatten()
+        step = 1e-6 * max(1.0, float(flat.abs().max()))
+        columns = []
+        for unit in torch.eye(len(flat), dtype=flat.dtype).to(flat):
+            up, down = (self.output_gradient((flat + sign * step * unit).reshape(value.shape)) for sign in (1, -1))
+            columns.append((up - down).flatten() / (2 * step))
+        return torch.stack(columns, 1)
+
+    def rows(self, network: Network, values: Sequence[Tensor | None], ks: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """The gradients of all parameters that these values and cotangents give, of one or of each, (s, *shape)."""
         found = {}
         for at in self.layers:
             op, k = network.nodes[at].op, ks[at + 1]
             assert isinstance(op, Linear)
-            if k is None:
+            read = values[network.nodes[at].reads[0]]
+            if k is None or read is None:
                 continue
-            layer, k = op.layer, op.layer.pack_output(k)
-            x = layer.pack_input(values[network.nodes[at].reads[0]])
-            shape = self.client.weights[layer.weight_name].shape
-            found[layer.weight_name] = layer.grad_weight(x.expand(len(k), *x.shape[1:]), k).reshape(len(k), *shape)
+            layer, k, x = op.layer, op.layer.pack_output(k), op.layer.pack_input(read)
+            several, shape = len(k) if len(x) == 1 else len(x), self.client.weights[layer.weight_name].shape
+            x, k = (each.expand(several, *each.shape[1:]) for each in (x, k))
+            found[layer.weight_name] = layer.grad_weight(x, k).reshape(several, *shape)
             if layer.bias_name is not None and layer.bias_name in self.difference.sent:
                 found[layer.bias_name] = k.sum(-1)
         return found

@@ -20,8 +20,8 @@ from torch import Tensor
 from rgap.inversion.smoother.again import Again
 from rgap.inversion.smoother.information import Information
 from rgap.inversion.smoother.setting import Setting
-from rgap.inversion.smoother.sides import Doubt, Step, doubts, effects, steps_with
-from rgap.inversion.smoother.steps import Guess
+from rgap.inversion.smoother.sides import Doubt, Step, doubts, effects, pushed, steps_with
+from rgap.inversion.smoother.steps import Guess, Middle
 from rgap.inversion.smoother.trial import Trial
 from rgap.inversion.unrolled import made_by
 from rgap.inversion.walk import Walk
@@ -41,9 +41,9 @@ class Approach:
     """By so much values' errors are taken for larger than the rows say."""
     most: int = 16
     """Linearisations."""
-    begin: float = 1e-3
-    """Of a parameter's gradient is taken for noise at first, and of what is in front of activations for their errors,
-    but wider."""
+    begin: tuple[float, float] = (1e-3, 1e-2)
+    """Between these, of a parameter's gradient is taken for noise at first, and of what is in front of activations for
+    their errors, but wider: as much as rows missed before."""
     attempts: int = 4
     """Each with noise and errors twice as large, where rows miss more than they may."""
     inner: int = 3
@@ -124,11 +124,15 @@ class Through:
     setting: Setting
     approach: Approach = APPROACH
 
-    def passes(self, x: Tensor) -> Iterator[Stepped]:
-        """Nearer and nearer to the sample; it ends where rows miss more than can be explained."""
+    def passes(self, x: Tensor, missed: float) -> Iterator[Stepped]:
+        """Nearer and nearer to the sample; it ends where rows miss more than can be explained.
+
+        Args:
+            missed: by rows so far, of a parameter's gradient.
+        """
         wider, steps = self.approach.wider, self.setting.steps
-        values = steps.middle_network.forward(x)
-        z, begin = [values[steps.reads(at)] for at in steps.activations], self.approach.begin
+        values, (least, most) = steps.middle_network.forward(x), self.approach.begin
+        z, begin = [values[steps.reads(at)] for at in steps.activations], min(max(missed, least), most)
         std = [torch.full_like(each, wider * begin * float(each.square().mean().sqrt())) for each in z]
         near = Near(x, std, dict.fromkeys(steps.names, begin))
         for _ in range(self.approach.most):
@@ -250,10 +254,9 @@ class Through:
         places = [torch.cat([step.values[each] for step in run]) - own for each, own in zip(there, z, strict=True)]
         zeros = [torch.zeros_like(each) for each in z]
         middle = replace(steps.middle(Guess(near.x, z, near.std, places, zeros)), residuals=zeros, apart=zeros)
-        again = Again(setting)
         nothing = {name: torch.zeros_like(each) for name, each in variance.items()}
         weight = {name: 1 / each for name, each in variance.items()}
-        information, blurred = again.back(middle, nothing, weight, effects(steps, run, found))
+        information = Again(setting).back(middle, nothing, weight, effects(steps, run, found))[0]
         # The output's cotangent is first, then doubts, then the input.
         number = sum(len(doubt.unit) for doubt in found)
         order = torch.cat([torch.arange(number, len(information.beside)), torch.arange(number)])
@@ -267,10 +270,31 @@ class Through:
             [torch.cat([lower, lower.new_zeros(len(lower), len(corner))], 1), torch.cat([half.mT, corner], 1)]
         )
         drawn = setting.drawn(whole)
-        spread = again.forth(middle, blurred, drawn[:, len(lower) :], drawn[:, :0], None)[1]
-        std = [each.square().mean(0, keepdim=True).sqrt().clamp(min=1e-12) for each in spread]
         outputs = len(order) - number
+        beside_drawn, x_drawn = drawn[:, outputs : len(lower)], drawn[:, len(lower) :]
+        std = self._spread(middle, run, found, x_drawn, beside_drawn)
         return Whitened(whole[outputs:, outputs:].contiguous(), number), replace(information, known=known), std
+
+    def _spread(
+        self,
+        middle: Middle,
+        run: Sequence[Step],
+        found: Sequence[Doubt],
+        x: Float[Tensor, "s v"],
+        d: Float[Tensor, "s d"],
+    ) -> list[Tensor]:
+        """The errors of what is in front of the activations, from draws of input and doubts."""
+        steps, network = self.setting.steps, self.setting.steps.middle_network
+        starts = {0: x.reshape(-1, *network.input_shape)}
+        parts = torch.split(d, [len(doubt.unit) for doubt in found], 1)
+        for at, doubt, own in zip(steps.activations, found, parts, strict=True):
+            z = torch.cat([step.values[steps.reads(at)] for step in run]).flatten(1)
+            by = (z[:, doubt.unit] * doubt.pattern.mT).mean(0)
+            out = z.new_zeros(len(x), z.shape[1]).index_add_(1, doubt.unit, own * by)
+            starts[at + 1] = out.reshape(-1, *network.shapes[at + 1])
+        moved = pushed(network, middle.values, middle.slopes, starts)
+        spread = [moved[steps.reads(at)] for at in steps.activations]
+        return [s.square().mean(0, keepdim=True).sqrt().clamp(min=1e-12) for s in spread if s is not None]
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
