@@ -87,7 +87,7 @@ def photograph(size: int) -> tuple[Tensor, Tensor]:
     return (x - x.min()) / (x.max() - x.min()), torch.ones(1)
 
 
-def large(classes: int, size: int = 12) -> Target:
+def large(classes: int, size: int = 8) -> Target:
     torch.manual_seed(0)
     model = chain(((8, 3, 1, 1), (12, 3, 2, 1)), 3, size, classes, lambda: nn.LeakyReLU(0.2), bias=classes > 1)
     loss = losses.Logistic() if classes == 1 else losses.CrossEntropy(classes)
@@ -97,13 +97,13 @@ def large(classes: int, size: int = 12) -> Target:
 @pytest.fixture
 def few_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of so few samples' values steps are differentiated, and larger ones are quick."""
-    monkeypatch.setattr(local_steps, "MOST_VALUES", 300)
+    monkeypatch.setattr(local_steps, "MOST_VALUES", 150)
 
 
 @pytest.mark.usefixtures("few_values")
 @pytest.mark.parametrize(("classes", "rate", "steps"), [(1, 0.01, 2), (4, 0.001, 5)])
 def test_a_larger_sample_behind_kinks_is_exact(classes: int, rate: float, steps: int) -> None:
-    (x, label), target = photograph(12), large(classes)
+    (x, label), target = photograph(8), large(classes)
     found = Closed()(target, capture(target, x, label, protocol(rate, steps)))
     assert found.status is Status.EXACT, str(found)
     assert found.labels.tolist() == label.tolist()
@@ -113,7 +113,7 @@ def test_a_larger_sample_behind_kinks_is_exact(classes: int, rate: float, steps:
 
 @pytest.mark.usefixtures("few_values")
 def test_a_larger_sample_of_another_protocol_is_not_exact() -> None:
-    (x, label), target = photograph(12), large(4)
+    (x, label), target = photograph(8), large(4)
     update = capture(target, x, label, protocol(0.01, 2))
     with within(20.0):
         found = Closed()(target, Update(update.gradients, replace(update.header, protocol=protocol(0.012, 2))))
@@ -122,7 +122,7 @@ def test_a_larger_sample_of_another_protocol_is_not_exact() -> None:
 
 @pytest.mark.usefixtures("few_values")
 def test_where_there_is_no_time_it_says_how_much_it_would_take() -> None:
-    (x, label), target = photograph(12), large(4)
+    (x, label), target = photograph(12), large(4, 12)
     update = capture(target, x, label, protocol(0.01, 2))
     with within(0.05):
         found = Closed()(target, update)

@@ -13,6 +13,8 @@ from rgap.attacks import Closed, Reconstruction, Status
 from rgap.models.resnet import Block
 from rgap.protocol import Sends
 
+SIZE, CHANNELS = 6, 12
+"""Of the picture, and behind the first layer."""
 SENT = {
     "gradient": Protocol(buffers=True),
     "difference": Protocol(Sends.DIFFERENCE, learning_rate=0.1, buffers=True),
@@ -23,20 +25,20 @@ def make_target(samples: int, *inner: nn.Module, momentum: float | None = 0.1) -
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(2, 16, 3, 2, 1), nn.BatchNorm2d(16, momentum=momentum), nn.LeakyReLU(0.2), *inner, nn.Flatten(),
-            nn.Linear(16 * 16, 10),
+            nn.Conv2d(2, CHANNELS, 3, 2, 1), nn.BatchNorm2d(CHANNELS, momentum=momentum), nn.LeakyReLU(0.2), *inner,
+            nn.Flatten(), nn.Linear(CHANNELS * SIZE**2 // 4, 10),
         ).double()  # fmt: skip
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, 0, 0.2)
                 module.momentum = momentum
-    return Target(model.train(), losses.CrossEntropy(10), (2, 8, 8), (0.0, 1.0), samples)
+    return Target(model.train(), losses.CrossEntropy(10), (2, SIZE, SIZE), (0.0, 1.0), samples)
 
 
 def attacked(target: Target, protocol: Protocol) -> tuple[Reconstruction, Tensor, Update]:
     samples = target.batch_size
-    x = torch.rand(samples, 2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.rand(samples, 2, SIZE, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     update = capture(target, x, torch.arange(samples), protocol)
     return Closed()(target, update), x, update
 
@@ -54,7 +56,7 @@ def test_with_statistics_every_sample_comes_back(samples: int, sent: str, moment
 
 @pytest.mark.parametrize(("samples", "sent"), [(1, "gradient"), (2, "difference"), (4, "gradient")])
 def test_a_residual_block_is_passed(samples: int, sent: str) -> None:
-    block = Block(16, 16, activation=lambda: nn.LeakyReLU(0.2))
+    block = Block(CHANNELS, CHANNELS, activation=lambda: nn.LeakyReLU(0.2))
     found, x, _ = attacked(make_target(samples, block), SENT[sent])
     assert found.status is Status.EXACT, found
     near = torch.cdist(found.inputs.flatten(1), x.flatten(1)).min(0)
@@ -67,13 +69,14 @@ def test_in_a_block_the_rounding_of_running_statistics_does_not_count(samples: i
     """Those of an untrained network in float32 tell a variance to four digits; the values tell it themselves."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        block = Block(16, 16, activation=lambda: nn.LeakyReLU(0.2))
+        block = Block(CHANNELS, CHANNELS, activation=lambda: nn.LeakyReLU(0.2))
         model = nn.Sequential(
-            nn.Conv2d(2, 16, 3, 2, 1), nn.LeakyReLU(0.2), block, nn.Flatten(), nn.Linear(16 * 16, 10)
-        )  # fmt: skip
+            *(nn.Conv2d(2, CHANNELS, 3, 2, 1), nn.LeakyReLU(0.2), block),
+            *(nn.Flatten(), nn.Linear(CHANNELS * SIZE**2 // 4, 10)),
+        )
         nn.init.uniform_(model[0].weight, -0.02, 0.02)
-    target = Target(model.train(), losses.CrossEntropy(10), (2, 8, 8), (0.0, 1.0), samples)
-    x = torch.rand(samples, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    target = Target(model.train(), losses.CrossEntropy(10), (2, SIZE, SIZE), (0.0, 1.0), samples)
+    x = torch.rand(samples, 2, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     update = capture(target, x, torch.arange(samples), SENT["gradient"])
     told = max(each.precision for each in target.batch_statistics(update.buffers, samples).values())
     found = Closed()(target, update)
@@ -88,7 +91,8 @@ def test_in_a_block_the_rounding_of_running_statistics_does_not_count(samples: i
 def test_without_statistics_contrast_and_brightness_are_counted_as_free(samples: int) -> None:
     found, _, _ = attacked(make_target(samples), Protocol())
     assert found.status not in (Status.EXACT, Status.REPRODUCED)
-    assert "batch_norm in training mode leaves mean and size of 16 channels free, 32 dimensions" in found.reason
+    free = f"mean and size of {CHANNELS} channels free, {2 * CHANNELS} dimensions"
+    assert f"batch_norm in training mode leaves {free}" in found.reason
 
 
 @pytest.mark.parametrize("protocol", [SENT["gradient"], SENT["difference"]])
@@ -115,7 +119,7 @@ def test_buffers_of_another_model_are_refused(name: str) -> None:
 def test_statistics_of_several_batches_are_not_taken_for_those_of_one(fields: dict[str, int]) -> None:
     target = make_target(2)
     protocol = Protocol(Sends.DIFFERENCE, learning_rate=0.1, buffers=True, **fields)  # type: ignore[arg-type]
-    x = torch.rand(4 if "clients" in fields else 2, 2, 8, 8, dtype=torch.float64)
+    x = torch.rand(4 if "clients" in fields else 2, 2, SIZE, SIZE, dtype=torch.float64)
     update = capture(target, x, torch.arange(len(x)), protocol)
     assert set(update.buffers) == set(target.buffers)
     plain, _ = update.to_gradient(target)
