@@ -138,17 +138,19 @@ class Information:
         known = self.known.clone()
         for at, block in _blocks(layer, k, weight):
             known[at : at + len(block), at : at + len(block)] += block
-        heavy = effects * weight
-        both = torch.cat([heavy, (weight * missed)[None]])
-        parts = torch.split(both, CHUNK)
-        pulled = torch.cat([layer.grad_input(k.expand(len(part), *k.shape), part).flatten(1) for part in parts])
-        flat = heavy.flatten(1)
+        flat, pulled, beside, right = effects.flatten(1), list[Tensor](), list[Tensor](), list[Tensor]()
+        for part in torch.split(effects, CHUNK):
+            heavy = part * weight
+            pulled.append(_pulled(layer, k, heavy))
+            beside.append(heavy.flatten(1) @ flat.mT)
+            right.append(heavy.flatten(1) @ missed.flatten())
+        own = _pulled(layer, k, (weight * missed)[None])[0]
         return Information(
             known,
-            pad(self.cross, (more, 0)) + pulled[:-1].mT,
-            self.right + pulled[-1],
-            pad(self.beside, (more, 0, more, 0)) + flat @ effects.flatten(1).mT,
-            pad(self.beside_right, (more, 0)) + flat @ missed.flatten(),
+            pad(self.cross, (more, 0)) + torch.cat(pulled).mT,
+            self.right + own,
+            pad(self.beside, (more, 0, more, 0)) + torch.cat(beside),
+            pad(self.beside_right, (more, 0)) + torch.cat(right),
         )
 
     def with_sums(
@@ -170,6 +172,11 @@ def _blocks(layer: Layer, k: Float[Tensor, "o p"], weight: Float[Tensor, "g j i"
             at = (g * (layer.channels // groups) + channel) * pixels
             found.append((at, (matrix[g] * own[:, None]).mT @ matrix[g]))
     return found
+
+
+def _pulled(layer: Layer, k: Float[Tensor, "o p"], rows: Float[Tensor, "m g j i"]) -> Float[Tensor, "m v"]:
+    """K' times each of the rows."""
+    return layer.grad_input(k.expand(len(rows), *k.shape), rows).flatten(1)
 
 
 def adjoint(layer: Layer, columns: Float[Tensor, "v m"]) -> Float[Tensor, "u m"]:

@@ -24,8 +24,8 @@ MOST = 1500
 """Units that are, at the most."""
 KEPT = 3e-3
 """Variance of a combination of sides, from which on it is a number of its own."""
-NUMBERS = 2500
-"""Of these, at the most: each takes memory of the size of all parameters."""
+BYTES = 2 * 2**30
+"""For what these do to all parameters, which limits their number."""
 MOVED = 0.02
 """Of a side's variance is its own in each step: how far units move is not known exactly."""
 
@@ -80,6 +80,11 @@ def steps_with(steps: KinkedSteps, x: Tensor, std: Sequence[Tensor]) -> list[Ste
     return found
 
 
+def most_numbers(gradient: Mapping[str, Tensor]) -> int:
+    """That are in doubt at once, of a network with these parameters."""
+    return max(1, BYTES // sum(g.element_size() * g.numel() for g in gradient.values()))
+
+
 def doubts(steps: KinkedSteps, run: Sequence[Step], std: Sequence[Tensor]) -> list[Doubt]:
     """Of each activation, where it is not known on which side units stand."""
     upper, reads = [], [steps.reads(at) for at in steps.activations]
@@ -100,7 +105,8 @@ def doubts(steps: KinkedSteps, run: Sequence[Step], std: Sequence[Tensor]) -> li
         both = (1 - MOVED) * both + MOVED * torch.diag_embed(p * (1 - p))
         parts.append((unit, *torch.linalg.eigh(both)))
     variances = torch.cat([variance.flatten() for _, variance, _ in parts])
-    kept = max(KEPT, float(variances.topk(NUMBERS).values[-1]) if len(variances) > NUMBERS else 0.0)
+    most = most_numbers(steps.gradient)
+    kept = max(KEPT, float(variances.topk(most).values[-1]) if len(variances) > most else 0.0)
     found = []
     for rise, (unit, variance, vectors) in zip(rises, parts, strict=True):
         own, at = (variance > kept).nonzero(as_tuple=True)
@@ -112,13 +118,20 @@ def doubts(steps: KinkedSteps, run: Sequence[Step], std: Sequence[Tensor]) -> li
 def effects(steps: KinkedSteps, run: Sequence[Step], found: Sequence[Doubt]) -> dict[str, Tensor]:
     """What each doubt, and last each of the output's cotangents changed by one, do to the mean gradient of each
     parameter. Another slope changes all cotangents in front of it, and by what its unit gives all values behind."""
-    columns: dict[str, list[Tensor]] = {name: [] for name in steps.names}
-    pairs = [*zip(steps.activations, found, strict=True)]
-    for of in (*(partial(_of_doubt, steps, at, doubt) for at, doubt in pairs), partial(_of_output, steps)):
-        each = [of(step, t) for t, step in enumerate(run)]
-        for name, own in columns.items():
-            own.append(sum((c * rows[name] for c, rows in zip(steps.shares, each, strict=True)), 0 * each[0][name]))
-    return {name: torch.cat(rows) for name, rows in columns.items()}
+    parts = [
+        (len(doubt.unit), partial(_of_doubt, steps, at, doubt))
+        for at, doubt in zip(steps.activations, found, strict=True)
+    ]
+    parts.append((run[0].values[-1].numel(), partial(_of_output, steps)))
+    number = sum(size for size, _ in parts)
+    whole = {name: steps.gradient[name].new_zeros(number, *steps.gradient[name].shape) for name in steps.names}
+    start = 0
+    for size, of in parts:
+        for t, (step, share) in enumerate(zip(run, steps.shares, strict=True)):
+            for name, rows in of(step, t).items():
+                whole[name][start : start + size] += share * rows
+        start += size
+    return whole
 
 
 def _of_output(steps: KinkedSteps, step: Step, _: int = 0) -> dict[str, Tensor]:
