@@ -229,6 +229,24 @@ def test_where_it_ends_the_numbers_are_told(
     assert not any(sample.status is Status.EXACT for sample in found.samples)
 
 
+def test_behind_convolutions_it_is_told_how_many_features_would_be_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.rand(6, 1, 8, 8, generator=generator), torch.zeros(6)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 20), nn.ReLU(), nn.Linear(20, CLASSES)
+    )
+    target = Target(model, losses.CrossEntropy(CLASSES), (1, 8, 8), (0.0, 1.0), 6)
+    found = Closed()(target, send(target, x, labels, protocol(epochs=5, minibatch=2)))
+    assert found.bound is not None
+    assert found.bound.limit is Limit.PLACE
+    text = str(found.bound)
+    assert "15 local steps" in text
+    assert "up to 19 vectors apart with 108 inputs and 20 outputs" in text
+    assert "6 samples in 5 epochs leave 30" in text
+    assert "up to 3 samples" in text
+
+
 @pytest.mark.parametrize("status", [Status.PARTIAL, Status.EXACT])
 def test_of_steps_taken_for_one_no_sample_is_certified_by_its_part_alone(status: Status) -> None:
     samples = (Sample(Status.EXACT, 0.0, 1e-6, "its own part"), Sample(Status.REPRODUCED, 1.0, 1e-6, "out of range"))

@@ -12,6 +12,7 @@ from rgap.attacks.result import Answer, BatchFeatures, Outcome, Sample, Status
 from rgap.attacks.verdict import EXPLAINED, SOLVED, mirrored, range_misfit
 from rgap.inversion.batch import Features, Inputs, back, find_features
 from rgap.inversion.joint import JointSolve
+from rgap.inversion.subspace.head import largest_batch
 from rgap.inversion.subspace.peel import Search
 from rgap.linalg.deadline import OutOfTime
 from rgap.target import Target
@@ -77,9 +78,10 @@ def invert_batch(
 
 def nowhere(target: Target, count: int) -> str:
     """Why samples cannot be told apart anywhere in the network."""
+    most = largest_batch(target.network, target.loss)
     return (
         f"nowhere in the network do {count} samples leave two Linear layers' gradients, or the last one's, rank to "
-        "spare: they are told apart where fewer samples than inputs and outputs meet in a layer"
+        f"spare: one gradient would tell up to {most} samples apart here, by count"
     )
 
 

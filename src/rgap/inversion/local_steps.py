@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.inversion.subspace.head import told
 from rgap.inversion.subspace.peel import Search
 from rgap.inversion.subspace.span import Span
 from rgap.inversion.subspace.step import FITS, Candidates, Place, find_step, layer_of
 from rgap.inversion.unrolled import in_their_span
-from rgap.inversion.walk import Client, Difference, Plan, Walk
+from rgap.inversion.walk import Client, Difference, Plan, Walk, Weights
 from rgap.linalg.anderson import anderson
 from rgap.nn.network import Network
 
@@ -102,8 +103,7 @@ def recover(
     """
     network = client.network(client.weights)
     if Place.layers(network, sent(1).sent) is None:
-        text = "several local steps are told apart where two Linear layers stand before all others that are trained"
-        return _stopped(client, Bound(Limit.PLACE, text))
+        return _stopped(client, Bound(Limit.PLACE, _no_place(network, sent(1).sent, plan(samples))))
     first = _counted(client, plan, samples, sent)
     if not first.biased:
         text = "without a bias in the first layer samples are known up to their scale only, and no step can be made"
@@ -142,6 +142,25 @@ def _counted(client: Client, plan: Callable[[int], Plan], samples: int, sent: Ca
 def _stopped(client: Client, bound: Bound, samples: int = 0) -> Recovered:
     nothing = next(iter(client.weights.values())).new_zeros(0)
     return Recovered(nothing, nothing, nothing, (), samples=samples, stop=bound)
+
+
+def _no_place(network: Network, sent: Weights, plan: Plan) -> str:
+    """Why steps are not told apart, with what is nearest to it: the widest Linear layer that reads features."""
+    text = f"{plan.steps} local steps are told apart where two Linear layers stand before all others that are trained"
+    layers = [layer_of(network, segment) for segment in network.segments if told(network, segment, sent)]
+    behind = [layer for layer in layers if layer is not network.layers[0]]
+    if not behind:
+        return text
+    layer = max(behind, key=lambda each: min(each.outputs, each.unknowns))
+    apart, vectors, epochs = min(layer.outputs, layer.unknowns) - 1, sum(plan.sizes), plan.steps // plan.epoch
+    text += (
+        f"; the difference of {layer.name}, behind others, tells up to {apart} vectors apart with {layer.unknowns} "
+        f"inputs and {layer.outputs} outputs, and {plan.samples} samples in {epochs} epochs leave {vectors}, since the "
+        "layers in front move in between"
+    )
+    if apart < vectors and (few := apart // epochs):
+        text += f": up to {few} {'sample' if few == 1 else 'samples'} would leave it rank to spare"
+    return text
 
 
 def _bound(network: Network, difference: Difference, plan: Plan, rank: int) -> Bound | None:
