@@ -9,7 +9,7 @@ from rgap.attacks.verdict import EXPLAINED
 from rgap.inversion.local_steps import UNEXPLAINED, Bound, Limit, Recovered
 from rgap.inversion.output import OutputCandidates
 from rgap.inversion.prior import Prior
-from rgap.inversion.smoother.setting import Setting, memory, operations
+from rgap.inversion.smoother.setting import Setting, memory, operations, operations_to_the_end
 from rgap.inversion.smoother.smooth import Reached, mismatch, smooth
 from rgap.inversion.smoother.steps import KinkedSteps, is_kinked_chain
 from rgap.inversion.walk import Client, Difference, Plan
@@ -21,7 +21,7 @@ MEMORY = 4 * 2**30
 SPEED = 5e10
 """Operations a second, on one thread."""
 PASSES = 2
-"""Below the time of so many passes nothing is begun; about a dozen lead to the end."""
+"""Below the time of so many passes nothing is begun."""
 ALIKE = 2.0
 """A label under which the last layers fit worse by this factor than under the best one is not tried."""
 
@@ -40,7 +40,7 @@ def smoothed(
     network = target.network
     if plan.clip_norm is not None or not is_kinked_chain(network, list(difference.sent)):
         return None
-    stop = _too_large(target)
+    stop = _too_large(target, plan.steps)
     nothing = output.labels.new_zeros(0)
     if stop is not None:
         return Recovered(nothing, nothing, nothing, (), samples=1, stop=stop)
@@ -87,7 +87,7 @@ def _recovered(found: Reached, setting: Setting) -> Recovered:
     )
 
 
-def _too_large(target: Target) -> Bound | None:
+def _too_large(target: Target, steps: int) -> Bound | None:
     """Why passes are not begun."""
     network, values = target.network, math.prod(target.input_shape)
     needed, left = memory(network), deadline.share(1.0)
@@ -97,10 +97,10 @@ def _too_large(target: Target) -> Bound | None:
             "taken: smaller inputs would be read"
         )
         return Bound(Limit.SIZES, text)
-    seconds = PASSES * operations(network) / SPEED
+    seconds, whole = PASSES * operations(network) / SPEED, operations_to_the_end(network, steps) / SPEED
     if left is not None and left < seconds:
         text = (
-            f"the steps on {values} values together take {seconds:.0f} s at the least and about {6 * seconds:.0f} s, "
+            f"the steps on {values} values together take {seconds:.0f} s at the least and about {whole:.0f} s, "
             f"{left:.0f} are left: a larger budget would let them be read"
         )
         return Bound(Limit.TIME, text)

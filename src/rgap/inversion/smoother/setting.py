@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rgap.inversion.prior import Prior
 from rgap.inversion.smoother.information import Information, adjoint
+from rgap.inversion.smoother.sides import MOST, most_numbers
 from rgap.inversion.smoother.steps import KinkedSteps
 from rgap.inversion.weight_rounding import rounded_by
 from rgap.linalg.psd import cholesky_solve
@@ -54,6 +55,12 @@ class Smoothing:
 
 
 SMOOTHING = Smoothing()
+USUAL = (12, 8)
+"""Passes, and linearisations of the steps."""
+PRODUCTS = 17_500
+"""With a layer in each step of a linearisation, about: a hundred iterations of two products with the steps' second
+derivative each, which take six times as long as their operations, and the changes of gradients by some hundred doubts.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +136,13 @@ def definite(matrix: Tensor) -> Tensor:
 
 
 def memory(network: Network) -> int:
-    """Bytes that passes through a chain take, about: half a dozen matrices of its largest value."""
-    return 6 * 8 * max(math.prod(shape) for shape in network.shapes) ** 2
+    """Bytes that it takes, about: passes half a dozen matrices of the chain's largest value, steps through the local
+    steps as many of the input and of all doubts, and what these do to all parameters."""
+    parameters = sum(8 * layer.weight.numel() for layer in network.layers)
+    units = sum(math.prod(network.shapes[node + 1]) for node, _ in network.activations)
+    numbers = min(most_numbers(parameters), 2 * MOST, units)
+    through = 6 * 8 * (math.prod(network.input_shape) + numbers) ** 2 + numbers * parameters
+    return max(6 * 8 * max(math.prod(shape) for shape in network.shapes) ** 2, through)
 
 
 def operations(network: Network) -> float:
@@ -142,3 +154,9 @@ def operations(network: Network) -> float:
             each = 2.0 * layer.weight.numel() * layer.positions
             found += each * (layer.outputs * layer.positions + layer.unknowns) + layer.unknowns**3
     return found
+
+
+def operations_to_the_end(network: Network, steps: int) -> float:
+    """Of all passes, and of all linearisations of so many local steps: a pass each, and products with all layers."""
+    products = 2.0 * PRODUCTS * steps * sum(layer.weight.numel() * layer.positions for layer in network.layers)
+    return USUAL[0] * operations(network) + USUAL[1] * (operations(network) + products)

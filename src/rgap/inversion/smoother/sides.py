@@ -80,9 +80,9 @@ def steps_with(steps: KinkedSteps, x: Tensor, std: Sequence[Tensor]) -> list[Ste
     return found
 
 
-def most_numbers(gradient: Mapping[str, Tensor]) -> int:
-    """That are in doubt at once, of a network with these parameters."""
-    return max(1, BYTES // sum(g.element_size() * g.numel() for g in gradient.values()))
+def most_numbers(parameters: int) -> int:
+    """That are in doubt at once, where all parameters take so many bytes."""
+    return max(1, BYTES // parameters)
 
 
 def doubts(steps: KinkedSteps, run: Sequence[Step], std: Sequence[Tensor]) -> list[Doubt]:
@@ -105,7 +105,7 @@ def doubts(steps: KinkedSteps, run: Sequence[Step], std: Sequence[Tensor]) -> li
         both = (1 - MOVED) * both + MOVED * torch.diag_embed(p * (1 - p))
         parts.append((unit, *torch.linalg.eigh(both)))
     variances = torch.cat([variance.flatten() for _, variance, _ in parts])
-    most = most_numbers(steps.gradient)
+    most = most_numbers(sum(g.element_size() * g.numel() for g in steps.gradient.values()))
     kept = max(KEPT, float(variances.topk(most).values[-1]) if len(variances) > most else 0.0)
     found = []
     for rise, (unit, variance, vectors) in zip(rises, parts, strict=True):
