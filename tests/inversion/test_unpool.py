@@ -105,7 +105,7 @@ def behind_the_pool(target: Target, x: Tensor) -> tuple[State, dict[str, Tensor]
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_network_with_pools_is_inverted_exactly(kind: str) -> None:
     # Means, and windows that share values, tell less.
-    size = 14 if "mean" in kind else 13 if kind == "overlapping" else SIZE
+    size = 12 if "mean" in kind else 11 if kind == "overlapping" else SIZE
     target, x = target_of(kind, size), pictures(1, 1, size)
     found = Closed()(target, capture(target, x, torch.tensor([3.0])))
     assert found.status is Status.EXACT, found
@@ -118,7 +118,7 @@ def test_a_network_with_pools_is_inverted_exactly(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["relu, mean", "batch norm, leaky, mean"])
 def test_all_values_in_front_of_a_mean_are_those_of_the_forward_pass(kind: str) -> None:
     """Also of several samples whose gradients were added up."""
-    target, x = target_of(kind, 14), pictures(2, 1, 14).double()
+    target, x = target_of(kind, 12), pictures(2, 1, 12).double()
     network, (state, gradients, node, ks) = target.network, behind_the_pool(target, x)
     found = before_pool(network, node, state, gradients, 1e-6 / MISSED)
     assert isinstance(found, State), found
@@ -190,18 +190,18 @@ def test_too_few_rows_are_said_and_not_called_exact(seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(
-            nn.Conv2d(3, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)
+            nn.Conv2d(3, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4)
         )
-    target, x = Target(model, losses.CrossEntropy(4), (3, 6, 6), (0.0, 1.0)), pictures(1, 3, 6, seed)
+    target, x = Target(model, losses.CrossEntropy(4), (3, 5, 5), (0.0, 1.0)), pictures(1, 3, 5, seed)
     found = Closed()(target, capture(target, x, torch.tensor([1.0])))
     assert found.status in (Status.RANK_DEFICIENT, Status.NOT_CONVERGED), found
     assert found.status is not Status.RANK_DEFICIENT or "dimensions free" in found.reason
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_gradient_of_another_picture_is_not_called_exact(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "size"), [(0, 4), (1, 6)])
+def test_a_gradient_of_another_picture_is_not_called_exact(seed: int, size: int) -> None:
     """The pool's layer sends the gradient of another sample."""
-    target, x = target_of(KINDS[seed], 6), pictures(2, 1, 6, seed)
+    target, x = target_of(KINDS[seed], size), pictures(2, 1, size, seed)
     first, second = (capture(target, each[None], torch.tensor([3.0])) for each in x)
     name = next(iter(first.gradients))
     mixed = replace(first, gradients={**first.gradients, name: second.gradients[name]})
