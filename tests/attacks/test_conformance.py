@@ -108,10 +108,10 @@ def biased() -> Case:
 def branched(batch: int = 1) -> Case:
     """No chain: batch norm, a maximum, and several classes."""
     model = seeded(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
     )  # fmt: skip
-    target = Target(model, losses.CrossEntropy(3), (1, 8, 8), (0.0, 1.0), batch)
-    x = data.photographs(batch, 8, channels=1).inputs.double()
+    target = Target(model, losses.CrossEntropy(3), (1, 6, 6), (0.0, 1.0), batch)
+    x = data.photographs(batch, 6, channels=1).inputs.double()
     return Case(target, x, capture(target, x, torch.arange(batch).float()))
 
 

@@ -18,8 +18,8 @@ EPS = float(torch.finfo(torch.float32).eps)
 @pytest.mark.parametrize("samples", [1, 2, 4])
 def test_a_batch_behind_the_convolutions_of_cnn6_is_recovered(samples: int) -> None:
     """From gradients in float32, value and cotangent of each sample behind the last convolution being given."""
-    target = Target(models.cnn6(3, 12), losses.Logistic(), (3, 12, 12), (0.0, 1.0), samples)
-    x = data.photographs(samples, 12).inputs.double()
+    target = Target(models.cnn6(3, 8), losses.Logistic(), (3, 8, 8), (0.0, 1.0), samples)
+    x = data.photographs(samples, 8).inputs.double()
     labels = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)[:samples]
     whole = target.network
     values = whole.forward(x)
