@@ -310,13 +310,19 @@ class Target:
         found = torch.autograd.grad(outputs, list(trained.values()), k, create_graph=True, allow_unused=True)
         return outputs, {name: g for name, g in zip(trained, found, strict=True) if g is not None}
 
-    def label_gradients(self, inputs: Tensor, labels: Tensor, name: str) -> Tensor:
-        """One parameter's gradient at each of several labels of one sample, (labels, *shape), by one forward pass."""
+    def label_gradients(self, inputs: Tensor, labels: Tensor, *names: str) -> list[Tensor]:
+        """Some parameters' gradients at each of several labels of one sample, (labels, *shape) each, by one forward
+        pass, and backwards no further than to them."""
         state = _copies(self._state)
-        state[name].requires_grad_()
+        asked = [state[name].requires_grad_() for name in names]
         outputs = self._run(state, inputs)
         losses = (self.loss(outputs, label.reshape(1).to(self.device)) for label in labels)
-        return torch.stack([torch.autograd.grad(loss, state[name], retain_graph=True)[0] for loss in losses])
+        found = (torch.autograd.grad(loss, asked, retain_graph=True, allow_unused=True) for loss in losses)
+        zero = [torch.zeros_like(each) for each in asked]
+        return [
+            torch.stack([none if g is None else g for g in each])
+            for none, each in zip(zero, zip(*found, strict=True), strict=True)
+        ]
 
     def gradients(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The gradient that each of s samples alone would give: by parameter name, (s, *shape); see `gradient`."""

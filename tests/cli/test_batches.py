@@ -15,15 +15,15 @@ from rgap import Target, capture, losses, models
 from rgap.federation import Received, Round, write
 from rgap.models.named import built_in
 
-SMALL = ("--model", "fcn3", "--input-shape", "1,12,12")
+SMALL = ("--model", "fcn3", "--input-shape", "1,8,8")
 
 
 def target_of(samples: int) -> Target:
-    return Target(models.fcn3(144), losses.Logistic(), (1, 12, 12), (0.0, 1.0), samples)
+    return Target(models.fcn3(64), losses.Logistic(), (1, 8, 8), (0.0, 1.0), samples)
 
 
 def pictures(samples: int) -> torch.Tensor:
-    return torch.rand(samples, 1, 12, 12, generator=torch.Generator().manual_seed(samples))
+    return torch.rand(samples, 1, 8, 8, generator=torch.Generator().manual_seed(samples))
 
 
 @pytest.mark.parametrize("samples", [2, 3, 5])

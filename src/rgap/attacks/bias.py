@@ -148,7 +148,8 @@ def _nearest(target: Target, update: Update, inputs: Tensor, labels: tuple[Tenso
     """Of many labels those whose gradient of one parameter comes nearest, as it is or but for a factor."""
     name, grad = list(nonzero(target, update).items())[-1]
     given = grad.flatten()
-    found = target.label_gradients(inputs, torch.stack(labels), name).flatten(1)
+    [found] = target.label_gradients(inputs, torch.stack(labels), name)
+    found = found.flatten(1)
     length = found.norm(dim=1).clamp(min=torch.finfo(found.dtype).tiny)
     order = (*(found - given).norm(dim=1).argsort()[:FEW], *(-(found @ given / length).abs()).argsort()[:FEW])
     return tuple(labels[at] for at in dict.fromkeys(map(int, order)))

@@ -116,18 +116,19 @@ def noise_features(target: Target, last: LastLayer, count: int) -> Float[Tensor,
     low, high = target.value_range or (0.0, 1.0)
     generator = torch.Generator().manual_seed(0)
     noise = low + (high - low) * torch.rand((count, *target.input_shape), generator=generator, dtype=torch.float64)
-    labels = [torch.tensor([y], dtype=torch.float64) for y in target.loss.examples[:2]]
+    labels = torch.tensor(target.loss.examples[:2], dtype=torch.float64)
+    names = (last.weight_name, last.bias_name) if single else (last.weight_name,)
     found = []
     with torch.random.fork_rng():  # a model with dropout in training mode draws from the global state
         for x in noise:
-            first, second = (target.gradient(x[None], y) for y in labels)
-            kind = first[last.weight_name].dtype
-            apart = (first[last.weight_name] - second[last.weight_name]).double()
-            reads = apart / (first[last.bias_name] - second[last.bias_name]).double() if single else apart[1:2]
-            for label, gradient in zip(labels, (first, second), strict=True):
-                g, grad = last.output_gradient(reads, label), gradient[last.weight_name].double()
-                if not float((g.mT @ reads - grad).norm()) <= residual_tolerance(kind) * float(grad.norm()):
-                    return None
+            grads, *biases = target.label_gradients(x[None], labels, *names)
+            tolerance, grads = residual_tolerance(grads.dtype), grads.double()
+            apart = grads[0] - grads[1]
+            reads = apart / (biases[0][0] - biases[0][1]).double() if single else apart[1:2]
+            g = last.output_gradient(reads.expand(2, -1), labels)
+            missed = (g[:, :, None] * reads - grads).flatten(1).norm(dim=1)
+            if not bool((missed <= tolerance * grads.flatten(1).norm(dim=1)).all()):
+                return None
             found.append(reads)
     return torch.cat(found)
 

@@ -7,11 +7,11 @@ same sides for all of them, or activations are nearly straight, they have fewer.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
 
 DRAWS = 3
-"""Batches of each size; the one in the middle counts."""
+"""Batches of each size, an odd number; most of them decide."""
 APART = 5e-3
 """An error of features, relative to their size, above which an attack did not find the samples."""
 LARGEST = 2**26
@@ -50,12 +50,12 @@ class Drawn:
         values = sum(map(prod, self.network.shapes))
         if not self.loss.labels or max(counted.values(), default=0) * values > LARGEST:
             return None
-        errors: dict[int, dict[int, float]] = {}
+        places: dict[int, frozenset[int]] = {}
 
         def apart(place: int, samples: int) -> bool:
-            if samples not in errors:
-                errors[samples] = self._errors(samples)
-            return errors[samples].get(place, torch.inf) <= APART
+            if samples not in places:
+                places[samples] = self._apart(samples)
+            return place in places[samples]
 
         found = {}
         for place, most in counted.items():
@@ -89,16 +89,20 @@ class Drawn:
             shape, generator=generator, dtype=torch.float64, device=self.network.device
         )
 
-    def _errors(self, samples: int) -> dict[int, float]:
-        """By place how far rounding may move the features of a sample, relative to their size, where they are told."""
-        found: dict[int, list[float]] = {}
+    def _apart(self, samples: int) -> frozenset[int]:
+        """The places at which rounding leaves so many samples apart, in most draws."""
+        times: Counter[int] = Counter()
         for draw in range(DRAWS):
             generator = torch.Generator(device=self.network.device).manual_seed(self.seed + draw)
-            for place, error in self._batch(samples, generator).items():
-                found.setdefault(place, []).append(error)
-        return {place: median(each + [torch.inf] * (DRAWS - len(each))) for place, each in found.items()}
+            times.update(place for place, error in self._batch(samples, generator).items() if error <= APART)
+            # Draws that can change nothing are not made; 0 is that of the places that were never among them.
+            left = DRAWS - draw - 1
+            if all(2 * each > DRAWS or 2 * (each + left) < DRAWS for each in (0, *times.values())):
+                break
+        return frozenset(place for place, each in times.items() if 2 * each > DRAWS)
 
     def _batch(self, samples: int, generator: torch.Generator) -> dict[int, float]:
+        """By place how far rounding may move the features of a sample, relative to their size, where they are told."""
         x = self._inputs(samples, generator)
         known = torch.tensor(self.loss.labels, dtype=x.dtype, device=x.device)
         labels = known[torch.randint(len(known), (samples,), generator=generator, device=x.device)]
