@@ -77,6 +77,17 @@ def le_net(activation: Callable[[], nn.Module]) -> Callable[[int, int], nn.Seque
     return make
 
 
+def surrogate(channels: int, size: int) -> nn.Sequential:
+    """The networks of SME (Zhu, Yao and Blaschko 2023, arXiv:2306.00127) with average pooling: for pictures in colour
+    twice as wide as for others."""
+    wide = 64 if channels == 3 else 32
+    return nn.Sequential(
+        *(nn.Conv2d(channels, wide, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(wide, 2 * wide, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()),
+        *(nn.LazyLinear(200 if channels == 3 else 100), nn.ReLU(), nn.LazyLinear(10)),
+    )
+
+
 def vgg(channels: int, size: int) -> nn.Sequential:
     """VGG-11 in its form for CIFAR-10, with maximum pools."""
     layers: list[nn.Module] = []
@@ -100,6 +111,8 @@ ROWS: dict[str, tuple[Callable[[int, int], nn.Module], str, int | None]] = {
     "FedAvg's network, CIFAR-10": (mcmahan, "cifar10", None),
     "FedAvg's network with average pools, MNIST": (lambda c, s: mcmahan(c, s, 2, nn.AvgPool2d), "mnist", None),
     "FedAvg's network with average pools, CIFAR-10": (lambda c, s: mcmahan(c, s, 2, nn.AvgPool2d), "cifar10", None),
+    "SME's network with average pools, MNIST": (surrogate, "mnist", None),
+    "SME's network with average pools, CIFAR-10": (surrogate, "cifar10", None),
     "PyTorch's tutorial network, CIFAR-10": (quickstart, "cifar10", None),
     "AlexNet-like beginning, CIFAR-10": (stem, "cifar10", None),
     "AlexNet-like beginning, CIFAR-10 enlarged to 64 x 64": (stem, "cifar10", 64),

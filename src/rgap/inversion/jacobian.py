@@ -6,6 +6,8 @@ folding takes both back.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -36,7 +38,7 @@ class Jacobian(LinearOperator):
         self.system, self.at = system, at
         self.in_shape, self.like = system.in_shape, at.x
         self.values = sum(value.numel() for value in at.values)
-        self._coupled = _Coupled(system, at) if system.network.coupled else None
+        self._coupled = _Coupled(system, at) if system.coupled else None
         self._bases = effects(system, at, uncertain)
         used = [node for node in system.nodes if uncertain is not None or not system.curved_after(node)]
         self._k = {node: system.k(at, node) for node in used}
@@ -181,8 +183,8 @@ class Jacobian(LinearOperator):
 
 
 class _Coupled:
-    """The rows' derivatives where batch norms take the statistics of their values: then a layer's cotangent depends on
-    the inputs as much as what it reads does, so that both are differentiated."""
+    """The rows' derivatives where a layer's cotangent depends on the inputs as much as what it reads does, so that both
+    are differentiated: behind batch norms that take the statistics of their values, and where slopes bend a lot."""
 
     def __init__(self, system: ConstraintSystem, at: Linearisation):
         self.system = system
@@ -205,10 +207,19 @@ class _Coupled:
         return at.values[-1], *gradient
 
     def rows(self, x: Float[Tensor, "d *in_shape"]) -> Rows:
-        moved = [torch.autograd.grad(self._pulled, self._r, direction, retain_graph=True) for direction in x]
-        weight, *gradient = zip(*moved, strict=True)
-        return Rows(torch.stack(weight), tuple(map(torch.cat, gradient)))
+        weight, *gradient = _along(self._pulled, self._r, x)
+        return Rows(weight, tuple(each.flatten(0, 1) for each in gradient))
 
     def back(self, rows: Rows) -> Float[Tensor, "d *in_shape"]:
-        one = ((weight, *(each[at : at + 1] for each in rows.gradient)) for at, weight in enumerate(rows.weight))
-        return torch.stack([torch.autograd.grad(self._out, self._x, each, retain_graph=True)[0] for each in one])
+        one = (rows.weight, *(each[:, None] for each in rows.gradient))
+        return _along(self._out, self._x, one)[0]
+
+
+def _along(of: Tensor | tuple[Tensor, ...], by: Tensor | tuple[Tensor, ...], directions: Any) -> tuple[Tensor, ...]:
+    """Derivatives along d directions at once, or one by one where torch has no rule for several."""
+    several = directions if isinstance(directions, tuple) else (directions,)
+    try:
+        return torch.autograd.grad(of, by, several, retain_graph=True, is_grads_batched=True)
+    except RuntimeError:
+        each = (torch.autograd.grad(of, by, one, retain_graph=True) for one in zip(*several, strict=True))
+        return tuple(map(torch.stack, zip(*each, strict=True)))

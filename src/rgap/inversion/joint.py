@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.by_values import input_by_values
+from rgap.inversion.differentiated import LARGEST, differentiated_steps
 from rgap.inversion.gauss_newton import CONTINUATION, Continuation, Solution, determine, gauss_newton, settle
 from rgap.inversion.history import Candidate, Paths
 from rgap.inversion.jacobian import Jacobian
@@ -57,12 +58,14 @@ class JointSolve:
         largest: unknowns above which no dense matrix is formed; 16,000 take 2 GiB each.
         dense: unknowns above which ``auto`` solves by products alone.
         counted: unknowns up to which free dimensions are counted by a factor where products found some.
+        differentiated: unknowns up to which smooth constraints are differentiated with their cotangents at last.
     """
 
     continuation: Continuation = CONTINUATION
     largest: int = 16_000
     dense: int = 1_500
     counted: int = 8_192
+    differentiated: int = LARGEST
 
     def __call__(
         self,
@@ -106,7 +109,9 @@ class JointSolve:
             told, enough = _by_routes(network, candidate, system, gradients, prior.centre, report), system
             if told is None:
                 system, told, enough = _by_values(network, candidate, system, gradients, prior.centre, report)
-            found = self.solve(system, solver, prior, tolerance, start, probe, report, told, enough)
+            # Who asks for products alone may not have the memory for a matrix.
+            by = replace(self, differentiated=0) if observed.solver == "iterative" else self
+            found = by.solve(system, solver, prior, tolerance, start, probe, report, told, enough)
         except OutOfTime:
             note = f"{' and '.join(names(system))} were not solved jointly: the time was up"
             return replace(candidate, note=note, cut_off=True)
@@ -146,6 +151,11 @@ class JointSolve:
         """
         if found is None:
             found = gauss_newton(system, solver, prior, tolerance, start, self.continuation, report)
+            if system.smooth and system.unknowns <= self.differentiated:
+                system, solver = system.differentiated(), self._direct(system)
+                if found.distance > tolerance:  # slopes that bend much
+                    other = differentiated_steps(system, prior, tolerance, report=report)
+                    found = min(found, other, key=lambda each: each.distance)
         at, distance = system.linearise(found.x), found.distance
         if distance > tolerance:  # a last unit or two may still be on the wrong side
             at = system.linearise(refine_sides(system, found.x, tolerance))

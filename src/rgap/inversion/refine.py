@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.inversion.differentiated import LARGEST
 from rgap.inversion.jacobian import Jacobian
 from rgap.inversion.pattern import least_certain, refine_sides
 from rgap.inversion.system import ConstraintSystem
@@ -38,6 +39,8 @@ def refine_input(
         tolerance: relative distance to the gradient, by layer, below which no unit is on its wrong side.
         steps: solves, at the most.
     """
+    if system.smooth and system.unknowns <= LARGEST:
+        system = system.differentiated()
     at = system.linearise(refine_sides(system, x, tolerance))
     best = system.distance(at)
     try:

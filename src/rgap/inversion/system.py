@@ -29,6 +29,7 @@ from rgap.nn.batch_norm import BatchNorm, OwnBatchNorm
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
+from rgap.nn.pools import MaxPool
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +61,20 @@ class Rows:
 class ConstraintSystem:
     """The constraints on the inputs of b samples. Knows no solver, no prior and no attack."""
 
-    def __init__(self, network: Network, output: State, gradients: Mapping[str, Tensor], eps: float):
+    def __init__(
+        self, network: Network, output: State, gradients: Mapping[str, Tensor], eps: float, coupled: bool = False
+    ):
         """
         Args:
             output: value and cotangent of the network's output, (b, *shape).
             gradients: by parameter name, in the parameters' shapes; what is missing was not sent.
             eps: relative rounding of the gradients.
+            coupled: whether cotangents are differentiated too, as they always are where samples depend on each other:
+                else slopes are taken for fixed.
         """
         self.network, self.output, self.eps = network, output, eps
+        self.coupled = coupled or network.coupled
+        self._sent = gradients
         self.row_weight = torch.ones_like(output.value) if output.row_weight is None else output.row_weight
         self.nodes = tuple(
             at
@@ -81,6 +88,10 @@ class ConstraintSystem:
             for at, layer in zip(self.nodes, self.layers, strict=True)
             if layer.bias_name is not None and layer.bias_name in gradients
         }
+
+    def differentiated(self) -> ConstraintSystem:
+        """The same, with cotangents differentiated too."""
+        return ConstraintSystem(self.network, self.output, self._sent, self.eps, True)
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -140,6 +151,12 @@ class ConstraintSystem:
     def kinked(self) -> bool:
         """Whether there are units whose side of a kink is to be found."""
         return any(activation.kinked for _, activation in self.network.activations)
+
+    @property
+    def smooth(self) -> bool:
+        """Whether gradient rows are a smooth function of the inputs, and not a linear one."""
+        maxima = any(isinstance(node.op, MaxPool) for node in self.network.nodes)
+        return not self.kinked and not maxima and any(map(self.curved_after, self.nodes))
 
     def curved_after(self, node: int) -> bool:
         """Whether the cotangent there depends on the inputs: a slope behind it does, or a batch norm's sums."""
