@@ -243,6 +243,7 @@ class Slow(Attack):
         return found
 
 
+@pytest.mark.usefixtures("quick_clock")
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_every_defence_has_its_share_of_the_time(count: int) -> None:
     """And one that is cut off is not said to close what it was not tried long enough on."""

@@ -117,7 +117,7 @@ def test_a_report_says_of_each_sample_its_steps_or_the_bound(fields: dict[str, A
     assert says in render(found.to_dict())
 
 
-@pytest.mark.parametrize("samples", [300, 500])
+@pytest.mark.parametrize("samples", [400, 500])
 def test_a_client_of_much_data_is_audited_at_once(samples: int) -> None:
     target = make_target(samples, pool=True)
     found = audit_updates(target, {"one": sent(target, minibatch=32)}, attacks=["idlg", "inverting-gradients"])
