@@ -9,30 +9,32 @@ samples that were found make, against what was sent, is the certificate.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.inversion.all_steps import AGREES, AllSteps, Together
+from rgap.inversion.step_sides import LOWER, missed, with_other_sides
 from rgap.inversion.subspace.head import told
 from rgap.inversion.subspace.peel import Search
 from rgap.inversion.subspace.span import Span
 from rgap.inversion.subspace.step import FITS, Candidates, Place, find_step, layer_of
-from rgap.inversion.unrolled import in_their_span
-from rgap.inversion.walk import Client, Difference, Plan, Walk, Weights
-from rgap.linalg.anderson import anderson
+from rgap.inversion.unrolled import in_their_span, spanned
+from rgap.inversion.walk import Client, Difference, Plan, Sides, Walk, Weights
 from rgap.nn.network import Network
 
-AGREES = 1.2
-"""Roundings by which a difference is missed where nothing but rounding is left of it (root mean square)."""
 UNEXPLAINED = 2.0
 """Roundings above which all parameters decide together, and not the first layer's alone."""
+INSIDE = 4.0
+"""The same in coordinates of the samples' space, where that space's own error counts for more."""
 MOST_COUNTS = 64
 """Numbers of samples that are tried, at the most, where the client's own does not explain the rank."""
-REFINEMENTS = 30
-"""Simulations of all steps, at the most."""
+ALIKE = 2.0
+"""Times by which a sample that is not of a step misses the second row space more than those of it do, at the least, or
+it is tried in their place."""
 
 
 class Limit(Enum):
@@ -83,6 +85,8 @@ class Recovered:
     """Whether the time was up."""
     assumption: str = ""
     """What decided where the steps did not."""
+    sides: Sides = field(default_factory=dict)
+    """Of units that stand at their kinks."""
 
 
 def recover(
@@ -116,7 +120,27 @@ def recover(
     bound = _bound(network, difference, steps, first.rank)
     if bound is not None:
         return _stopped(client, bound, first.rank)
-    return _Recovery(client, steps, difference, search, first).run(report)
+    x_part = first.v[:-1]
+    q: Tensor = torch.linalg.qr(x_part)[0]
+    small = spanned(client, difference, first.layer, q)
+    if small is None:
+        return _Recovery(client, steps, difference, search, first).run(report)
+    network = small[0].network(small[0].weights)
+    segments = Place.layers(network, difference.sent)
+    assert segments is not None
+    inside = replace(first, layer=layer_of(network, segments[0]), v=torch.cat([q.mT @ x_part, first.v[-1:]]))
+    found = _Recovery(small[0], steps, small[1], search, inside).run(report)
+    return _whole(client, steps, difference, found, q)
+
+
+def _whole(client: Client, plan: Plan, difference: Difference, found: Recovered, q: Float[Tensor, "u n"]) -> Recovered:
+    """Of coordinates in the samples' space the samples themselves, and what their steps make of all weights."""
+    x = (found.x @ q.mT).reshape(-1, *client.input_shape)
+    found = replace(found, x=x, error=found.error * (q.shape[1] / len(q)) ** 0.5)
+    if len(found.order) < plan.steps:
+        return found
+    walk = Walk(client, plan, sides=found.sides).all(x, found.labels, found.order)
+    return replace(found, misfit=difference.misfit(walk), missed=difference.missed(walk))
 
 
 def _counted(client: Client, plan: Callable[[int], Plan], samples: int, sent: Callable[[int], Difference]) -> Span:
@@ -204,47 +228,87 @@ class _Recovery:
     def place(self, walk: Walk) -> Place:
         """Before the next step."""
         plan, step = self.plan, walk.step
-        unit = abs(plan.expansion[-1][1][step])
-        noise = {name: each / unit for name, each in self.difference.noise.items()}
+        unit, noise = self._noise(step)
         network, left = self.client.network(walk.weights), walk.left(self.difference.sent)
         first = replace(self.first, core=self.first.core / unit, noise=self.first.noise / unit)
         return Place.of(network, self.client.loss, left, noise, first, sum(plan.sizes[step:]))
+
+    def _noise(self, step: int) -> tuple[float, dict[str, float]]:
+        """How much a step counts in the difference, and each value's rounding in units of the step's gradient."""
+        unit = abs(self.plan.expansion[-1][1][step])
+        return unit, {name: each / unit for name, each in self.difference.noise.items()}
 
     def run(self, report: Callable[[int, float], None]) -> Recovered:
         plan, generator = self.plan, torch.Generator().manual_seed(self.search.seed)
         walk, order = Walk(self.client, plan), list[tuple[int, ...]]()
         like = self.first.v
         known = Candidates(like.new_zeros(0, self.first.layer.unknowns), like.new_zeros(0))
-        near, error, certain = known.x, like.new_zeros(0), True
+        near, error, close = known.x, like.new_zeros(0), list[tuple[int, int, int]]()
         while walk.step < plan.steps:
             step, place = walk.step, self.place(walk)
-            epoch = step // plan.epoch
-            used = {each for members in order[epoch * plan.epoch :] for each in members}
-            free = [each for each in range(len(known)) if each not in used]
-            if not epoch:
-                members, missing = tuple[int, ...](), plan.sizes[step]
-            elif not plan.shuffled:
-                members, missing = order[step - plan.epoch], 0
-            else:
-                off = place.misfit(known.x[free])[0]
-                by = off.argsort()
-                # A sample that the epochs before left out, to have no minibatch too small, is not known yet.
-                strange = int((off[by[: plan.sizes[step]]] > FITS).sum()) + max(0, plan.sizes[step] - len(free))
-                missing = min(strange, self.first.rank - len(known))
-                own = plan.sizes[step] - missing
-                members = tuple(free[each] for each in by[:own].tolist())
-                rest = off[by[own:]]
-                certain &= not len(rest) or not own or bool(rest[0] > 2 * off[by[own - 1]])
+            free, missing = self._to_find(place, known, order, step)
+            off = place.misfit(known.x[free])[0]
+            own = plan.sizes[step] - missing
+            by = off.argsort().tolist()
+            members = tuple(free[each] for each in by[:own])
+            found = known.none
             if missing:
                 found, near = self._find(place, known, near, members, missing, step, generator)
-                members += tuple(range(len(known), len(known) + len(found)))
-                known, error = known.and_(found), torch.cat([error, place.error(found.x)])
+            other = self._other_sides(walk, order, known, error, members, found, near[: missing - len(found)], place)
+            if other is not walk:
+                walk, near = other, torch.cat([found.x, near])
+                continue
+            close += [(step, free[i], free[j]) for i, j in _alike(off, by, own)]
+            members += tuple(range(len(known), len(known) + len(found)))
+            known, error = known.and_(found), torch.cat([error, place.error(found.x)])
+            if missing:
                 report(len(known), float("nan"))
                 if len(found) < missing:
                     return self._short(known, error, order, place, len(members))
             order.append(members)
             walk = walk.all(self._inputs(known.x), known.labels, [members])
-        return self._refined(known, error, tuple(order), walk, certain)
+        return self._refined(known, error, tuple(order), walk, close)
+
+    def _to_find(
+        self, place: Place, known: Candidates, order: list[tuple[int, ...]], step: int
+    ) -> tuple[list[int], int]:
+        """The known samples of which some are those of a step, and how many of the step's are not known."""
+        plan, epoch = self.plan, step // self.plan.epoch
+        if not epoch:
+            return [], plan.sizes[step]
+        if not plan.shuffled:
+            return list(order[step - plan.epoch]), 0
+        used = {each for members in order[epoch * plan.epoch :] for each in members}
+        free = [each for each in range(len(known)) if each not in used]
+        best = place.misfit(known.x[free])[0].sort().values[: plan.sizes[step]]
+        # A sample that the epochs before left out, to have no minibatch too small, is not known yet.
+        strange = int((best > FITS).sum()) + max(0, plan.sizes[step] - len(free))
+        return free, min(strange, self.first.rank - len(known))
+
+    def _other_sides(
+        self,
+        walk: Walk,
+        order: list[tuple[int, ...]],
+        known: Candidates,
+        error: Tensor,
+        members: tuple[int, ...],
+        found: Candidates,
+        near: Tensor,
+        place: Place,
+    ) -> Walk:
+        """The walk with a unit on its other side, where the samples of the next step, which are known, found, or near,
+        miss its row space less then; else the walk itself."""
+        own = torch.cat([known.x[list(members)], found.x, near])
+        second = place.spaces.second
+        assert second is not None
+        noise = self._noise(walk.step)[1][second.layer.weight_name]
+        if not walk.step or missed(place, own, not members, noise) < LOWER:
+            return walk
+
+        def miss(there: Walk) -> float:
+            return missed(self.place(there), own, not members, noise)
+
+        return with_other_sides(self.client, walk, order, known.x, known.labels, error, miss)
 
     def _find(
         self,
@@ -290,44 +354,31 @@ class _Recovery:
         return Recovered(x, known.labels, error, tuple(order), samples=self._samples, stop=Bound(limit, text))
 
     def _refined(
-        self, known: Candidates, error: Tensor, order: tuple[tuple[int, ...], ...], walk: Walk, certain: bool
+        self,
+        known: Candidates,
+        error: Tensor,
+        order: tuple[tuple[int, ...], ...],
+        walk: Walk,
+        close: list[tuple[int, int, int]],
     ) -> Recovered:
-        """All samples at once: X = (sum over t of c_t K_t)^+ (first layer's difference), K_t at the steps of X."""
-        layer, c, labels = self.first.layer, self.plan.expansion[-1][1], known.labels
+        """All samples at once, in an order and with sides of units that give what was sent."""
+        layer, labels = self.first.layer, known.labels
+        together = AllSteps(self.client, self.plan, self.difference, layer, labels)
+        at = Together(known.x, order, walk.sides, self.difference.misfit(walk))
+        if at.misfit > AGREES and self.client.loss.labels:
+            at = together.settle(at, error, UNEXPLAINED)
+            walk = together.walk(at)
+        if at.misfit > INSIDE and not at.sides:
+            x, other = in_their_span(self.client, self.plan, self.difference, layer, at.x, labels, at.order)
+            there = Walk(self.client, self.plan).all(self._inputs(x), other, at.order)
+            misfit = self.difference.misfit(there)
+            if misfit < at.misfit:
+                at, labels, walk = replace(at, x=x, misfit=misfit), other, there
+        certain = not close or (at.misfit <= INSIDE and together.told_apart(at, close))
+        x, missed = self._inputs(at.x), self.difference.missed(walk)
+        return Recovered(x, labels, error, at.order, at.misfit, missed, certain, self._samples, sides=at.sides)
 
-        def move(flat: Float[Tensor, " u"]) -> tuple[Float[Tensor, " u"], float]:
-            x = flat.reshape(known.x.shape)
-            walk, k = Walk(self.client, self.plan), x.new_zeros(len(x), layer.outputs)
-            for step, members in enumerate(order):
-                at = list(members)
-                own = self._cotangents(walk, x[at], labels[at])
-                walk = walk.all(self._inputs(x), labels, [members])
-                k[at] += c[step] * walk.factors[-1] / len(at) * own
-            name = layer.weight_name
-            missed = layer.pack_weight((self.difference.sent[name] - walk.end[name])[None])[0, 0]
-            by: Tensor = torch.linalg.lstsq(k.mT, missed).solution
-            return by.flatten(), self.difference.misfit(walk)
 
-        misfit, x = self.difference.misfit(walk), known.x
-        if misfit > AGREES and self.client.loss.labels:
-            flat, misfit = anderson(move, x.flatten(), REFINEMENTS, AGREES)
-            x = flat.reshape(x.shape)
-            walk = Walk(self.client, self.plan).all(self._inputs(x), labels, order)
-        if misfit > UNEXPLAINED:
-            better, relabelled = in_their_span(self.client, self.plan, self.difference, layer, x, labels, order)
-            there = Walk(self.client, self.plan).all(self._inputs(better), relabelled, order)
-            if self.difference.misfit(there) < misfit:
-                x, labels, walk, misfit = better, relabelled, there, self.difference.misfit(there)
-        missed = self.difference.missed(walk)
-        return Recovered(self._inputs(x), labels, error, order, misfit, missed, certain, self._samples)
-
-    def _cotangents(self, walk: Walk, x: Float[Tensor, "s u"], labels: Float[Tensor, " s"]) -> Float[Tensor, "s o"]:
-        """Of some samples, behind the first layer."""
-        network = self.client.network(walk.weights)
-        values = network.forward(self._inputs(x))
-        k = self.client.loss.output_gradient(values[-1].reshape(len(x), -1), labels).reshape(values[-1].shape)
-        segments = Place.layers(network, self.difference.sent)
-        assert segments is not None
-        found = network.vjp(values, network.slopes(values), {len(values) - 1: k})[segments[0].exit]
-        assert found is not None
-        return found.flatten(1)
+def _alike(off: Float[Tensor, " s"], by: list[int], own: int) -> list[tuple[int, int]]:
+    """Of samples by how far off they are those of a step, each with others that are not and fit it about as well."""
+    return [(i, j) for i in by[:own] for j in by[own:] if not bool(off[j] > ALIKE * off[i])]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,9 @@ from rgap.inversion.walk import Client, Difference, Order, Plan, Walk, Weights
 from rgap.linalg import deadline, psd
 from rgap.linalg.least_squares import Direct, Regulariser, probes
 from rgap.linalg.operator import LinearOperator
-from rgap.nn.layers import Layer
+from rgap.nn.layers import Layer, linear
+from rgap.nn.network import Network, Node
+from rgap.nn.ops import Linear
 from rgap.nn.soft import SoftKinks
 
 STEPS = 10
@@ -52,17 +55,13 @@ def in_their_span(
         layer: the first one, which reads the samples.
         order: of each step the numbers of its samples.
     """
-    name, n = layer.weight_name, len(x)
-    whole = client.weights[name]
-    if n * n > LARGEST or whole.shape != (layer.outputs, layer.unknowns):
-        return x, labels
     q: Tensor = torch.linalg.qr(x.mT)[0]
-    small = replace(client, weights={**client.weights, name: whole @ q})
-    if not _agrees(client, small, name, q, x, labels):
+    found = spanned(client, difference, layer, q) if len(x) ** 2 <= LARGEST else None
+    if found is None:
         return x, labels
-    sent = {**difference.sent, name: difference.sent[name] @ q}
+    small, inside = found
     real = not client.loss.labels
-    made = made_by(small, plan, replace(difference, sent=sent), None if real else labels, order)
+    made = made_by(small, plan, inside, None if real else labels, order)
     at = torch.cat([x @ q, labels[:, None]], 1) if real else x @ q
     operator = Unrolled(made, at)
     here, factored = operator.missed, psd.factor(operator.gram(), 0.0)
@@ -73,6 +72,42 @@ def in_their_span(
             break
         at, here = at + move, there
     return (at[:, :-1] @ q.mT, at[:, -1]) if real else (at @ q.mT, labels)
+
+
+def spanned(
+    client: Client, difference: Difference, layer: Layer, q: Float[Tensor, "u n"]
+) -> tuple[Client, Difference] | None:
+    """The client whose samples are coordinates in a space, and what was sent there; None where something that knows
+    their shape stands in front.
+
+    Args:
+        q: the space's orthonormal basis.
+    """
+    name, inputs = layer.weight_name, q.shape[1]
+    whole = client.weights[name]
+    if whole.shape != (layer.outputs, layer.unknowns) or prod(client.input_shape) != layer.unknowns:
+        return None
+    small = replace(client, weights={**client.weights, name: whole @ q})
+    if not _agrees(client, small, name, q):
+        return None
+
+    def network(weights: Weights) -> Network:
+        return _of_coordinates(client.network({n: w for n, w in weights.items() if n != name}), weights[name], name)
+
+    small = replace(small, input_shape=(inputs,), network=network, gradient=client.differentiable)
+    return small, replace(difference, sent={**difference.sent, name: difference.sent[name] @ q})
+
+
+def _of_coordinates(network: Network, weight: Float[Tensor, "o n"], name: str) -> Network:
+    """A network from its first layer on, that with this weight."""
+    linears = ((i, node.op) for i, node in enumerate(network.nodes) if isinstance(node.op, Linear))
+    at = next(i for i, op in linears if op.layer.weight_name == name)
+    node = network.nodes[at]
+    assert isinstance(node.op, Linear)
+    shape, old = (weight.shape[1],), node.op.layer
+    layer = linear(old.name, weight, old.bias, shape, name, old.bias_name)
+    rest = (replace(each, reads=tuple(value - at for value in each.reads)) for each in network.nodes[at + 1 :])
+    return Network((Node(replace(node.op, layer=layer), (0,), node.shape), *rest), shape)
 
 
 @dataclass(frozen=True)
@@ -219,14 +254,15 @@ def made_by(
     return made
 
 
-def _agrees(
-    client: Client, small: Client, name: str, q: Tensor, x: Float[Tensor, "n u"], labels: Float[Tensor, " n"]
-) -> bool:
-    """Whether the model takes samples as they are in their span: nothing that knows their shape stands in front."""
-    wanted = client.gradient(client.weights, x.reshape(-1, *client.input_shape), labels)
+def _agrees(client: Client, small: Client, name: str, q: Float[Tensor, "u n"]) -> bool:
+    """Whether the model takes samples as they are in a space: nothing that knows their shape stands in front."""
+    label = (client.loss.labels or (0.5,))[0]
+    at = torch.eye(q.shape[1], dtype=q.dtype, device=q.device) * len(q) ** 0.5
+    labels = q.new_full((len(at),), label)
+    wanted = client.gradient(client.weights, (at @ q.mT).reshape(-1, *client.input_shape), labels)
     wanted = {**wanted, name: wanted[name] @ q}
     try:
-        found = small.differentiable(small.weights, x @ q, labels)
+        found = small.differentiable(small.weights, at, labels)
     except (RuntimeError, ValueError, IndexError, TypeError):
         return False
     return all(float((found[each] - g).norm()) <= SAME * float(g.norm()) for each, g in wanted.items())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -18,8 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.weight_rounding import rounded_by
+from rgap.nn.activations import LeakyReLU, ReLU
 from rgap.nn.losses import Loss
 from rgap.nn.network import Network
+from rgap.nn.soft import GivenSides
 
 Weights = Mapping[str, Tensor]
 Order = Sequence[tuple[int, ...]]
@@ -69,6 +72,22 @@ class Client:
     """The same as a function that torch.func differentiates; of inputs without their shape, (b, n), too."""
 
 
+@dataclass(frozen=True)
+class Unit:
+    """One in one step of one sample."""
+
+    step: int
+    sample: int
+    """Its number."""
+    activation: int
+    """Among those with kinks, in the order in which they run."""
+    unit: int
+
+
+Sides = Mapping[Unit, bool]
+"""Of units that stand at their kinks, whether they are taken for being above."""
+
+
 @dataclass(frozen=True, eq=False)
 class Walk:
     """The client's weights after some of its steps."""
@@ -79,6 +98,8 @@ class Walk:
     """Of the steps so far."""
     factors: tuple[Tensor | float, ...] = ()
     """What clipping multiplied each of them by."""
+    sides: Sides = field(default_factory=dict)
+    """Those that are not where the samples have them."""
 
     @property
     def step(self) -> int:
@@ -116,9 +137,14 @@ class Walk:
         """The difference after all steps."""
         return {name: self.moved(self.plan.expansion[-1], name) for name in self.client.weights}
 
-    def then(self, x: Tensor, labels: Float[Tensor, " b"]) -> Walk:
-        """After one step more, on these samples."""
-        found, plan = self.client.gradient(self.weights, x, labels), self.plan
+    def then(self, x: Tensor, labels: Float[Tensor, " b"], members: Sequence[int] = ()) -> Walk:
+        """After one step more, on these samples.
+
+        Args:
+            members: their numbers, by which units with given sides are told.
+        """
+        with given_sides(self.sides, self.step, members):
+            found, plan = self.client.gradient(self.weights, x, labels), self.plan
         factor: Tensor | float = 1.0
         if plan.clip_norm is not None:
             if plan.proximal:
@@ -128,12 +154,30 @@ class Walk:
             found = {n: g * factor for n, g in found.items()}
         return replace(self, gradients=(*self.gradients, found), factors=(*self.factors, factor))
 
+    def instead(self, sides: Sides, step: int) -> Walk:
+        """Before a step that was taken already, with other sides from there on."""
+        return replace(self, gradients=self.gradients[:step], factors=self.factors[:step], sides=sides)
+
     def all(self, x: Tensor, labels: Float[Tensor, " n"], order: Order) -> Walk:
         """After the steps on the samples with these numbers."""
         walk = self
         for members in order:
-            walk = walk.then(x[list(members)], labels[list(members)])
+            walk = walk.then(x[list(members)], labels[list(members)], members)
         return walk
+
+
+def kinks(network: Network) -> list[int]:
+    """The activations whose units have sides, by their node ids."""
+    return [node for node, f in network.activations if isinstance(f, ReLU | LeakyReLU)]
+
+
+def given_sides(sides: Sides, step: int, members: Sequence[int]) -> AbstractContextManager[object]:
+    """In which a model that runs once, on the samples of a step, has units on the sides that are given."""
+    found: dict[int, list[tuple[int, int, bool]]] = {}
+    for at, above in sides.items():
+        if at.step == step and at.sample in members:
+            found.setdefault(at.activation, []).append((list(members).index(at.sample), at.unit, above))
+    return GivenSides(found) if found else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)

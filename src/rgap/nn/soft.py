@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,3 +53,25 @@ class GivenSlopes(Replaced):
 
     def kinked(self, z: Tensor, slope: float) -> Tensor:
         return next(self.slopes).reshape(z.shape) * z
+
+
+class GivenSides(Replaced):
+    """Some values on given sides of their kinks, as if they stood just there: they get the slope of that side."""
+
+    def __init__(self, sides: Mapping[int, Sequence[tuple[int, int, bool]]]):
+        """
+        Args:
+            sides: of the activation that runs so many others later, row, unit and side of some values: whether above.
+        """
+        super().__init__()
+        self.sides, self.at = sides, 0
+
+    def kinked(self, z: Tensor, slope: float) -> Tensor:
+        above = z > 0
+        given = self.sides.get(self.at, ())
+        self.at += 1
+        if given:
+            rows, units, sides = zip(*given, strict=True)
+            above = above.clone()
+            above.flatten(1)[list(rows), list(units)] = torch.tensor(sides, device=z.device)
+        return torch.where(above, z, slope * z)

@@ -38,6 +38,9 @@ FITS = 30.0
 SLACK = (1.0, 2.0, 2.0, 4.0, 4.0, 8.0)
 """By attempt: times what rounding explains, by which a cotangent may miss the column space. Later ones allow for the
 errors of the samples before."""
+LOOSE = (1e-4, 10.0)
+"""The share of its size, squared, by which a candidate may miss the row space where no other fits, and the times by
+which all others have to miss it more."""
 APPROXIMATE = (0.1, 0.3)
 """A candidate that misses the row space and the column space by less than these shares of its size is about where a
 sample of a later step is."""
@@ -199,6 +202,10 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def none(self) -> Candidates:
+        return Candidates(self.x[:0], self.labels[:0])
+
     def and_(self, other: Candidates) -> Candidates:
         return Candidates(torch.cat([self.x, other.x]), torch.cat([self.labels, other.labels]))
 
@@ -224,7 +231,7 @@ def find_step(
         near: about where samples are, from the steps before.
         later: how often a sample comes again, relative to this step's coefficient.
     """
-    found = Candidates(known.x[:0], known.labels[:0])
+    found = known.none
     for attempt in range(search.rounds + 2):
         if deadline.used() >= 1:
             break
@@ -254,7 +261,27 @@ def find_step(
         near = near[kept[: max(0, place.rank - len(known) - len(found))]]
         if len(found) == count:
             break
-    return found, near
+    return found.and_(_nearly(place, near, count - len(found), size)), near
+
+
+def _nearly(place: Place, near: Float[Tensor, "s n"], count: int, size: int) -> Candidates:
+    """The candidates that come nearest to fitting a step, where they are by far the nearest; else none.
+
+    A unit of an earlier step that is taken for being on the wrong side of its kink spoils what all later ones read.
+    """
+    cost, (labels, _, share) = place.misfit(near)[1], place.labels(near, size)
+    taken, rest = list[int](), torch.inf
+    for at in cost.argsort().tolist():
+        if bool(((near[taken] - near[at]).norm(dim=1) < 10 * NEAR * near[at].norm()).any()):
+            continue
+        if len(taken) == count:
+            rest = float(cost[at])
+            break
+        taken.append(at)
+    fits = all(cost[at] < LOOSE[0] and LOOSE[1] * cost[at] < rest and share[at] < APPROXIMATE[1] for at in taken)
+    if not count or len(taken) < count or not fits:
+        taken = []
+    return Candidates(near[taken], labels[taken])
 
 
 def _starts(
