@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rgap.nn.soft import GivenSlopes, SoftKinks
+from rgap.nn.soft import GivenSides, GivenSlopes, SoftKinks
 
 KINKED: list[Callable[[Tensor], Tensor]] = [
     functional.relu,
@@ -49,3 +49,18 @@ def test_slopes_are_given_to_activations_in_turn_and_are_differentiated() -> Non
         found = functional.leaky_relu(functional.relu(z), 0.2)
     assert found.tolist() == [-1.0, -1.5]
     assert [each.tolist() for each in torch.autograd.grad(found.sum(), (first, second))] == [[-2, -3], [-1, 1.5]]
+
+
+@pytest.mark.parametrize(
+    ("activation", "below"), [(functional.relu, 0.0), (lambda z: functional.leaky_relu(z, 0.2), 0.2)]
+)
+def test_values_on_given_sides_have_the_slopes_there_and_no_others_change(
+    activation: Callable[[Tensor], Tensor], below: float
+) -> None:
+    z = torch.tensor([[-2.0, 1e-9], [-1e-9, 3.0]], dtype=torch.float64, requires_grad=True)
+    with GivenSides({1: [(0, 1, False), (1, 0, True)]}):
+        plain, given = activation(z), activation(z)
+    assert torch.equal(plain, torch.where(z > 0, z, below * z))
+    wanted = torch.tensor([[below, below], [1.0, 1.0]], dtype=z.dtype)
+    assert torch.equal(given, wanted * z)
+    assert torch.equal(torch.autograd.grad(given.sum(), z)[0], wanted)

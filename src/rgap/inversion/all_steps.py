@@ -83,7 +83,9 @@ class AllSteps:
                 break
             other = self._other_sides(self._exchanged(at), error)
             if other is at:
-                break
+                # No outliers are left to be weighed less.
+                last = self._refined(at, 1)
+                return last if last.misfit < at.misfit else at
             at = other
         return at
 
@@ -120,7 +122,7 @@ class AllSteps:
     def walk(self, at: Together) -> Walk:
         return Walk(self.client, self.plan, sides=at.sides).all(self._inputs(at.x), self.labels, at.order)
 
-    def _refined(self, at: Together) -> Together:
+    def _refined(self, at: Together, reweighted: int = REWEIGHTED) -> Together:
         """With the samples moved by what the first layer's weights miss."""
         c, name, layer = self.plan.expansion[-1][1], self.layer.weight_name, self.layer
 
@@ -133,16 +135,17 @@ class AllSteps:
                 own = cotangents(self.client, trail[step], self._inputs(x[rows]), self.labels[rows])
                 k[rows] += c[step] * walk.factors[step] / len(rows) * own
             missed = layer.pack_weight((self.difference.sent[name] - walk.end[name])[None])[0, 0]
-            return self._solved(k.mT, missed).flatten(), self._typical(walk)
+            by = self._solved(k.mT, missed, reweighted)
+            return by.flatten(), self._typical(walk) if reweighted > 1 else self.difference.misfit(walk)
 
         flat, _ = anderson(move, at.x.flatten(), REFINEMENTS, AGREES)
         there = replace(at, x=flat.reshape(at.x.shape))
         return self._at(there, self.walk(there))
 
-    def _solved(self, a: Float[Tensor, "o n"], b: Float[Tensor, "o m"]) -> Float[Tensor, "n m"]:
+    def _solved(self, a: Float[Tensor, "o n"], b: Float[Tensor, "o m"], reweighted: int) -> Float[Tensor, "n m"]:
         """Least squares, in which rows that are missed by far more than most count little where there are kinks: each
         is of a unit, and one on its wrong side would move its sample by far more than all others' errors."""
-        weight, rounds = a.new_ones(len(a), 1), REWEIGHTED if self._kinks else 1
+        weight, rounds = a.new_ones(len(a), 1), reweighted if self._kinks else 1
         for _ in range(rounds):
             found: Tensor = torch.linalg.lstsq(weight * a, weight * b).solution
             left = (b - a @ found).norm(dim=1, keepdim=True)

@@ -30,6 +30,8 @@ UNEXPLAINED = 2.0
 """Roundings above which all parameters decide together, and not the first layer's alone."""
 INSIDE = 4.0
 """The same in coordinates of the samples' space, where that space's own error counts for more."""
+ASTRAY = 1e4
+"""Roundings above which it is not the samples' values that are missed."""
 MOST_COUNTS = 64
 """Numbers of samples that are tried, at the most, where the client's own does not explain the rank."""
 ALIKE = 2.0
@@ -368,7 +370,7 @@ class _Recovery:
         if at.misfit > AGREES and self.client.loss.labels:
             at = together.settle(at, error, UNEXPLAINED)
             walk = together.walk(at)
-        if at.misfit > INSIDE and not at.sides:
+        if INSIDE < at.misfit < ASTRAY and not at.sides:
             x, other = in_their_span(self.client, self.plan, self.difference, layer, at.x, labels, at.order)
             there = Walk(self.client, self.plan).all(self._inputs(x), other, at.order)
             misfit = self.difference.misfit(there)

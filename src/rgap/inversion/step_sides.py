@@ -99,6 +99,8 @@ def with_other_sides(
     doubts = list[tuple[float, Unit, bool]]()
     for step in range(max(0, walk.step - BACK), walk.step):
         doubts += in_doubt(client, trail[step], x, order[step], error, step, walk.sides)
+    if not doubts:
+        return walk
     best, least = walk, miss(walk) - LOWER
     for _, which, above in sorted(doubts, key=lambda each: each[0])[:MOST]:
         if deadline.used() >= 1:
