@@ -115,7 +115,7 @@ def explored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder, and what is printed of two or more rounds."""
     folder = tmp_path_factory.mktemp("explored")
     (folder / "test_failing.py").write_text(FAILING)
-    said = run(folder, str(TESTS / "explore.py"), "--minutes", "0.1", "test_failing.py", LOG=str(folder))
+    said = run(folder, str(TESTS / "explore.py"), "--minutes", "0.05", "test_failing.py", LOG=str(folder))
     return folder, said
 
 

@@ -338,9 +338,9 @@ def test_audit_of_what_is_no_chain(capsys: pytest.CaptureFixture[str], tmp_path:
     assert {result["attack"] for sample in document["samples"] for result in sample["results"]} == {"iDLG"}
     with Image.open(tmp_path / "rgap-out" / "audit.png") as picture:
         assert picture.format == "PNG"
-    smaller = (tmp_path / "my_three_classes.py").read_text().replace("Linear(75", "Linear(27")
+    smaller = (tmp_path / "my_three_classes.py").read_text().replace("Linear(75", "Linear(12")
     (tmp_path / "my_smaller_classes.py").write_text(smaller)
-    model = ("--model", "my_smaller_classes:make", "--loss", "cross-entropy", "--input-shape", "1,8,8")
+    model = ("--model", "my_smaller_classes:make", "--loss", "cross-entropy", "--input-shape", "1,6,6")
     code, out, _ = run(capsys, "audit", *model, "--count", 1, "--attack", "closed", "--out", "closed")
     assert code == 0
     assert "not converged" in out or "rank-deficient" in out
