@@ -299,9 +299,9 @@ def test_the_solver_can_be_chosen_and_is_reported(solver: Solver) -> None:
 
 
 def test_a_picture_of_many_pixels_is_recovered_without_a_matrix() -> None:
-    """At 96 x 96 the dense matrices of a layer would take 9 GiB; some of its 36,864 units stand at their kinks."""
-    target = Target(models.strided(3, 96), losses.Logistic(), (3, 96, 96), (0.0, 1.0))
-    x = data.photographs(1, 96).inputs
+    """At 64 x 64 the dense matrices of a layer would take 2 GiB; some of its 16,384 units stand at their kinks."""
+    target = Target(models.strided(3, 64), losses.Logistic(), (3, 64, 64), (0.0, 1.0))
+    x = data.photographs(1, 64).inputs
     found = attack(target, x, 1.0)
     assert found.status is Status.EXACT, found
     assert score(found, x).mse[0] <= 1e-8
