@@ -237,7 +237,7 @@ def test_whole_numbers_are_the_nearest_with_their_sum(shares: list[float], b: in
         return sum((n - e) ** 2 for n, e in zip(numbers, exact, strict=True))
 
     every = [numbers for numbers in itertools.product(range(b + 1), repeat=len(shares)) if sum(numbers) == b]
-    found = tuple(whole_numbers(torch.tensor(shares, dtype=torch.float64), b))
+    found = tuple(whole_numbers(torch.tensor(shares, dtype=torch.float64), b).tolist())
     assert found in every
     assert distance(found) == pytest.approx(min(map(distance, every)), abs=1e-9)
 

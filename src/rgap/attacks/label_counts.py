@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgap.attacks.label_layer import LastLayer, last_layer, noise_features, sent
@@ -23,6 +23,8 @@ PROBES = 32
 """Inputs of noise that the model is asked about: half to estimate with, half to measure how well that goes."""
 SIMULATED = 100
 """Batches of noise on which an estimate of counts is measured."""
+AT_ONCE = 2**22
+"""Entries of their gradients of the last weight that are held at once."""
 _PROBED: WeakKeyDictionary[Target, Tensor | None] = WeakKeyDictionary()
 """What the last layer reads of those inputs, which all updates of a target ask for."""
 
@@ -70,18 +72,23 @@ def counts(target: Target, update: Update) -> Counts:
     known, simulated = features[: PROBES // 2], features[PROBES // 2 :]
     b = update.samples(target)
     shares = last.shares(known, grad.to(known.device), bias, b)
-    numbers = dict(zip(target.loss.labels, whole_numbers(shares, b), strict=True))
+    numbers = dict(zip(target.loss.labels, whole_numbers(shares, b).tolist(), strict=True))
     return Counts(numbers, _accuracy(last, known, simulated, b, bias is not None))
 
 
-def whole_numbers(shares: Float[Tensor, " labels"], b: int) -> list[int]:
-    """Whole numbers that add up to b, by largest remainder; no share is less than nothing."""
+def whole_numbers(shares: Float[Tensor, "*n labels"], b: int) -> Int[Tensor, "*n labels"]:
+    """Whole numbers that add up to b, by largest remainder; no share is less than nothing.
+
+    Raises:
+        ValueError: the shares are no numbers.
+    """
     exact = shares.clamp(min=0)
-    exact = exact * (b / exact.sum())
+    exact = exact * (b / exact.sum(-1, keepdim=True))
+    if not bool(exact.isfinite().all()):
+        raise ValueError("the gradient gives shares of labels that are no finite numbers")
     numbers = exact.floor()
-    more = (exact - numbers).argsort(descending=True)[: b - int(numbers.sum())]
-    numbers[more] += 1
-    return [int(n) for n in numbers.tolist()]
+    place = (exact - numbers).argsort(-1, descending=True).argsort(-1)
+    return (numbers + (place < b - numbers.sum(-1, keepdim=True))).long()
 
 
 def _accuracy(last: LastLayer, known: Tensor, simulated: Float[Tensor, "s features"], b: int, bias: bool) -> float:
@@ -92,12 +99,17 @@ def _accuracy(last: LastLayer, known: Tensor, simulated: Float[Tensor, "s featur
     """
     generator = torch.Generator().manual_seed(1)
     values = torch.tensor(last.loss.labels, dtype=torch.float64)
-    right = 0
-    for _ in range(SIMULATED):
-        x = simulated[torch.randint(len(simulated), (b,), generator=generator).to(simulated.device)]
-        which = torch.randint(len(values), (b,), generator=generator)
-        g = last.output_gradient(x, values[which])
-        found = last.shares(known, g.mT @ x / b, g.mean(0) if bias else None, b)
-        truth = which.bincount(minlength=len(values)).tolist()
-        right += sum(min(n, t) for n, t in zip(whole_numbers(found, b), truth, strict=True))
+    drawn = [(_draw(len(simulated), b, generator), _draw(len(values), b, generator)) for _ in range(SIMULATED)]
+    right, at_once = 0, max(1, AT_ONCE // last.weight.numel())
+    for some in (drawn[at : at + at_once] for at in range(0, len(drawn), at_once)):
+        places, which = (torch.stack(each) for each in zip(*some, strict=True))
+        x = simulated[places.to(simulated.device)]
+        g = last.output_gradient(x.flatten(0, 1), values[which.flatten()]).reshape(*which.shape, -1)
+        found = last.shares(known, g.mT @ x / b, g.mean(1) if bias else None, b)
+        truth = torch.nn.functional.one_hot(which, len(values)).sum(1)
+        right += int(whole_numbers(found.cpu(), b).minimum(truth).sum())
     return right / (b * SIMULATED)
+
+
+def _draw(of: int, count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+    return torch.randint(of, (count,), generator=generator)

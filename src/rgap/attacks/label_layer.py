@@ -46,19 +46,20 @@ class LastLayer:
     def shares(
         self,
         known: Float[Tensor, "s features"],
-        grad_weight: Float[Tensor, "outputs features"],
-        grad_bias: Float[Tensor, " outputs"] | None,
+        grad_weight: Float[Tensor, "*n outputs features"],
+        grad_bias: Float[Tensor, "*n outputs"] | None,
         b: int,
-    ) -> Float[Tensor, " labels"]:
-        """The share of each label in a batch of b, not yet between 0 and 1, from features of noise and the gradient."""
+    ) -> Float[Tensor, "*n labels"]:
+        """The share of each label in a batch of b, not yet between 0 and 1, from features of noise and the gradient; of
+        as many batches as there are gradients."""
         if isinstance(self.loss, MarginLoss):
             assert grad_bias is not None
             low, high = (
                 float(self.output_gradient(known, torch.full((len(known),), y, dtype=torch.float64)).mean())
                 for y in self.loss.labels
             )
-            up = (float(grad_bias) - low) / (high - low)
-            return torch.tensor([1 - up, up], dtype=torch.float64).clamp(0, 1)
+            up = (grad_bias.double().cpu() - low) / (high - low)
+            return torch.cat([1 - up, up], -1).clamp(0, 1)
         mean = known.mean(0)
         if grad_bias is None:
             # Sums of a row, features that are negative on noise counted so: they do not cancel.
@@ -67,8 +68,9 @@ class LastLayer:
         # grad W = g x' if all samples had the same features. Where labels occur in nearly equal numbers g is next to
         # nothing and tells as little of them: features of noise take part, with the |g|^2 of labels at random.
         ridge = 1 / b
-        x = (g @ grad_weight + ridge * mean) / (g @ g + ridge)
-        return (self.weight @ x + self.bias).softmax(0) - g
+        reads = (g[..., None, :] @ grad_weight)[..., 0, :]
+        x = (reads + ridge * mean) / (g.square().sum(-1, keepdim=True) + ridge)
+        return (x @ self.weight.mT + self.bias).softmax(-1) - g
 
 
 def last_layer(target: Target) -> LastLayer:
