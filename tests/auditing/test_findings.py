@@ -153,7 +153,7 @@ def test_what_a_defence_hides_is_not_said_to_be_read_off(
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize(("classes", "repeats", "steps"), [(3, (30, 12, 6), 1), (2, (30, 14), 1), (3, (20, 8, 2), 3)])
+@pytest.mark.parametrize(("classes", "repeats", "steps"), [(3, (15, 6, 3), 1), (2, (15, 7), 1), (3, (10, 4, 1), 3)])
 def test_how_often_each_label_occurs_is_told_of_batches(
     classes: int, repeats: tuple[int, ...], steps: int, known: bool
 ) -> None:

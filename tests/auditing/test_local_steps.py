@@ -93,10 +93,10 @@ def test_buffers_that_moved_are_a_part_of_the_leak(pool: bool) -> None:
 
 
 def test_an_audit_names_bounds_and_buffers_and_claims_no_labels_of_several_steps() -> None:
-    target = make_target(24, pool=True)
-    found = audit_updates(target, {"one": sent(target, minibatch=8, buffers=True)}, attacks=[])
+    target = make_target(21, pool=True)
+    found = audit_updates(target, {"one": sent(target, minibatch=7, buffers=True)}, attacks=[])
     text = str(found)
-    assert "24 samples x 1 epoch = 24 against the width 20 of " in text
+    assert "21 samples x 1 epoch = 21 against the width 20 of " in text
     assert "3 buffers were sent that have moved" in text
     assert found.read is not None
     assert found.read.labels == 0
