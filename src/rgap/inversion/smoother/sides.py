@@ -7,7 +7,7 @@ have the covariance min(P_s, P_t) - P_s P_t. Its large eigenvectors are the numb
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rgap.inversion.smoother.steps import KinkedSteps
+from rgap.inversion.smoother.steps import KinkedSteps, Middle
 from rgap.nn.network import Network
 
 LIKELY = 1e-2
@@ -56,7 +56,8 @@ class Step:
 
 
 def steps_with(steps: KinkedSteps, x: Tensor, std: Sequence[Tensor]) -> list[Step]:
-    """All steps of an input, each unit with the slope that is expected where it stands.
+    """All steps of an input, each unit with the slope that is expected where it stands; where that is hardly in doubt
+    with its side's: a hundredth of many slopes would be as much as one on its wrong side.
 
     Args:
         std: of what is in front of each activation.
@@ -69,7 +70,9 @@ def steps_with(steps: KinkedSteps, x: Tensor, std: Sequence[Tensor]) -> list[Ste
             read = values[node.reads[0]]
             if at in steps.activations:
                 j = steps.activations.index(at)
-                slopes[at] = steps.below[j] + (1 - steps.below[j]) * torch.special.ndtr(read / std[j])
+                upper = torch.special.ndtr(read / std[j])
+                upper = torch.where(upper * (1 - upper) < LIKELY, (read > 0).to(upper), upper)
+                slopes[at] = steps.below[j] + (1 - steps.below[j]) * upper
                 values.append(slopes[at] * read)
             else:
                 values.append(node.op.forward(read))
@@ -83,6 +86,20 @@ def steps_with(steps: KinkedSteps, x: Tensor, std: Sequence[Tensor]) -> list[Ste
 def most_numbers(parameters: int) -> int:
     """That are in doubt at once, where all parameters take so many bytes."""
     return max(1, BYTES // parameters)
+
+
+def mean_of(steps: KinkedSteps, run: Sequence[Step]) -> Middle:
+    """The chain of the mean over all steps, as they count, with nothing but slopes in doubt."""
+
+    def mean(each: Iterable[Tensor | None]) -> Tensor:
+        parts = [c * value for c, value in zip(steps.shares, each, strict=True) if value is not None]
+        return torch.stack(parts).sum(0)
+
+    values = [mean(of) for of in zip(*(step.values for step in run), strict=True)]
+    slopes = {at: mean(step.slopes[at] for step in run) for at in steps.activations}
+    ks: list[Tensor | None] = [mean(of) for of in zip(*(step.cotangents for step in run), strict=True)]
+    nothing = [torch.zeros_like(values[steps.reads(at)]) for at in steps.activations]
+    return Middle(values, slopes, nothing, nothing, nothing, ks)
 
 
 def doubts(steps: KinkedSteps, run: Sequence[Step], std: Sequence[Tensor]) -> list[Doubt]:

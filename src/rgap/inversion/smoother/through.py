@@ -9,7 +9,8 @@ at first. The more sides are settled, the fewer are in doubt, until none is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,10 +21,9 @@ from torch import Tensor
 from rgap.inversion.smoother.again import Again
 from rgap.inversion.smoother.information import Information
 from rgap.inversion.smoother.setting import Setting
-from rgap.inversion.smoother.sides import Doubt, Step, doubts, effects, pushed, steps_with
-from rgap.inversion.smoother.steps import Guess, Middle
+from rgap.inversion.smoother.sides import Doubt, Step, doubts, effects, mean_of, pushed, steps_with
+from rgap.inversion.smoother.steps import Middle
 from rgap.inversion.smoother.trial import Trial
-from rgap.inversion.unrolled import made_by
 from rgap.inversion.walk import Walk
 from rgap.linalg.derivative import linearised
 from rgap.linalg.lsmr import lsmr
@@ -48,9 +48,9 @@ class Approach:
     """Each with noise and errors twice as large, where rows miss more than they may."""
     inner: int = 3
     """Gauss and Newton's steps with one factor."""
-    iterations: int = 80
-    """Of LSMR."""
-    tolerance: float = 1e-4
+    iterations: int = 250
+    """Of LSMR: some directions are whitened badly, where slopes and weights change together."""
+    tolerance: float = 1e-6
     amiss: float = 1.5
     """Root mean square of a parameter's rows, in units of their noise, that is too much."""
     cooling: tuple[float, float] = (0.3, 0.6)
@@ -98,6 +98,61 @@ class Whitened:
         found = torch.cat([u[inputs:], u[:inputs]])
         white: Tensor = torch.linalg.solve_triangular(self.lower, found[:, None], upper=False)[:, 0]
         return white
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What the steps of an input with slopes in doubt miss, at given weights.
+
+    Those hang on the input too; but tied at both ends to what was sent they move by no more than gradients differ
+    between steps, and linearised at given ones the rows are what they are whitened for.
+    """
+
+    setting: Setting
+    root: Float[Tensor, "v v"]
+    """Of the prior's matrix."""
+    found: Sequence[Doubt]
+    slopes: Sequence[Tensor]
+    """Expected, of each activation, (steps, *shape)."""
+    units: Mapping[str, Tensor]
+    """Of each parameter's rows."""
+
+    def trail(self, u: Tensor) -> list[dict[str, Tensor]]:
+        """The weights before each step, and behind the last."""
+        steps, gradients = self.setting.steps, list[dict[str, Tensor]]()
+        x, slopes = self._parted(u)
+        with torch.no_grad():
+            for step in range(steps.plan.steps):
+                gradients.append(self._gradient(steps.now(gradients), x, slopes, step))
+        return steps.trail(gradients)
+
+    def at(self, trail: Sequence[Mapping[str, Tensor]]) -> Callable[[Tensor], Tensor]:
+        """What is missed, and what the prior and the doubts say beside."""
+        steps, centre = self.setting.steps, self.setting.prior.centre
+
+        def residual(u: Tensor) -> Tensor:
+            x, slopes = self._parted(u)
+            each = [self._gradient(trail[step], x, slopes, step) for step in range(steps.plan.steps)]
+            rows = []
+            for name, unit in self.units.items():
+                mean = sum((c * g[name] for c, g in zip(steps.shares, each, strict=True)), -steps.gradient[name])
+                rows.append((mean / unit).flatten())
+            return torch.cat([*rows, self.root @ (x.flatten() - centre), u[x.numel() :]])
+
+        return residual
+
+    def _parted(self, u: Tensor) -> tuple[Tensor, list[Tensor]]:
+        shape = self.setting.steps.client.input_shape
+        x, d = u[: math.prod(shape)], u[math.prod(shape) :]
+        parts = torch.split(d, [len(doubt.unit) for doubt in self.found])
+        every = zip(self.found, self.slopes, parts, strict=True)
+        return x.reshape(1, *shape), [doubt.added(slope, own) for doubt, slope, own in every]
+
+    def _gradient(self, weights: Mapping[str, Tensor], x: Tensor, slopes: list[Tensor], step: int) -> dict[str, Tensor]:
+        steps = self.setting.steps
+        kinked = [j for j, below in enumerate(steps.below) if bool((below < 1).any())]
+        with GivenSlopes([slopes[j][step] for j in kinked]):
+            return steps.client.differentiable(weights, x, steps.labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,31 +227,30 @@ class Through:
         variance = {name: own[name] + (near.noise[name] * size[name]) ** 2 for name in steps.names}
         run = steps_with(steps, near.x, near.std)
         found = doubts(steps, run, near.std)
-        whitened, information, std = self._factored(near, run, found, variance)
-        units = {name: each.sqrt() * abs(steps.scale) for name, each in variance.items()}
-        made = self._made(run, found, units)
-        rows = sum(each.numel() for each in units.values())
+        whitened, information, std = self._factored(run, found, variance)
+        made = self._made(run, found, variance)
+        rows = sum(each.numel() for each in variance.values())
         u = torch.cat([near.x.flatten(), near.x.new_zeros(whitened.doubts)])
         for _ in range(self.approach.inner):
             u, missed, expected = self._moved(made, u, whitened)
             if float(missed.norm()) < 1.1 * float(expected.norm()):
                 break
-        sizes = [each.numel() for each in units.values()]
+        sizes = [each.numel() for each in variance.values()]
 
         def each_of(r: Tensor) -> dict[str, float]:
             parts = torch.split(r[:rows], sizes)
-            return {name: float(part.square().mean().sqrt()) for name, part in zip(units, parts, strict=True)}
+            return {name: float(part.square().mean().sqrt()) for name, part in zip(variance, parts, strict=True)}
 
         explained = float(missed.norm()) <= 2 * float(expected.norm())
         explained &= max(each_of(expected).values()) <= self.approach.amiss
         x = u[: near.x.numel()].reshape(near.x.shape)
-        rounding = {name: float(own[name].mean().sqrt()) / size[name] for name in units}
+        rounding = {name: float(own[name].mean().sqrt()) / size[name] for name in variance}
         settled = all(near.noise[name] < each for name, each in rounding.items())
         return Stepped(x, std, each_of(missed), explained, information, rounding, found, settled)
 
-    def _moved(self, made: Callable[[Tensor], Tensor], u: Tensor, whitened: Whitened) -> tuple[Tensor, Tensor, Tensor]:
+    def _moved(self, made: Made, u: Tensor, whitened: Whitened) -> tuple[Tensor, Tensor, Tensor]:
         """One step, halved until less is missed: where it ends, what is missed there, and what was expected to be."""
-        along, here, back = linearised(made, u)
+        along, here, back = linearised(made.at(made.trail(u)), u)
 
         def forth(v: Tensor) -> Tensor:
             return along(whitened.unwhitened(v))
@@ -208,33 +262,16 @@ class Through:
         v = lsmr(forth, pulled, -here, len(u), approach.iterations, tolerance=approach.tolerance)
         move, expected = whitened.unwhitened(v), here + forth(v)
         for halving in range(approach.halvings):
-            there = made(u + 0.5**halving * move).detach()
+            tried = u + 0.5**halving * move
+            there = made.at(made.trail(tried))(tried).detach()
             if float(there.norm()) < float(here.norm()):
-                return u + 0.5**halving * move, there, expected
+                return tried, there, expected
         return u, here, expected
 
-    def _made(
-        self, run: Sequence[Step], found: Sequence[Doubt], units: dict[str, Tensor]
-    ) -> Callable[[Tensor], Tensor]:
-        """What the steps of an input with slopes in doubt miss, and what the prior and the doubts say beside."""
-        setting, steps = self.setting, self.setting.steps
-        difference = replace(steps.difference, each=units)
-        made = made_by(steps.client, steps.plan, difference, steps.labels, ((0,),) * steps.plan.steps)
-        expected = [torch.cat([step.slopes[at] for step in run]) for at in steps.activations]
-        sizes, inputs = [len(doubt.unit) for doubt in found], run[0].values[0].numel()
-        shape = run[0].values[0].shape
-        kinked = [j for j, below in enumerate(steps.below) if bool((below < 1).any())]
-        upper = self._prior
-
-        def residual(u: Tensor) -> Tensor:
-            x, d = u[:inputs], u[inputs:]
-            every = zip(found, expected, torch.split(d, sizes), strict=True)
-            slopes = [doubt.added(slope, own) for doubt, slope, own in every]
-            with GivenSlopes([slopes[j][t] for t in range(len(run)) for j in kinked]):
-                rows = made(x.reshape(shape))
-            return torch.cat([rows, upper @ (x - setting.prior.centre), d])
-
-        return residual
+    def _made(self, run: Sequence[Step], found: Sequence[Doubt], variance: dict[str, Tensor]) -> Made:
+        steps = self.setting.steps
+        slopes = [torch.cat([step.slopes[at] for step in run]) for at in steps.activations]
+        return Made(self.setting, self._prior, found, slopes, {name: v.sqrt() for name, v in variance.items()})
 
     @cached_property
     def _prior(self) -> Float[Tensor, "v v"]:
@@ -243,17 +280,12 @@ class Through:
         return found
 
     def _factored(
-        self, near: Near, run: Sequence[Step], found: Sequence[Doubt], variance: dict[str, Tensor]
+        self, run: Sequence[Step], found: Sequence[Doubt], variance: dict[str, Tensor]
     ) -> tuple[Whitened, Information, list[Tensor]]:
         """By the smoother's matrix in the middle of the steps: whitened unknowns, what the rows tell of the input, and
         the errors of what is in front of the activations."""
         setting, steps = self.setting, self.setting.steps
-        values = steps.middle_network.forward(near.x)
-        there = [steps.reads(at) for at in steps.activations]
-        z = [values[each] for each in there]
-        places = [torch.cat([step.values[each] for step in run]) - own for each, own in zip(there, z, strict=True)]
-        zeros = [torch.zeros_like(each) for each in z]
-        middle = replace(steps.middle(Guess(near.x, z, near.std, places, zeros)), residuals=zeros, apart=zeros)
+        middle = mean_of(steps, run)
         nothing = {name: torch.zeros_like(each) for name, each in variance.items()}
         weight = {name: 1 / each for name, each in variance.items()}
         information = Again(setting).back(middle, nothing, weight, effects(steps, run, found))[0]
