@@ -35,6 +35,8 @@ NEAR = 1e-2
 """Two inputs that differ by less than this part of their size are one candidate."""
 FITS = 30.0
 """Times what rounding explains, squared, by which a sample may miss the row space."""
+STRICT = (3.0, 3.0, 10.0, 10.0, FITS)
+"""The same by attempt, where samples before left errors; else the first: mixtures of samples come near to fitting."""
 SLACK = (1.0, 2.0, 2.0, 4.0, 4.0, 8.0)
 """By attempt: times what rounding explains, by which a cotangent may miss the column space. Later ones allow for the
 errors of the samples before."""
@@ -245,11 +247,12 @@ def find_step(
         near, off, cost = near[order], off[order], cost[order]
         labels, off_k, share = place.labels(near, size)
         taken, kept = list[int](), list[int]()
+        strict = STRICT[min(attempt, len(STRICT) - 1) if len(known) else 0]
         for at in range(len(near)):
             others = torch.cat([known.x, found.x, near[[*taken, *kept]]])
             if bool(((others - near[at]).norm(dim=1) < NEAR * near[at].norm()).any()):
                 continue
-            fits = off[at] <= FITS and share[at] < APPROXIMATE[0] and off_k[at] <= SLACK[min(attempt, len(SLACK) - 1)]
+            fits = off[at] <= strict and share[at] < APPROXIMATE[0] and off_k[at] <= SLACK[min(attempt, len(SLACK) - 1)]
             if fits and len(found) + len(taken) < count:
                 taken.append(at)
             elif cost[at] < APPROXIMATE[0] ** 2 and share[at] < APPROXIMATE[1]:
@@ -261,7 +264,9 @@ def find_step(
         near = near[kept[: max(0, place.rank - len(known) - len(found))]]
         if len(found) == count:
             break
-    return found.and_(_nearly(place, near, count - len(found), size)), near
+    # Before the first step nothing was taken for being on a wrong side.
+    loose = _nearly(place, near, count - len(found), size) if len(known) else known.none
+    return found.and_(loose), near
 
 
 def _nearly(place: Place, near: Float[Tensor, "s n"], count: int, size: int) -> Candidates:
