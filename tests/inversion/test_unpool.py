@@ -115,6 +115,44 @@ def test_a_network_with_pools_is_inverted_exactly(kind: str) -> None:
         assert error**0.5 < 10 * found.answers[0].error
 
 
+def test_rows_of_some_outputs_are_enough_where_all_would_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each output of the second convolution has 800 gradient rows; what it reads has 800 unknowns, the picture 100."""
+    monkeypatch.setattr(routes, "LARGE", 0)
+    weighed: set[tuple[int, int]] = set()
+    apply = routes._Whitening.__call__
+
+    def counted(self: routes._Whitening, grad: Tensor) -> Tensor:
+        found = apply(self, grad)
+        weighed.add((len(self.outputs), int((found.flatten(0, 1) != 0).any(1).sum())))
+        return found
+
+    monkeypatch.setattr(routes._Whitening, "__call__", counted)
+    target, x = target_of("two pools"), pictures(1, 1, SIZE)
+    found = Closed()(target, capture(target, x, torch.tensor([3.0])))
+    assert found.status is Status.EXACT, found
+    assert float((found.inputs - x).square().mean()) < 1e-8
+    assert weighed == {(5, 5), (1, 1)}
+
+
+def test_many_unknowns_are_looked_for_in_large_steps_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpool, "MANY", 0)
+    monkeypatch.setattr(unpool, "FEWER", 10**6)  # not from the picture
+    tried = []
+    find = unpool.find_routes
+
+    def counted(*of: Any) -> routes.Unpooled:
+        tried.append((of[5], (found := find(*of)).missed <= of[3]))
+        return found
+
+    monkeypatch.setattr(unpool, "find_routes", counted)
+    target, x = target_of("two pools"), pictures(1, 1, SIZE)
+    found = Closed()(target, capture(target, x, torch.tensor([3.0])))
+    assert found.status is Status.EXACT, found
+    assert float((found.inputs - x).square().mean()) < 1e-8
+    assert (routes.QUICK, True) in tried
+    assert not any(schedule in (routes.ANNEALING, routes.COLDER) for schedule, _ in tried)
+
+
 @pytest.mark.parametrize("kind", ["relu, mean", "batch norm, leaky, mean"])
 def test_all_values_in_front_of_a_mean_are_those_of_the_forward_pass(kind: str) -> None:
     """Also of several samples whose gradients were added up."""

@@ -107,6 +107,8 @@ COLDER = Annealing(temperature=1.0)
 """Fewer steps, from a start that is decided sooner."""
 FROM_INPUT = Annealing(max_steps=6, patience=6, solve_rtol=0.05, solve_steps=40)
 """From the network's input, whose neighbouring values are similar: far enough to begin nearer, and no further."""
+QUICK = Annealing(temperature=2.0, cooling=0.97, fading=0.8, max_steps=120, patience=60, solve_steps=60)
+"""Of many unknowns, where steps take long: a prior that is gone in twenty of them, if rows are enough without."""
 NEAR = Annealing(temperature=0.3, prior=0.01, patience=30)
 """From a start of a few per cent's error."""
 VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, patience=12, gradient=False)
@@ -123,6 +125,8 @@ LEAST = 1e-7
 """What is missed is never taken to be less, relatively."""
 ROOM = 1 << 24
 """Numbers that are held at once to weigh gradient rows."""
+LARGE, PLENTY = 1 << 26, 5
+"""Above so many numbers in all, no more outputs are weighed than give so many rows for each unknown."""
 
 
 def find_routes(
@@ -331,7 +335,8 @@ class _Decided(_Step):
 
 
 class _Whitening:
-    """The inverse covariance of each output's gradient rows: noise I + A A', by the smaller of its two factors."""
+    """The inverse covariance of each output's gradient rows: noise I + A A', by the smaller of its two factors; nothing
+    of outputs whose rows would take long and are not needed."""
 
     def __init__(self, step: _Step):
         point, layer, pool = step.point, step.point.part.layer, step.point.part.pool
@@ -346,9 +351,14 @@ class _Whitening:
         first = undecided.int().argsort(1, descending=True)[:, :most]
         count = most * pool.windows.shape[1]
         self.by_reads = count >= reads
-        factors, every, together = [], torch.arange(len(noise), device=k.device), max(1, ROOM // max(1, count * reads))
-        for at in range(0, len(noise), together):
-            some = every[at : at + together]
+        size = min(count, reads) * reads
+        self.outputs = torch.arange(len(noise), device=k.device)
+        if size * len(noise) > LARGE:
+            enough = -(-PLENTY * point.x.numel() // reads)
+            self.outputs = point.observed.grad.flatten(0, 1).norm(dim=1).argsort(descending=True)[:enough]
+            noise = noise[self.outputs]
+        factors, together = [], max(1, ROOM // max(1, count * reads))
+        for some in torch.split(self.outputs, together):
             columns = _columns(step, some, first[some], undecided[some].gather(1, first[some]))
             factors.append(columns @ columns.mT if self.by_reads else columns)
         factor = torch.cat(factors)
@@ -360,12 +370,14 @@ class _Whitening:
 
     def __call__(self, grad: Float[Tensor, "g j i"]) -> Float[Tensor, "g j i"]:
         # One row times a matrix for each output: many matrices times a column each take several times as long.
-        rows = grad.flatten(0, 1)[:, None]
+        rows = grad.flatten(0, 1)[self.outputs][:, None]
         if self.by_reads:
             found = rows @ self.inverse
         else:
             found = (rows - rows @ self.factor @ self.inverse @ self.factor.mT) / self.noise[:, None, None]
-        return found.reshape(grad.shape)
+        whole = torch.zeros_like(grad.flatten(0, 1))
+        whole[self.outputs] = found[:, 0]
+        return whole.reshape(grad.shape)
 
 
 def _columns(step: _Step, outputs: Tensor, first: Tensor, undecided: Tensor) -> Float[Tensor, "o i q"]:

@@ -20,6 +20,7 @@ from rgap.inversion.routes import (
     COLDER,
     FROM_INPUT,
     NEAR,
+    QUICK,
     VALUES_ONLY,
     Annealing,
     Observed,
@@ -38,6 +39,8 @@ from rgap.nn.pools import MaxPool, MeanPool, Pool
 
 FEWER = 2
 """So many times fewer unknowns has the network's input where routes are looked for from it first."""
+MANY = 8_192
+"""Unknowns of which routes are looked for in large steps first."""
 ENOUGH = 1.25
 """Rows for each unknown with which routes are looked for."""
 MISSED = 200
@@ -176,6 +179,8 @@ def solve_route(
     if with_prior or known + route.part.layer.gradient_rows >= ENOUGH * unknowns:
         if whole is not None:
             tries.append((NEAR, _from_input(whole, observed, eps, report)))
+        if unknowns > MANY:
+            tries.append((QUICK, start))
         tries += [(ANNEALING, start), (COLDER, start)]
     found: Unpooled | None = None
     agrees = MISSED * eps
