@@ -41,6 +41,9 @@ LOWER = 0.02
 """By which a trial has to lower the logarithm of what is missed, all parameters together."""
 REWEIGHTED, OUTLYING = 4, 3.0
 """Solves, in which rows count less that are missed by so many times the median."""
+ALIKE = 2.0
+"""Times by which a sample that is not of a step misses the second row space more than those of it do, at the least, or
+it is tried in their place."""
 MOST_TRIED = 400
 """Exchanges of samples that were alike, of which each has to be told apart from the order that is certified."""
 APART = 50.0
@@ -324,3 +327,8 @@ def _exchange(order: Sequence[tuple[int, ...]], one: int, i: int, two: int, j: i
     new[one] = tuple(j if each == i else each for each in order[one])
     new[two] = tuple(i if each == j else each for each in order[two])
     return tuple(new)
+
+
+def alike(off: Float[Tensor, " s"], by: list[int], own: int) -> list[tuple[int, int]]:
+    """Of samples by how far off they are those of a step, each with others that are not and fit it about as well."""
+    return [(i, j) for i in by[:own] for j in by[own:] if not bool(off[j] > ALIKE * off[i])]

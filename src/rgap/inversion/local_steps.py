@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.inversion.all_steps import AGREES, AllSteps, Together
+from rgap.inversion.all_steps import AGREES, AllSteps, Together, alike
 from rgap.inversion.step_sides import LOWER, missed, with_other_sides
 from rgap.inversion.subspace.head import told
 from rgap.inversion.subspace.peel import Search
@@ -32,11 +32,10 @@ INSIDE = 4.0
 """The same in coordinates of the samples' space, where that space's own error counts for more."""
 ASTRAY = 1e4
 """Roundings above which it is not the samples' values that are missed."""
+MISSED = 100.0
+"""Roundings above which samples or their order are wrong."""
 MOST_COUNTS = 64
 """Numbers of samples that are tried, at the most, where the client's own does not explain the rank."""
-ALIKE = 2.0
-"""Times by which a sample that is not of a step misses the second row space more than those of it do, at the least, or
-it is tried in their place."""
 
 
 class Limit(Enum):
@@ -260,7 +259,7 @@ class _Recovery:
             if other is not walk:
                 walk, near = other, torch.cat([found.x, near])
                 continue
-            close += [(step, free[i], free[j]) for i, j in _alike(off, by, own)]
+            close += [(step, free[i], free[j]) for i, j in alike(off, by, own)]
             members += tuple(range(len(known), len(known) + len(found)))
             known, error = known.and_(found), torch.cat([error, place.error(found.x)])
             if missing:
@@ -329,6 +328,20 @@ class _Recovery:
             place = place.without(x, labels, place.share(x, labels) if clipped else 1 / size)
         return find_step(place, missing, size, clipped, known, near, self._later(step), self.search, generator)
 
+    def _unexplained(self, misfit: float) -> Bound | None:
+        """Why the steps of all samples do not make what was sent, where counts say it."""
+        second = self.place(Walk(self.client, self.plan)).spaces.second
+        assert second is not None
+        vectors = sum(self.plan.sizes)
+        if misfit < MISSED or second.rank >= vectors:
+            return None
+        text = (
+            f"all steps together miss the difference by {misfit:.0f} roundings: of {vectors} hidden vectors "
+            f"{second.rank} are above the weights' rounding, and the order of later epochs is not told; larger steps "
+            "or fewer epochs would be read, or weights in double precision"
+        )
+        return Bound(Limit.PRECISION, text)
+
     def _inputs(self, x: Float[Tensor, "n u"]) -> Tensor:
         return x.reshape(-1, *self.client.input_shape)
 
@@ -378,9 +391,5 @@ class _Recovery:
                 at, labels, walk = replace(at, x=x, misfit=misfit), other, there
         certain = not close or (at.misfit <= INSIDE and together.told_apart(at, close))
         x, missed = self._inputs(at.x), self.difference.missed(walk)
-        return Recovered(x, labels, error, at.order, at.misfit, missed, certain, self._samples, sides=at.sides)
-
-
-def _alike(off: Float[Tensor, " s"], by: list[int], own: int) -> list[tuple[int, int]]:
-    """Of samples by how far off they are those of a step, each with others that are not and fit it about as well."""
-    return [(i, j) for i in by[:own] for j in by[own:] if not bool(off[j] > ALIKE * off[i])]
+        stop = self._unexplained(at.misfit)
+        return Recovered(x, labels, error, at.order, at.misfit, missed, certain, self._samples, stop, sides=at.sides)
