@@ -61,7 +61,8 @@ def test_whitened_unknowns_are_told_alike_by_the_steps(number: int, apart: float
     found = doubts(steps, run, std)
     whitened, _, _ = through._factored(run, found, variance)
     assert whitened.doubts >= 20
-    made, u = through._made(run, found, variance), torch.cat([x.flatten(), x.new_zeros(whitened.doubts)])
+    slopes = [torch.cat([step.slopes[at] for step in run]) for at in steps.activations]
+    made, u = through._made(slopes, found, variance), torch.cat([x.flatten(), x.new_zeros(whitened.doubts)])
     moves = jacobian(made.at(made.trail(u)), u)
     white = torch.stack([whitened.adjoint(row) for row in moves])
     told = torch.linalg.svdvals(white).square()

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from rgap.inversion.smoother.sides import Doubt
+from rgap.inversion.smoother.sides import Doubt, steps_with
 from rgap.inversion.smoother.trial import Trial, _least
 from rgap.inversion.walk import Walk
 from tests.inversion.smoother.test_steps import of
@@ -45,10 +45,24 @@ def test_units_are_put_on_the_sides_on_which_they_were() -> None:
         return steps.difference.along(walk).misfit(walk)
 
     lower = 3e2 * torch.eye(x.numel(), dtype=torch.float64)
-    found = Trial(steps, lower).settled(start, doubts)
+    found, slopes = Trial(steps, lower).settled(start, doubts)
     after = steps.middle_network.forward(found)
     for at in steps.activations:
         z, own = values[steps.reads(at)], after[steps.reads(at)]
         assert ((z > 0) == (own > 0)).all()
+    run = steps_with(steps, x, [torch.full_like(each[:1], 1e-9) for each in slopes])
+    for at, slope in zip(steps.activations, slopes, strict=True):
+        torch.testing.assert_close(slope, torch.cat([step.slopes[at] for step in run]))
     assert misfit(found) < misfit(start)
-    assert Trial(steps, lower).settled(x, [Doubt(each.unit[:0], each.pattern[:0]) for each in doubts]) is x
+    assert Trial(steps, lower).settled(x, [Doubt(each.unit[:0], each.pattern[:0]) for each in doubts])[0] is x
+
+
+def test_a_unit_that_crosses_may_do_so_a_step_earlier_or_later() -> None:
+    """However well it is known where it begins, and then nothing moves; farther away nothing is tried."""
+    steps, x = of(4)
+    z = [torch.ones(4, 2, dtype=torch.float64)]
+    z[0][:, 0] = torch.tensor([-2.0, -1.0, 1.0, 2.0])
+    trial = Trial(steps, torch.eye(x.numel(), dtype=torch.float64))
+    for std, moves in ((1e-3, [0.0, 0.0]), (0.5, [-1.5, 1.5])):
+        ways = trial._ways(z, [(0, 0)], torch.full((1,), std, dtype=torch.float64))
+        assert sorted((sum(way.above), way.shift) for way in ways) == [(1, moves[0]), (3, moves[1])]

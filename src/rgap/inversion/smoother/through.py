@@ -1,10 +1,11 @@
 """Gauss and Newton's steps through the local steps themselves, near the sample.
 
 The residual is that of all parameters after all steps, as a function of the input and of the slopes in doubt
-(`sides`), which with slopes given is smooth. Its derivative is had by products, and the smoother's matrix, at the
-weights in the middle of the steps, whitens the unknowns for LSMR; with its factor are the errors of all values drawn.
-A step counts where what is left of the rows is their noise, and so much noise as the residual was is taken for granted
-at first. The more sides are settled, the fewer are in doubt, until none is.
+(`sides`), which with slopes and weights given is smooth; the weights of all steps are simulated again behind each move.
+Its derivative is had by products, and the smoother's matrix, of the mean over the steps, whitens the unknowns for LSMR;
+with its factor are the errors of all values drawn. A step counts where what is left of the rows is their noise, and so
+much noise as the residual was is taken for granted at first. The more sides are settled, the fewer are in doubt, until
+none is.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class Approach:
     """Noise, in units of the rounding, below which it begins again with the rounding, and errors twice as large: some
     unit stands on its wrong side, and no other is in doubt."""
     halvings: int = 4
+    trials: int = 3
+    """Of the sides that are left open, each with a step behind it."""
 
 
 APPROACH = Approach()
@@ -202,11 +205,15 @@ class Through:
             if found.settled:
                 lower = _cholesky(found.information.known + self.setting.tie[0])
                 trial = Trial(steps, lower)
-                found = replace(found, x=trial.settled(found.x, found.doubts))
-                sharp = self.step(Near(found.x, [SHARP * each for each in found.std], near.noise))
-                if sharp.explained:
+                for _ in range(self.approach.trials):
+                    x, slopes = trial.settled(found.x, found.doubts)
+                    found = replace(found, x=x)
+                    sharp = self.step(Near(x, [SHARP * each for each in found.std], near.noise), slopes)
+                    if not sharp.explained:
+                        break
                     yield found
-                    found = replace(found, x=trial.settled(sharp.x, found.doubts))
+                    found = replace(found, x=sharp.x)
+                    yield found
             yield found
             noise, more = self._cooler(near.noise, found), wider
             if all(each < self.approach.settled * found.rounding[name] for name, each in noise.items()):
@@ -220,15 +227,20 @@ class Through:
             new[name] = noise[name] * (fast if left < 0.7 else slow if left < approach.amiss else min(left, 3.0))
         return new
 
-    def step(self, near: Near) -> Stepped:
+    def step(self, near: Near, slopes: list[Tensor] | None = None) -> Stepped:
+        """A few moves with one factor; with no side in doubt where slopes are given."""
         setting, steps = self.setting, self.setting.steps
         walk = Walk(steps.client, steps.plan).all(near.x, steps.labels, ((0,),) * steps.plan.steps)
         own, size = setting.noise(walk.trail), steps.size
         variance = {name: own[name] + (near.noise[name] * size[name]) ** 2 for name in steps.names}
         run = steps_with(steps, near.x, near.std)
         found = doubts(steps, run, near.std)
+        if slopes is None:
+            slopes = [torch.cat([step.slopes[at] for step in run]) for at in steps.activations]
+        else:
+            found = [replace(doubt, unit=doubt.unit[:0], pattern=doubt.pattern[:0]) for doubt in found]
         whitened, information, std = self._factored(run, found, variance)
-        made = self._made(run, found, variance)
+        made = self._made(slopes, found, variance)
         rows = sum(each.numel() for each in variance.values())
         u = torch.cat([near.x.flatten(), near.x.new_zeros(whitened.doubts)])
         for _ in range(self.approach.inner):
@@ -268,9 +280,7 @@ class Through:
                 return tried, there, expected
         return u, here, expected
 
-    def _made(self, run: Sequence[Step], found: Sequence[Doubt], variance: dict[str, Tensor]) -> Made:
-        steps = self.setting.steps
-        slopes = [torch.cat([step.slopes[at] for step in run]) for at in steps.activations]
+    def _made(self, slopes: Sequence[Tensor], found: Sequence[Doubt], variance: dict[str, Tensor]) -> Made:
         return Made(self.setting, self._prior, found, slopes, {name: v.sqrt() for name, v in variance.items()})
 
     @cached_property

@@ -48,11 +48,12 @@ class Trial:
     lower: Float[Tensor, "v v"]
     """The factor of what is known of the input."""
 
-    def settled(self, x: Tensor, found: Sequence[Doubt]) -> Tensor:
-        """The input with units in doubt on the sides on which least is missed."""
+    def settled(self, x: Tensor, found: Sequence[Doubt]) -> tuple[Tensor, list[Tensor]]:
+        """The input with units in doubt on the sides on which least is missed, and the slopes of all units there, as
+        far as the input alone does not have them, (steps, *shape) of each activation."""
         units = [(j, unit) for j, doubt in enumerate(found) for unit in sorted(set(doubt.unit.tolist()))]
         if not units:
-            return x
+            return x, self._slopes(self._values(x, self._walk(x)))
         columns = self._columns(x, units)
         common = cholesky_solve(columns, self.lower)
         together = columns.mT @ common
@@ -70,9 +71,21 @@ class Trial:
             held = torch.linalg.lstsq(together / std / std[:, None], (shift / std)[:, None], driver="gelsd").solution
             tried = x + (common @ (held[:, 0] / std)).reshape(x.shape)
             if not chosen or not float(self._missed(tried).norm()) < float(here.norm()):
-                break
+                slopes = self._slopes(z)
+                for at in chosen:
+                    self._turned(slopes, units[ways[at].unit], ways[at])
+                return x, slopes
             x = tried
-        return x
+        return x, self._slopes(self._values(x, self._walk(x)))
+
+    def _slopes(self, z: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.where(own > 0, torch.ones_like(own), b) for own, b in zip(z, self.steps.below, strict=True)]
+
+    def _turned(self, slopes: list[Tensor], unit: tuple[int, int], way: Way) -> None:
+        """One unit to other sides, in place."""
+        j, at = unit
+        below = float(self.steps.below[j].flatten()[at])
+        slopes[j].flatten(1)[:, at] = torch.tensor([1.0 if above else below for above in way.above]).to(slopes[j])
 
     def _walk(self, x: Tensor) -> Walk:
         steps = self.steps
@@ -106,7 +119,8 @@ class Trial:
         return torch.stack(rows, 1)
 
     def _ways(self, z: list[Tensor], units: Sequence[tuple[int, int]], std: Tensor) -> list[Way]:
-        """All within reach."""
+        """All within reach. A unit that crosses its kink on the way may do so a step earlier or later, though it is
+        known well where it begins: how far it moves hangs on its own sides. Then it stays."""
         found = []
         for at, (j, unit) in enumerate(units):
             own, scale = z[j].flatten(1)[:, unit].tolist(), float(std[at])
@@ -114,8 +128,11 @@ class Trial:
             edges = [cuts[0] - BEYOND * scale, *((a + b) / 2 for a, b in pairwise(cuts)), cuts[-1] + BEYOND * scale]
             for shift in edges:
                 above = [each + shift > 0 for each in own]
-                if above != [each > 0 for each in own] and abs(shift) <= FAR * scale:
+                turned = sum(after != (each > 0) for after, each in zip(above, own, strict=True))
+                if turned and abs(shift) <= FAR * scale:
                     found.append(Way(at, shift, above))
+                elif turned == 1:
+                    found.append(Way(at, 0.0, above))
         return sorted(found, key=lambda way: abs(way.shift) / float(std[way.unit]))[:MOST]
 
     def _changes(
@@ -128,7 +145,7 @@ class Trial:
         made = made_by(
             steps.client, steps.plan, replace(difference, each=each), steps.labels, ((0,),) * steps.plan.steps
         )
-        slopes = [torch.where(own > 0, torch.ones_like(own), below) for own, below in zip(z, steps.below, strict=True)]
+        slopes = self._slopes(z)
         kinked = [j for j, below in enumerate(steps.below) if bool((below < 1).any())]
 
         def missed() -> Tensor:
@@ -138,11 +155,10 @@ class Trial:
         here, found = missed(), []
         for way in ways:
             j, unit = units[way.unit]
-            flat, below = slopes[j].flatten(1), float(steps.below[j].flatten()[unit])
-            kept = flat[:, unit].clone()
-            flat[:, unit] = torch.tensor([1.0 if above else below for above in way.above]).to(flat)
+            kept = slopes[j].flatten(1)[:, unit].clone()
+            self._turned(slopes, (j, unit), way)
             found.append((missed() - here).float())
-            flat[:, unit] = kept
+            slopes[j].flatten(1)[:, unit] = kept
         return here, torch.stack(found) if found else here.new_zeros(0, len(here))
 
 
