@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,6 +82,29 @@ def with_classes(body: Callable[[], nn.Module], classes: int) -> Callable[[], nn
 FEATURES = 15.0
 """Seconds for a batch whose features alone count: what is in front of them is not waited for."""
 WIDTHS = (3072, 512, 256, 10)
+
+
+def normed_perceptron(activation: str, last: bool) -> nn.Module:
+    """Linear layers with batch norms behind all but the last one, or but the last two."""
+    torch.manual_seed(0)
+    widths, act = (784, 1000, 200, 10), ACTIVATIONS[activation]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for at, (inputs, outputs) in enumerate(pairwise(widths[:-1])):
+        norm = [nn.BatchNorm1d(outputs)] if last or not at else []
+        layers += [nn.Linear(inputs, outputs), *norm, act()]
+    return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
+
+
+def normed_convolutions(activation: str) -> nn.Module:
+    """Two convolutions of stride 2 with batch norms, and two Linear layers, for pictures of 32 x 32."""
+    torch.manual_seed(0)
+    act = ACTIVATIONS[activation]
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 24), (24, 48)):
+        layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.BatchNorm2d(outputs), act()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(48 * 64, 128), act(), nn.Linear(128, 10))
+
+
 ROWS = [
     *(
         Row(f"3072-512-256-10, {act}", partial(perceptron, WIDTHS, act), b)
@@ -119,6 +143,33 @@ ROWS = [
     *(Row("3 convolutions, 16 x 16", small, b, size=16, distinct=True) for b in (1, 2, 4, 8)),
     *(Row("CNN6, two Linear layers", headed(models.cnn6, 3200), b, distinct=True) for b in (1, 2, 3, 4, 6, 8)),
     *(Row("residual, two Linear layers", headed(models.residual, 3200), b, distinct=True) for b in (2, 4, 8)),
+    *(
+        Row(
+            f"784-1000-200-10, batch norm in training mode{where}, {act}",
+            partial(normed_perceptron, act, last),
+            b,
+            "mnist",
+            distinct=True,
+            training=True,
+        )
+        for act in ("ReLU", "LeakyReLU", "tanh")
+        for last, b, where in (
+            (True, 4, ""),
+            (False, 4, " behind the first layer"),
+            (False, 8, " behind the first layer"),
+        )
+    ),
+    *(
+        Row(
+            f"two convolutions, batch norm in training mode, {act}",
+            partial(normed_convolutions, act),
+            b,
+            distinct=True,
+            training=True,
+        )
+        for act in ("ReLU", "LeakyReLU")
+        for b in (1, 2, 4)
+    ),
     Row(
         "residual, batch norm in training mode",
         partial(models.residual, classes=10, norm=True),

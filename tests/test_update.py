@@ -592,3 +592,16 @@ def test_printed_it_is_one_line_without_values() -> None:
     assert str(update) == "Update: gradient of 4 sample(s), logistic loss; 2 tensors, 8 values in float32, norm 2.45"
     protocol = Protocol(Sends.DIFFERENCE, learning_rate=0.1)
     assert str(Update({"w": torch.ones(1)}, Header(protocol=protocol))).startswith("Update: weight difference of 1")
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_what_rounding_leaves_of_zero_says_nothing_of_the_precision(coarse: bool) -> None:
+    # A bias in front of a batch norm in training mode: its gradient is zero but for the rounding of sums.
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 5, generator=generator)
+    weight = weight.bfloat16().float() if coarse else weight
+    bias = torch.randint(-120, 120, (64,), generator=generator) * 2.0**-34
+    update = Update({"0.weight": weight, "0.bias": bias}, Header(4))
+    assert update.precisions["0.bias"] > 1e-3
+    assert update.precision == update.precisions["0.weight"]
+    assert (update.precision == torch.finfo(torch.float32).eps) is not coarse

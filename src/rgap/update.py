@@ -35,6 +35,8 @@ PLAIN = Protocol()
 LOOSEST = 2.0**-5
 """A tolerance is never above this, that of float16: at a residual of 0.1 are pictures that are a tenth too dark, and
 others of 19 dB, which nobody would call the same."""
+NEGLIGIBLE = 1e-5
+"""Part of the largest gradient below which one may be nothing but what rounding left of zero."""
 
 
 class UpdateError(ValueError):
@@ -111,10 +113,21 @@ class Update:
         """The coarsest type among the gradients: it bounds what they can tell."""
         return max((g.dtype for g in self.gradients.values()), key=lambda dtype: torch.finfo(dtype).eps)
 
-    @property
+    @cached_property
     def precision(self) -> float:
-        """How far rounding may have moved the gradient, relative to its size: that of its coarsest parameter."""
-        return max(self.precisions.values())
+        """How far rounding may have moved the gradient, relative to its size: that of its coarsest parameter.
+
+        A gradient that is zero but for rounding, as of a bias in front of a batch norm in training mode, has few bits
+        by itself. It says nothing of the others.
+        """
+        sizes = {name: float(g.double().square().mean().sqrt()) for name, g in self.gradients.items() if g.numel()}
+        largest, least = max(sizes.values(), default=0.0), float(torch.finfo(self.dtype).eps)
+        nothing = {
+            name
+            for name, size in sizes.items()
+            if size < NEGLIGIBLE * largest and self.precisions[name] * size < least * largest
+        }
+        return max(each for name, each in self.precisions.items() if name not in nothing)
 
     @cached_property
     def precisions(self) -> Mapping[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from rgap import Protocol, Target, Update, UpdateError, capture, losses
 from rgap.attacks import Closed, Reconstruction, Status
 from rgap.models.resnet import Block
+from rgap.nn.obstacles import NotAChain
 from rgap.protocol import Sends
 
 SIZE, CHANNELS = 6, 12
@@ -124,3 +127,58 @@ def test_statistics_of_several_batches_are_not_taken_for_those_of_one(fields: di
     assert set(update.buffers) == set(target.buffers)
     plain, _ = update.to_gradient(target)
     assert plain.with_batch(target) is target
+
+
+ORDERS = {
+    "norm first": lambda width, f: [nn.BatchNorm1d(width), f()],
+    "activation first": lambda width, f: [f(), nn.BatchNorm1d(width)],
+}
+
+
+def table(
+    samples: int, order: str, activation: Callable[[], nn.Module], sent: bool = True
+) -> tuple[Target, Update, Tensor]:
+    """Rows of a table, a perceptron with two batch norms, and what a client sends after a step in float32."""
+    widths, between = (12, 40, 24), ORDERS[order]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inner = [[nn.Linear(*pair), *between(pair[1], activation)] for pair in itertools.pairwise(widths)]
+        model = nn.Sequential(*itertools.chain(*inner), nn.Linear(24, 12)).train()
+        x = torch.randn(samples, 12)
+    target = Target(model, losses.CrossEntropy(12), (12,), batch_size=samples)
+    return target, capture(target, x, torch.arange(samples), Protocol(buffers=sent)), x.double()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, lambda: nn.LeakyReLU(0.2)], ids=["relu", "tanh", "leaky"])
+def test_rows_of_a_table_come_back(order: str, activation: Callable[[], nn.Module]) -> None:
+    target, update, x = table(samples := 4, order, activation)
+    found = Closed()(target, update)
+    assert found.status is Status.EXACT, found
+    near = torch.cdist(found.inputs, x).min(0)
+    assert found.labels[near.indices].tolist() == list(range(samples))
+    stated = max(sample.error for sample in found.samples)
+    assert float(near.values.max()) / 12**0.5 < min(1e-3, 5 * stated)
+
+
+def test_without_statistics_no_row_of_a_table_is_exact() -> None:
+    target, update, _ = table(4, "norm first", nn.ReLU, sent=False)
+    assert target.obstacles
+    with pytest.raises(NotAChain, match="training mode"):
+        Closed()(target, update)
+
+
+@pytest.mark.parametrize(("samples", "bias"), [(1, True), (1, False), (2, True)])
+def test_relu_behind_a_norm_hides_no_cotangent(samples: int, bias: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 12, 3, 2, 1, bias=bias), nn.BatchNorm2d(12), nn.ReLU(),
+            nn.Conv2d(12, 24, 3, 2, 1, bias=bias), nn.BatchNorm2d(24), nn.ReLU(), nn.Flatten(),
+            nn.Linear(96, 32), nn.ReLU(), nn.Linear(32, 10),
+        ).train()  # fmt: skip
+        x = torch.rand(samples, 2, 8, 8)
+    target = Target(model, losses.CrossEntropy(10), (2, 8, 8), (0.0, 1.0), samples)
+    found = Closed()(target, capture(target, x, torch.arange(samples), Protocol(buffers=True)))
+    assert found.status is Status.EXACT, found
+    assert float(torch.cdist(found.inputs.flatten(1), x.double().flatten(1)).min(0).values.max()) < 1e-3

@@ -65,6 +65,20 @@ def test_statistics_that_did_not_run_tell_nothing(how: str) -> None:
     assert statistics(model, before, {} if how == "not sent" else state(model), 4) == {}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_unit_that_is_zero_throughout_hides_no_other(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3)).to(dtype).train()
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    x[:, 1] = 0
+    before = state(model)
+    model(x)
+    found = statistics(model, before, state(model), 4)["0.running_mean"]
+    rounded = 40 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.variance, x.double().var(0), rtol=rounded, atol=0)
+    torch.testing.assert_close(found.mean, x.double().mean(0), rtol=rounded, atol=rounded)
+    assert found.precision < rounded
+
+
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("samples", [1, 2, 5])
 def test_with_its_statistics_the_norm_is_affine_both_ways(samples: int, own: bool) -> None:

@@ -921,14 +921,19 @@ def test_training_on_does_not_change_the_network() -> None:
     assert torch.equal(network.layers[0].weight, before)
 
 
-def test_batch_norm_in_training_mode_that_refuses_one_sample_hides_nothing() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.GELU(), nn.Linear(4, 1)).train()
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_batch_norm_in_training_mode_that_refuses_one_sample_is_followed(norm: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), norm(4), nn.GELU(), nn.Linear(4, 1)).train()
     with pytest.raises(NotAChain) as caught:
         plain(model, (4,))
-    first, *others = caught.value.obstacles
-    assert first.kind is Kind.SETTING
-    assert "training mode" in first.what
-    assert "model.eval()" in first.remedy
-    assert {other.what for other in others} >= {"batch_norm", "gelu"}
-    assert model.training
-    assert model[1].training
+    found, *_ = caught.value.obstacles  # the others are behind it
+    assert found.kind is Kind.SETTING
+    assert found.what == "batch_norm in training mode mixes the samples of a batch"
+    assert "model.eval()" in found.remedy
+    assert all(module.training for module in model.modules())
+
+
+def test_a_norm_without_statistics_that_refuses_one_sample_is_an_obstacle() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1)).train()
+    with pytest.raises(NotAChain, match="more than 1 value per channel"):
+        plain(model, (4,))

@@ -21,7 +21,7 @@ from rgap.inversion.joint import JointSolve
 from rgap.inversion.layer import Solver
 from rgap.inversion.output import COVERS, OutputCandidates
 from rgap.inversion.recursion import recurse
-from rgap.inversion.refine import STEPS, refine_input
+from rgap.inversion.refine import STEPS, refine_input, with_own_statistics
 from rgap.inversion.state import Observation, State
 from rgap.inversion.subspace.head import largest_batch
 from rgap.inversion.subspace.peel import Search
@@ -110,7 +110,10 @@ class Recursive(BatchAttack):
                 output = State(z[s], end.cotangent, nothing, nothing)
                 system = ConstraintSystem(network.own, output, starts[at].gradients, eps)
                 together = end.joint is not None or any(layer.with_others for layer in end.layers)
-                end = replace(end, value=refine_input(system, end.value, agreement(eps), STEPS if together else 0))
+                value, agrees = end.value, agreement(eps)
+                if system.network.coupled:
+                    value = with_own_statistics(system, value, end.std, agrees)
+                end = replace(end, value=refine_input(system, value, agrees, STEPS if together else 0))
             ends[at] += _scaled(starts[at].output, end) if network.scalable and end.stop is None else [end]
         return ends
 

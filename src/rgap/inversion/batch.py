@@ -16,7 +16,7 @@ from rgap.inversion.joint import JointSolve, names
 from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
 from rgap.inversion.read_together import read_together
-from rgap.inversion.refine import refined
+from rgap.inversion.refine import refined, with_own_statistics
 from rgap.inversion.report import JointReport, LayerReport
 from rgap.inversion.samples import Passed, layer_by_layer
 from rgap.inversion.state import Cause, Observation, State
@@ -206,7 +206,12 @@ def back(
         return str(passed.stop) if passed.stop else Inputs(passed.state.value, features.error)
     if passed.stop is None:
         # A last unit or two may still be on the wrong side.
-        passed = passed.moved(refine_sides(system, passed.state.value, tolerance))
+        x = refine_sides(system, passed.state.value, tolerance)
+        if passed.certain[0] == 0 and system.network.coupled:
+            x = with_own_statistics(system, x, float(passed.state.rms_std.max()), tolerance)
+        elif passed.certain[0] == 0 and len(passed.layers) > 1:
+            x = refined(system, x, tolerance)[0]
+        passed = passed.moved(x)
     whole = _Front(front, passed, gradients, eps, tolerance, value_range, solve, report)
     if passed.stop is not None or system.distance(system.linearise(passed.state.value)) > tolerance:
         told = whole.by_values()
@@ -215,9 +220,7 @@ def back(
     # Where every layer determines its inputs, there is nothing that all of them together would add. Where one does not,
     # gradients that agree say nothing of what is free.
     if passed.stop is None and passed.certain[0] == 0:
-        x = passed.state.value
-        x = refined(system, x, tolerance)[0] if len(passed.layers) > 1 else x
-        return Inputs(x, passed.state.rms_std, passed.layers)
+        return Inputs(passed.state.value, passed.state.rms_std, passed.layers)
     if passed.stop is not None and passed.stop.cause is Cause.LOSSY:
         return str(passed.stop)
     return whole.jointly()
@@ -249,7 +252,7 @@ class _Front:
                 found = input_by_values(part, state, self.eps, report=self.report)
                 if found is None:
                     continue
-                system = ConstraintSystem(part.own, state, self.gradients, self.eps)
+                system = ConstraintSystem(part, state, self.gradients, self.eps)
                 # All rows from there: they know the last digits.
                 start, solver = system.linearise(found[1].x), self.solve.solver(system, "auto")
                 at_end = gauss_newton(system, solver, None, self.tolerance, start, LAST, self.report)
@@ -278,4 +281,8 @@ class _Front:
         probe = torch.Generator(device=self.network.device).manual_seed(0)
         solver = self.solve.solver(system, "auto")
         told = self.solve.solve(system, solver, prior, self.tolerance, start, probe, self.report, found)
-        return Inputs(told.x, told.x.new_full((len(told.x),), told.std), self.passed.layers, told.report)
+        network, x = system.network.own, told.x
+        if network.coupled:
+            own = ConstraintSystem(network, system.output, self.gradients, self.eps)
+            x = with_own_statistics(own, x, told.std, self.tolerance)
+        return Inputs(x, x.new_full((len(x),), told.std), self.passed.layers, told.report)

@@ -15,9 +15,11 @@ import torch
 from rgap.inversion.block_solve import BlockInput, solve_jointly
 from rgap.inversion.block_values import DENSE, BlockValues
 from rgap.inversion.history import Paths
+from rgap.inversion.normed import through_both
 from rgap.inversion.report import LayerReport
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.unpool import FEWER
+from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network
 from rgap.nn.ops import Norm, Other
 from rgap.nn.pools import Pool
@@ -61,6 +63,8 @@ def solve_one(
             its own: all that is in front can be.
     """
     end = network.nodes[-1].op
+    if isinstance(end, BatchNorm):  # and the layer that it reads
+        return through_both(network, observed, state)
     if open_since is not None:
         what = f"{open_since} leaves its input open, and no branches are followed from there"
         return Stop(end, Cause.OPEN, what)
@@ -76,7 +80,7 @@ def solve_one(
         # Where one value after another led to the input it used some of the rows and not others; all of them know
         # better. What told statistics say is as precise as these, and all rows do without them.
         start = block.values[0].value if block.determined else block.start()
-        found = solve_jointly(network, observed, state, start)
+        found = solve_jointly(network.own, observed, state, start)
         if isinstance(found, BlockInput):
             block.take(found)
         elif not block.determined or block.samples > 1:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgap.inversion.common_mean import WithMean
 from rgap.inversion.gauss_newton import Continuation, determine, gauss_newton, settle
+from rgap.inversion.jacobian import Jacobian
 from rgap.inversion.report import BLOCK, LayerReport
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.system import ConstraintSystem, Linearisation
@@ -39,28 +41,35 @@ class BlockInput:
     """By the node of the layer in the block."""
 
 
-def solve_jointly(network: Network, observed: Observation, output: State, start: Tensor) -> BlockInput | Stop:
+def solve_jointly(
+    network: Network, observed: Observation, output: State, start: Tensor, but_mean: bool = False
+) -> BlockInput | Stop:
     """The input at which output and gradients agree, each as well as its noise allows; or why none was found.
 
     Args:
         observed: of one update.
         start: (b, *shape), where to begin.
+        but_mean: whether the samples' mean may stay open, since something else tells it.
     """
     gradients = {name: grad[0] for name, grad in observed.gradients.items()}
-    system = ConstraintSystem(network.own, output, gradients, observed.eps)
-    agrees = max(AGREES, 100 * observed.eps)
+    system = ConstraintSystem(network, output, gradients, observed.eps)
+    agrees = max(AGREES, 100 * system.eps)
     found = gauss_newton(system, SOLVER, None, agrees, system.linearise(start), SCHEDULE)
     if found.distance > agrees:
         what = f"its input was not found from all its constraints jointly, misfit {found.distance:.1e}"
         return Stop(network.nodes[-1].op, Cause.NOT_FOUND, what)
     generator = torch.Generator(device=found.x.device).manual_seed(0)
     at = system.linearise(found.x)
-    sure = determine(system, at, SOLVER, generator)
+    if but_mean:
+        operator = WithMean(Jacobian(system, at, {}))
+        sure = SOLVER.determine(operator, operator.weighted(system.noise(generator)))
+    else:
+        sure = determine(system, at, SOLVER, generator)
     if sure.rank < system.unknowns or sure.condition > OPEN:
         free = f"{system.unknowns - sure.rank} of {system.unknowns} directions"
         what = f"its constraints leave about {free} of its input open, condition {sure.condition:.1e}"
         return Stop(network.nodes[-1].op, Cause.OPEN, what)
-    at, std = settle(system, at, SOLVER, sure.std)
+    at, std = (at, sure.std) if but_mean else settle(system, at, SOLVER, sure.std)
     cotangent = torch.zeros_like(at.x) if at.cotangents[0] is None else at.cotangents[0]
     return BlockInput(at.x, cotangent, std, joint_reports(system, at, sure))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgap.inversion.state import State
 from rgap.nn.activation import Activation
 from rgap.nn.activations import ReLU
 from rgap.nn.batch_norm import BatchNorm
@@ -63,6 +64,15 @@ def undone(op: Op, out: Estimate) -> Estimate | None:
     if isinstance(op, BatchNorm) and std is not None:
         std = torch.hypot(std, op.error)
     return Estimate(x, weight, out.std if std is None else std)
+
+
+def inverted(op: Op, state: State) -> State | None:
+    """What is known of what an operation reads, from its output; None if it has more than one input for that."""
+    known = undone(op, Estimate(state.value, state.row_weight, state.std))
+    if known is None:
+        return None
+    other = None if state.alternative is None else inverted(op, state.alternative)
+    return State(known.value, op.cotangent(state.cotangent, known.value), known.row_weight, known.std, other)
 
 
 def product(first: Tensor | None, second: Tensor | None) -> Tensor | None:

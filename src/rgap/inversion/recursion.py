@@ -21,10 +21,12 @@ from torch import Tensor
 
 from rgap.inversion.block import solve_block
 from rgap.inversion.by_values import told_by_values
+from rgap.inversion.estimate import inverted
 from rgap.inversion.history import Candidate, Open, Paths
 from rgap.inversion.layer import LayerSolution, LayerSystem
 from rgap.inversion.non_monotone import both_branches, choose_branch
 from rgap.inversion.norm import before_norm
+from rgap.inversion.normed import layer_before
 from rgap.inversion.null_space import complete
 from rgap.inversion.read_ahead import read_ahead
 from rgap.inversion.report import layer_report
@@ -46,7 +48,7 @@ from rgap.nn.activations import NonMonotone
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
-from rgap.nn.ops import Affine, Elementwise, Linear, Norm, Op
+from rgap.nn.ops import Elementwise, Linear, Norm, Op
 from rgap.nn.pools import Pool
 
 PRECISE = 1e-5
@@ -100,6 +102,7 @@ def _from(
             return _one_by_one(output, paths, segment.exit, op, go_on)
         paths = paths.at(segment.exit)
         ahead: tuple[int, Paths] | None = None
+        layer = layer_before(network, segment, paths.state, observed)
         if segment.block or isinstance(op, Pool):
             told = told_by_values(network, segment.exit, observed, paths, partial(_missed, report, count))
             if told is not None:
@@ -108,6 +111,8 @@ def _from(
             case _ if segment.block:
                 inputs = math.prod(network.input_shape)
                 found = solve_block(network.part([segment]), segment.exit, observed, paths, inputs)
+            case _ if layer is not None:
+                found = solve_block(network.part([layer, segment]), segment.exit, observed, paths, 0)
             case Linear():
                 found = solve_layer(op, segment.exit, observed, paths)  # Eqs. 15 and 16; the cotangent W'k of Eq. 6
                 found = complete(network, segment.exit - 1, found) if virtual else found
@@ -126,7 +131,7 @@ def _from(
             if ahead is None:
                 return paths.candidates(segment.exit, found)
             found = ahead[1]
-        here, paths = ahead[0] if ahead else segment.entry, found
+        here, paths = ahead[0] if ahead else (layer or segment).entry, found
     return paths.at(0).candidates(0)
 
 
@@ -381,18 +386,5 @@ def invert(op: Op, behind: Op | None, observed: Observation, paths: Paths) -> Pa
 
 
 def _inverted(op: Op, state: State, observed: Observation, of: Tensor) -> State | None:
-    state = _with_cotangent(op, state, observed, of)
-    value = op.invert(state.value)
-    if value is None:
-        return None
-    k = op.cotangent(state.cotangent, value)
-    std = state.std.expand(state.value.shape)
-    if isinstance(op, Affine):
-        row_weight, std = state.row_weight, std / op.scale.abs()
-        std = torch.hypot(std, op.error.expand(std.shape)) if isinstance(op, BatchNorm) else std
-    else:
-        row_weight = None if state.row_weight is None else op.invert(state.row_weight)
-        inverted = op.invert(std)
-        std = std if inverted is None else inverted
-    other = None if state.alternative is None else _inverted(op, state.alternative, observed, of)
-    return State(value, k, row_weight, std, other)
+    other = None if state.alternative is None else _with_cotangent(op, state.alternative, observed, of)
+    return inverted(op, replace(_with_cotangent(op, state, observed, of), alternative=other))

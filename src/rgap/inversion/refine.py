@@ -84,3 +84,18 @@ def refined(
     if system.distance(system.linearise(moved)) <= system.distance(at):
         return moved, std
     return x, torch.inf
+
+
+def with_own_statistics(
+    system: ConstraintSystem, x: Float[Tensor, "b ..."], error: float, tolerance: float
+) -> Float[Tensor, "b ..."]:
+    """Inputs that running statistics told, more precisely by the statistics of the values themselves; x where those
+    hide more than the error of what was told.
+
+    Args:
+        system: with batch norms of `Network.own`.
+        error: of x, root mean square.
+        tolerance: as in `refined`.
+    """
+    moved, std = refined(system, x, tolerance)
+    return moved if std <= error else x

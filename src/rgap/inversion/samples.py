@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from rgap.inversion.block import solve_one
+from rgap.inversion.common_mean import common_mean, norm_before
+from rgap.inversion.estimate import inverted
+from rgap.inversion.normed import layer_before, through_both
 from rgap.inversion.recursion import before_activation, propagate, slope_error, solve_sides
 from rgap.inversion.refine import refined
 from rgap.inversion.report import LayerReport, layer_report
@@ -73,10 +76,16 @@ def layer_by_layer(
     """
     passed = Passed(output, output, (len(network.nodes), output), (), scatter)
     gradients = {name: grad[0] for name, grad in observed.gradients.items()}
+    here = len(network.nodes)
     for segment in reversed(network.segments):
+        if segment.exit > here:
+            continue
         op = network.nodes[segment.nodes[-1]].op
+        ahead = layer_before(network, segment, passed.state, observed)
         if segment.block:
             passed = _block(network, segment, passed, observed)
+        elif ahead is not None:
+            segment, passed = ahead, _with_norm(network, ahead, passed, observed)
         elif isinstance(op, Linear):
             passed = _linear(network, segment, op, passed, observed)
         elif isinstance(op, Elementwise):
@@ -87,6 +96,7 @@ def layer_by_layer(
             passed = replace(passed, stop=found) if isinstance(before, str) else replace(passed, state=before)
         else:
             passed = _other(op, passed)
+        here = segment.entry
         if passed.stop is not None:
             return passed
         if all(layer.open_since is None for layer in passed.layers):
@@ -119,7 +129,27 @@ def _linear(network: Network, segment: Segment, op: Linear, passed: Passed, obse
     if told is None:
         told = _layer(replace(op, layer=op.layer.side_by_side(samples)), passed, observed)
     state, own = told
+    if own.open_since == own.name and own.unknowns - own.rank <= op.layer.unknowns - op.layer.weight_rows:
+        found = norm_before(network, segment.nodes[-1], samples)
+        if found is not None:  # then nothing but the mean is open
+            state = replace(state, value=common_mean(state.value, state.std, *found))
+            own = replace(own, rank=own.unknowns, open_since=None)
     return replace(passed, state=state, layers=(own, *passed.layers))
+
+
+def _with_norm(network: Network, ahead: Segment, passed: Passed, observed: Observation) -> Passed:
+    """Through a layer and the batch norm behind it at once, and what that hides of the mean from the norm in front."""
+    both = network.part([ahead, *(each for each in network.segments if each.entry == ahead.exit)])
+    before = norm_before(network, ahead.nodes[-1], len(passed.state.value))
+    found = through_both(both, observed, passed.state, before is not None)
+    if isinstance(found, Stop):
+        return replace(passed, stop=found)
+    state, reports = found
+    moved = _cotangent(both, state.value + state.std * _draw(state.value), passed.state.cotangent)
+    passed = passed.scattered(moved - state.cotangent, state.cotangent)
+    if before is not None:
+        state = replace(state, value=common_mean(state.value, state.std, *before))
+    return replace(passed, state=state, layers=(*reports, *passed.layers))
 
 
 def _activation(network: Network, segment: Segment, op: Elementwise, passed: Passed, observed: Observation) -> Passed:
@@ -136,15 +166,16 @@ def _activation(network: Network, segment: Segment, op: Elementwise, passed: Pas
 
 
 def _other(op: Op, passed: Passed) -> Passed:
-    state = passed.state
-    value, beside = op.invert(state.value), op.invert(state.value + state.std)
-    if value is None or beside is None:
+    state = inverted(op, passed.state)
+    if state is None:
         return replace(passed, stop=Stop(op, Cause.LOSSY, op.loses))
-    state = State(value, op.cotangent(state.cotangent, value), None, (beside - value).abs())
-    if isinstance(op, BatchNorm):
-        state = replace(state, std=torch.hypot(state.std, op.error.expand(value.shape)))
-        passed = passed.scattered(op.precision * state.cotangent, state.cotangent)
-    return replace(passed, state=state)
+    if not isinstance(op, BatchNorm):
+        return replace(passed, state=state)
+    # What is left of a cotangent is as precise as what the norm took away from it.
+    moved, k = op.precision * passed.state.cotangent * op.scale, state.cotangent
+    if len(k) == op.samples:  # then all of it that is told: the norm leaves no mean
+        k = k - k.mean((0, *range(2, k.dim())), keepdim=True)
+    return replace(passed, state=replace(state, cotangent=k)).scattered(moved, k)
 
 
 def _once_more(network: Network, value_id: int, passed: Passed, observed: Observation) -> State:

@@ -72,9 +72,8 @@ class ConstraintSystem:
             coupled: whether cotangents are differentiated too, as they always are where samples depend on each other:
                 else slopes are taken for fixed.
         """
-        self.network, self.output, self.eps = network, output, eps
-        self.coupled = coupled or network.coupled
-        self._sent = gradients
+        self.network, self.output, self.coupled = network, output, coupled or network.coupled
+        self.eps, self._sent = max(eps, network.told_precision), gradients
         self.row_weight = torch.ones_like(output.value) if output.row_weight is None else output.row_weight
         self.nodes = tuple(
             at

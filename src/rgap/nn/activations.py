@@ -23,7 +23,7 @@ def _each(error: Tensor, x: Tensor) -> Tensor:
 
 QUIET, LOUD = 3.0, 1000.0
 """So many errors away from a bound a value may still be noise; so many away it is none."""
-BEYOND, ENOUGH = 10.0, 64
+BEYOND, ENOUGH = 10.0, 24
 """What lies beyond the bound is noise for certain: where it is so many values, noise on the bound's inner side does not
 reach this many times as far as theirs."""
 

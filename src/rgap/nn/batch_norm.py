@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from rgap.nn.ops import Affine, Op
 
+CONSTANT = 4
+"""Roundings of a running variance below which a batch's own is none."""
+
 
 @dataclass(frozen=True, eq=False)
 class BatchStatistics:
@@ -48,11 +51,15 @@ def statistics(
             (after[name].double() - (1 - momentum) * before[name].to(after[name].device).double()) / momentum
             for name in (mean, var)
         ]
-        if not bool((told[1] > 0).all()):
-            continue
         rounded = torch.finfo(after[mean].dtype).eps / momentum
-        moved = (after[mean].double().square() / told[1] + (after[var].double() / told[1] / 2).square()).mean().sqrt()
-        found[mean] = BatchStatistics(told[0], told[1], samples, rounded * float(moved))
+        # A unit that is zero throughout, as behind ReLU, has no variance but what rounding makes of none.
+        constant = told[1].abs() <= CONSTANT * rounded * after[var].double()
+        if not bool((constant | (told[1] > 0)).all()) or bool(constant.all()):
+            continue
+        sizes = (after[mean].double().square(), after[var].double().square() / 4)
+        moved = sizes[0] / told[1] + sizes[1] / told[1].square()
+        variance = told[1].masked_fill(constant, 0.0)
+        found[mean] = BatchStatistics(told[0], variance, samples, rounded * float(moved[~constant].mean().sqrt()))
     return found
 
 

@@ -120,17 +120,31 @@ class Exported:
 
 
 @contextmanager
-def _with_momenta(model: nn.Module) -> Iterator[None]:
-    """Batch norms that average over all batches read their count, which is not followed, and does nothing here."""
-    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
-    cumulative = [each for each in norms if each.momentum is None]
-    for each in cumulative:
-        each.momentum = 0.0
+def _norms_evaluating(model: nn.Module) -> Iterator[frozenset[str]]:
+    """Batch norms in training mode refuse a single sample, and count batches: they are followed in evaluation mode, and
+    `_train` says of those that they train. Gives the names of their running means."""
+    norms = {
+        f"{name}.running_mean".lstrip("."): each
+        for name, each in model.named_modules()
+        if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.training and each.running_mean is not None
+    }
+    for each in norms.values():
+        each.training = False
     try:
-        yield
+        yield frozenset(norms)
     finally:
-        for each in cumulative:
-            each.momentum = None
+        for each in norms.values():
+            each.training = True
+
+
+def _train(graph: torch.fx.Graph, names: dict[Node, str], means: frozenset[str]) -> None:
+    """Mark batch norms with these running means as in training mode."""
+    for node in graph.nodes:
+        if node.op == "call_function" and operation(node) == "batch_norm":
+            told = arguments(node)
+            if names.get(told["running_mean"]) in means:
+                at = list(told).index("training")
+                node.update_arg(at, True)
 
 
 @contextmanager
@@ -167,7 +181,7 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
     """
     example = _example(model, input_shape)
     try:
-        with differentiable(), _with_momenta(model), _quietly(), _without_lines():
+        with differentiable(), _norms_evaluating(model) as training, _quietly(), _without_lines():
             program = torch.export.export(model, (example,), strict=False)
             if _writes_through_views(program.graph):
                 program = program.run_decompositions({})
@@ -189,10 +203,12 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> Exported:
     detached = inline(module)
     graph = module.graph
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    named = {node: names[node.name] for node in graph.nodes if node.name in names}
+    _train(graph, named, training)
     written = signature.inputs_to_lifted_tensor_constants
     return Exported(
         graph,
-        Parameters(model, {n: names[n.name] for n in graph.nodes if n.name in names}),
+        Parameters(model, named),
         frozenset(n for n in graph.nodes if n.name in signature.user_inputs),
         {n: program.constants[written[n.name]].detach() for n in graph.nodes if n.name in written},
         frozenset(reached_by_gradient(graph, detached)),

@@ -121,9 +121,14 @@ class Network:
         return Network(tuple(nodes), self.input_shape)
 
     @cached_property
+    def told_precision(self) -> float:
+        """How precise cotangents are that running statistics tell of batch norms in training mode; 0 without those."""
+        return max((node.op.precision for node in self.nodes if isinstance(node.op, BatchNorm)), default=0.0)
+
+    @cached_property
     def coupled(self) -> bool:
-        """Whether samples of a batch depend on each other."""
-        return any(isinstance(node.op, OwnBatchNorm) for node in self.nodes)
+        """Whether a cotangent depends on values by more than slopes: on sums over a batch, told or not."""
+        return any(isinstance(node.op, (BatchNorm, OwnBatchNorm)) for node in self.nodes)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """All values, from the input (s, *input_shape)."""

@@ -1,0 +1,67 @@
+"""Through a layer and a batch norm in training mode behind it at once, where what the norm puts out is known in part.
+
+What the norm does to a cotangent takes the values that it reads: k = k_0 - s z for every channel. Behind ReLU those of
+its zeros are not known, and neither is the layer's cotangent there. Of both together the rows are
+
+    W x = z - b, where z is known        sum over the samples of K(W x + b) x = grad W
+
+the second ones of second order in x, and no kink is among them: Gauss and Newton begin at what the first ones tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from rgap.inversion.block_solve import SOLVER, solve_jointly
+from rgap.inversion.jacobian import Jacobian
+from rgap.inversion.report import LayerReport
+from rgap.inversion.state import Cause, Observation, State, Stop
+from rgap.inversion.system import ConstraintSystem
+from rgap.nn.batch_norm import BatchNorm
+from rgap.nn.network import Network, Segment
+from rgap.nn.ops import Linear
+
+
+def layer_before(network: Network, segment: Segment, state: State, observed: Observation) -> Segment | None:
+    """The layer in front of a batch norm, if some of the norm's output is not known; None if there is no need of it, or
+    no layer with a gradient of its own stands there."""
+    ahead = next((each for each in network.segments if each.exit == segment.entry), None)
+    if ahead is None or ahead.block or segment.block:
+        return None
+    norm, op = network.nodes[segment.nodes[-1]].op, network.nodes[ahead.nodes[-1]].op
+    if not isinstance(norm, BatchNorm) or not isinstance(op, Linear) or not op.has_gradient:
+        return None
+    unknown = state.row_weight is not None and bool((state.row_weight == 0).any())
+    return ahead if unknown and op.layer.weight_name in observed.gradients else None
+
+
+def through_both(
+    both: Network, observed: Observation, state: State, but_mean: bool = False
+) -> tuple[State, tuple[LayerReport, ...]] | Stop:
+    """What is known of the layer's input, and the layer's report.
+
+    Args:
+        both: the layer and the norm.
+        observed: of one update.
+        state: of the norm's output, (b, *shape).
+        but_mean: as in `solve_jointly`.
+    """
+    op, norm = (node.op for node in both.nodes)
+    assert isinstance(op, Linear)
+    assert isinstance(norm, BatchNorm)
+    free = op.layer.unknowns - op.layer.weight_rows
+    if op.layer.positions == 1 and free > 0 and not but_mean:
+        return Stop(op, Cause.OPEN, f"{free} dimensions of the samples' mean are hidden by the norm behind it")
+    # What it puts out is known as well as its statistics are.
+    state = replace(state, std=torch.hypot(state.std, norm.precision * torch.as_tensor(norm.gamma).abs()))
+    values = ConstraintSystem(both, state, {}, observed.eps)
+    at = values.linearise(state.value.new_zeros(values.in_shape))
+    jacobian = Jacobian(values, at, {})
+    start = SOLVER.step(jacobian, jacobian.weighted(values.residual(at)), at.x, None)
+    found = solve_jointly(both, observed, state, start, but_mean)
+    if isinstance(found, Stop):
+        return found
+    std = found.x.new_full(found.x.shape, found.std)
+    return State(found.x, found.cotangent, None, std), tuple(found.reports.values())
