@@ -9,7 +9,8 @@ from torch import Tensor
 from rgap.attacks.base import certify
 from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, BatchFeatures, Outcome, Sample, Status
-from rgap.attacks.verdict import EXPLAINED, SOLVED, mirrored, range_misfit
+from rgap.attacks.statistics_missed import statistics_missed
+from rgap.attacks.verdict import EXPLAINED, SOLVED, STATISTICS, mirrored, range_misfit
 from rgap.inversion.batch import Features, Inputs, back, find_features
 from rgap.inversion.joint import JointSolve
 from rgap.inversion.subspace.head import largest_batch
@@ -116,6 +117,7 @@ def _verdict(
     agrees, rms = checked.residual <= update.tolerance, float(error.square().mean().sqrt())
     explained = 1 + rms / float(x.square().mean().sqrt().clamp(min=1e-300)) / update.precision
     unexplained = checked.roundings / explained
+    statistics = statistics_missed(target, x, rms)
     low, high = target.value_range or (float(x.min()), float(x.max()))
     samples = []
     for at in range(len(x)):
@@ -125,6 +127,8 @@ def _verdict(
                 Status.REPRODUCED,
                 f"the gradient is missed by {unexplained:.0f} times what rounding explains",
             )
+        if status is Status.EXACT and statistics > EXPLAINED:
+            status, reason = Status.REPRODUCED, f"the gradient agrees, {STATISTICS.format(statistics)}"
         if status is Status.EXACT and range_misfit(x[at], target.value_range)[0]:
             status, reason = Status.REPRODUCED, f"some of its values are outside the value range {target.value_range}"
         if status is Status.EXACT and ambiguous[at]:

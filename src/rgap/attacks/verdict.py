@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rgap.attacks.base import certify
 from rgap.attacks.result import Answer, Status
+from rgap.attacks.statistics_missed import statistics_missed
 from rgap.inversion.history import Candidate
 from rgap.nn.losses import CrossEntropy
 from rgap.target import Target
@@ -23,6 +24,8 @@ STATED = 1 / 2
 """Of the error that moving every value by a whole step would cause: the nearest number is half a step away at most."""
 USED = 1e-3
 """An input whose values differ by less than this part of the value range uses none of it."""
+
+STATISTICS = "but the running statistics that were sent are missed by {:.0f} times what rounding explains"
 
 
 def answer(target: Target, update: Update, end: Candidate, label: Tensor) -> Answer:
@@ -138,6 +141,9 @@ def _weaker(best: Answer, target: Target, update: Update) -> str:
             f"{best.unexplained:.0f} times what rounding explains: the gradient was computed more coarsely, changed, "
             "or is of several samples"
         )
+    missed = statistics_missed(target, best.inputs, best.error)
+    if missed > EXPLAINED:
+        return STATISTICS.format(missed)
     value_range = target.value_range
     if value_range is not None and _outside(best, value_range):
         least, most = float(best.inputs.min()), float(best.inputs.max())

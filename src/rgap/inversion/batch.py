@@ -34,6 +34,8 @@ from rgap.nn.pools import Pool
 
 LAST = Continuation(max_steps=4, doubt=(4,))
 """Steps from inputs that are nearly right."""
+BLURRED = 1e-2
+"""As what rounding a cotangent behind a batch norm counts at the most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +254,7 @@ class _Front:
                 found = input_by_values(part, state, self.eps, report=self.report)
                 if found is None:
                     continue
-                system = ConstraintSystem(part, state, self.gradients, self.eps)
+                system = ConstraintSystem(part, state, self.gradients, self._rounding(value_id))
                 # All rows from there: they know the last digits.
                 start, solver = system.linearise(found[1].x), self.solve.solver(system, "auto")
                 at_end = gauss_newton(system, solver, None, self.tolerance, start, LAST, self.report)
@@ -266,7 +268,7 @@ class _Front:
     def jointly(self) -> Inputs | str:
         """The layers up to the last value that is certain together, from what they gave one by one."""
         value_id, state = self.passed.certain
-        system = ConstraintSystem(self.network.up_to(value_id), state, self.gradients, self.eps)
+        system = ConstraintSystem(self.network.up_to(value_id), state, self.gradients, self._rounding(value_id))
         if not system.nodes:
             return str(self.passed.stop or "no gradient in front of the features was sent")
         start = None if self.passed.stop else system.linearise(self.passed.state.value)
@@ -274,6 +276,12 @@ class _Front:
             return self._together(system, start, None)
         except OutOfTime:
             return "the layers in front were not solved jointly: the time was up"
+
+    def _rounding(self, value_id: int) -> float:
+        """Of gradients in front of a value: what cotangents are off by behind a batch norm, which takes most of them
+        away, counts as theirs."""
+        blurred = self.network.told_precision and value_id == self.passed.certain[0]
+        return max(self.eps, min(self.passed.certain_scatter, BLURRED)) if blurred else self.eps
 
     def _together(self, system: ConstraintSystem, start: Linearisation | None, found: Solution | None) -> Inputs:
         """From all constraints, or where they were solved already: how well they determine what was found."""

@@ -48,6 +48,8 @@ class Passed:
     """How far each value of the cotangent may be off on its own, root mean square, relative to theirs."""
     stop: Stop | None = None
     """The operation that was not passed."""
+    certain_scatter: float = 0.0
+    """As `scatter`, of the last value that is certain."""
 
     def scattered(self, moved: Tensor, k: Tensor) -> Passed:
         """The values of a cotangent k moved by that much more."""
@@ -100,7 +102,7 @@ def layer_by_layer(
         if passed.stop is not None:
             return passed
         if all(layer.open_since is None for layer in passed.layers):
-            passed = replace(passed, certain=(segment.entry, passed.state))
+            passed = replace(passed, certain=(segment.entry, passed.state), certain_scatter=passed.scatter)
     return passed
 
 
