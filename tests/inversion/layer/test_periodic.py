@@ -81,7 +81,8 @@ def test_it_is_the_inverse_of_the_periodic_layer_cut_off(layer: Layer, seed: int
     filled = torch.zeros(2, *dense.shape[:1], *dense.shape[2:], dtype=torch.float64)
     inside = (slice(None), slice(None), slice(None), *(slice(n) for n in grid.size))
     filled[inside] = x.double().reshape(2, layer.groups, -1, *grid.size)
-    solved = torch.linalg.solve(gram, filled.flatten(2)[..., None])[..., 0].reshape(filled.shape)[inside]
+    solved = torch.cholesky_solve(filled.flatten(2)[..., None], torch.linalg.cholesky(gram))
+    solved = solved[..., 0].reshape(filled.shape)[inside]
     found = Periodic(layer, grid)(x)
     assert torch.allclose(
         found.double().reshape(solved.shape), solved, rtol=1e-3, atol=1e-3 * float(solved.abs().max())

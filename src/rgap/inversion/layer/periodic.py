@@ -37,7 +37,9 @@ class Periodic:
         gram = symbol.mH @ symbol
         shift = SHIFT * float(layer.weight.square().sum()) / (layer.groups * gram.shape[-1])
         gram.diagonal(dim1=-2, dim2=-1).add_(shift or 1.0)
-        self._inverse = torch.linalg.inv(gram).to(torch.complex64).mT.contiguous()
+        # By Cholesky's factor: torch's LU of many matrices at once fails on some machines when threads are many.
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        self._inverse = inverse.to(torch.complex64).mT.contiguous()
         value = torch.linalg.eigvalsh(gram)
         self.condition = float(value.max() / value.min())
         """The ratio of the largest to the smallest eigenvalue."""
