@@ -31,6 +31,8 @@ from rgap.nn.ops import Linear
 
 ABOVE = 1.5
 """Times the norm of the rounding below which a singular value is none; that of weights is known well."""
+SHOWS = 32
+"""So many singular values that are rounding show how large it is."""
 NEAR = 1e-2
 """Two inputs that differ by less than this part of their size are one candidate."""
 FITS = 30.0
@@ -340,6 +342,30 @@ def _gradient(network: Network, segment: Segment, left: Mapping[str, Tensor]) ->
     return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
 
 
+def _above(sizes: Float[Tensor, " r"], shape: tuple[int, ...], noise: float) -> tuple[int, float]:
+    """How many singular values are above the rounding, and its spectral norm.
+
+    Where what is left shows more than was foretold, that counts: weights without a gradient that decay alike in every
+    step are off by the same error each time.
+
+    Args:
+        noise: standard deviation of each value's rounding, as foretold.
+    """
+    rows, columns = shape
+    edge = rows**0.5 + columns**0.5
+    norm = noise * edge
+    rank = int((sizes > ABOVE * norm).sum())
+    while len(sizes) - rank >= SHOWS:
+        seen = edge * float(sizes[rank:].square().sum() / ((rows - rank) * (columns - rank))) ** 0.5
+        if not seen > norm:
+            break
+        norm, before = seen, rank
+        rank = int((sizes > ABOVE * norm).sum())
+        if rank == before:
+            break
+    return rank, norm
+
+
 def _span(
     network: Network, segment: Segment, left: Mapping[str, Tensor], noise: Mapping[str, float], most: int | None
 ) -> Span:
@@ -347,8 +373,7 @@ def _span(
     layer, grad = layer_of(network, segment), _gradient(network, segment, left)
     q, r = torch.linalg.qr(grad.mT)
     u, sizes, small = torch.linalg.svd(r.mT, full_matrices=False)
-    norm = noise[layer.weight_name] * (grad.shape[0] ** 0.5 + grad.shape[1] ** 0.5)
-    rank = int((sizes > ABOVE * norm).sum())
+    rank, norm = _above(sizes, grad.shape, noise[layer.weight_name])
     if most is not None and rank > most:
         # What is above is left of samples that were taken, by the errors with which they were known.
         rank, norm = most, max(norm, float(sizes[most]))
