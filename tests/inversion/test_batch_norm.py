@@ -161,6 +161,15 @@ def test_rows_of_a_table_come_back(order: str, activation: Callable[[], nn.Modul
     assert float(near.values.max()) / 12**0.5 < min(1e-3, 5 * stated)
 
 
+def test_rows_of_which_some_are_the_same_stop_nothing() -> None:
+    target, _, x = table(3, "norm first", nn.Tanh)
+    same = x[[0, 0, 1]].float()
+    found = Closed()(target, capture(target, same, torch.tensor([0, 0, 1]), Protocol(buffers=True)))
+    assert found.status is not Status.EXACT
+    assert found.features is not None
+    assert "mixes all samples" in found.reason
+
+
 def test_without_statistics_no_row_of_a_table_is_exact() -> None:
     target, update, _ = table(4, "norm first", nn.ReLU, sent=False)
     assert target.obstacles

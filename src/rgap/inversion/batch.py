@@ -185,6 +185,8 @@ def back(
         report: is called with the number of steps and what they miss.
     """
     head = features.spaces.head
+    if network.coupled and len(features.samples) != features.count:
+        return "batch norm in training mode mixes all samples, and some are missing or the same"
     if head.value_id == 0:
         return Inputs(features.samples.x.reshape(-1, *network.input_shape), features.error)
     front = network.up_to(head.value_id)
