@@ -9,7 +9,7 @@ roundings. In the space that the samples span a client of n samples is a network
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -174,24 +174,42 @@ class AllSteps:
         """The logarithms of what all parameters miss, added: however large one's share is, each counts."""
         return torch.stack([each.square().mean().log() / 2 for each in missed.values()]).sum()
 
+    def _lowered(
+        self,
+        at: Together,
+        others: Callable[[Together, Walk], list[Together]],
+        follow: Callable[[Together, Walk, Together], Walk],
+    ) -> Together:
+        """The best of others in its place, as long as less is missed then.
+
+        Args:
+            others: to be tried, at what is thought of the steps and with their walk.
+            follow: the walk of one of them.
+        """
+        walk = self.walk(at)
+        merit = float(self._merit(self._missed(walk)))
+        while deadline.used() < 1:
+            tried = others(at, walk)
+            walks = [follow(at, walk, each) for each in tried]
+            merits = [float(self._merit(self._missed(each))) for each in walks]
+            best = min(range(len(tried)), key=merits.__getitem__, default=None)
+            if best is None or not merits[best] < merit - LOWER:
+                break
+            merit, walk = merits[best], walks[best]
+            at = self._at(tried[best], walk)
+        return at
+
     # Who was in which step
 
     def _exchanged(self, at: Together) -> Together:
         """With two samples of an epoch in each other's step, as long as less is missed then."""
         if not self.plan.shuffled:
             return at
-        walk = self.walk(at)
-        merit = float(self._merit(self._missed(walk)))
-        while deadline.used() < 1:
-            orders = self._exchanges(at, walk)
-            walks = [self._instead(at, walk, order) for order in orders]
-            merits = [float(self._merit(self._missed(each))) for each in walks]
-            best = min(range(len(orders)), key=merits.__getitem__, default=None)
-            if best is None or not merits[best] < merit - LOWER:
-                break
-            merit, walk = merits[best], walks[best]
-            at = self._at(replace(at, order=orders[best]), walk)
-        return at
+        return self._lowered(
+            at,
+            lambda at, walk: [replace(at, order=order) for order in self._exchanges(at, walk)],
+            lambda at, walk, other: self._instead(at, walk, other.order),
+        )
 
     def _exchanges(self, at: Together, walk: Walk) -> list[tuple[tuple[int, ...], ...]]:
         """Orders with two samples exchanged: those by which the derivative says that least is missed."""
@@ -235,18 +253,11 @@ class AllSteps:
         A unit on its wrong side moves the weights of all later steps, and with them others over their kinks: so each is
         simulated, of those whose own step's gradient explains most.
         """
-        walk = self.walk(at)
-        merit = float(self._merit(self._missed(walk)))
-        while deadline.used() < 1:
-            tried = [replace(at, sides=sides) for sides in self._sides(at, walk, error)]
-            walks = [self.walk(each) for each in tried]
-            merits = [float(self._merit(self._missed(each))) for each in walks]
-            best = min(range(len(tried)), key=merits.__getitem__, default=None)
-            if best is None or not merits[best] < merit - LOWER:
-                break
-            merit, walk = merits[best], walks[best]
-            at = self._at(tried[best], walk)
-        return at
+        return self._lowered(
+            at,
+            lambda at, walk: [replace(at, sides=sides) for sides in self._sides(at, walk, error)],
+            lambda at, walk, other: self.walk(other),
+        )
 
     def _sides(self, at: Together, walk: Walk, error: Float[Tensor, " n"]) -> list[Sides]:
         """With one unit more on its other side: those that promise most."""

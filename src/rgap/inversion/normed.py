@@ -27,11 +27,12 @@ from rgap.nn.ops import Linear
 def layer_before(network: Network, segment: Segment, state: State, observed: Observation) -> Segment | None:
     """The layer in front of a batch norm, if some of the norm's output is not known; None if there is no need of it, or
     no layer with a gradient of its own stands there."""
-    ahead = next((each for each in network.segments if each.exit == segment.entry), None)
-    if ahead is None or ahead.block or segment.block:
+    norm = network.nodes[segment.nodes[-1]].op
+    if not isinstance(norm, BatchNorm) or segment.block:
         return None
-    norm, op = network.nodes[segment.nodes[-1]].op, network.nodes[ahead.nodes[-1]].op
-    if not isinstance(norm, BatchNorm) or not isinstance(op, Linear) or not op.has_gradient:
+    ahead = next((each for each in network.segments if each.exit == segment.entry), None)
+    op = None if ahead is None or ahead.block else network.nodes[ahead.nodes[-1]].op
+    if not isinstance(op, Linear) or not op.has_gradient:
         return None
     unknown = state.row_weight is not None and bool((state.row_weight == 0).any())
     return ahead if unknown and op.layer.weight_name in observed.gradients else None

@@ -87,7 +87,7 @@ def layer_by_layer(
         if segment.block:
             passed = _block(network, segment, passed, observed)
         elif ahead is not None:
-            segment, passed = ahead, _with_norm(network, ahead, passed, observed)
+            segment, passed = ahead, _with_norm(network, ahead, segment, passed, observed)
         elif isinstance(op, Linear):
             passed = _linear(network, segment, op, passed, observed)
         elif isinstance(op, Elementwise):
@@ -139,9 +139,9 @@ def _linear(network: Network, segment: Segment, op: Linear, passed: Passed, obse
     return replace(passed, state=state, layers=(own, *passed.layers))
 
 
-def _with_norm(network: Network, ahead: Segment, passed: Passed, observed: Observation) -> Passed:
+def _with_norm(network: Network, ahead: Segment, norm: Segment, passed: Passed, observed: Observation) -> Passed:
     """Through a layer and the batch norm behind it at once, and what that hides of the mean from the norm in front."""
-    both = network.part([ahead, *(each for each in network.segments if each.entry == ahead.exit)])
+    both = network.part([ahead, norm])
     before = norm_before(network, ahead.nodes[-1], len(passed.state.value))
     found = through_both(both, observed, passed.state, before is not None)
     if isinstance(found, Stop):
