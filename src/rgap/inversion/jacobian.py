@@ -20,22 +20,24 @@ from rgap.nn.ops import Linear
 
 PROBES = 4
 """Drawn inputs from which the sizes of the rows are estimated."""
-LIMIT = 100.0
-"""Of how much more a layer's gradient rows may weigh than all rows behind them, in squares: beyond it rounding hides
-the others."""
+LIMIT, EVEN = 100.0, 1.0
+"""Of how much more a layer's gradient rows may weigh than all rows behind them, in squares: beyond the first rounding
+hides the others. With the second conjugate gradients need half as many products for the same input, but what they come
+to in the end is less precise."""
 
 
 class Jacobian(LinearOperator):
     """Weighted rows: those of the output, each as far as it is known, and those of each layer's gradient, scaled, and
     without what units in doubt may have done to it."""
 
-    def __init__(self, system: ConstraintSystem, at: Linearisation, uncertain: Pattern | None):
+    def __init__(self, system: ConstraintSystem, at: Linearisation, uncertain: Pattern | None, limit: float = LIMIT):
         """
         Args:
             uncertain: units whose side of their kink is in doubt; None keeps all gradient rows out that a slope
                 behind them may move.
+            limit: of how much more a layer's gradient rows may weigh than all rows behind them, in squares.
         """
-        self.system, self.at = system, at
+        self.system, self.at, self._limit = system, at, limit
         self.in_shape, self.like = system.in_shape, at.x
         self.values = sum(value.numel() for value in at.values)
         self._coupled = _Coupled(system, at) if system.coupled else None
@@ -49,7 +51,7 @@ class Jacobian(LinearOperator):
 
         All rows are stated in units of their noise, which are those of the output here. Where that would leave
         nothing of one kind, the gradient rows of a layer weigh at least as much as all rows behind them together, and
-        at most `LIMIT` times as much.
+        at most `limit` times as much.
         """
         drawn, system = probes(self, PROBES), self.system
         rows = self._rows(drawn)
@@ -59,7 +61,7 @@ class Jacobian(LinearOperator):
             own = float(self._project(at, rows.gradient[at]).square().sum())  # 0 where the rows are not used
             if own > 0:
                 even = (size or own) / own
-                scale[at] = min(max(system.noise_ratios[at], even), LIMIT * even)
+                scale[at] = min(max(system.noise_ratios[at], even), self._limit * even)
             size += scale[at] * own
         return scale, size / drawn.numel()
 

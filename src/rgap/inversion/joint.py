@@ -17,7 +17,7 @@ from rgap.inversion.by_values import input_by_values
 from rgap.inversion.differentiated import LARGEST, differentiated_steps
 from rgap.inversion.gauss_newton import CONTINUATION, Continuation, Solution, determine, gauss_newton, settle
 from rgap.inversion.history import Candidate, Paths
-from rgap.inversion.jacobian import Jacobian
+from rgap.inversion.jacobian import EVEN, Jacobian
 from rgap.inversion.layer import Solver as Kind
 from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
@@ -36,6 +36,8 @@ from rgap.nn.pools import Pool
 
 RANK_ROUNDINGS = 8
 """Singular values of the joint constraints below so many roundings of the gradient count as zero."""
+REFINED = 600
+"""Products for the last digits of an input that the recursion found with virtual constraints."""
 NEAR = 1e-2
 """A distance below which steps that converge slowly may still get there."""
 
@@ -185,10 +187,10 @@ class JointSolve:
     ) -> Candidate:
         """The input that the recursion found with virtual constraints, once more from all constraints together."""
         assert candidate.told is not None
-        jacobian = Jacobian(system, at, {})
+        jacobian = Jacobian(system, at, {}, EVEN)
         residual, noise = (jacobian.weighted(rows) for rows in (system.residual(at), system.noise(probe)))
         try:
-            x, std = Iterative().refine(jacobian, residual, noise, at.x)
+            x, std = Iterative(max_steps_refine=REFINED).refine(jacobian, residual, noise, at.x)
         except OutOfTime:  # it is found already, only not as precisely
             x, std = at.x, candidate.std
         condition = max(candidate.told.condition, *(layer.condition for layer in candidate.layers))

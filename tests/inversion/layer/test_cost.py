@@ -93,6 +93,15 @@ def test_a_layer_with_free_dimensions_is_counted_exactly_and_solved_with_least_n
     assert float((first - second).norm()) <= 1e-5 * float(first.norm())
 
 
+def test_of_fewer_rows_than_unknowns_a_factor_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product is spent on finding out that dimensions are free."""
+    layer = convolution(24, outputs=4)
+    k = torch.randn(1, 4, layer.positions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = LayerSystem(layer, k, None, 1e-6, solver="iterative")
+    monkeypatch.setattr("rgap.inversion.layer.system.Iterative", None)
+    assert LayerSystem(layer, k, None, 1e-6).rank[0] == pytest.approx(drawn.rank[0], rel=0.05)
+
+
 def test_a_system_without_trailing_directions_next_to_one_that_has_some() -> None:
     """What the gradient determines alone is of full rank, whatever is solved in the same batch."""
     layer = convolution(12, outputs=24)

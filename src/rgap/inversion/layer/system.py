@@ -107,8 +107,8 @@ class LayerSystem:
         if not self._trailing:
             return
         trailing = layer.pixels - int(self._dominant.count.min())
-        if not self._dense(solver, trailing, count, self._dominant.complete):
-            factored = solver == "auto" and layer.unknowns <= counted and fits(layer)
+        factored = solver == "auto" and layer.unknowns <= counted and fits(layer)
+        if not self._dense(solver, trailing, count, self._dominant.complete) and not (factored and self._too_few):
             patience = _patience(layer, trailing, len(k), count) if factored else None
             self._iterative = Iterative(self.rows, observed_weight, self._dominant, self._scale, patience)
             lost = {s for s, full in enumerate(self._iterative.full_rank.tolist()) if not full}
@@ -151,6 +151,16 @@ class LayerSystem:
         if self.observed_weight is not None:
             used = used + (self.observed_weight.reshape(*used.shape, -1) > 0).sum(-1)
         return used
+
+    @property
+    def _too_few(self) -> bool:
+        """Whether every system has fewer constraints than unknowns, so that a factor has to count what is open."""
+        most = self._used.sum(-1)
+        for rows in self.rows:
+            # Where every weight row is in use it repeats some of the gradient rows.
+            own = rows.layer.spare_rows if rows.row_weight is None else rows.layer.gradient_rows
+            most = most + own * rows.k.flatten(1).any(1)
+        return bool((most < self.layer.unknowns).all())
 
     def _gram(self, s: int) -> Float[Tensor, "g u u"]:
         """W'DW of one system."""
