@@ -97,9 +97,8 @@ def test_of_fewer_rows_than_unknowns_a_factor_is_made_at_once(monkeypatch: pytes
     """No product is spent on finding out that dimensions are free."""
     layer = convolution(24, outputs=4)
     k = torch.randn(1, 4, layer.positions, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    drawn = LayerSystem(layer, k, None, 1e-6, solver="iterative")
     monkeypatch.setattr("rgap.inversion.layer.system.Iterative", None)
-    assert LayerSystem(layer, k, None, 1e-6).rank[0] == pytest.approx(drawn.rank[0], rel=0.05)
+    assert LayerSystem(layer, k, None, 1e-6).rank == (layer.weight_rows + layer.spare_rows,)
 
 
 def test_a_system_without_trailing_directions_next_to_one_that_has_some() -> None:
