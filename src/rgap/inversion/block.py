@@ -64,7 +64,8 @@ def solve_one(
     """
     end = network.nodes[-1].op
     if isinstance(end, BatchNorm):  # and the layer that it reads
-        return through_both(network, observed, state)
+        found = through_both(network, observed, state)
+        return found if isinstance(found, Stop) else found[:2]
     if open_since is not None:
         what = f"{open_since} leaves its input open, and no branches are followed from there"
         return Stop(end, Cause.OPEN, what)
@@ -80,11 +81,11 @@ def solve_one(
         # Where one value after another led to the input it used some of the rows and not others; all of them know
         # better. What told statistics say is as precise as these, and all rows do without them.
         start = block.values[0].value if block.determined else block.start()
-        found = solve_jointly(network.own, observed, state, start)
-        if isinstance(found, BlockInput):
-            block.take(found)
+        solved = solve_jointly(network.own, observed, state, start)
+        if isinstance(solved, BlockInput):
+            block.take(solved)
         elif not block.determined or block.samples > 1:
-            return found  # of several samples no candidate is compared with others later on
+            return solved  # of several samples no candidate is compared with others later on
     value = block.values[0]
     reports = tuple(block.reports[node] for node in sorted(block.reports))
     return State(value.value, block.ks[0], None, value.std), reports

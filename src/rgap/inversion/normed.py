@@ -13,15 +13,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from rgap.inversion.block_solve import SOLVER, solve_jointly
+from rgap.inversion.block_solve import SOLVER, BlockInput, solve_jointly
 from rgap.inversion.jacobian import Jacobian
+from rgap.inversion.normed_sides import contradicted, other_sides
 from rgap.inversion.report import LayerReport
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.system import ConstraintSystem
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network, Segment
 from rgap.nn.ops import Linear
+
+SIDES = 3
+"""Solves with other sides of a few values behind, at the most."""
 
 
 def layer_before(network: Network, segment: Segment, state: State, observed: Observation) -> Segment | None:
@@ -40,8 +45,8 @@ def layer_before(network: Network, segment: Segment, state: State, observed: Obs
 
 def through_both(
     both: Network, observed: Observation, state: State, but_mean: bool = False
-) -> tuple[State, tuple[LayerReport, ...]] | Stop:
-    """What is known of the layer's input, and the layer's report.
+) -> tuple[State, tuple[LayerReport, ...], State] | Stop:
+    """What is known of the layer's input, the layer's report, and what is known of the norm's output by then.
 
     Args:
         both: the layer and the norm.
@@ -58,11 +63,33 @@ def through_both(
     # What it puts out is known as well as its statistics are.
     state = replace(state, std=torch.hypot(state.std, norm.precision * torch.as_tensor(norm.gamma).abs()))
     values = ConstraintSystem(both, state, {}, observed.eps)
+    rows = values.weight_rows + op.layer.gradient_rows
+    if not but_mean and rows < values.unknowns:
+        return Stop(op, Cause.OPEN, f"{rows} numbers tell {values.unknowns}")
     at = values.linearise(state.value.new_zeros(values.in_shape))
     jacobian = Jacobian(values, at, {})
     start = SOLVER.step(jacobian, jacobian.weighted(values.residual(at)), at.x, None)
-    found = solve_jointly(both, observed, state, start, but_mean)
+    found, state = _on_all_sides(both, observed, state, start, but_mean)
     if isinstance(found, Stop):
         return found
     std = found.x.new_full(found.x.shape, found.std)
-    return State(found.x, found.cotangent, None, std), tuple(found.reports.values())
+    return State(found.x, found.cotangent, None, std), tuple(found.reports.values()), state
+
+
+def _on_all_sides(
+    both: Network, observed: Observation, state: State, start: Tensor, but_mean: bool
+) -> tuple[BlockInput | Stop, State]:
+    """What `solve_jointly` finds, and the state with the sides of its values on which the gradient agrees."""
+    gradients = {name: grad[0] for name, grad in observed.gradients.items()}
+    found = solve_jointly(both, observed, state, start, but_mean)
+    for _ in range(SIDES):
+        system = ConstraintSystem(both, state, gradients, observed.eps)
+        agrees = isinstance(found, BlockInput) and not contradicted(system, found.x)
+        if agrees or (isinstance(found, Stop) and found.cause is not Cause.NOT_FOUND):
+            break
+        other = other_sides(system, start, SOLVER)
+        if other is None:
+            break
+        state, start = other
+        found = solve_jointly(both, observed, state, start, but_mean)
+    return found, state

@@ -146,8 +146,8 @@ def _with_norm(network: Network, ahead: Segment, norm: Segment, passed: Passed, 
     found = through_both(both, observed, passed.state, before is not None)
     if isinstance(found, Stop):
         return replace(passed, stop=found)
-    state, reports = found
-    moved = _cotangent(both, state.value + state.std * _draw(state.value), passed.state.cotangent)
+    state, reports, behind = found
+    moved = _cotangent(both, state.value + state.std * _draw(state.value), behind.cotangent)
     passed = passed.scattered(moved - state.cotangent, state.cotangent)
     if before is not None:
         state = replace(state, value=common_mean(state.value, state.std, *before))

@@ -1,0 +1,152 @@
+"""The sides of a ReLU's values behind a batch norm in training mode, where a layer's gradient contradicts those taken.
+
+A small value that is taken for a zero takes its whole cotangent out of one output's gradient rows: solved with the
+others they draw the input away from where it is, and then all outputs miss. So outputs count the less the more they
+miss (iteratively reweighted least squares, with the weights of Geman and McClure), until the spoiled ones stand out.
+What the norm makes of the input that the others tell shows which of their values are on their other side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rgap.inversion.jacobian import Jacobian
+from rgap.inversion.rounding import rounding
+from rgap.inversion.sides import NEAR, OUTLYING
+from rgap.inversion.state import State
+from rgap.inversion.system import ConstraintSystem, Linearisation, Rows
+from rgap.linalg import deadline
+from rgap.linalg.least_squares import Solver
+from rgap.linalg.operator import LinearOperator
+from rgap.nn.batch_norm import BatchNorm
+from rgap.nn.ops import Linear
+
+STEPS, PATIENCE = 20, 3
+"""Solves with other weights, at the most, and those in which half of the outputs come no nearer to theirs."""
+STANDS = 0.5
+"""It comes nearer where half of the outputs miss less than this part of what they did."""
+
+OTHER, LEFT = 0.5, 0.5
+"""Of a value that is on its other side more than this part of what that would do is missed; and of what is missed less
+than this part is left."""
+
+
+class Reweighted(LinearOperator):
+    """The rows of a Jacobian of one layer, those of each of its outputs' gradient times a weight."""
+
+    def __init__(self, jacobian: Jacobian, weight: Float[Tensor, " o"]):
+        self.jacobian = jacobian
+        self.in_shape, self.like, self.values = jacobian.in_shape, jacobian.like, jacobian.values
+        self.mean_diagonal = jacobian.mean_diagonal
+        [grad] = jacobian.system.gradients
+        ones = torch.ones_like(jacobian.system.output.value).flatten()
+        self._weight = torch.cat([ones, weight.repeat_interleave(grad.shape[-1])])
+
+    def mv(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d rows"]:
+        return self.jacobian.mv(x) * self._weight
+
+    def rmv(self, rows: Float[Tensor, "d rows"]) -> Float[Tensor, "d *in_shape"]:
+        found: Tensor = self.jacobian.rmv(rows * self._weight)
+        return found
+
+    def weighted(self, rows: Rows) -> Float[Tensor, "d rows"]:
+        """As `Jacobian.weighted`."""
+        return self.jacobian.weighted(rows) * self._weight
+
+
+def missed(system: ConstraintSystem, at: Linearisation) -> Float[Tensor, " o"]:
+    """What is missed of each output's gradient, in roundings; 0 of one that has none.
+
+    Args:
+        system: of one layer and what is behind it.
+    """
+    [rows], [grad] = system.residual(at).gradient, system.gradients
+    size = rounding(grad, system.eps).flatten(0, -2).norm(dim=-1)
+    return torch.where(size > 0, rows.flatten(0, -2).norm(dim=-1) / size, 0.0)
+
+
+def without_spoiled(system: ConstraintSystem, start: Tensor, solver: Solver) -> Linearisation:
+    """Where the gradients of most outputs agree, whatever those of a few others say."""
+    at, least, since = system.linearise(start), torch.inf, 0
+    for _ in range(STEPS):
+        deadline.check()
+        each = missed(system, at)
+        typical = float(each.median())
+        least, since = (typical, 0) if typical < STANDS * least else (least, since + 1)
+        if since >= (PATIENCE if typical > 1 else 1):
+            break
+        weight = 1 / (1 + (each / (1 + typical)).square())
+        operator = Reweighted(Jacobian(system, at, {}), weight)
+        at = system.linearise(solver.step(operator, operator.weighted(system.residual(at)), at.x, None))
+    return at
+
+
+def contradicted(system: ConstraintSystem, x: Tensor) -> bool:
+    """Whether an output's gradient misses so much that one of its values may be on its wrong side."""
+    return bool((missed(system, system.linearise(x)) > OUTLYING).any())
+
+
+def other_sides(system: ConstraintSystem, start: Tensor, solver: Solver) -> tuple[State, Tensor] | None:
+    """What is known of the norm's output, with the sides on which the gradient of the layer in front agrees, and
+    the layer's input, about; None if no other side explains what it misses.
+
+    Args:
+        system: of a layer and the norm behind it; the state of its output with what it is on other sides.
+        start: the layer's input, about.
+    """
+    op, norm = (node.op for node in system.network.nodes)
+    state, other = system.output, system.output.alternative
+    if not isinstance(op, Linear) or not isinstance(norm, BatchNorm) or other is None:
+        return None
+    at = without_spoiled(system, start, solver)
+    each = missed(system, at)
+    spoiled = each > OUTLYING * each.median().clamp(min=1.0)
+    if not bool(spoiled.any()):
+        return None
+    # The input shows on which side a value lies, but for those that are as near to the kink as its error.
+    y, taken = at.values[-1], system.row_weight > 0
+    near = NEAR * state.std.expand(y.shape)[taken].median()
+    doubt = (y.abs() * ((y > 0) == taken)).masked_fill(other.cotangent == state.cotangent, torch.inf)
+    change = norm.vjp(other.cotangent - state.cotangent, (y,))[0]
+    layer = op.layer.side_by_side(len(y))
+    rows = system.residual(at).gradient[0].flatten(0, -2)
+    patches = layer.patches(layer.pack_input(at.x))[0]
+    moved = _moved(patches, layer.pack_output(change)[0], layer.pack_output(doubt)[0], rows, spoiled, float(near))
+    if not bool(moved.any()):
+        return None
+    moved = layer.unpack_output(moved[None].to(y)).reshape(y.shape) > 0
+    cotangent = torch.where(moved, other.cotangent, state.cotangent)
+    # Of a value that was taken for a zero nothing else is known.
+    return replace(state, cotangent=cotangent, row_weight=system.row_weight * ~moved), at.x
+
+
+def _moved(
+    patches: Float[Tensor, "g i p"],
+    change: Float[Tensor, "o p"],
+    doubt: Float[Tensor, "o p"],
+    rows: Float[Tensor, "o i"],
+    spoiled: Bool[Tensor, " o"],
+    near: float,
+) -> Bool[Tensor, "o p"]:
+    """The values whose other sides together make up what is missed of each spoiled output.
+
+    Args:
+        change: of each value's cotangent, on its other side.
+        doubt: how far each one is from its kink; 0 on the other side of it.
+        rows: what is missed of each output's gradient.
+    """
+    found = torch.zeros_like(change, dtype=torch.bool)
+    for output in spoiled.nonzero().flatten().tolist():
+        at = (doubt[output] <= near).nonzero().flatten()
+        at = at[doubt[output, at].argsort()[: rows.shape[1] // 2]]
+        effect = patches[output * len(patches) // len(change)][:, at] * change[output, at]
+        share = torch.linalg.lstsq(effect, rows[output, :, None]).solution[:, 0]
+        left = rows[output] - effect[:, share > OTHER].sum(1)
+        # What the other sides do not explain has another cause.
+        if float(left.norm()) < LEFT * float(rows[output].norm()):
+            found[output, at[share > OTHER]] = True
+    return found
