@@ -6,13 +6,13 @@ folding takes both back.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.inversion.pattern import Pattern, effects
+from rgap.inversion.coupled import Coupled, LayerRows
+from rgap.inversion.doubted import effects
+from rgap.inversion.pattern import Pattern
 from rgap.inversion.system import ConstraintSystem, Linearisation, Rows
 from rgap.linalg.least_squares import probes
 from rgap.linalg.operator import LinearOperator
@@ -40,8 +40,8 @@ class Jacobian(LinearOperator):
         self.system, self.at, self._limit = system, at, limit
         self.in_shape, self.like = system.in_shape, at.x
         self.values = sum(value.numel() for value in at.values)
-        self._coupled = _Coupled(system, at) if system.coupled else None
-        self._bases = effects(system, at, uncertain)
+        self._coupled = Coupled(system, at) if system.coupled else None
+        self._doubted = effects(system, at, uncertain)
         used = [node for node in system.nodes if uncertain is not None or not system.curved_after(node)]
         self._k = {node: system.k(at, node) for node in used}
         self._scale, self.mean_diagonal = self._weights()
@@ -58,7 +58,7 @@ class Jacobian(LinearOperator):
         size = float((rows.weight * system.row_weight).square().sum())
         scale = [0.0] * len(rows.gradient)
         for at in reversed(range(len(scale))):
-            own = float(self._project(at, rows.gradient[at]).square().sum())  # 0 where the rows are not used
+            own = float(self._doubted[at].without(rows.gradient[at]).square().sum())  # 0 where the rows are not used
             if own > 0:
                 even = (size or own) / own
                 scale[at] = min(max(system.noise_ratios[at], even), self._limit * even)
@@ -77,7 +77,23 @@ class Jacobian(LinearOperator):
         return self._back(self._weigh(Rows(weight, gradient), 0.5))
 
     def normal(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d *in_shape"]:
-        return self._back(self._weigh(self._rows(x), 1.0))
+        if self._coupled is None:
+            return self._back(self._weigh(self._rows(x), 1.0))
+        out, pairs = self._coupled.moves(x)
+        if self.system.output.row_weight is not None:
+            out = out * self.system.row_weight**2
+        layers = zip(self._coupled.layers, pairs, strict=True)
+        return self._coupled.pull(out, [self._normal(at, *each) for at, each in enumerate(layers)])
+
+    def _normal(self, at: int, layer: LayerRows, moves: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """A layer's gradient rows, weighed, and back."""
+        if not self._scale[at]:
+            found = (torch.zeros_like(moves[0]), torch.zeros_like(moves[1]))
+        elif layer.thin:
+            found = layer.normal(*moves, self._doubted[at])
+        else:
+            found = layer.back(self._doubted[at].without(layer.rows(*moves)))
+        return self._scale[at] * found[0], self._scale[at] * found[1]
 
     def weighted(self, rows: Rows) -> Float[Tensor, "d rows"]:
         """Right-hand sides as `rmv` takes them."""
@@ -87,7 +103,7 @@ class Jacobian(LinearOperator):
     def _weigh(self, rows: Rows, power: float) -> Rows:
         """Each row times its weight to a power, squares being what the weights are; a projection is its own square."""
         gradient = tuple(
-            self._project(at, each) * self._scale[at] ** power if self._scale[at] else torch.zeros_like(each)
+            self._doubted[at].without(each) * self._scale[at] ** power if self._scale[at] else torch.zeros_like(each)
             for at, each in enumerate(rows.gradient)
         )
         weight = rows.weight
@@ -174,54 +190,3 @@ class Jacobian(LinearOperator):
         if linear or (d == 1 and self.system.samples == 1):
             return tuple(values)
         return tuple(value.expand(d, *value.shape).flatten(0, 1) for value in values)
-
-    def _project(self, at: int, grad: Float[Tensor, "d g j i"]) -> Tensor:
-        """A layer's gradient rows without what units in doubt may have done to them."""
-        basis = self._bases[at]
-        if not len(basis):
-            return grad
-        flat = grad.flatten(1)
-        return (flat - (flat @ basis.mT) @ basis).reshape(grad.shape)
-
-
-class _Coupled:
-    """The rows' derivatives where a layer's cotangent depends on the inputs as much as what it reads does, so that both
-    are differentiated: behind batch norms that take the statistics of their values, and where slopes bend a lot."""
-
-    def __init__(self, system: ConstraintSystem, at: Linearisation):
-        self.system = system
-        with torch.enable_grad():
-            self._x = at.x.detach().requires_grad_()
-            self._out = self._values(self._x)
-            # J'r is linear in r: its derivative is J.
-            self._r = tuple(torch.zeros_like(each, requires_grad=True) for each in self._out)
-            [self._pulled] = torch.autograd.grad(self._out, self._x, self._r, create_graph=True)
-
-    def _values(self, x: Float[Tensor, "b ..."]) -> tuple[Tensor, ...]:
-        """What the rows say at some inputs."""
-        system = self.system
-        at = system.linearise(x)
-        reads = (at.values[system.network.nodes[node].reads[0]] for node in system.nodes)
-        gradient = (
-            layer.batch_gradient(layer.pack_input(read), system.k(at, node))
-            for node, layer, read in zip(system.nodes, system.layers, reads, strict=True)
-        )
-        return at.values[-1], *gradient
-
-    def rows(self, x: Float[Tensor, "d *in_shape"]) -> Rows:
-        weight, *gradient = _along(self._pulled, self._r, x)
-        return Rows(weight, tuple(each.flatten(0, 1) for each in gradient))
-
-    def back(self, rows: Rows) -> Float[Tensor, "d *in_shape"]:
-        one = (rows.weight, *(each[:, None] for each in rows.gradient))
-        return _along(self._out, self._x, one)[0]
-
-
-def _along(of: Tensor | tuple[Tensor, ...], by: Tensor | tuple[Tensor, ...], directions: Any) -> tuple[Tensor, ...]:
-    """Derivatives along d directions at once, or one by one where torch has no rule for several."""
-    several = directions if isinstance(directions, tuple) else (directions,)
-    try:
-        return torch.autograd.grad(of, by, several, retain_graph=True, is_grads_batched=True)
-    except RuntimeError:
-        each = (torch.autograd.grad(of, by, one, retain_graph=True) for one in zip(*several, strict=True))
-        return tuple(map(torch.stack, zip(*each, strict=True)))

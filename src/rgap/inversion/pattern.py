@@ -26,48 +26,6 @@ Pattern = Mapping[int, Bool[Tensor, "b ..."]]
 
 READS = 1e-2
 """A unit that reads less than this fraction of what any unit of its layer reads has no side worth knowing."""
-RANK = 1e-9
-"""Effects of units in doubt below this fraction of the largest tell nothing."""
-
-
-def effects(system: ConstraintSystem, at: Linearisation, uncertain: Pattern | None) -> list[Float[Tensor, "r w"]]:
-    """For each layer an orthonormal basis of what the slopes of units in doubt put into its gradient.
-
-    A slope that is wrong adds a multiple of one vector to the gradient rows: what the unit reads, at the unit's own
-    weights, and likewise in the layers before it. The rest of the rows does not feel it.
-    """
-    found: list[list[Tensor]] = [[] for _ in system.nodes]
-    for node, mask in ({} if uncertain is None else uncertain).items():
-        sample, *place = mask.nonzero(as_tuple=True)
-        if not len(sample):
-            continue
-        value = system.network.nodes[node].reads[0]
-        # Each unit belongs to one sample, and moves that sample's part of the sum alone; all where they depend on it.
-        batch = system.samples if system.network.coupled else 1
-        own = at.x.new_zeros(len(sample), batch, *mask.shape[1:])
-        own[(torch.arange(len(sample), device=own.device), sample % batch, *place)] = 1.0
-        own = own.flatten(0, 1)
-        which = torch.arange(batch, device=own.device).repeat(len(sample)) if batch > 1 else sample
-        one = system.samples == 1
-        values = at.values if one else [each[which] for each in at.values]
-        slopes = at.slopes if one else {each: slope[which] for each, slope in at.slopes.items()}
-        cotangents = system.network.vjp(values, slopes, {value: own})
-        for each, (layer_node, layer) in enumerate(zip(system.nodes, system.layers, strict=True)):
-            k = cotangents[layer_node + 1]
-            if k is not None:
-                x = layer.pack_input(values[system.network.nodes[layer_node].reads[0]]).expand(len(own), -1, -1)
-                moved = layer.grad_weight(x, layer.pack_output(k))
-                found[each].append(moved.reshape(len(sample), batch, -1).sum(1))
-    return [
-        _span(torch.cat(moved)) if moved else grad.new_zeros(0, grad.numel())
-        for moved, grad in zip(found, system.gradients, strict=True)
-    ]
-
-
-def _span(moved: Float[Tensor, "m w"]) -> Float[Tensor, "r w"]:
-    _, sigma, basis = torch.linalg.svd(moved, full_matrices=False)
-    found: Tensor = basis[sigma > RANK * sigma.amax().clamp(min=torch.finfo(sigma.dtype).tiny)]
-    return found
 
 
 def least_certain(system: ConstraintSystem, at: Linearisation, count: int) -> Pattern:

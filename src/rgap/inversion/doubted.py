@@ -1,0 +1,119 @@
+"""What units whose side of their kink is in doubt may have done to each layer's gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rgap.inversion.pattern import Pattern
+from rgap.inversion.system import ConstraintSystem, Linearisation
+from rgap.nn.layer import Layer
+
+RANK = 1e-9
+"""Effects of units in doubt below this fraction of the largest tell nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Of one layer, a span of gradients.
+
+    A gradient is K X' with a column for each position of each sample. Where there are fewer columns than X has rows, as
+    in a table, every effect is one in X's own directions, and is written down by them alone.
+    """
+
+    basis: Float[Tensor, "r w"]
+    """Orthonormal; of gradients, or of their parts along the directions."""
+    directions: Float[Tensor, "g i m"] | None
+    """An orthonormal basis of the columns of X, if that has few of them."""
+
+    def __len__(self) -> int:
+        return len(self.basis)
+
+    def part(self, grad: Float[Tensor, "d g j m"]) -> Float[Tensor, "d g j m"]:
+        """What lies in the span, of gradients along the directions."""
+        return (grad.flatten(1) @ self.basis.mT @ self.basis).reshape(grad.shape)
+
+    def without(self, grad: Float[Tensor, "d g j i"]) -> Float[Tensor, "d g j i"]:
+        """Gradients without what lies in the span."""
+        if not len(self):
+            return grad
+        if self.directions is None:
+            return grad - self.part(grad)
+        return grad - self.part(grad @ self.directions) @ self.directions.mT
+
+
+def effects(system: ConstraintSystem, at: Linearisation, uncertain: Pattern | None) -> list[Effects]:
+    """For each layer what the slopes of units in doubt put into its gradient.
+
+    A slope that is wrong adds a multiple of one vector to the gradient rows: what the unit reads, at the unit's own
+    weights, and likewise in the layers before it. The rest of the rows does not feel it.
+    """
+    nothing = [Effects(grad.new_zeros(0, grad.numel()), None) for grad in system.gradients]
+    doubted = {node: mask for node, mask in (uncertain or {}).items() if bool(mask.any())}
+    if not doubted:
+        return nothing
+    reads = [at.values[system.network.nodes[node].reads[0]] for node in system.nodes]
+    columns = [_Columns(layer, x) for layer, x in zip(system.layers, reads, strict=True)]
+    found: list[list[Tensor]] = [[] for _ in columns]
+    for node, mask in doubted.items():
+        sample, cotangents = _cotangents(system, at, node, mask)
+        for each, (layer_node, own) in enumerate(zip(system.nodes, columns, strict=True)):
+            k = cotangents[layer_node + 1]
+            if k is not None:
+                found[each].append(own.moved(k, sample))
+    return [
+        Effects(_span(torch.cat(moved)), own.directions) if moved else none
+        for moved, own, none in zip(found, columns, nothing, strict=True)
+    ]
+
+
+def _cotangents(
+    system: ConstraintSystem, at: Linearisation, node: int, mask: Tensor
+) -> tuple[Int[Tensor, "u b"], list[Tensor | None]]:
+    """Of every value, from one at each of u units in doubt, (u * b, *shape), and the samples that it belongs to."""
+    sample, *place = mask.nonzero(as_tuple=True)
+    value = system.network.nodes[node].reads[0]
+    # Each unit belongs to one sample, and moves that sample's part of the sum alone; all where they depend on it.
+    batch = system.samples if system.network.coupled else 1
+    own = at.x.new_zeros(len(sample), batch, *mask.shape[1:])
+    own[(torch.arange(len(sample), device=own.device), sample % batch, *place)] = 1.0
+    which = torch.arange(batch, device=own.device).expand(len(sample), -1) if batch > 1 else sample[:, None]
+    one, flat = system.samples == 1, which.flatten()
+    values = at.values if one else [each[flat] for each in at.values]
+    slopes = at.slopes if one else {each: slope[flat] for each, slope in at.slopes.items()}
+    return which, system.network.vjp(values, slopes, {value: own.flatten(0, 1)})
+
+
+class _Columns:
+    """What each position of each sample of a layer reads."""
+
+    def __init__(self, layer: Layer, x: Float[Tensor, "b *in"]):
+        self._samples = len(x)
+        few = len(x) * layer.positions < layer.weight.shape[-1]
+        self.layer = layer.side_by_side(len(x)) if few else layer
+        self.directions: Float[Tensor, "g i m"] | None = None
+        self._x = self.layer.pack_input(x)
+        if few:
+            self.directions, self._along = torch.linalg.qr(self.layer.patches(self._x)[0])
+
+    def moved(self, k: Float[Tensor, "v *out"], sample: Int[Tensor, "u b"]) -> Float[Tensor, "u w"]:
+        """What cotangents of some of the samples put into the gradient."""
+        if self.directions is None:
+            x = self._x if self._samples == 1 else self._x[sample.flatten()]
+            moved = self.layer.grad_weight(x.expand(len(k), -1, -1), self.layer.pack_output(k))
+            return moved.reshape(*sample.shape, -1).sum(1)
+        every = k.new_zeros(len(sample), self._samples, *k.shape[1:])
+        every[torch.arange(len(sample), device=k.device)[:, None], sample] = k.reshape(*sample.shape, *k.shape[1:])
+        groups, j, _ = self.layer.weight.shape
+        columns = self.layer.pack_output(every.flatten(0, 1)).reshape(len(sample), groups, j, -1)
+        along: Tensor = columns @ self._along.mT
+        return along.flatten(1)
+
+
+def _span(moved: Float[Tensor, "m w"]) -> Float[Tensor, "r w"]:
+    _, sigma, basis = torch.linalg.svd(moved, full_matrices=False)
+    found: Tensor = basis[sigma > RANK * sigma.amax().clamp(min=torch.finfo(sigma.dtype).tiny)]
+    return found
