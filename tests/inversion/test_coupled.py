@@ -135,3 +135,20 @@ def test_what_units_in_doubt_do_is_left_out(name: str) -> None:
     size = float(matrix.abs().max())
     torch.testing.assert_close(blind.to_dense(), matrix, rtol=1e-7, atol=1e-8 * size)
     torch.testing.assert_close(blind.gram(), matrix.mT @ matrix, rtol=1e-7, atol=1e-8 * size**2)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_rows_of_each_output_have_their_weight(name: str) -> None:
+    system, x = system_of(name)
+    at = system.linearise(x)
+    weights = tuple(torch.linspace(0.1, 1, layer.outputs, dtype=torch.float64) for layer in system.layers)
+    plain, found = (Jacobian(system, at, {}, outputs=each) for each in (None, weights))
+    each = [torch.ones(at.values[-1].numel(), dtype=torch.float64)]
+    each += [own.repeat_interleave(grad.shape[-1]) for own, grad in zip(weights, system.gradients, strict=True)]
+    matrix = torch.cat(each)[:, None] * plain.to_dense()
+    torch.testing.assert_close(found.to_dense(), matrix)
+    torch.testing.assert_close(found.gram(), matrix.mT @ matrix)
+    rows = torch.randn(1, len(matrix), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(found.rmv(rows).flatten(), matrix.mT @ rows[0])
+    missed = system.residual(system.linearise(x + 0.1))
+    torch.testing.assert_close(found.weighted(missed), torch.cat(each) * plain.weighted(missed))

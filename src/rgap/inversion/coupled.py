@@ -47,23 +47,34 @@ class LayerRows:
         return self._values(grad[:, None].mT @ self._k, grad[:, None] @ self._x)
 
     def normal(
-        self, dx: Float[Tensor, "d b *in"], dk: Float[Tensor, "d b *out"], doubted: Effects
+        self,
+        dx: Float[Tensor, "d b *in"],
+        dk: Float[Tensor, "d b *out"],
+        doubted: Effects,
+        weight: Float[Tensor, " o"] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`back` of `rows` without what is in doubt, by small matrices; of a thin layer."""
+        """`back` of `rows`, by small matrices; of a thin layer.
+
+        Args:
+            doubted: what is left out of the rows.
+            weight: of the rows of each output.
+        """
+        x, k = self._x, self._k
         dx, dk = self._columns(dx, dk)
-        of_x, of_k = self._grams
-        to_x = dx @ of_k + self._x @ (dk.mT @ self._k)
-        to_k = dk @ of_x + self._k @ (dx.mT @ self._x)
+        if weight is not None:
+            weight = weight.reshape(*k.shape[2:4], 1)
+            k, dk = weight * k, weight * dk
+        to_x = dx @ (k.mT @ k) + x @ (dk.mT @ k)
+        to_k = dk @ self._gram + k @ (dx.mT @ x)
         if doubted.directions is not None:
             q = doubted.directions
-            part = doubted.part((self._k @ (dx.mT @ q) + dk @ (self._x.mT @ q))[:, 0])[:, None]
-            to_x = to_x - q @ (part.mT @ self._k)
-            to_k = to_k - part @ (q.mT @ self._x)
-        return self._values(to_x, to_k)
+            part = doubted.part((k @ (dx.mT @ q) + dk @ (x.mT @ q))[:, 0])[:, None]
+            to_x, to_k = to_x - q @ (part.mT @ k), to_k - part @ (q.mT @ x)
+        return self._values(to_x, to_k if weight is None else weight * to_k)
 
     @cached_property
-    def _grams(self) -> tuple[Float[Tensor, "1 s g p p"], Float[Tensor, "1 s g p p"]]:
-        return self._x.mT @ self._x, self._k.mT @ self._k
+    def _gram(self) -> Float[Tensor, "1 s g p p"]:
+        return self._x.mT @ self._x
 
     def _columns(self, x: Tensor, k: Tensor) -> tuple[Float[Tensor, "d s g i p"], Float[Tensor, "d s g j p"]]:
         """What each position reads and its cotangent, (d, b, *shape) as they come; all samples are one system where

@@ -30,14 +30,23 @@ class Jacobian(LinearOperator):
     """Weighted rows: those of the output, each as far as it is known, and those of each layer's gradient, scaled, and
     without what units in doubt may have done to it."""
 
-    def __init__(self, system: ConstraintSystem, at: Linearisation, uncertain: Pattern | None, limit: float = LIMIT):
+    def __init__(
+        self,
+        system: ConstraintSystem,
+        at: Linearisation,
+        uncertain: Pattern | None,
+        limit: float = LIMIT,
+        outputs: tuple[Float[Tensor, " o"], ...] | None = None,
+    ):
         """
         Args:
             uncertain: units whose side of their kink is in doubt; None keeps all gradient rows out that a slope
                 behind them may move.
             limit: of how much more a layer's gradient rows may weigh than all rows behind them, in squares.
+            outputs: of each layer, what the gradient rows of each of its outputs weigh besides, where no unit is in
+                doubt.
         """
-        self.system, self.at, self._limit = system, at, limit
+        self.system, self.at, self._limit, self._outputs = system, at, limit, outputs
         self.in_shape, self.like = system.in_shape, at.x
         self.values = sum(value.numel() for value in at.values)
         self._coupled = Coupled(system, at) if system.coupled else None
@@ -90,9 +99,9 @@ class Jacobian(LinearOperator):
         if not self._scale[at]:
             found = (torch.zeros_like(moves[0]), torch.zeros_like(moves[1]))
         elif layer.thin:
-            found = layer.normal(*moves, self._doubted[at])
+            found = layer.normal(*moves, self._doubted[at], None if self._outputs is None else self._outputs[at])
         else:
-            found = layer.back(self._doubted[at].without(layer.rows(*moves)))
+            found = layer.back(self._used(at, layer.rows(*moves), 1.0))
         return self._scale[at] * found[0], self._scale[at] * found[1]
 
     def weighted(self, rows: Rows) -> Float[Tensor, "d rows"]:
@@ -101,9 +110,9 @@ class Jacobian(LinearOperator):
         return torch.cat([rows.weight.flatten(1), *(each.flatten(1) for each in rows.gradient)], 1)
 
     def _weigh(self, rows: Rows, power: float) -> Rows:
-        """Each row times its weight to a power, squares being what the weights are; a projection is its own square."""
+        """Each row times its weight to a power, squares being what the weights are."""
         gradient = tuple(
-            self._doubted[at].without(each) * self._scale[at] ** power if self._scale[at] else torch.zeros_like(each)
+            self._used(at, each, power) * self._scale[at] ** power if self._scale[at] else torch.zeros_like(each)
             for at, each in enumerate(rows.gradient)
         )
         weight = rows.weight
@@ -190,3 +199,10 @@ class Jacobian(LinearOperator):
         if linear or (d == 1 and self.system.samples == 1):
             return tuple(values)
         return tuple(value.expand(d, *value.shape).flatten(0, 1) for value in values)
+
+    def _used(self, at: int, grad: Float[Tensor, "d g j i"], power: float) -> Tensor:
+        """A layer's gradient rows without what is in doubt, those of each output times a power of its weight, squared;
+        a projection is its own square."""
+        if self._outputs is None:
+            return self._doubted[at].without(grad)
+        return grad * self._outputs[at].reshape(*grad.shape[1:3], 1) ** (2 * power)

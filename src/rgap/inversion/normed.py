@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rgap.inversion.block_solve import SOLVER, BlockInput, solve_jointly
 from rgap.inversion.jacobian import Jacobian
-from rgap.inversion.normed_sides import contradicted, other_sides
+from rgap.inversion.normed_sides import other_sides
 from rgap.inversion.report import LayerReport
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.system import ConstraintSystem
@@ -26,7 +26,7 @@ from rgap.nn.network import Network, Segment
 from rgap.nn.ops import Linear
 
 SIDES = 3
-"""Solves with other sides of a few values behind, at the most."""
+"""Times that a few values behind are found on their other sides, at the most."""
 
 
 def layer_before(network: Network, segment: Segment, state: State, observed: Observation) -> Segment | None:
@@ -81,15 +81,9 @@ def _on_all_sides(
 ) -> tuple[BlockInput | Stop, State]:
     """What `solve_jointly` finds, and the state with the sides of its values on which the gradient agrees."""
     gradients = {name: grad[0] for name, grad in observed.gradients.items()}
-    found = solve_jointly(both, observed, state, start, but_mean)
     for _ in range(SIDES):
-        system = ConstraintSystem(both, state, gradients, observed.eps)
-        agrees = isinstance(found, BlockInput) and not contradicted(system, found.x)
-        if agrees or (isinstance(found, Stop) and found.cause is not Cause.NOT_FOUND):
+        other, start = other_sides(ConstraintSystem(both, state, gradients, observed.eps), start, SOLVER)
+        if other is state:
             break
-        other = other_sides(system, start, SOLVER)
-        if other is None:
-            break
-        state, start = other
-        found = solve_jointly(both, observed, state, start, but_mean)
-    return found, state
+        state = other
+    return solve_jointly(both, observed, state, start, but_mean), state

@@ -18,10 +18,9 @@ from rgap.inversion.jacobian import Jacobian
 from rgap.inversion.rounding import rounding
 from rgap.inversion.sides import NEAR, OUTLYING
 from rgap.inversion.state import State
-from rgap.inversion.system import ConstraintSystem, Linearisation, Rows
+from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.linalg import deadline
 from rgap.linalg.least_squares import Solver
-from rgap.linalg.operator import LinearOperator
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.ops import Linear
 
@@ -33,29 +32,6 @@ STANDS = 0.5
 OTHER, LEFT = 0.5, 0.5
 """Of a value that is on its other side more than this part of what that would do is missed; and of what is missed less
 than this part is left."""
-
-
-class Reweighted(LinearOperator):
-    """The rows of a Jacobian of one layer, those of each of its outputs' gradient times a weight."""
-
-    def __init__(self, jacobian: Jacobian, weight: Float[Tensor, " o"]):
-        self.jacobian = jacobian
-        self.in_shape, self.like, self.values = jacobian.in_shape, jacobian.like, jacobian.values
-        self.mean_diagonal = jacobian.mean_diagonal
-        [grad] = jacobian.system.gradients
-        ones = torch.ones_like(jacobian.system.output.value).flatten()
-        self._weight = torch.cat([ones, weight.repeat_interleave(grad.shape[-1])])
-
-    def mv(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d rows"]:
-        return self.jacobian.mv(x) * self._weight
-
-    def rmv(self, rows: Float[Tensor, "d rows"]) -> Float[Tensor, "d *in_shape"]:
-        found: Tensor = self.jacobian.rmv(rows * self._weight)
-        return found
-
-    def weighted(self, rows: Rows) -> Float[Tensor, "d rows"]:
-        """As `Jacobian.weighted`."""
-        return self.jacobian.weighted(rows) * self._weight
 
 
 def missed(system: ConstraintSystem, at: Linearisation) -> Float[Tensor, " o"]:
@@ -77,22 +53,17 @@ def without_spoiled(system: ConstraintSystem, start: Tensor, solver: Solver) -> 
         each = missed(system, at)
         typical = float(each.median())
         least, since = (typical, 0) if typical < STANDS * least else (least, since + 1)
-        if since >= (PATIENCE if typical > 1 else 1):
+        if typical <= 1 or since >= PATIENCE:
             break
         weight = 1 / (1 + (each / (1 + typical)).square())
-        operator = Reweighted(Jacobian(system, at, {}), weight)
-        at = system.linearise(solver.step(operator, operator.weighted(system.residual(at)), at.x, None))
+        jacobian = Jacobian(system, at, {}, outputs=(weight,))
+        at = system.linearise(solver.step(jacobian, jacobian.weighted(system.residual(at)), at.x, None))
     return at
 
 
-def contradicted(system: ConstraintSystem, x: Tensor) -> bool:
-    """Whether an output's gradient misses so much that one of its values may be on its wrong side."""
-    return bool((missed(system, system.linearise(x)) > OUTLYING).any())
-
-
-def other_sides(system: ConstraintSystem, start: Tensor, solver: Solver) -> tuple[State, Tensor] | None:
-    """What is known of the norm's output, with the sides on which the gradient of the layer in front agrees, and
-    the layer's input, about; None if no other side explains what it misses.
+def other_sides(system: ConstraintSystem, start: Tensor, solver: Solver) -> tuple[State, Tensor]:
+    """What is known of the norm's output, with the sides on which the gradient of the layer in front agrees, and the
+    layer's input, about. Both as they were where no other side explains what is missed.
 
     Args:
         system: of a layer and the norm behind it; the state of its output with what it is on other sides.
@@ -101,12 +72,15 @@ def other_sides(system: ConstraintSystem, start: Tensor, solver: Solver) -> tupl
     op, norm = (node.op for node in system.network.nodes)
     state, other = system.output, system.output.alternative
     if not isinstance(op, Linear) or not isinstance(norm, BatchNorm) or other is None:
-        return None
+        return state, start
     at = without_spoiled(system, start, solver)
     each = missed(system, at)
-    spoiled = each > OUTLYING * each.median().clamp(min=1.0)
+    typical = float(each.median())
+    if typical > OUTLYING:
+        return state, start
+    spoiled = each > OUTLYING * max(typical, 1.0)
     if not bool(spoiled.any()):
-        return None
+        return state, at.x
     # The input shows on which side a value lies, but for those that are as near to the kink as its error.
     y, taken = at.values[-1], system.row_weight > 0
     near = NEAR * state.std.expand(y.shape)[taken].median()
@@ -117,7 +91,7 @@ def other_sides(system: ConstraintSystem, start: Tensor, solver: Solver) -> tupl
     patches = layer.patches(layer.pack_input(at.x))[0]
     moved = _moved(patches, layer.pack_output(change)[0], layer.pack_output(doubt)[0], rows, spoiled, float(near))
     if not bool(moved.any()):
-        return None
+        return state, start
     moved = layer.unpack_output(moved[None].to(y)).reshape(y.shape) > 0
     cotangent = torch.where(moved, other.cotangent, state.cotangent)
     # Of a value that was taken for a zero nothing else is known.
