@@ -26,6 +26,8 @@ Pattern = Mapping[int, Bool[Tensor, "b ..."]]
 
 READS = 1e-2
 """A unit that reads less than this fraction of what any unit of its layer reads has no side worth knowing."""
+DARK = 1e-4
+"""One that reads less than this reads an empty background, which no value is nearer to its kink than."""
 
 
 def least_certain(system: ConstraintSystem, at: Linearisation, count: int) -> Pattern:
@@ -142,13 +144,16 @@ def step_over(system: ConstraintSystem, at: Linearisation, units: list[tuple[int
 
 
 def _nearest_units(system: ConstraintSystem, at: Linearisation) -> list[tuple[int, int]]:
-    """Units of kinked activations, the nearest to their kink first, measured by the spread of their layer."""
+    """Units of kinked activations that read something, the nearest to their kink first, by their layer's spread."""
     near: list[tuple[float, int, int]] = []
     for node, activation in system.network.activations:
         if isinstance(activation, (LeakyReLU, PReLU, ReLU)):
             z = at.values[system.network.nodes[node].reads[0]]
-            distance = (z / z.square().mean().sqrt()).abs().reshape(-1)
+            size = _reads(system, at, node)
+            seen = size > DARK * size.max()
+            distance = (z / z.square().mean().sqrt()).abs()[seen]
             found, index = distance.topk(min(TRIED, len(distance)), largest=False)
+            index = seen.flatten().nonzero().flatten()[index]
             near += [(v, node, i) for v, i in zip(found.tolist(), index.tolist(), strict=True)]
     return [(node, index) for _, node, index in sorted(near)[:TRIED]]
 

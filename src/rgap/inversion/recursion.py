@@ -30,6 +30,7 @@ from rgap.inversion.normed import layer_before
 from rgap.inversion.null_space import complete
 from rgap.inversion.read_ahead import read_ahead
 from rgap.inversion.report import layer_report
+from rgap.inversion.rivals import without_contradicting
 from rgap.inversion.rounding import NEAREST, rounding
 from rgap.inversion.sides import (
     branches,
@@ -158,15 +159,14 @@ def _missed(report: Callable[[int, float], None], count: int, step: int, missed:
 
 def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) -> Paths:
     """The layer's input from its gradient and weight constraints (Eqs. 15 and 16), minimum norm where not unique."""
+    paths = without_contradicting(op, _read_off(op, observed, paths), observed.rank_tolerance)
     layer, count = op.layer, len(paths.history)
-    paths = _read_off(op, observed, paths)
-    state = paths.state
     has_gradient = op.has_gradient and layer.weight_name in observed.gradients
     grad = torch.zeros_like(layer.weight).expand(count, *layer.weight.shape)
     if has_gradient:
         grad = layer.pack_weight(observed.gradient(layer.weight_name, paths.update))
     bias = observed.gradient(layer.bias_name, paths.update) if layer.bias_name in observed.gradients else None
-    state, system, solution = solve_sides(op, state, grad, bias, has_gradient, observed)
+    state, system, solution = solve_sides(op, paths.state, grad, bias, has_gradient, observed)
     k = layer.pack_output(state.cotangent)
     row_weight = None if state.row_weight is None else layer.pack_output(state.row_weight)
     # What is left of the weight rows is an error of z too, one that the layers after this one did not see.
@@ -272,7 +272,7 @@ def _sides(
     precise = solution.weight_residual <= PRECISE
     if bool((precise & sides_agree(layer, k, there, x, grad, observed.eps)).all()):
         return state
-    return choose_side(op, state, other, grad, observed)
+    return choose_side(op, state, other, grad, observed)[0]
 
 
 def propagate(

@@ -22,6 +22,8 @@ ROUNDINGS = 6.0
 """An input of which no layer misses more roundings of the gradient is hardly moved by another solve."""
 FINE = 20.0
 """No layer misses so many roundings on the right sides of all kinks, once the input is that good."""
+SOLVED = 1e-10
+"""What solves in double precision leave, relatively: below it no unit is looked for."""
 DOUBTED = 64
 """Units that are nearest to their kinks, where one of all is on its wrong side."""
 SOLVER = Iterative(rtol=1e-3, max_steps=25)
@@ -37,8 +39,10 @@ def refine_input(
     Args:
         system: of the whole network.
         tolerance: relative distance to the gradient, by layer, below which no unit is on its wrong side.
-        steps: solves, at the most.
+        steps: solves, at the most; of none the sides alone are looked at.
     """
+    if not steps:
+        return refine_sides(system, x, min(tolerance, max(FINE * system.eps, SOLVED)))
     if system.smooth and system.unknowns <= LARGEST:
         system = system.differentiated()
     at = system.linearise(refine_sides(system, x, tolerance))
@@ -54,7 +58,7 @@ def refine_input(
             if not missed < best:
                 break
             at, best = moved, missed
-        if steps and best <= tolerance:  # a single unit of a layer that hardly counts
+        if best <= tolerance:  # a single unit of a layer that hardly counts
             return refine_sides(system, at.x, FINE * system.eps)
     except deadline.OutOfTime:  # it is found already, only not as precisely
         pass

@@ -38,6 +38,8 @@ MISSED_SUM = 100.0
 """A sum of cotangents that misses more roundings has a value on its wrong side."""
 OF_A_SUM, OF_ROWS = 0.05, 0.5
 """How near what a value on its wrong side does comes to what is missed, relatively: of a sum, and of gradient rows."""
+FOR_SIGNS = 1e-5
+"""Relative residual of the normal equations at which that input is good enough."""
 ROUGH = 1e-4
 """Singular values below this fraction of the largest are of no use where an input is wanted for its signs alone."""
 
@@ -125,11 +127,16 @@ def sides_agree(
     return ~contradicted
 
 
-def choose_side(op: Linear, state: State, other: State, grad: Float[Tensor, "s g j i"], observed: Observation) -> State:
+def choose_side(
+    op: Linear, state: State, other: State, grad: Float[Tensor, "s g j i"], observed: Observation
+) -> tuple[State, Float[Tensor, " s"]]:
     """Of two sides of their kinks on which values may lie, the one with which the gradient agrees.
 
     The wrong one adds a multiple of one vector to the gradient of the unit's own weights, what the unit reads. So the
     gradient rows of such units are left out at first; if the others determine the input it shows the sides.
+
+    Returns:
+        The state, and what the rows that are left miss of the values, relatively.
     """
     layer = op.layer
     k, there = layer.pack_output(state.cotangent), layer.pack_output(other.cotangent)
@@ -138,8 +145,17 @@ def choose_side(op: Linear, state: State, other: State, grad: Float[Tensor, "s g
     certain = ~uncertain.any(-1, keepdim=True)
     kept = grad * certain.reshape(len(k), layer.groups, -1, 1)
     tolerance = max(ROUGH, observed.rank_tolerance)
-    system = LayerSystem(layer, k * certain, row_weight, tolerance, solver=observed.solver, counted=0)
-    x = system.solve(layer.pack_output(state.value) - layer.offset, kept).x
+    system = LayerSystem(
+        layer,
+        k * certain,
+        row_weight,
+        tolerance,
+        solver=observed.solver,
+        counted=0,
+        probed=layer.weight_rows < layer.unknowns,
+    )
+    solution = system.solve(layer.pack_output(state.value) - layer.offset, kept, tolerance=FOR_SIGNS)
+    x = solution.x
     residual = (grad - layer.grad_weight(x, k)).flatten(1, 2)
     patches = layer.patches(x)
     k = k.clone()
@@ -155,7 +171,7 @@ def choose_side(op: Linear, state: State, other: State, grad: Float[Tensor, "s g
         if float(left.norm()) < 0.5 * float(residual[s, unit].norm()):
             k[s, unit, at[flipped]] = there[s, unit, at[flipped]]
     cotangent = layer.unpack_output(k).reshape(state.cotangent.shape)
-    return replace(state, cotangent=cotangent, alternative=None)
+    return replace(state, cotangent=cotangent, alternative=None), solution.weight_residual
 
 
 def sides_by_bias(layer: Layer, state: State, other: State, bias: Float[Tensor, "s o"], eps: float) -> State:

@@ -65,9 +65,15 @@ class Dominant:
         self._all = (vector, value.clamp(min=0)) if tall else None
         self._inverse = (1 / square)[..., :most]
         """S^-2; zero for what a system has less of dominant directions than another."""
-        # In columns, those that are not dominant zero.
-        self._basis = torch.where(kept[..., None, :most], vector[..., :most], 0.0)
-        self._core = None if tall else (self._basis * self._inverse[..., None, :]) @ self._basis.mT
+        self._vector: Tensor = vector[..., :most]
+        self._core: Tensor | None = None if tall else (self._vector * self._inverse[..., None, :]) @ self._vector.mT
+        # Taking away what the dominant columns span leaves what the others span: the fewer are multiplied with.
+        least = int(self.count.min()) if self.count.numel() else 0
+        self._keeps = n - least < most
+        self._columns: Tensor | None = None
+        if tall:
+            part = slice(least, None) if self._keeps else slice(most)
+            self._columns = torch.where(kept[..., None, part] != self._keeps, vector[..., part], 0.0)
 
     @property
     def complete(self) -> bool:
@@ -89,14 +95,17 @@ class Dominant:
             return self._adjoint(self._cored([_stacked(each, g) for each, g in self._pairs(grads)]))
         pulled = torch.stack([each.layer.grad_input(each.k, g) for each, g in self._pairs(grads)]).sum(0)
         x = self._by_group(pulled)
-        return ((x @ self._basis * self._inverse[..., None, :]) @ self._basis.mT).reshape(pulled.shape)
+        told: Tensor = ((x @ self._vector * self._inverse[..., None, :]) @ self._vector.mT).reshape(pulled.shape)
+        return told
 
     def deflate(self, x: Float[Tensor, "s c n"]) -> Float[Tensor, "s c n"]:
         """An input without its dominant directions."""
         if not self._inverse.shape[-1]:
             return x
-        if self._core is None:
-            return x - ((self._by_group(x) @ self._basis) @ self._basis.mT).reshape(x.shape)
+        if self._columns is not None:
+            part = ((self._by_group(x) @ self._columns) @ self._columns.mT).reshape(x.shape)
+            left: Tensor = part if self._keeps else x - part
+            return left
         return x - self._adjoint(
             self._cored([_stacked(each, each.layer.grad_weight(x, each.k)) for each in self._rows])
         )
@@ -104,12 +113,14 @@ class Dominant:
     def _cored(self, seen: Sequence[Float[Tensor, "s g _ d"]]) -> Float[Tensor, "s g m d"]:
         """C = U S^-2 U' times columns: as rows times C, which is symmetric; few columns take four times as long."""
         assert self._core is not None
-        return (torch.cat(list(seen), 2).mT @ self._core).mT
+        found: Tensor = (torch.cat(list(seen), 2).mT @ self._core).mT
+        return found
 
     def single(self, rows: Sequence[LayerRows], scale: Float[Tensor, "s g"]) -> Dominant:
         """In float32, for `deflate`, with gradient rows whose squares are scaled."""
         other = copy(self)
-        other._rows, other._all, other._basis = rows, None, self._basis.float()
+        other._rows, other._all = rows, None
+        other._columns = None if self._columns is None else self._columns.float()
         other._core = None if self._core is None else (self._core / scale[..., None, None]).float()
         return other
 

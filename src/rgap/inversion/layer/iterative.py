@@ -43,6 +43,7 @@ class Iterative:
         dominant: Dominant,
         scale: Float[Tensor, "s g"],
         patience: int | None = None,
+        probed: bool = True,
     ):
         """
         Args:
@@ -50,6 +51,7 @@ class Iterative:
             scale: b, of the gradient rows.
             patience: products after which a probe of the null space is given up, and the rows are said to have one;
                 None: it goes on to its end.
+            probed: else the rows are taken to determine the input.
         """
         layer = rows[0].layer
         around = periodic(layer) if len(rows) == 1 and observed_weight is None else None
@@ -61,7 +63,9 @@ class Iterative:
         self._condition, self._counting, self._fully = torch.ones_like(scale[:, 0]), True, True
         all_dominant = (dominant.count == layer.pixels).all(1)
         self._left = math.inf if patience is None else patience
-        self.full_rank, self._free = self._null_space_probe(layer, all_dominant)
+        self.full_rank, self._free = torch.ones_like(all_dominant), torch.zeros_like(scale[:, 0])
+        if probed:
+            self.full_rank, self._free = self._null_space_probe(layer, all_dominant)
         self._left = math.inf
         self._counting, self._fully = False, bool(self.full_rank.all())
         self._condition = (self._condition * (1.0 if around is None else around.condition)).sqrt()

@@ -73,6 +73,7 @@ class LayerSystem:
         solver: Solver = "auto",
         counted: int = COUNTED,
         alone: bool = False,
+        probed: bool = True,
     ):
         """
         Args:
@@ -84,6 +85,7 @@ class LayerSystem:
             solver: for the trailing directions.
             counted: unknowns up to which free dimensions are counted by a factor.
             alone: gradient rows alone are solved, and what they do not determine stays open.
+            probed: whether a null space is looked for where no factor shows it; else there is none by assumption.
 
         Raises:
             ValueError: the layer is too large for the dense matrices of a direct solver.
@@ -110,7 +112,7 @@ class LayerSystem:
         factored = solver == "auto" and layer.unknowns <= counted and fits(layer)
         if not self._dense(solver, trailing, count, self._dominant.complete) and not (factored and self._too_few):
             patience = _patience(layer, trailing, len(k), count) if factored else None
-            self._iterative = Iterative(self.rows, observed_weight, self._dominant, self._scale, patience)
+            self._iterative = Iterative(self.rows, observed_weight, self._dominant, self._scale, patience, probed)
             lost = {s for s, full in enumerate(self._iterative.full_rank.tolist()) if not full}
             if solver == "iterative" or not lost or layer.unknowns > counted:
                 return
@@ -228,15 +230,17 @@ class LayerSystem:
         grad: Float[Tensor, "s g j i"],
         others: Sequence[Rhs] = (),
         observed_input: Float[Tensor, "s c n"] | None = None,
+        tolerance: float = FINEST,
     ) -> LayerSolution:
         """The least-squares input for z (without the bias) and the weight's gradient; minimum norm where not unique.
 
         Args:
             others: z and gradient of the other layers.
             observed_input: the input's own values, as far as they are known.
+            tolerance: relative residual at which an iterative solve may end.
         """
         rhs = ((z, grad), *others)
-        fine = max(self._tolerance**2, FINEST)
+        fine = max(self._tolerance**2, tolerance)
         x, size = self._inverse(rhs, observed_input, fine)
         for _ in range(REFINEMENTS if self._factorisation is not None or self._iterative is None else 0):
             more, _ = self._inverse(
