@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLAIN = (int, float, str, bool, tuple, type(None))
@@ -29,19 +29,16 @@ def follow_once() -> None:
             # Parts without gradient are modules of their own, which a copy would not have.
             if not still() or any(True for _ in program.graph_module.children()):
                 return program
-            known[key] = program
+            known[key] = with_graph(program, Held(named_alike(program.graph)))
         return own(known[key], key)
 
-    def own(original: ExportedProgram, key: Hashable) -> ExportedProgram:
+    def own(kept: ExportedProgram, key: Hashable) -> ExportedProgram:
         """A copy: whoever asks changes the graph."""
-        program = copy.copy(original)
-        graph = copy.deepcopy(original.graph)
-        for node, first in zip(graph.nodes, original.graph.nodes, strict=True):
-            node.name = first.name
-        program._graph_module = GraphModule({}, graph)
+        program = with_graph(kept, Held(named_alike(kept.graph)))
         program.run_decompositions = lambda table: once(  # type: ignore[method-assign]
-            (key, repr(table)), lambda: original.run_decompositions(table), lambda: True
+            (key, repr(table)), lambda: runs(kept).run_decompositions(table), lambda: True
         )
+        program.module = lambda: runs(kept).module()  # type: ignore[method-assign]
         return program
 
     def found(model: nn.Module, args: tuple[Tensor, ...], **named: Any) -> ExportedProgram:
@@ -52,6 +49,38 @@ def follow_once() -> None:
         return once(key, lambda: export(model, args, **named), lambda: structure(model, *args) == key)
 
     torch.export.export = found
+
+
+class Held(GraphModule):
+    """A graph that nobody runs. A GraphModule has a class of its own each, and torch, which puts its own in the place of
+    methods of nn.Module as it traces, slows down with the number of its classes."""
+
+    def __new__(cls, graph: Graph) -> Held:
+        return object.__new__(cls)
+
+    def __init__(self, graph: Graph) -> None:
+        nn.Module.__init__(self)
+        self._graph = graph
+
+
+def with_graph(program: ExportedProgram, module: GraphModule) -> ExportedProgram:
+    """A copy."""
+    program = copy.copy(program)
+    program._graph_module = module
+    return program
+
+
+def runs(program: ExportedProgram) -> ExportedProgram:
+    """A copy of which the graph can be run."""
+    return with_graph(program, GraphModule({}, named_alike(program.graph)))
+
+
+def named_alike(original: Graph) -> Graph:
+    """A copy whose nodes have the same names."""
+    graph = copy.deepcopy(original)
+    for node, first in zip(graph.nodes, original.nodes, strict=True):
+        node.name = first.name
+    return graph
 
 
 def structure(model: nn.Module, example: Tensor) -> Hashable:
