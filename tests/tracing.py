@@ -52,8 +52,8 @@ def follow_once() -> None:
 
 
 class Held(GraphModule):
-    """A graph that nobody runs. A GraphModule has a class of its own each, and torch, which puts its own in the place of
-    methods of nn.Module as it traces, slows down with the number of its classes."""
+    """A graph that nobody runs. Each GraphModule has a class of its own, and torch, which replaces methods of nn.Module
+    as it traces, slows down with the number of classes."""
 
     def __new__(cls, graph: Graph) -> Held:
         return object.__new__(cls)
