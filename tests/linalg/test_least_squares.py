@@ -39,6 +39,23 @@ def test_matrices_are_derived_from_products(chunk: int, monkeypatch: pytest.Monk
     assert torch.equal(probes(operator, 2), probes(operator, 2))
 
 
+@pytest.mark.parametrize("rows", [20, 5])
+@pytest.mark.parametrize("limit", [0.0, 4e8])
+def test_a_product_that_is_taken_often_is_the_same_by_a_factor(
+    rows: int, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a direction that the rows hardly see, where a matrix J'J would lose all digits."""
+    monkeypatch.setattr("rgap.linalg.operator.WRITTEN_OUT", limit)
+    left, _, right = torch.linalg.svd(drawn(rows, 12), full_matrices=False)
+    sigma = torch.logspace(0, -10, min(rows, 12), dtype=torch.float64)
+    operator, x = Dense(left @ torch.diag(sigma) @ right), right[-1].reshape(1, 3, 4)
+    for _ in range(3):
+        assert float(x.flatten() @ operator.repeated(x).flatten()) == pytest.approx(1e-20, rel=1e-4)
+        found = operator.repeated(drawn(2, 3, 4, seed=1))
+        torch.testing.assert_close(found, operator.normal(drawn(2, 3, 4, seed=1)))
+    assert (operator.factor is None) is (limit == 0.0)
+
+
 @pytest.mark.parametrize("solver", [Direct(1e-9), Iterative(rtol=1e-12)])
 def test_a_step_without_a_regulariser_is_least_squares(solver: Direct | Iterative) -> None:
     matrix, right, x = drawn(20, 12), drawn(1, 20, seed=1), drawn(1, 3, 4, seed=2)

@@ -150,14 +150,14 @@ class Iterative(Solver):
         right = operator.rmv(residual)
         if by is None or by.last:
             steps = self.max_steps if by is None else self.max_steps_last
-            return x + cg.solve(operator.normal, right, self.rtol, steps).x[0]
+            return x + cg.solve(operator.repeated, right, self.rtol, steps).x[0]
         pull, form = by.weight * operator.mean_diagonal, by.form
         right = right - pull * form(x - by.centre)
-        return x + cg.solve(lambda v: operator.normal(v) + pull * form(v), right, self.rtol, self.max_steps).x[0]
+        return x + cg.solve(lambda v: operator.repeated(v) + pull * form(v), right, self.rtol, self.max_steps).x[0]
 
     def propagate(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> float:
         # Of noise the size alone matters.
-        moved = cg.solve(operator.normal, operator.rmv(noise), max(self.rtol, 1e-3), self.max_steps).x
+        moved = cg.solve(operator.repeated, operator.rmv(noise), max(self.rtol, 1e-3), self.max_steps).x
         return float(moved.square().mean().sqrt())
 
     def refine(
@@ -165,7 +165,7 @@ class Iterative(Solver):
     ) -> tuple[Tensor, float]:
         """An x that is nearly right, moved towards least squares; and how far one draw of the rows' noise moves it."""
         right = torch.cat([operator.rmv(residual), operator.rmv(noise)])
-        move, moved = cg.solve(operator.normal, right, self.rtol, self.max_steps_refine).x
+        move, moved = cg.solve(operator.repeated, right, self.rtol, self.max_steps_refine).x
         return x + move, float(moved.square().mean().sqrt())
 
     def determine(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> Determined:
@@ -173,12 +173,12 @@ class Iterative(Solver):
         right = torch.cat([operator.normal(drawn), operator.rmv(noise)])
         # Noise as well: it moves most what the rows hardly tell, which comes last.
         size = self.probe_rtol * right.flatten(1).norm(dim=1)
-        found = cg.solve(operator.normal, right, 1.0, self.probe_steps, size)
+        found = cg.solve(operator.repeated, right, 1.0, self.probe_steps, size)
         back = found.x[: self.probes]
         free = null_space_probe(drawn, back, self.returns)
         if free:  # what is hardly seen is told from what is not by solving for what is left
             left = right[: self.probes] - operator.normal(back)
-            more = cg.solve(operator.normal, left, 1.0, self.probe_steps, 1e-3 * size[: self.probes])
+            more = cg.solve(operator.repeated, left, 1.0, self.probe_steps, 1e-3 * size[: self.probes])
             free = null_space_probe(drawn, back + more.x, self.returns)
         condition = float(found.condition[: self.probes].max()) ** 0.5
         return Determined(operator.unknowns - free, condition, float(found.x[-1].square().mean().sqrt()))
