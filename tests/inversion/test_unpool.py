@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from rgap import Target, Update, capture, losses
 from rgap.attacks import Closed, Recursive, Status
-from rgap.inversion import recursion, routes, unpool
+from rgap.inversion import recursion, route_rows, routes, unpool
 from rgap.inversion.prior import Prior
 from rgap.inversion.state import State
-from rgap.inversion.unpool import MISSED, before_pool, route_of
+from rgap.inversion.unpool import MISSED, Lost, before_pool, route_of
 from rgap.linalg.deadline import OutOfTime
 from rgap.nn.network import Network
 from rgap.nn.pools import Pool
@@ -117,16 +117,16 @@ def test_a_network_with_pools_is_inverted_exactly(kind: str) -> None:
 
 def test_rows_of_some_outputs_are_enough_where_all_would_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each output of the second convolution has 800 gradient rows; what it reads has 800 unknowns, the picture 100."""
-    monkeypatch.setattr(routes, "LARGE", 0)
+    monkeypatch.setattr(route_rows, "LARGE", 0)
     weighed: set[tuple[int, int]] = set()
-    apply = routes._Whitening.__call__
+    apply = route_rows.Whitening.__call__
 
-    def counted(self: routes._Whitening, grad: Tensor) -> Tensor:
+    def counted(self: route_rows.Whitening, grad: Tensor) -> Tensor:
         found = apply(self, grad)
         weighed.add((len(self.outputs), int((found.flatten(0, 1) != 0).any(1).sum())))
         return found
 
-    monkeypatch.setattr(routes._Whitening, "__call__", counted)
+    monkeypatch.setattr(route_rows.Whitening, "__call__", counted)
     target, x = target_of("two pools"), pictures(1, 1, SIZE)
     found = Closed()(target, capture(target, x, torch.tensor([3.0])))
     assert found.status is Status.EXACT, found
@@ -196,7 +196,7 @@ def test_wrong_routes_are_found_by_the_outputs_that_miss_most(seed: int) -> None
     assert route is not None
     observed = route.observed(State(values[3], k, None, torch.zeros_like(k)), grad[0].reshape(48, 8, 3, 3), False)
     start, once = x + 0.02 * moved, replace(routes.ANNEALING, max_steps=1, promising=1.0)
-    right, begun = (routes._Point(route.part, observed, each).hard.slope for each in (x, start))
+    right, begun = (route_rows.Point(route.part, observed, each).hard.slope for each in (x, start))
     assert 3 <= int((right != begun).any(-1)[observed.known].sum()) <= 60
     found = routes.find_routes(route.part, observed, Prior((8, 10, 10), 0.0), 1e-10, start, once)
     assert found.missed < 1e-9
@@ -271,7 +271,7 @@ def test_routes_of_a_layer_that_reads_more_than_the_input_has_begin_at_an_input(
     begun: list[float] = []
     of = unpool._from_input
 
-    def spy(whole: unpool.Route, observed: routes.Observed, *others: Any) -> Tensor:
+    def spy(whole: unpool.Route, observed: route_rows.Observed, *others: Any) -> Tensor:
         start = of(whole, observed, *others)
         begun.append(float(start.std()))
         return start
@@ -310,9 +310,9 @@ def test_an_update_that_gets_no_further_is_followed_no_less_beside_another(
     target, x, updates = two_updates()
     name, real = next(iter(updates[first].gradients)), recursion.before_pool
 
-    def fails(network: Network, node: int, state: State, gradients: dict[str, Tensor], *more: Any) -> State | str:
+    def fails(network: Network, node: int, state: State, gradients: dict[str, Tensor], *more: Any) -> State | Lost:
         if torch.equal(gradients[name].float(), updates[first].gradients[name]):
-            return "its routes were not found"
+            return Lost("its routes were not found")
         return real(network, node, state, gradients, *more)
 
     monkeypatch.setattr(recursion, "before_pool", fails)
@@ -336,3 +336,18 @@ def test_an_update_that_runs_out_of_time_takes_nothing_from_those_before_it(monk
 
     monkeypatch.setattr(recursion, "told_by_values", late)
     assert [each.status for each in Recursive().many(target, updates)] == [Status.EXACT, Status.CUT_OFF]
+
+
+def test_what_was_not_found_in_front_of_the_first_pool_is_not_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing more would be told: the attack goes on from what was found."""
+    searches: list[torch.Size] = []
+
+    def nearly(part: route_rows.Pooled, observed: Any, prior: Prior, agrees: float, start: Tensor, *_: Any) -> Any:
+        searches.append(start.shape)
+        return routes.Unpooled(start, route_rows.Point(part, observed, start).hard.slope, 0.3, 1)
+
+    monkeypatch.setattr(unpool, "find_routes", nearly)
+    target, x = target_of("relu, pool"), pictures(1, 1, SIZE)
+    found = Closed()(target, capture(target, x, torch.tensor([3.0])))
+    assert found.status is Status.NOT_CONVERGED
+    assert len(searches) == 4  # by values alone, from two starts, and colder

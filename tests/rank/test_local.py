@@ -186,10 +186,14 @@ def test_what_was_looked_at_in_the_time_bounds_it(drawn: int, monkeypatch: pytes
         looked = done
 
     monkeypatch.setattr(local.deadline, "used", lambda: float(looked >= drawn))
-    found = rank_analysis(target, looked=look).local
+    whole = rank_analysis(target, looked=look)
+    found = whole.local
     assert found is not None
     assert not found.complete
-    assert 100 - looked <= found.free < 100
+    assert "some 100 would do" in whole.verdict
+    assert found.free == 100 - looked  # of so few all are independent
+    assert found.seconds is not None
+    assert found.seconds > 0
 
 
 @pytest.mark.parametrize(

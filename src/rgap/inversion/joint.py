@@ -24,9 +24,9 @@ from rgap.inversion.prior import Prior
 from rgap.inversion.recursion import recurse
 from rgap.inversion.report import JointReport
 from rgap.inversion.sides import sides_at
-from rgap.inversion.state import Observation, State
+from rgap.inversion.state import Observation, State, Stop
 from rgap.inversion.system import ConstraintSystem, Linearisation
-from rgap.inversion.unpool import route_of, solve_route, zeros_behind
+from rgap.inversion.unpool import Route, route_of, solve_route, zeros_behind
 from rgap.linalg.deadline import OutOfTime
 from rgap.linalg.least_squares import Direct, Iterative, Solver, probes
 from rgap.nn.activations import NonMonotone
@@ -108,7 +108,7 @@ class JointSolve:
                 return self._refined(network, observed, candidate, system, at, probe)
             start = at
         try:
-            told, enough = _by_routes(network, candidate, system, gradients, prior.centre, report), system
+            told, enough = _by_routes(network, candidate, system, gradients, report), system
             if told is None:
                 system, told, enough = _by_values(network, candidate, system, gradients, prior.centre, report)
             # Who asks for products alone may not have the memory for a matrix.
@@ -218,7 +218,6 @@ def _by_routes(
     candidate: Candidate,
     system: ConstraintSystem,
     gradients: dict[str, Tensor],
-    centre: float,
     report: Callable[[int, float], None],
 ) -> Solution | None:
     """The input in front of the pool at which the recursion stopped; None if it stopped elsewhere."""
@@ -229,11 +228,23 @@ def _by_routes(
     route = route_of(network, node, 0) if alone else None
     if route is None or route.weight_name not in gradients:
         return None
-    observed = route.observed(candidate.stopped, gradients[route.weight_name], zeros_behind(network, node))
-    found = solve_route(route, observed, system.eps, centre, with_prior=True, report=report)
-    if found is None:
-        return None
-    return Solution(found.x, system.distance(system.linearise(found.x)), found.steps)
+    x, steps = _looked_for(route, candidate.stop), 0
+    if x is None:
+        observed = route.observed(candidate.stopped, gradients[route.weight_name], zeros_behind(network, node))
+        found = solve_route(route, observed, system.eps, with_prior=True, report=report)
+        if found is None:
+            return None
+        x, steps = found.x, found.steps
+    return Solution(x, system.distance(system.linearise(x)), steps)
+
+
+def _looked_for(route: Route, stop: Stop) -> Tensor | None:
+    """The input that belongs to what the recursion found of what the layer in front of a pool reads: nothing more is
+    told where there is only what has an inverse in between."""
+    x = stop.nearest
+    for node in reversed(route.part.front.nodes):
+        x = None if x is None else node.op.invert(x)
+    return x
 
 
 def _by_values(

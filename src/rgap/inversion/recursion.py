@@ -42,7 +42,7 @@ from rgap.inversion.sides import (
     sides_by_bias,
 )
 from rgap.inversion.state import Cause, Observation, State, Stop
-from rgap.inversion.unpool import before_pool
+from rgap.inversion.unpool import Lost, before_pool
 from rgap.linalg import deadline
 from rgap.nn.activation import Activation, Inverse
 from rgap.nn.activations import NonMonotone
@@ -353,19 +353,20 @@ def unpool(
     report: Callable[[int, float], None] = lambda step, missed: None,
 ) -> Paths | Stop:
     """Through a pool, each candidate on its own."""
-    states, why = [], ""
+    states, lost = [], Lost("")
     for s in range(len(paths.history)):
         gradients = {name: observed.gradient(name, paths.update[s : s + 1])[0] for name in observed.gradients}
         try:
             found = before_pool(network, node, paths.state.one(s), gradients, observed.eps, report)
         except deadline.OutOfTime:
-            found = "what it reads was not found: the time was up"
-        if isinstance(found, str):
-            why = found
+            found = Lost("what it reads was not found: the time was up")
+        if isinstance(found, Lost):
+            lost = found
         else:
             states.append((s, found))
     if not states:
-        return Stop(network.nodes[node].op, Cause.LOSSY, why)
+        nearest = lost.nearest if len(paths.history) == 1 else None
+        return Stop(network.nodes[node].op, Cause.LOSSY, lost.what, nearest)
     kept = paths.select(torch.tensor([s for s, _ in states], device=paths.update.device))
     return replace(kept, state=State.concatenate([state for _, state in states]))
 

@@ -26,69 +26,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rgap.inversion.exchanges import exchanged
 from rgap.inversion.prior import Prior
 from rgap.inversion.rounding import rounding
-from rgap.inversion.windows import Windows, windows
-from rgap.linalg import cg, deadline
+from rgap.inversion.route_rows import ASTRAY, Annealing, Decided, Observed, Point, Pooled, Step
+from rgap.linalg import deadline
 from rgap.linalg.least_squares import null_space_probe
-from rgap.nn.activation import Activation
-from rgap.nn.layers import Layer
-from rgap.nn.network import Network
-from rgap.nn.pools import MeanPool, Pool
+from rgap.nn.pools import MaxPool
 
-# b samples, o outputs, m windows of an output, w places of a window, i what a place reads, g groups, j outputs of one.
-
-
-@dataclass(frozen=True)
-class Annealing:
-    """How routes harden and the prior fades."""
-
-    temperature: float = 3.0
-    """At the first step, in units of z's spread times what the constraints miss, relatively."""
-    cooling: float = 0.98
-    prior: float = 0.1
-    """Weight of the prior at the first step, relative to the value rows."""
-    fading: float = 0.95
-    quick: float = 4.0
-    """A step that halves what is missed cools and fades so many times as fast."""
-    max_steps: int = 300
-    patience: int = 80
-    """Steps without any progress after which a try ends."""
-    last: int = 4
-    """The same once the constraints agree: a place or two may still be wrong where it hardly matters."""
-    solve_rtol: float = 1e-3
-    solve_steps: int = 150
-    gradient_share: float = 0.3
-    """What the gradient rows miss counts so much of what the value rows do: undecided windows are in it."""
-    gradient: bool = True
-    """Whether gradient rows count before all routes are decided."""
-    promising: float = 0.05
-    """Below this part missed, decided routes are tried as they are, every so many steps."""
-    every: int = 3
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """A layer behind other operations, and the pool that reads it."""
-
-    front: Network
-    """From the unknown input to what the layer reads; it may be empty."""
-    layer: Layer
-    activation: Activation
-    """Between the layer and the pool; the identity in front of a maximum, whose value is then that of the layer."""
-    pool: Pool
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What is known behind the pool, of b samples."""
-
-    value: Float[Tensor, "b o m"]
-    """Of each window, the largest z or the mean of f(z); of those that are not known, what it does not exceed."""
-    known: Bool[Tensor, "b o m"]
-    cotangent: Float[Tensor, "b o m"]
-    grad: Float[Tensor, "g j i"]
-    """Of the layer's weight, summed over the samples."""
+# b samples, o outputs, m windows of an output, w places of a window, n places of an output.
 
 
 @dataclass(frozen=True)
@@ -107,9 +53,9 @@ COLDER = Annealing(temperature=1.0)
 """Fewer steps, from a start that is decided sooner."""
 FROM_INPUT = Annealing(max_steps=6, patience=6, solve_rtol=0.05, solve_steps=40)
 """From the network's input, whose neighbouring values are similar: far enough to begin nearer, and no further."""
-QUICK = Annealing(temperature=2.0, cooling=0.97, fading=0.8, max_steps=120, patience=60, solve_steps=60)
+QUICK = Annealing(temperature=2.0, cooling=0.97, fading=0.8, max_steps=120, patience=40, solve_steps=60)
 """Of many unknowns, where steps take long: a prior that is gone in twenty of them, if rows are enough without."""
-NEAR = Annealing(temperature=0.3, prior=0.01, patience=30)
+NEAR = Annealing(temperature=0.3, prior=0.01, patience=20)
 """From a start of a few per cent's error."""
 VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, patience=12, gradient=False)
 """Where the maxima alone determine the input: the routes of the present input, and a prior that fades fast."""
@@ -117,16 +63,15 @@ SETTLED = Annealing(solve_rtol=1e-9, solve_steps=1000)
 """What few rows tell of the input, those of an annealing step leave as it is."""
 RETURNS = 5e-3
 """A drawn move of the input that comes back from its rows to this part of itself is seen by them."""
+PROGRESS = 0.98
+"""A step that misses less than this part of the least so far makes progress: what decided routes miss hardly falls
+until nearly all of them are right."""
+EXCHANGEABLE = 0.05
+"""Below this part missed a search that ends has few routes wrong."""
+CLEARLY = 0.95
+"""Exchanges are looked for again where they leave less than this part of what was missed."""
 ROUNDING = 0.05
 """Below this part of what right routes may miss nothing is left but rounding."""
-ASTRAY = 1e6
-"""A try that misses so much leads nowhere."""
-LEAST = 1e-7
-"""What is missed is never taken to be less, relatively."""
-ROOM = 1 << 24
-"""Numbers that are held at once to weigh gradient rows."""
-LARGE, PLENTY = 1 << 26, 5
-"""Above so many numbers in all, no more outputs are weighed than give so many rows for each unknown."""
 
 
 def find_routes(
@@ -149,18 +94,20 @@ def find_routes(
     """
     x, temperature, weight = start, schedule.temperature, schedule.prior
     best: Unpooled | None = None
-    before, gradient_missed = math.inf, 1.0
+    before, gradient_missed, lowest, last = math.inf, 1.0, math.inf, 0
     for step in range(schedule.max_steps):
         deadline.check()
-        at = _Step(_Point(part, observed, x), temperature, gradient_missed * schedule.gradient_share, schedule)
+        at = Step(Point(part, observed, x), temperature, gradient_missed * schedule.gradient_share, schedule)
         hard = at.decided()
         if hard.missed <= agrees or (hard.missed < schedule.promising and step % schedule.every == 0):
             hard = _finish(hard)
+        if at.missed < PROGRESS * lowest:
+            lowest, last = at.missed, step
         if best is None or hard.missed < best.missed:
-            best = Unpooled(hard.point.x, hard.windows.slope, hard.missed, step)
+            best, last = Unpooled(hard.point.x, hard.windows.slope, hard.missed, step), step
         report(step, hard.missed)
-        patience = schedule.patience if best.missed > agrees else schedule.last
-        if best.missed <= ROUNDING * agrees or step - best.steps >= patience or not at.missed < ASTRAY:
+        late = step - best.steps >= schedule.last if best.missed <= agrees else step - last >= schedule.patience
+        if best.missed <= ROUNDING * agrees or late or not at.missed < ASTRAY:
             break
         x = at.solve(prior, weight)
         gradient_missed = at.gradient_missed
@@ -168,25 +115,45 @@ def find_routes(
         before = at.missed
         temperature, weight = temperature * schedule.cooling**power, weight * schedule.fading**power
     assert best is not None
+    if agrees < best.missed < EXCHANGEABLE and isinstance(part.pool, MaxPool):
+        best = _with_exchanges(part, observed, agrees, best)
     return best
 
 
 def missed_by(part: Pooled, observed: Observed, x: Float[Tensor, "b ..."]) -> float:
     """How much of what is known behind the pool an input misses, relatively."""
-    return _Point(part, observed, x).missed
+    return Point(part, observed, x).missed
 
 
-def _finish(step: _Decided) -> _Decided:
+def _finish(step: Decided) -> Decided:
     """As far as decided routes lead: each solve is exact where they are right, and shows the outputs where they are
     not."""
     best = step
     while True:
-        tried = _Decided(_Point(step.point.part, step.point.observed, step.solve(None, 0.0)), step.schedule)
+        tried = Decided(Point(step.point.part, step.point.observed, step.solve(None, 0.0)), step.schedule)
         if tried.missed < best.missed:
             best = tried
         if not (tried.missed < step.missed / 2 or tried.point.missed < step.point.missed / 2):
             return best
         step = tried
+
+
+def _with_exchanges(part: Pooled, observed: Observed, agrees: float, best: Unpooled) -> Unpooled:
+    """The same with routes exchanged, as long as clearly less is missed."""
+    at = Decided(Point(part, observed, best.x), SETTLED)
+    while at.missed > agrees:
+        deadline.check()
+        found = exchanged(at)
+        if found is None:
+            break
+        x = Decided(Point(part, found.observed, at.point.x), SETTLED, found.routes).solve(None, 0.0)
+        tried = Decided(Point(part, found.observed, x), SETTLED)
+        if not tried.missed < CLEARLY * at.missed:
+            break
+        at = tried
+    if at.missed < best.missed:
+        return Unpooled(at.point.x, at.windows.slope, at.missed, best.steps)
+    return best
 
 
 def settle(
@@ -199,7 +166,7 @@ def settle(
         std: of the pool's values.
         eps: relative rounding of the gradient.
     """
-    at = _Decided(_Point(part, observed, x), SETTLED)
+    at = Decided(Point(part, observed, x), SETTLED)
     x = at.solve(None, 0.0)
     generator = torch.Generator(device=x.device).manual_seed(0)
     draws = (torch.randn(of.shape, generator=generator, dtype=x.dtype, device=x.device) for of in (std, observed.grad))
@@ -211,189 +178,3 @@ def settle(
     else:
         hidden = torch.zeros_like(at.point.z, dtype=torch.bool)
     return x, at.z_moved(move), hidden
-
-
-class _Point:
-    """An input, and what the layer and the pool make of it whatever the routes."""
-
-    def __init__(self, part: Pooled, observed: Observed, x: Tensor):
-        self.part, self.observed, self.x = part, observed, x
-        layer, pool = part.layer, part.pool
-        self.values = part.front.forward(x)
-        self.slopes = part.front.slopes(self.values)
-        self.read = layer.pack_input(self.values[-1])
-        self.patches = layer.patches(self.read)
-        self.z = layer.output(self.read) + layer.offset
-        self.spread = min(float(self.z.std()), ASTRAY)
-        self.hard = self.windows(0.0)
-        made, known = self.hard.value, observed.known
-        self.exceeds = (made > observed.value) & (~known if isinstance(pool, MeanPool) else torch.ones_like(known))
-        wanted = torch.where(known, observed.value, torch.minimum(observed.value, made))
-        size = float(observed.value[known].norm())
-        self.missed = float((wanted - made).norm()) / size if size else 1.0
-        """Of what is known behind the pool, relatively."""
-
-    def windows(self, heat: float) -> Windows:
-        """What the pool makes of z, which is in doubt by so much."""
-        return windows(self.part.pool, self.part.activation, self.z, heat)
-
-
-class _Step:
-    """All constraints at one input: routes as weights, rows and what they miss."""
-
-    def __init__(self, point: _Point, temperature: float, floor: float, schedule: Annealing):
-        self.point, self.schedule, self.missed = point, schedule, min(point.missed, ASTRAY)
-        layer, pool, observed = point.part.layer, point.part.pool, point.observed
-        heat = temperature * point.spread * max(self.missed, floor) if temperature else 0.0
-        self.windows = point.windows(heat) if heat > 0 else point.hard
-        self.k = pool.scatter(self.windows.slope * observed.cotangent[..., None]).reshape(point.z.shape)
-        self.left = observed.grad - layer.batch_gradient(point.read, self.k)[0]
-        total = float(observed.grad.norm())
-        self.gradient_missed = float(self.left.norm()) / total if total else 0.0
-        # A window that exceeds what it may be does so as it stands.
-        hard = point.exceeds | ~observed.known
-        self.slope = torch.where(hard[..., None], point.hard.slope, self.windows.slope)
-        value = torch.where(hard, point.hard.value, self.windows.value)
-        within = torch.where(hard, 0.0, self.windows.variance)
-        self.variance = (point.spread * max(self.missed, LEAST)) ** 2
-        self.weight = self.variance / (self.variance + within) * (observed.known | point.exceeds)
-        self.wanted = torch.where(self.weight > 0, observed.value - value, 0.0)
-
-    def weigher(self) -> Callable[[Tensor], Tensor] | None:
-        """What weighs gradient rows; None if they do not count."""
-        return _Whitening(self) if self.schedule.gradient else None
-
-    def decided(self) -> _Decided:
-        """The same with each route where z is largest."""
-        return _Decided(self.point, self.schedule)
-
-    def solve(self, prior: Prior | None, weight: float) -> Tensor:
-        """The next input: least squares of all rows as they stand."""
-        return self.point.x + self.move(self.wanted, self.left, prior, weight)
-
-    def rows(self, move: Float[Tensor, "b ..."]) -> tuple[Float[Tensor, "b o m"], Float[Tensor, "g j i"]]:
-        """What a move of the input does to value rows and gradient rows."""
-        layer, pool = self.point.part.layer, self.point.part.pool
-        z, grad = layer.rows(self._read(move), self.k)
-        return (pool.read(z) * self.slope).sum(-1), grad.sum(0)
-
-    def z_moved(self, move: Float[Tensor, "b ..."]) -> Float[Tensor, "b o n"]:
-        """What it does to z."""
-        return self.point.part.layer.output(self._read(move))
-
-    def _read(self, move: Tensor) -> Tensor:
-        tangent = self.point.part.front.jvp(self.point.values, self.point.slopes, move)[-1]
-        return self.point.part.layer.pack_input(tangent)
-
-    def move(self, wanted: Tensor, left: Tensor, prior: Prior | None = None, weight: float = 0.0) -> Tensor:
-        """How far the input moves for what value rows want and gradient rows miss."""
-        point, front, layer, pool = self.point, self.point.part.front, self.point.part.layer, self.point.part.pool
-        apart = self.weigher()
-
-        def back(rows: Tensor, grad: Tensor) -> Tensor:
-            k = pool.scatter(self.slope * (self.weight * rows)[..., None]).reshape(self.k.shape)
-            weighted = None if apart is None else self.variance * apart(grad)
-            cotangent = layer.unpack_input(layer.rows_adjoint(k, weighted, self.k))
-            last = len(point.values) - 1
-            found = front.vjp(point.values, point.slopes, {last: cotangent.reshape(point.values[-1].shape)})[0]
-            assert found is not None
-            return found[None]
-
-        def normal(move: Tensor) -> Tensor:
-            found = back(*self.rows(move[0]))
-            return found if prior is None else found + pull * prior(move)
-
-        right = back(wanted, left)
-        if prior is not None:
-            generator = torch.Generator(device=point.x.device).manual_seed(0)
-            drawn = torch.randn(point.x.shape, generator=generator, dtype=point.x.dtype, device=point.x.device)
-            size = float((self.weight.sqrt() * self.rows(drawn)[0]).square().sum()) / drawn.numel()
-            pull = weight * size
-            right = right - pull * prior(point.x - prior.centre)[None]
-        steps = self.schedule.solve_steps * (1 if prior is not None else 3)
-        return cg.solve(normal, right, self.schedule.solve_rtol, steps).x[0]
-
-
-class _Decided(_Step):
-    """With each route where z is largest, and nothing undecided.
-
-    A wrong route spoils the gradient rows of one output. So each output's rows are weighed by what they miss, value
-    rows by what these do: the outputs that are right soon outweigh the others.
-    """
-
-    def __init__(self, point: _Point, schedule: Annealing):
-        super().__init__(point, 0.0, 0.0, schedule)
-        self.missed = max(self.missed, self.gradient_missed)
-        wanted = self.wanted[self.weight > 0]
-        apart = float(wanted.square().mean()) if len(wanted) else 0.0
-        self.variance = apart + (LEAST * point.spread) ** 2
-
-    def weigher(self) -> Callable[[Tensor], Tensor]:
-        size = self.point.observed.grad.square().mean(2, keepdim=True)
-        variance = self.left.square().mean(2, keepdim=True) + LEAST**2 * size + torch.finfo(size.dtype).tiny
-        return lambda grad: grad / variance
-
-
-class _Whitening:
-    """The inverse covariance of each output's gradient rows: noise I + A A', by the smaller of its two factors; nothing
-    of outputs whose rows would take long and are not needed."""
-
-    def __init__(self, step: _Step):
-        point, layer, pool = step.point, step.point.part.layer, step.point.part.pool
-        k = point.observed.cotangent
-        reads = layer.weight.shape[2]
-        # What the input's own error does to the gradient rows.
-        error = float(point.read.square().mean()) * max(step.missed, LEAST) ** 2
-        noise = k.square().sum((0, 2)) * error
-        noise = noise + (LEAST * point.observed.grad.reshape(-1, reads).norm(dim=1)) ** 2 / reads
-        undecided = (step.windows.undecided & (k != 0)).transpose(0, 1).flatten(1)
-        most = int(undecided.sum(1).max())
-        first = undecided.int().argsort(1, descending=True)[:, :most]
-        count = most * pool.windows.shape[1]
-        self.by_reads = count >= reads
-        size = min(count, reads) * reads
-        self.outputs = torch.arange(len(noise), device=k.device)
-        if size * len(noise) > LARGE:
-            enough = -(-PLENTY * point.x.numel() // reads)
-            self.outputs = point.observed.grad.flatten(0, 1).norm(dim=1).argsort(descending=True)[:enough]
-            noise = noise[self.outputs]
-        factors, together = [], max(1, ROOM // max(1, count * reads))
-        for some in torch.split(self.outputs, together):
-            columns = _columns(step, some, first[some], undecided[some].gather(1, first[some]))
-            factors.append(columns @ columns.mT if self.by_reads else columns)
-        factor = torch.cat(factors)
-        square = factor if self.by_reads else factor.mT @ factor
-        self.noise = noise + 1e-10 * square.diagonal(dim1=1, dim2=2).sum(1) / reads + torch.finfo(noise.dtype).tiny
-        eye = torch.eye(square.shape[1], dtype=noise.dtype, device=noise.device)
-        lower = torch.linalg.cholesky(square + self.noise[:, None, None] * eye)
-        self.factor, self.inverse = factor, torch.cholesky_inverse(lower)
-
-    def __call__(self, grad: Float[Tensor, "g j i"]) -> Float[Tensor, "g j i"]:
-        # One row times a matrix for each output: many matrices times a column each take several times as long.
-        rows = grad.flatten(0, 1)[self.outputs][:, None]
-        if self.by_reads:
-            found = rows @ self.inverse
-        else:
-            found = (rows - rows @ self.factor @ self.inverse @ self.factor.mT) / self.noise[:, None, None]
-        whole = torch.zeros_like(grad.flatten(0, 1))
-        whole[self.outputs] = found[:, 0]
-        return whole.reshape(grad.shape)
-
-
-def _columns(step: _Step, outputs: Tensor, first: Tensor, undecided: Tensor) -> Float[Tensor, "o i q"]:
-    """What the undecided windows of some outputs may do to their gradient rows.
-
-    Args:
-        outputs: which, (o,).
-        first: of each output so many windows of all samples, (o, n), undecided or not.
-    """
-    point, pool = step.point, step.point.part.pool
-    sample, window = first // pool.windows.shape[0], first % pool.windows.shape[0]
-    at = (sample, outputs[:, None], window)
-    patches = torch.nn.functional.pad(point.patches, (0, 1))
-    group = outputs // point.part.layer.weight.shape[1]
-    own = patches[sample[..., None], group[:, None, None], :, pool.windows[window]]  # (o, n, places, i)
-    if not isinstance(pool, MeanPool):
-        own = own - (step.windows.slope[at][..., None] * own).sum(2, keepdim=True)
-    amount = step.windows.spread[at] * (point.observed.cotangent[at] * undecided)[..., None]
-    return (own * amount[..., None]).flatten(1, 2).mT

@@ -112,6 +112,9 @@ class Stop:
     cause: Cause
     what: str
     """In a few words."""
+    nearest: Tensor | None = None
+    """Of a single candidate what the layer in front of a pool reads, (b, *shape), as near as it was found with nothing
+    else but that layer; None if it was not looked for."""
 
     @property
     def node(self) -> str:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.prior import Prior
+from rgap.inversion.route_rows import Annealing, Observed, Pooled
 from rgap.inversion.routes import (
     ANNEALING,
     COLDER,
@@ -22,9 +23,6 @@ from rgap.inversion.routes import (
     NEAR,
     QUICK,
     VALUES_ONLY,
-    Annealing,
-    Observed,
-    Pooled,
     Unpooled,
     find_routes,
     missed_by,
@@ -41,6 +39,8 @@ FEWER = 2
 """So many times fewer unknowns has the network's input where routes are looked for from it first."""
 MANY = 8_192
 """Unknowns of which routes are looked for in large steps first."""
+FEW = 1_024
+"""Unknowns of which routes are looked for from a second start: that takes seconds."""
 ENOUGH = 1.25
 """Rows for each unknown with which routes are looked for."""
 MISSED = 200
@@ -74,11 +74,13 @@ class Route:
         if state.row_weight is not None:
             known &= state.row_weight > 0
         value, k = state.value, state.cotangent
-        zero: Tensor | None = None
+        zero, idle = None, torch.zeros_like(k)
         if isinstance(self.part.pool, MaxPool):
             inverse = self.activation.invert(state.value, state.std)
-            value, k = inverse.z, k * inverse.slope
             zero = None if inverse.weight is None else known & (inverse.weight == 0)
+            if isinstance(self.activation, ReLU) and zero is not None:
+                idle = torch.where(zero, k, 0.0)
+            value, k = inverse.z, k * inverse.slope
         limit = torch.where(known, value, value if bounded else torch.inf)
         if zero is not None:
             limit = torch.where(zero, 0.0 if isinstance(self.activation, ReLU) else torch.inf, limit)
@@ -88,7 +90,17 @@ class Route:
         grad = layer.pack_weight(gradient[None])[0]
         grad = grad / self.scale.reshape(layer.weight.shape[0], layer.weight.shape[1], 1)
         k = torch.where(known, k, 0.0)
-        return Observed(limit.reshape(shape), known.reshape(shape), k.reshape(shape), grad)
+        return Observed(limit.reshape(shape), known.reshape(shape), k.reshape(shape), idle.reshape(shape), grad)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Why what a pool reads is not known."""
+
+    what: str
+    """In a few words."""
+    nearest: Tensor | None = None
+    """What the layer in front reads, (b, *shape), as near as it was found; None if it was not looked for."""
 
 
 def route_of(network: Network, node: int, first: int | None = None) -> Route | None:
@@ -157,7 +169,6 @@ def solve_route(
     route: Route,
     observed: Observed,
     eps: float,
-    centre: float,
     with_prior: bool = False,
     report: Callable[[int, float], None] = lambda step, missed: None,
     whole: Route | None = None,
@@ -166,26 +177,28 @@ def solve_route(
 
     Args:
         eps: relative rounding of the gradient.
-        centre: of the prior.
         with_prior: whether the prior may decide what too few rows leave open.
         whole: the same pool from the network's own input on, where that has far fewer unknowns.
     """
-    shape = route.part.front.input_shape
-    start = observed.value.new_full((len(observed.value), *shape), centre)
-    known, unknowns = int(observed.known.sum()), start.numel()
+    known, unknowns = int(observed.known.sum()), len(observed.value) * math.prod(route.part.front.input_shape)
+    if not with_prior and known + route.part.layer.gradient_rows < ENOUGH * unknowns:
+        return None
+    start, other, prior = _constants(route.part, observed)
     tries: list[tuple[Annealing, Tensor]] = []
     if known >= ENOUGH * unknowns:
         tries.append((VALUES_ONLY, start))
-    if with_prior or known + route.part.layer.gradient_rows >= ENOUGH * unknowns:
-        if whole is not None:
-            tries.append((NEAR, _from_input(whole, observed, eps, report)))
-        if unknowns > MANY:
-            tries.append((QUICK, start))
-        tries += [(ANNEALING, start), (COLDER, start)]
+    if whole is not None:
+        tries.append((NEAR, _from_input(whole, observed, eps, report)))
+    if unknowns > MANY:
+        tries.append((QUICK, start))
+    tries.append((ANNEALING, start))
+    if unknowns <= FEW:
+        tries.append((ANNEALING, other))
+    tries.append((COLDER, start))
     found: Unpooled | None = None
     agrees = MISSED * eps
     for schedule, begin in tries:
-        tried = find_routes(route.part, observed, Prior(shape, centre), agrees, begin, schedule, report)
+        tried = find_routes(route.part, observed, prior, agrees, begin, schedule, report)
         found = tried if found is None or tried.missed < found.missed else found
         if found.missed <= agrees:
             break
@@ -196,15 +209,23 @@ def _from_input(
     whole: Route, observed: Observed, eps: float, report: Callable[[int, float], None]
 ) -> Float[Tensor, "b ..."]:
     """What the layer reads, about: as an input of the network makes it that nearly meets the constraints."""
-    shape, b = whole.part.front.input_shape, len(observed.value)
-    sizes = 2.0 ** torch.arange(-4, 4, dtype=observed.value.dtype, device=observed.value.device)
-    constants = [float(each) for each in torch.cat([sizes, -sizes])]
-    starts = [observed.value.new_full((b, *shape), each) for each in constants]
-    missed = [missed_by(whole.part, observed, start) for start in starts]
-    at = missed.index(min(missed))
-    prior = Prior(shape, constants[at])
-    found = find_routes(whole.part, observed, prior, MISSED * eps, starts[at], FROM_INPUT, report)
+    start, _, prior = _constants(whole.part, observed)
+    found = find_routes(whole.part, observed, prior, MISSED * eps, start, FROM_INPUT, report)
     return whole.part.front.forward(found.x)[-1]
+
+
+def _constants(part: Pooled, observed: Observed) -> tuple[Tensor, Tensor, Prior]:
+    """The constant input that misses least of the values, one of the size that these have, and the prior about the
+    former; each input (b, *shape)."""
+    shape, known = part.front.input_shape, observed.value[observed.known]
+    scale = float(known.abs().mean() / part.layer.weight.flatten(1).norm(dim=1).mean()) if len(known) else 1.0
+    sizes = [size * 2.0 ** (half / 2) for size in dict.fromkeys((1.0, scale)) for half in range(-8, 9)]
+
+    def constant(value: float) -> Tensor:
+        return observed.value.new_full((len(observed.value), *shape), value)
+
+    best = min((v for size in sizes for v in (size, -size)), key=lambda v: missed_by(part, observed, constant(v)))
+    return constant(best), constant(scale), Prior(shape, best)
 
 
 def before_pool(
@@ -214,7 +235,7 @@ def before_pool(
     gradients: Mapping[str, Tensor],
     eps: float,
     report: Callable[[int, float], None] = lambda step, missed: None,
-) -> State | str:
+) -> State | Lost:
     """The state in front of a pool, of b samples of one gradient; or why it is not known.
 
     Args:
@@ -227,19 +248,17 @@ def before_pool(
     assert isinstance(pool, Pool)
     route = route_of(network, node)
     if route is None or route.weight_name not in gradients:
-        return pool.loses
+        return Lost(pool.loses)
     observed = route.observed(state, gradients[route.weight_name], zeros_behind(network, node))
-    known = observed.value[observed.known]
-    if not len(known):
-        return pool.loses
-    entry = float(known.abs().mean() / route.part.layer.weight.flatten(1).norm(dim=1).mean())
+    if not bool(observed.known.any()):
+        return Lost(pool.loses)
     few = math.prod(network.input_shape) * FEWER <= math.prod(route.part.front.input_shape)
     whole = route_of(network, node, 0) if few else None
-    found = solve_route(route, observed, eps, entry, report=report, whole=whole)
+    found = solve_route(route, observed, eps, report=report, whole=whole)
     if found is None:
-        return pool.loses
+        return Lost(pool.loses)
     if found.missed > LIMIT * MISSED * eps:
-        return f"{pool.loses}, and which ones was not found (missed {found.missed:.0e})"
+        return Lost(f"{pool.loses}, and which ones was not found (missed {found.missed:.0e})", found.x)
     if isinstance(pool, MaxPool):
         return _routed(pool, state, found.routes)
     return _values(route, observed, state, found.x, eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -166,9 +167,11 @@ class RankAnalysis:
                 "seconds=)."
             )
         if not self.local.complete:
+            seconds = self.local.seconds
+            enough = "" if seconds is None else f"; some {100 * math.ceil(seconds / 100)} would do"
             return (
                 f"At most {free} of {size} dimensions of the input stay free, {at}: the time was up before it was "
-                "known how many (--budget, in Python seconds=)."
+                f"known how many (--budget, in Python seconds={enough})."
             )
         if not free:
             return (

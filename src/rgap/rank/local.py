@@ -8,6 +8,7 @@ takes until they depend on each other.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,6 +48,8 @@ class Local:
     """Whether all combinations were looked at that were needed; if not, it is no more than this."""
     alone: bool = False
     """Whether it is of one sample by itself, since its batch would have taken too long."""
+    seconds: float | None = None
+    """That all combinations would take, about; None if that is not known, or they were looked at."""
 
 
 def free_dimensions(
@@ -73,20 +76,33 @@ def free_dimensions(
     outputs, gradients = target.backward(x, k)
     sent = [part for part in (outputs, *gradients.values()) if part.requires_grad]
     together = max(1, min(AT_ONCE, TOGETHER // sum(part.numel() for part in sent)))
-    rows, rank = x.new_zeros(0, unknowns), 0
+    rows, rank, begun = x.new_zeros(0, unknowns), 0, time.perf_counter()
     while len(rows) < unknowns:
         upto = max(FIRST, 2 * len(rows))
         if upto > 0.7 * unknowns:  # so near to all of them that a further look costs more than it saves
             upto = unknowns + SPARE
         while len(rows) < upto:
             if deadline.used() >= 1:
-                return Local(unknowns, unknowns - rank, False)
+                return _so_far(rows, time.perf_counter() - begun)
             rows = torch.cat([rows, _rows(sent, x, min(together, upto - len(rows)), generator)])
             progress(min(len(rows), unknowns), unknowns)
-        rank = psd.factor(rows @ rows.mT if len(rows) < unknowns else rows.mT @ rows, TOLERANCE).rank
+        rank = _rank(rows)
         if rank <= len(rows) - MORE:
             break
     return Local(unknowns, unknowns - rank, True)
+
+
+def _so_far(rows: Float[Tensor, "count n"], seconds: float) -> Local:
+    """What the combinations tell that there was time for."""
+    count, unknowns = rows.shape
+    if not count:
+        return Local(unknowns, unknowns, False)
+    return Local(unknowns, unknowns - _rank(rows), False, seconds=seconds / count * (unknowns + SPARE))
+
+
+def _rank(rows: Float[Tensor, "count n"]) -> int:
+    count, unknowns = rows.shape
+    return psd.factor(rows @ rows.mT if count < unknowns else rows.mT @ rows, TOLERANCE).rank
 
 
 def worth(products: int, unknowns: int, seconds: float) -> bool:

@@ -1,0 +1,281 @@
+"""The linear rows of a layer and the pool behind it, at one input: routes as weights or decided.
+
+While a window is undecided it is told apart from its mean by a random vector whose covariance is known: sum over its
+places of p k^2 (u - mean u)(u - mean u)', u being what a place reads. So each output's gradient rows are weighed by the
+inverse of the covariance of all its undecided windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rgap.inversion.prior import Prior
+from rgap.inversion.windows import Windows, windows
+from rgap.linalg import cg
+from rgap.nn.activation import Activation
+from rgap.nn.layers import Layer
+from rgap.nn.network import Network
+from rgap.nn.pools import MeanPool, Pool
+
+# b samples, o outputs, m windows of an output, w places of a window, i what a place reads, g groups, j outputs of one.
+
+ASTRAY = 1e6
+"""A try that misses so much leads nowhere."""
+LEAST = 1e-7
+"""What is missed is never taken to be less, relatively."""
+ROOM = 1 << 24
+"""Numbers that are held at once to weigh gradient rows."""
+LARGE, PLENTY = 1 << 26, 5
+"""Above so many numbers in all, no more outputs are weighed than give so many rows for each unknown."""
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """How routes harden and the prior fades."""
+
+    temperature: float = 3.0
+    """At the first step, in units of z's spread times what the constraints miss, relatively."""
+    cooling: float = 0.98
+    prior: float = 0.1
+    """Weight of the prior at the first step, relative to the value rows."""
+    fading: float = 0.95
+    quick: float = 4.0
+    """A step that halves what is missed cools and fades so many times as fast."""
+    max_steps: int = 300
+    patience: int = 80
+    """Steps without any progress after which a try ends."""
+    last: int = 4
+    """The same once the constraints agree: a place or two may still be wrong where it hardly matters."""
+    solve_rtol: float = 1e-3
+    solve_steps: int = 150
+    gradient_share: float = 0.3
+    """What the gradient rows miss counts so much of what the value rows do: undecided windows are in it."""
+    gradient: bool = True
+    """Whether gradient rows count before all routes are decided."""
+    promising: float = 0.05
+    """Below this part missed, decided routes are tried as they are, every so many steps."""
+    every: int = 3
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A layer behind other operations, and the pool that reads it."""
+
+    front: Network
+    """From the unknown input to what the layer reads; it may be empty."""
+    layer: Layer
+    activation: Activation
+    """Between the layer and the pool; the identity in front of a maximum, whose value is then that of the layer."""
+    pool: Pool
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What is known behind the pool, of b samples."""
+
+    value: Float[Tensor, "b o m"]
+    """Of each window, the largest z or the mean of f(z); of those that are not known, what it does not exceed."""
+    known: Bool[Tensor, "b o m"]
+    cotangent: Float[Tensor, "b o m"]
+    idle: Float[Tensor, "b o m"]
+    """The cotangent of those that are taken for zeros of ReLU if they were a little above."""
+    grad: Float[Tensor, "g j i"]
+    """Of the layer's weight, summed over the samples."""
+
+
+class Point:
+    """An input, and what the layer and the pool make of it whatever the routes."""
+
+    def __init__(self, part: Pooled, observed: Observed, x: Tensor):
+        self.part, self.observed, self.x = part, observed, x
+        layer, pool = part.layer, part.pool
+        self.values = part.front.forward(x)
+        self.slopes = part.front.slopes(self.values)
+        self.read = layer.pack_input(self.values[-1])
+        self.patches = layer.patches(self.read)
+        self.z = layer.output(self.read) + layer.offset
+        self.spread = min(float(self.z.std()), ASTRAY)
+        self.hard = self.windows(0.0)
+        made, known = self.hard.value, observed.known
+        self.exceeds = (made > observed.value) & (~known if isinstance(pool, MeanPool) else torch.ones_like(known))
+        wanted = torch.where(known, observed.value, torch.minimum(observed.value, made))
+        size = float(observed.value[known].norm())
+        self.missed = float((wanted - made).norm()) / size if size else 1.0
+        """Of what is known behind the pool, relatively."""
+
+    def windows(self, heat: float) -> Windows:
+        """What the pool makes of z, which is in doubt by so much."""
+        return windows(self.part.pool, self.part.activation, self.z, heat)
+
+    def along(self, routes: Float[Tensor, "b o m w"]) -> Windows:
+        """What a maximum makes of z if its values come from there."""
+        return replace(self.hard, value=(routes * self.part.pool.read(self.z)).sum(-1), slope=routes)
+
+
+class Step:
+    """All constraints at one input: routes as weights, rows and what they miss."""
+
+    def __init__(
+        self, point: Point, temperature: float, floor: float, schedule: Annealing, routes: Tensor | None = None
+    ):
+        self.point, self.schedule, self.missed = point, schedule, min(point.missed, ASTRAY)
+        layer, pool, observed = point.part.layer, point.part.pool, point.observed
+        heat = temperature * point.spread * max(self.missed, floor) if temperature else 0.0
+        decided = point.hard if routes is None else point.along(routes)
+        self.windows = point.windows(heat) if heat > 0 else decided
+        self.k = pool.scatter(self.windows.slope * observed.cotangent[..., None]).reshape(point.z.shape)
+        self.left = observed.grad - layer.batch_gradient(point.read, self.k)[0]
+        total = float(observed.grad.norm())
+        self.gradient_missed = float(self.left.norm()) / total if total else 0.0
+        # A window that exceeds what it may be does so as it stands.
+        hard = point.exceeds | ~observed.known
+        self.slope = torch.where(hard[..., None], decided.slope, self.windows.slope)
+        value = torch.where(hard, decided.value, self.windows.value)
+        within = torch.where(hard, 0.0, self.windows.variance)
+        self.variance = (point.spread * max(self.missed, LEAST)) ** 2
+        self.weight = self.variance / (self.variance + within) * (observed.known | point.exceeds)
+        self.wanted = torch.where(self.weight > 0, observed.value - value, 0.0)
+
+    def weigher(self) -> Callable[[Tensor], Tensor] | None:
+        """What weighs gradient rows; None if they do not count."""
+        return Whitening(self) if self.schedule.gradient else None
+
+    def decided(self) -> Decided:
+        """The same with each route where z is largest."""
+        return Decided(self.point, self.schedule)
+
+    def solve(self, prior: Prior | None, weight: float) -> Tensor:
+        """The next input: least squares of all rows as they stand."""
+        return self.point.x + self.move(self.wanted, self.left, prior, weight)
+
+    def rows(self, move: Float[Tensor, "b ..."]) -> tuple[Float[Tensor, "b o m"], Float[Tensor, "g j i"]]:
+        """What a move of the input does to value rows and gradient rows."""
+        layer, pool = self.point.part.layer, self.point.part.pool
+        z, grad = layer.rows(self._read(move), self.k)
+        return (pool.read(z) * self.slope).sum(-1), grad.sum(0)
+
+    def z_moved(self, move: Float[Tensor, "b ..."]) -> Float[Tensor, "b o n"]:
+        """What it does to z."""
+        return self.point.part.layer.output(self._read(move))
+
+    def _read(self, move: Tensor) -> Tensor:
+        tangent = self.point.part.front.jvp(self.point.values, self.point.slopes, move)[-1]
+        return self.point.part.layer.pack_input(tangent)
+
+    def move(self, wanted: Tensor, left: Tensor, prior: Prior | None = None, weight: float = 0.0) -> Tensor:
+        """How far the input moves for what value rows want and gradient rows miss."""
+        point, front, layer, pool = self.point, self.point.part.front, self.point.part.layer, self.point.part.pool
+        apart = self.weigher()
+
+        def back(rows: Tensor, grad: Tensor) -> Tensor:
+            k = pool.scatter(self.slope * (self.weight * rows)[..., None]).reshape(self.k.shape)
+            weighted = None if apart is None else self.variance * apart(grad)
+            cotangent = layer.unpack_input(layer.rows_adjoint(k, weighted, self.k))
+            last = len(point.values) - 1
+            found = front.vjp(point.values, point.slopes, {last: cotangent.reshape(point.values[-1].shape)})[0]
+            assert found is not None
+            return found[None]
+
+        def normal(move: Tensor) -> Tensor:
+            found = back(*self.rows(move[0]))
+            return found if prior is None else found + pull * prior(move)
+
+        right = back(wanted, left)
+        if prior is not None:
+            generator = torch.Generator(device=point.x.device).manual_seed(0)
+            drawn = torch.randn(point.x.shape, generator=generator, dtype=point.x.dtype, device=point.x.device)
+            size = float((self.weight.sqrt() * self.rows(drawn)[0]).square().sum()) / drawn.numel()
+            pull = weight * size
+            right = right - pull * prior(point.x - prior.centre)[None]
+        steps = self.schedule.solve_steps * (1 if prior is not None else 3)
+        return cg.solve(normal, right, self.schedule.solve_rtol, steps).x[0]
+
+
+class Decided(Step):
+    """With each route where z is largest, or as given, and nothing undecided.
+
+    A wrong route spoils the gradient rows of one output. So each output's rows are weighed by what they miss, value
+    rows by what these do: the outputs that are right soon outweigh the others.
+    """
+
+    def __init__(self, point: Point, schedule: Annealing, routes: Tensor | None = None):
+        super().__init__(point, 0.0, 0.0, schedule, routes)
+        self.missed = max(self.missed, self.gradient_missed)
+        wanted = self.wanted[self.weight > 0]
+        apart = float(wanted.square().mean()) if len(wanted) else 0.0
+        self.variance = apart + (LEAST * point.spread) ** 2
+
+    def weigher(self) -> Callable[[Tensor], Tensor]:
+        size = self.point.observed.grad.square().mean(2, keepdim=True)
+        variance = self.left.square().mean(2, keepdim=True) + LEAST**2 * size + torch.finfo(size.dtype).tiny
+        return lambda grad: grad / variance
+
+
+class Whitening:
+    """The inverse covariance of each output's gradient rows: noise I + A A', by the smaller of its two factors; nothing
+    of outputs whose rows would take long and are not needed."""
+
+    def __init__(self, step: Step):
+        point, layer, pool = step.point, step.point.part.layer, step.point.part.pool
+        k = point.observed.cotangent
+        reads = layer.weight.shape[2]
+        # What the input's own error does to the gradient rows.
+        error = float(point.read.square().mean()) * max(step.missed, LEAST) ** 2
+        noise = k.square().sum((0, 2)) * error
+        noise = noise + (LEAST * point.observed.grad.reshape(-1, reads).norm(dim=1)) ** 2 / reads
+        undecided = (step.windows.undecided & (k != 0)).transpose(0, 1).flatten(1)
+        most = int(undecided.sum(1).max())
+        first = undecided.int().argsort(1, descending=True)[:, :most]
+        count = most * pool.windows.shape[1]
+        self.by_reads = count >= reads
+        size = min(count, reads) * reads
+        self.outputs = torch.arange(len(noise), device=k.device)
+        if size * len(noise) > LARGE:
+            enough = -(-PLENTY * point.x.numel() // reads)
+            self.outputs = point.observed.grad.flatten(0, 1).norm(dim=1).argsort(descending=True)[:enough]
+            noise = noise[self.outputs]
+        factors, together = [], max(1, ROOM // max(1, count * reads))
+        for some in torch.split(self.outputs, together):
+            columns = _columns(step, some, first[some], undecided[some].gather(1, first[some]))
+            factors.append(columns @ columns.mT if self.by_reads else columns)
+        factor = torch.cat(factors)
+        square = factor if self.by_reads else factor.mT @ factor
+        self.noise = noise + 1e-10 * square.diagonal(dim1=1, dim2=2).sum(1) / reads + torch.finfo(noise.dtype).tiny
+        eye = torch.eye(square.shape[1], dtype=noise.dtype, device=noise.device)
+        lower = torch.linalg.cholesky(square + self.noise[:, None, None] * eye)
+        self.factor, self.inverse = factor, torch.cholesky_inverse(lower)
+
+    def __call__(self, grad: Float[Tensor, "g j i"]) -> Float[Tensor, "g j i"]:
+        # One row times a matrix for each output: many matrices times a column each take several times as long.
+        rows = grad.flatten(0, 1)[self.outputs][:, None]
+        if self.by_reads:
+            found = rows @ self.inverse
+        else:
+            found = (rows - rows @ self.factor @ self.inverse @ self.factor.mT) / self.noise[:, None, None]
+        whole = torch.zeros_like(grad.flatten(0, 1))
+        whole[self.outputs] = found[:, 0]
+        return whole.reshape(grad.shape)
+
+
+def _columns(step: Step, outputs: Tensor, first: Tensor, undecided: Tensor) -> Float[Tensor, "o i q"]:
+    """What the undecided windows of some outputs may do to their gradient rows.
+
+    Args:
+        outputs: which, (o,).
+        first: of each output so many windows of all samples, (o, n), undecided or not.
+    """
+    point, pool = step.point, step.point.part.pool
+    sample, window = first // pool.windows.shape[0], first % pool.windows.shape[0]
+    at = (sample, outputs[:, None], window)
+    patches = torch.nn.functional.pad(point.patches, (0, 1))
+    group = outputs // point.part.layer.weight.shape[1]
+    own = patches[sample[..., None], group[:, None, None], :, pool.windows[window]]  # (o, n, places, i)
+    if not isinstance(pool, MeanPool):
+        own = own - (step.windows.slope[at][..., None] * own).sum(2, keepdim=True)
+    amount = step.windows.spread[at] * (point.observed.cotangent[at] * undecided)[..., None]
+    return (own * amount[..., None]).flatten(1, 2).mT
