@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -84,7 +85,7 @@ class Iterative:
         x = self._fine.deflate(draw.expand(len(like), -1, -1))
         found = torch.zeros_like(x)
         for _ in range(PROBED):  # what is hardly seen is told from what is not by solving for what is left
-            found = found + self.solve(self._fine(x - found), CLOSE, None)
+            found = found + self.solve(self._fine(x - found), CLOSE, None, partial(_recovered, x - found, x))
             lost = (found - x).square().sum((1, 2))
             full_rank = all_dominant | (lost <= NULL_SPACE**2 * x.square().sum((1, 2)))
             if bool(full_rank.all()) or self._left <= 0:
@@ -92,12 +93,17 @@ class Iterative:
         return full_rank, torch.where(full_rank, 0.0, lost.round().clamp(min=1))
 
     def solve(
-        self, right: Float[Tensor, "s c n"], tolerance: float, size: Float[Tensor, " s"] | None
+        self,
+        right: Float[Tensor, "s c n"],
+        tolerance: float,
+        size: Float[Tensor, " s"] | None,
+        enough: Callable[[Tensor], bool] | None = None,
     ) -> Float[Tensor, "s c n"]:
         """The trailing part of the input, from the right side of the whole normal equations.
 
         Args:
             tolerance: of the residual, relative to size, or to the right side's norm.
+            enough: is shown what was found so far, and ends the solve by saying so.
         """
         rest = self._fine.deflate(right)
         x, norm = torch.zeros_like(rest), rest.flatten(1).norm(dim=1)
@@ -109,7 +115,8 @@ class Iterative:
             unit = norm.clamp(min=torch.finfo(norm.dtype).tiny)[:, None, None]
             aim = (target / unit.flatten() / 2).clamp(min=INNER, max=1.0)
             steps = int(min(STEPS, self._left))
-            found = cg.solve(self._fast, (rest / unit).float(), 1.0, steps, aim.float(), self._precondition)
+            until = None if enough is None else partial(_so_far, enough, x, unit)
+            found = cg.solve(self._fast, (rest / unit).float(), 1.0, steps, aim.float(), self._precondition, until)
             self._left -= found.steps
             if self._counting:
                 self._condition = self._condition.maximum(found.condition.to(norm))
@@ -121,7 +128,7 @@ class Iterative:
             rest = torch.where(better[:, None, None], new, rest)
             slow = bool(((size_ > 0.3 * norm) & (norm > target)).any())
             norm = torch.where(better, size_, norm)
-            if self._left <= 0:
+            if self._left <= 0 or (enough is not None and enough(x)):
                 return x
             if slow:
                 break  # too badly conditioned for float32
@@ -140,6 +147,16 @@ class Iterative:
     def condition(self, s: int) -> float:
         """At the most: of the preconditioned rows, times that of the preconditioner."""
         return float(self._condition[s])
+
+
+def _so_far(enough: Callable[[Tensor], bool], x: Tensor, unit: Tensor, more: Tensor) -> bool:
+    return enough(x + unit * more)
+
+
+def _recovered(drawn: Tensor, of: Tensor, found: Tensor) -> bool:
+    """Whether what was drawn came back so nearly that the rows have no null space."""
+    lost = (found - drawn).square().sum((1, 2))
+    return bool((lost <= (NULL_SPACE / 2) ** 2 * of.square().sum((1, 2))).all())
 
 
 class _Normal:
