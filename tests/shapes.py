@@ -2,7 +2,7 @@
 
 A check takes longer than most of what it checks, and solvers call the same products ten thousand times. Whether it
 passes hangs on the kind alone, and so on no other test: what did not pass is checked again at the next call. To see of
-what kind a call is takes its time too: behind the first twenty of a function in a test it is one call in 32.
+what kind a call is takes its time too: behind the first hundred of a function in a test it is one call in sixteen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ passed: set[int] = set()
 """Hashes of kinds of calls: of kinds themselves there would be too much to keep."""
 
 
-FIRST, EVERY = 20, 32
+FIRST, EVERY = 100, 16
 calls: dict[int, int] = {}
 """Of each function, in this test; to be cleared before the next."""
 
