@@ -335,7 +335,7 @@ def test_sides_of_kinks_are_told_from_the_gradient(outputs: int, seed: int) -> N
         return State(layer.unpack_output(z), layer.unpack_output(of), None, layer.unpack_output(error))
 
     given_ = Observation({"w": grad}, 1e-16, 1e-9)
-    found, _ = choose_side(Linear(layer), front(here), front(there), grad, given_)
+    found = choose_side(Linear(layer), front(here), front(there), grad, given_)
     assert torch.equal(layer.pack_output(found.cotangent), k)
     solved = LayerSystem(layer, here, None, 1e-9).solve(z, grad).x
     assert bool(sides_agree(layer, here, there, solved, grad, 1e-16)) == (not bool(wrong.any()))

@@ -13,8 +13,8 @@ from rgap import Target, Update, capture, losses
 from rgap.attacks import Closed, Recursive, Status
 from rgap.inversion import recursion, route_rows, routes, unpool
 from rgap.inversion.prior import Prior
-from rgap.inversion.state import State
-from rgap.inversion.unpool import MISSED, Lost, before_pool, route_of
+from rgap.inversion.state import Cause, State, Stop
+from rgap.inversion.unpool import MISSED, before_pool, route_of
 from rgap.linalg.deadline import OutOfTime
 from rgap.nn.network import Network
 from rgap.nn.pools import Pool
@@ -310,9 +310,9 @@ def test_an_update_that_gets_no_further_is_followed_no_less_beside_another(
     target, x, updates = two_updates()
     name, real = next(iter(updates[first].gradients)), recursion.before_pool
 
-    def fails(network: Network, node: int, state: State, gradients: dict[str, Tensor], *more: Any) -> State | Lost:
+    def fails(network: Network, node: int, state: State, gradients: dict[str, Tensor], *more: Any) -> State | Stop:
         if torch.equal(gradients[name].float(), updates[first].gradients[name]):
-            return Lost("its routes were not found")
+            return Stop(network.nodes[node].op, Cause.LOSSY, "its routes were not found")
         return real(network, node, state, gradients, *more)
 
     monkeypatch.setattr(recursion, "before_pool", fails)

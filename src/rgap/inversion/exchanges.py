@@ -62,7 +62,7 @@ def _nearest(at: Decided) -> tuple[Int[Tensor, "o c"], Int[Tensor, "o c"], Int[T
     be the right ones at all."""
     point, observed = at.point, at.point.observed
     values = point.part.pool.read(point.z, -math.inf)
-    taken = (values * 1.0).masked_fill(at.slope == 0, -math.inf).amax(-1)
+    taken = values.masked_fill(at.slope == 0, -math.inf).amax(-1)
     apart = torch.where(observed.known, taken, observed.value)[..., None] - values
     apart = apart.abs().masked_fill((at.slope > 0) & observed.known[..., None], math.inf)
     nothing = torch.where(observed.known, observed.cotangent, observed.idle) == 0
@@ -75,11 +75,9 @@ def _nearest(at: Decided) -> tuple[Int[Tensor, "o c"], Int[Tensor, "o c"], Int[T
 def _moves(at: Decided, sample: Tensor, window: Tensor, place: Tensor) -> Float[Tensor, "o c i"]:
     """What each exchange adds to its output's gradient rows."""
     point, observed, pool = at.point, at.point.observed, at.point.part.pool
-    patches = torch.nn.functional.pad(point.patches, (0, 1))
     output = torch.arange(len(sample), device=sample.device)[:, None]
-    group = output // point.part.layer.weight.shape[1]
     taken = at.slope.argmax(-1)[sample, output, window]
-    there, here = (patches[sample, group, :, pool.windows[window, of]] for of in (place, taken))
+    there, here = (point.reads(sample, output, pool.windows[window, of]) for of in (place, taken))
     k, idle = (of[sample, output, window][..., None] for of in (observed.cotangent, observed.idle))
     return torch.where(observed.known[sample, output, window][..., None], k * (there - here), idle * there)
 

@@ -89,10 +89,10 @@ class Jacobian(LinearOperator):
         if self._coupled is None:
             return self._back(self._weigh(self._rows(x), 1.0))
         out, pairs = self._coupled.moves(x)
-        if self.system.output.row_weight is not None:
-            out = out * self.system.row_weight**2
         layers = zip(self._coupled.layers, pairs, strict=True)
-        return self._coupled.pull(out, [self._normal(at, *each) for at, each in enumerate(layers)])
+        return self._coupled.pull(
+            self._weighed_output(out, 1.0), [self._normal(at, *each) for at, each in enumerate(layers)]
+        )
 
     def _normal(self, at: int, layer: LayerRows, moves: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """A layer's gradient rows, weighed, and back."""
@@ -115,10 +115,13 @@ class Jacobian(LinearOperator):
             self._used(at, each, power) * self._scale[at] ** power if self._scale[at] else torch.zeros_like(each)
             for at, each in enumerate(rows.gradient)
         )
-        weight = rows.weight
-        if self.system.output.row_weight is not None:
-            weight = weight * self.system.row_weight ** (2 * power)
-        return Rows(weight, gradient)
+        return Rows(self._weighed_output(rows.weight, power), gradient)
+
+    def _weighed_output(self, rows: Float[Tensor, "d ..."], power: float) -> Tensor:
+        """The output's rows times their weights to a power, squares being what the weights are."""
+        if self.system.output.row_weight is None:
+            return rows
+        return rows * self.system.row_weight ** (2 * power)
 
     def _rows(self, x: Float[Tensor, "d *in_shape"]) -> Rows:
         """How all rows move with the inputs, not weighted."""

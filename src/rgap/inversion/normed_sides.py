@@ -15,8 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rgap.inversion.jacobian import Jacobian
-from rgap.inversion.rounding import rounding
-from rgap.inversion.sides import NEAR, OUTLYING
+from rgap.inversion.sides import NEAR, OUTLYING, explain_together, in_roundings
 from rgap.inversion.state import State
 from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.linalg import deadline
@@ -29,10 +28,6 @@ STEPS, PATIENCE = 20, 3
 STANDS = 0.5
 """It comes nearer where half of the outputs miss less than this part of what they did."""
 
-OTHER, LEFT = 0.5, 0.5
-"""Of a value that is on its other side more than this part of what that would do is missed; and of what is missed less
-than this part is left."""
-
 
 def missed(system: ConstraintSystem, at: Linearisation) -> Float[Tensor, " o"]:
     """What is missed of each output's gradient, in roundings; 0 of one that has none.
@@ -41,8 +36,7 @@ def missed(system: ConstraintSystem, at: Linearisation) -> Float[Tensor, " o"]:
         system: of one layer and what is behind it.
     """
     [rows], [grad] = system.residual(at).gradient, system.gradients
-    size = rounding(grad, system.eps).flatten(0, -2).norm(dim=-1)
-    return torch.where(size > 0, rows.flatten(0, -2).norm(dim=-1) / size, 0.0)
+    return in_roundings(rows, grad, system.eps)[0]
 
 
 def without_spoiled(system: ConstraintSystem, start: Tensor, solver: Solver) -> Linearisation:
@@ -118,9 +112,5 @@ def _moved(
         at = (doubt[output] <= near).nonzero().flatten()
         at = at[doubt[output, at].argsort()[: rows.shape[1] // 2]]
         effect = patches[output * len(patches) // len(change)][:, at] * change[output, at]
-        share = torch.linalg.lstsq(effect, rows[output, :, None]).solution[:, 0]
-        left = rows[output] - effect[:, share > OTHER].sum(1)
-        # What the other sides do not explain has another cause.
-        if float(left.norm()) < LEFT * float(rows[output].norm()):
-            found[output, at[share > OTHER]] = True
+        found[output, at[explain_together(rows[output], effect)]] = True
     return found

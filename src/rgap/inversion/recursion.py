@@ -42,7 +42,7 @@ from rgap.inversion.sides import (
     sides_by_bias,
 )
 from rgap.inversion.state import Cause, Observation, State, Stop
-from rgap.inversion.unpool import Lost, before_pool
+from rgap.inversion.unpool import before_pool
 from rgap.linalg import deadline
 from rgap.nn.activation import Activation, Inverse
 from rgap.nn.activations import NonMonotone
@@ -272,7 +272,7 @@ def _sides(
     precise = solution.weight_residual <= PRECISE
     if bool((precise & sides_agree(layer, k, there, x, grad, observed.eps)).all()):
         return state
-    return choose_side(op, state, other, grad, observed)[0]
+    return choose_side(op, state, other, grad, observed)
 
 
 def propagate(
@@ -353,20 +353,19 @@ def unpool(
     report: Callable[[int, float], None] = lambda step, missed: None,
 ) -> Paths | Stop:
     """Through a pool, each candidate on its own."""
-    states, lost = [], Lost("")
+    states, stop = [], Stop(network.nodes[node].op, Cause.LOSSY, "")
     for s in range(len(paths.history)):
         gradients = {name: observed.gradient(name, paths.update[s : s + 1])[0] for name in observed.gradients}
         try:
             found = before_pool(network, node, paths.state.one(s), gradients, observed.eps, report)
         except deadline.OutOfTime:
-            found = Lost("what it reads was not found: the time was up")
-        if isinstance(found, Lost):
-            lost = found
+            found = replace(stop, what="what it reads was not found: the time was up", nearest=None)
+        if isinstance(found, Stop):
+            stop = found
         else:
             states.append((s, found))
     if not states:
-        nearest = lost.nearest if len(paths.history) == 1 else None
-        return Stop(network.nodes[node].op, Cause.LOSSY, lost.what, nearest)
+        return stop if len(paths.history) == 1 else replace(stop, nearest=None)
     kept = paths.select(torch.tensor([s for s, _ in states], device=paths.update.device))
     return replace(kept, state=State.concatenate([state for _, state in states]))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
@@ -97,7 +98,6 @@ class Point:
         self.values = part.front.forward(x)
         self.slopes = part.front.slopes(self.values)
         self.read = layer.pack_input(self.values[-1])
-        self.patches = layer.patches(self.read)
         self.z = layer.output(self.read) + layer.offset
         self.spread = min(float(self.z.std()), ASTRAY)
         self.hard = self.windows(0.0)
@@ -107,6 +107,15 @@ class Point:
         size = float(observed.value[known].norm())
         self.missed = float((wanted - made).norm()) / size if size else 1.0
         """Of what is known behind the pool, relatively."""
+
+    @cached_property
+    def _patches(self) -> Float[Tensor, "b g i n"]:
+        """What each place reads, with zeros behind the last for what lies outside of all."""
+        return torch.nn.functional.pad(self.part.layer.patches(self.read), (0, 1))
+
+    def reads(self, sample: Tensor, output: Tensor, place: Tensor) -> Float[Tensor, "... i"]:
+        """What places of some samples read, in the group of some outputs; of one shape as they are taken together."""
+        return self._patches[sample, output // self.part.layer.weight.shape[1], :, place]
 
     def windows(self, heat: float) -> Windows:
         """What the pool makes of z, which is in doubt by so much."""
@@ -272,9 +281,7 @@ def _columns(step: Step, outputs: Tensor, first: Tensor, undecided: Tensor) -> F
     point, pool = step.point, step.point.part.pool
     sample, window = first // pool.windows.shape[0], first % pool.windows.shape[0]
     at = (sample, outputs[:, None], window)
-    patches = torch.nn.functional.pad(point.patches, (0, 1))
-    group = outputs // point.part.layer.weight.shape[1]
-    own = patches[sample[..., None], group[:, None, None], :, pool.windows[window]]  # (o, n, places, i)
+    own = point.reads(sample[..., None], outputs[:, None, None], pool.windows[window])  # (o, n, places, i)
     if not isinstance(pool, MeanPool):
         own = own - (step.windows.slope[at][..., None] * own).sum(2, keepdim=True)
     amount = step.windows.spread[at] * (point.observed.cotangent[at] * undecided)[..., None]

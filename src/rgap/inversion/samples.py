@@ -22,7 +22,7 @@ from rgap.inversion.report import LayerReport, layer_report
 from rgap.inversion.shared_null_space import may_be_told, told_together
 from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.system import ConstraintSystem
-from rgap.inversion.unpool import Lost, before_pool
+from rgap.inversion.unpool import before_pool
 from rgap.nn.activations import ReLU
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network, Segment
@@ -94,10 +94,7 @@ def layer_by_layer(
             passed = _activation(network, segment, op, passed, observed)
         elif isinstance(op, Pool):
             before = before_pool(network, segment.nodes[-1], passed.state, gradients, observed.eps, report)
-            if isinstance(before, Lost):
-                passed = replace(passed, stop=Stop(op, Cause.LOSSY, before.what, before.nearest))
-            else:
-                passed = replace(passed, state=before)
+            passed = replace(passed, stop=before) if isinstance(before, Stop) else replace(passed, state=before)
         else:
             passed = _other(op, passed)
         here = segment.entry

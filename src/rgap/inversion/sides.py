@@ -38,6 +38,9 @@ MISSED_SUM = 100.0
 """A sum of cotangents that misses more roundings has a value on its wrong side."""
 OF_A_SUM, OF_ROWS = 0.05, 0.5
 """How near what a value on its wrong side does comes to what is missed, relatively: of a sum, and of gradient rows."""
+OTHER, LEFT = 0.5, 0.5
+"""Of a value that is on its other side more than this part of what that would do is missed; and of what is missed less
+than this part is left."""
 FOR_SIGNS = 1e-5
 """Relative residual of the normal equations at which that input is good enough."""
 ROUGH = 1e-4
@@ -127,16 +130,11 @@ def sides_agree(
     return ~contradicted
 
 
-def choose_side(
-    op: Linear, state: State, other: State, grad: Float[Tensor, "s g j i"], observed: Observation
-) -> tuple[State, Float[Tensor, " s"]]:
+def choose_side(op: Linear, state: State, other: State, grad: Float[Tensor, "s g j i"], observed: Observation) -> State:
     """Of two sides of their kinks on which values may lie, the one with which the gradient agrees.
 
     The wrong one adds a multiple of one vector to the gradient of the unit's own weights, what the unit reads. So the
     gradient rows of such units are left out at first; if the others determine the input it shows the sides.
-
-    Returns:
-        The state, and what the rows that are left miss of the values, relatively.
     """
     layer = op.layer
     k, there = layer.pack_output(state.cotangent), layer.pack_output(other.cotangent)
@@ -154,8 +152,7 @@ def choose_side(
         counted=0,
         probed=layer.weight_rows < layer.unknowns,
     )
-    solution = system.solve(layer.pack_output(state.value) - layer.offset, kept, tolerance=FOR_SIGNS)
-    x = solution.x
+    x = system.solve(layer.pack_output(state.value) - layer.offset, kept, tolerance=FOR_SIGNS).x
     residual = (grad - layer.grad_weight(x, k)).flatten(1, 2)
     patches = layer.patches(x)
     k = k.clone()
@@ -164,14 +161,10 @@ def choose_side(
         if system.rank[s] < layer.unknowns or len(at) > residual.shape[-1]:
             continue
         effect = _effect(layer, patches[s], unit, at, there[s, unit] - k[s, unit])
-        share = torch.linalg.lstsq(effect, residual[s, unit, :, None]).solution[:, 0]
-        flipped = share > 0.5
-        left = residual[s, unit] - effect[:, flipped].sum(1)
-        # What the other side does not explain has another cause, such as a candidate that is none.
-        if float(left.norm()) < 0.5 * float(residual[s, unit].norm()):
-            k[s, unit, at[flipped]] = there[s, unit, at[flipped]]
+        moved = at[explain_together(residual[s, unit], effect)]
+        k[s, unit, moved] = there[s, unit, moved]
     cotangent = layer.unpack_output(k).reshape(state.cotangent.shape)
-    return replace(state, cotangent=cotangent, alternative=None), solution.weight_residual
+    return replace(state, cotangent=cotangent, alternative=None)
 
 
 def sides_by_bias(layer: Layer, state: State, other: State, bias: Float[Tensor, "s o"], eps: float) -> State:
@@ -271,9 +264,7 @@ def gradient_agrees(layer: Layer, k: Tensor, x: Tensor, grad: Tensor, eps: float
 
 def outliers(layer: Layer, k: Tensor, x: Tensor, grad: Tensor, eps: float) -> Bool[Tensor, "s o"]:
     """The outputs whose gradients an input misses far more than those of the others, in roundings."""
-    size = _of_each_output(rounding(grad, eps))
-    missed = _of_each_output(grad - layer.grad_weight(x, k)) / size.clamp(min=torch.finfo(k.dtype).tiny)
-    missed = torch.where(size > 0, missed, 0.0)
+    missed = in_roundings(grad - layer.grad_weight(x, k), grad, eps)
     typical = missed.median(dim=1, keepdim=True).values.clamp(min=1.0)
     found: Tensor = missed > OUTLYING * typical
     return found & (missed >= missed.topk(min(SPOILT, missed.shape[1]), dim=1).values[:, -1:])
@@ -290,6 +281,12 @@ def explained(layer: Layer, k: Tensor, there: Tensor, x: Tensor, grad: Tensor, k
     return found
 
 
+def in_roundings(missed: Float[Tensor, "s g j i"], grad: Float[Tensor, "s g j i"], eps: float) -> Float[Tensor, "s o"]:
+    """What is missed of each output's gradient, in roundings; 0 of one that has none."""
+    size = _of_each_output(rounding(grad, eps))
+    return torch.where(size > 0, _of_each_output(missed) / size.clamp(min=torch.finfo(size.dtype).tiny), 0.0)
+
+
 def _of_each_output(grad: Float[Tensor, "s g j i"]) -> Float[Tensor, "s o"]:
     """The norm of each output's gradient."""
     size: Tensor = grad.norm(dim=-1).flatten(1)
@@ -301,6 +298,15 @@ def _effect(
 ) -> Float[Tensor, "i q"]:
     """What changes of the cotangent at some of an output's positions do to its gradient."""
     return patches[unit * layer.groups // layer.outputs][:, at] * change[at]
+
+
+def explain_together(missed: Float[Tensor, " i"], effect: Float[Tensor, "i q"]) -> Bool[Tensor, " q"]:
+    """Which of several effects make up what is missed; none where they leave too much: that has another cause, such as
+    a candidate that is none."""
+    share = torch.linalg.lstsq(effect, missed[:, None]).solution[:, 0]
+    made = share > OTHER
+    left = missed - effect[:, made].sum(1)
+    return made if float(left.norm()) < LEFT * float(missed.norm()) else torch.zeros_like(made)
 
 
 def _explain(missed: Float[Tensor, "i 1"], effect: Float[Tensor, "i q"], within: float) -> list[int]:

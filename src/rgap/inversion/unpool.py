@@ -28,7 +28,7 @@ from rgap.inversion.routes import (
     missed_by,
     settle,
 )
-from rgap.inversion.state import State
+from rgap.inversion.state import Cause, State, Stop
 from rgap.nn.activation import Activation
 from rgap.nn.activations import Identity, NonMonotone, ReLU
 from rgap.nn.network import Network
@@ -91,16 +91,6 @@ class Route:
         grad = grad / self.scale.reshape(layer.weight.shape[0], layer.weight.shape[1], 1)
         k = torch.where(known, k, 0.0)
         return Observed(limit.reshape(shape), known.reshape(shape), k.reshape(shape), idle.reshape(shape), grad)
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Why what a pool reads is not known."""
-
-    what: str
-    """In a few words."""
-    nearest: Tensor | None = None
-    """What the layer in front reads, (b, *shape), as near as it was found; None if it was not looked for."""
 
 
 def route_of(network: Network, node: int, first: int | None = None) -> Route | None:
@@ -235,7 +225,7 @@ def before_pool(
     gradients: Mapping[str, Tensor],
     eps: float,
     report: Callable[[int, float], None] = lambda step, missed: None,
-) -> State | Lost:
+) -> State | Stop:
     """The state in front of a pool, of b samples of one gradient; or why it is not known.
 
     Args:
@@ -247,18 +237,20 @@ def before_pool(
     pool = network.nodes[node].op
     assert isinstance(pool, Pool)
     route = route_of(network, node)
+    unknown = Stop(pool, Cause.LOSSY, pool.loses)
     if route is None or route.weight_name not in gradients:
-        return Lost(pool.loses)
+        return unknown
     observed = route.observed(state, gradients[route.weight_name], zeros_behind(network, node))
     if not bool(observed.known.any()):
-        return Lost(pool.loses)
+        return unknown
     few = math.prod(network.input_shape) * FEWER <= math.prod(route.part.front.input_shape)
     whole = route_of(network, node, 0) if few else None
     found = solve_route(route, observed, eps, report=report, whole=whole)
     if found is None:
-        return Lost(pool.loses)
+        return unknown
     if found.missed > LIMIT * MISSED * eps:
-        return Lost(f"{pool.loses}, and which ones was not found (missed {found.missed:.0e})", found.x)
+        what = f"{pool.loses}, and which ones was not found (missed {found.missed:.0e})"
+        return replace(unknown, what=what, nearest=found.x)
     if isinstance(pool, MaxPool):
         return _routed(pool, state, found.routes)
     return _values(route, observed, state, found.x, eps)
