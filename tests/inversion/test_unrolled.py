@@ -10,7 +10,7 @@ from rgap import Protocol, Target, capture, losses
 from rgap.attacks.local_steps import client_of, plan_of
 from rgap.inversion.local_steps import Place
 from rgap.inversion.subspace.step import layer_of
-from rgap.inversion.unrolled import in_their_span
+from rgap.inversion.unrolled import in_their_span, spanned
 from rgap.inversion.walk import Client, Difference, Plan, Walk
 from rgap.nn.layers import Layer
 from rgap.protocol import Sends
@@ -64,6 +64,20 @@ def test_samples_that_are_a_little_off_are_brought_to_the_rounding(
     assert difference.misfit(Walk(server, plan).all(start, labels, ORDER)) > 20
     assert difference.misfit(Walk(server, plan).all(found, labels, ORDER)) < 2
     assert float((found - x).norm()) < 0.01 * float((start - x).norm())
+
+
+def test_a_client_of_coordinates_is_brought_there_too() -> None:
+    server, plan, difference, layer, x, labels = sent(perceptron((30, 24, 20, CLASSES), "tanh"))
+    q = torch.linalg.qr(x.mT)[0]
+    inside = spanned(server, difference, layer, q)
+    assert inside is not None
+    small, there = inside
+    segments = Place.layers(small.network(small.weights), there.sent)
+    assert segments is not None
+    first, start = layer_of(small.network(small.weights), segments[0]), mixed(x, 1e-4) @ q
+    found, _ = in_their_span(small, plan, there, first, start, labels, ORDER)
+    assert there.misfit(Walk(small, plan).all(found, labels, ORDER)) < 2
+    assert float((found @ q.mT - x).norm()) < 0.01 * float((start @ q.mT - x).norm())
 
 
 def test_real_labels_are_unknowns_too() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rgap.inversion.step_sides import in_doubt
 from rgap.inversion.subspace.step import Place
-from rgap.inversion.walk import Client, Difference, Plan, Sides, Unit, Walk, Weights, given_sides, kinks
+from rgap.inversion.walk import Client, Difference, Order, Plan, Sides, Unit, Walk, Weights, given_sides, kinks
 from rgap.linalg import deadline
 from rgap.linalg.anderson import anderson
 from rgap.nn.layers import Layer
@@ -127,16 +127,12 @@ class AllSteps:
 
     def _refined(self, at: Together, reweighted: int = REWEIGHTED) -> Together:
         """With the samples moved by what the first layer's weights miss."""
-        c, name, layer = self.plan.expansion[-1][1], self.layer.weight_name, self.layer
+        name, layer = self.layer.weight_name, self.layer
 
         def move(flat: Float[Tensor, " u"]) -> tuple[Float[Tensor, " u"], float]:
             x = flat.reshape(at.x.shape)
-            walk, k = self.walk(replace(at, x=x)), x.new_zeros(len(x), layer.outputs)
-            trail = walk.trail
-            for step, members in enumerate(at.order):
-                rows = list(members)
-                own = cotangents(self.client, trail[step], self._inputs(x[rows]), self.labels[rows])
-                k[rows] += c[step] * walk.factors[step] / len(rows) * own
+            walk = self.walk(replace(at, x=x))
+            k = whole_cotangents(walk, layer, self._inputs(x), self.labels, at.order)
             missed = layer.pack_weight((self.difference.sent[name] - walk.end[name])[None])[0, 0]
             by = self._solved(k.mT, missed, reweighted)
             return by.flatten(), self._typical(walk) if reweighted > 1 else self.difference.misfit(walk)
@@ -331,6 +327,18 @@ def cotangents(client: Client, weights: Weights, x: Tensor, labels: Float[Tensor
     found = network.vjp(values, network.slopes(values), {len(values) - 1: k})[segments[0].exit]
     assert found is not None
     return found.flatten(1)
+
+
+def whole_cotangents(
+    walk: Walk, layer: Layer, x: Tensor, labels: Float[Tensor, " n"], order: Order
+) -> Float[Tensor, "n o"]:
+    """Of each sample behind the first layer, all its steps together, as the difference counts them."""
+    c, trail, found = walk.plan.expansion[-1][1], walk.trail, x.new_zeros(len(x), layer.outputs)
+    for step, members in enumerate(order):
+        rows = list(members)
+        own = cotangents(walk.client, trail[step], x[rows], labels[rows])
+        found[rows] += c[step] * walk.factors[step] / len(rows) * own
+    return found
 
 
 def _exchange(order: Sequence[tuple[int, ...]], one: int, i: int, two: int, j: int) -> tuple[tuple[int, ...], ...]:

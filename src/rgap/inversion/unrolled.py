@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.inversion.all_steps import whole_cotangents
 from rgap.inversion.prior import Prior
 from rgap.inversion.walk import Client, Difference, Order, Plan, Walk, Weights
-from rgap.linalg import deadline, psd
+from rgap.linalg import cg, deadline, psd
 from rgap.linalg.least_squares import Direct, Regulariser, probes
 from rgap.linalg.operator import LinearOperator
 from rgap.nn.layers import Layer, linear
@@ -27,11 +28,11 @@ from rgap.nn.ops import Linear
 from rgap.nn.soft import SoftKinks
 
 STEPS = 10
-"""With one matrix: samples are nearly known."""
+"""With one derivative: samples are nearly known."""
+RTOL, PRODUCTS = 1e-2, 60
+"""Of the conjugate gradients of a step: what it leaves the next one takes up."""
 ENOUGH = 0.999
 """A step that lowers the residual by less is the last."""
-LARGEST = 1024
-"""Unknowns above which no matrix is formed."""
 HALVINGS = 5
 """Of a step that leads astray, at the most."""
 DIRECT = Direct(rank_tolerance=1e-7)
@@ -56,22 +57,44 @@ def in_their_span(
         order: of each step the numbers of its samples.
     """
     q: Tensor = torch.linalg.qr(x.mT)[0]
-    found = spanned(client, difference, layer, q) if len(x) ** 2 <= LARGEST else None
+    found = spanned(client, difference, layer, q)
     if found is None:
         return x, labels
     small, inside = found
     real = not client.loss.labels
     made = made_by(small, plan, inside, None if real else labels, order)
     at = torch.cat([x @ q, labels[:, None]], 1) if real else x @ q
+    inputs = x.reshape(-1, *client.input_shape)
+    k = whole_cotangents(Walk(client, plan).all(inputs, labels, order), layer, inputs, labels, order)
     operator = Unrolled(made, at)
-    here, factored = operator.missed, psd.factor(operator.gram(), 0.0)
+    here, nearly = operator.missed, _nearly(operator, k / inside.noise[layer.weight_name], real)
     for _ in range(STEPS):
-        move = factored.solve(operator.rmv(here[None]).reshape(-1, 1)).reshape(at.shape)
+        right = operator.rmv(here[None])
+        if not float((right * nearly(right)).sum()) > (1 - ENOUGH**2) * float(here.square().sum()):
+            break
+        move = cg.solve(operator.normal, right, RTOL, PRODUCTS, precondition=nearly).x[0]
         there = -made(at + move)
         if not float(there.norm()) < ENOUGH * float(here.norm()):
             break
         at, here = at + move, there
     return (at[:, :-1] @ q.mT, at[:, -1]) if real else (at @ q.mT, labels)
+
+
+def _nearly(operator: Unrolled, k: Float[Tensor, "n o"], real: bool) -> Callable[[Tensor], Tensor]:
+    """What J'J is nearly, solved: the first layer's rows tell the samples, as far as k does not depend on them.
+
+    Args:
+        k: of each sample in the whole difference, in roundings of the first layer's weights.
+        real: whether each sample has its label behind its values.
+    """
+    samples = psd.factor(k @ k.mT, 0.0)
+    if not real:
+        return lambda v: samples.solve(v[0])[None]
+    units = operator.like.new_zeros(len(k), *operator.in_shape)
+    units[range(len(k)), range(len(k)), -1] = 1
+    rows = operator.mv(units)
+    labels = psd.factor(rows @ rows.mT, 0.0)
+    return lambda v: torch.cat([samples.solve(v[0, :, :-1]), labels.solve(v[0, :, -1:])], 1)[None]
 
 
 def spanned(
