@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rgap import Target, attacks, capture, losses, models
 from rgap.attacks import Answer
-from rgap.inversion.pattern import NEAR
+from rgap.inversion.refine_sides import NEAR
 from rgap.reproductions.base import Options, labels
 from rgap.reproductions.batches import PHOTOGRAPHS, assigned, batches, by_margins, by_slopes, measured
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from rgap.inversion.by_values import input_by_values
 from rgap.inversion.gauss_newton import Continuation, Solution, gauss_newton
 from rgap.inversion.joint import JointSolve, names
-from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
 from rgap.inversion.read_together import read_together
 from rgap.inversion.refine import refined, with_own_statistics
+from rgap.inversion.refine_sides import refine_sides
 from rgap.inversion.report import JointReport, LayerReport
 from rgap.inversion.samples import Passed, layer_by_layer
 from rgap.inversion.state import Cause, Observation, State

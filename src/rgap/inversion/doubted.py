@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,30 +56,48 @@ def effects(system: ConstraintSystem, at: Linearisation, uncertain: Pattern | No
     doubted = {node: mask for node, mask in (uncertain or {}).items() if bool(mask.any())}
     if not doubted:
         return nothing
-    reads = [at.values[system.network.nodes[node].reads[0]] for node in system.nodes]
-    columns = [_Columns(layer, x) for layer, x in zip(system.layers, reads, strict=True)]
-    found: list[list[Tensor]] = [[] for _ in columns]
-    for node, mask in doubted.items():
-        sample, cotangents = _cotangents(system, at, node, mask)
-        for each, (layer_node, own) in enumerate(zip(system.nodes, columns, strict=True)):
-            k = cotangents[layer_node + 1]
-            if k is not None:
-                found[each].append(own.moved(k, sample))
+    columns, moved = unit_gradients(
+        system, at, {node: mask.flatten().nonzero()[:, 0] for node, mask in doubted.items()}
+    )
+    found = [[each for each in of if each is not None] for of in zip(*moved.values(), strict=True)]
     return [
-        Effects(_span(torch.cat(moved)), own.directions) if moved else none
-        for moved, own, none in zip(found, columns, nothing, strict=True)
+        Effects(_span(torch.cat(each)), own.directions) if each else none
+        for each, own, none in zip(found, columns, nothing, strict=True)
     ]
 
 
+def unit_gradients(
+    system: ConstraintSystem, at: Linearisation, units: Mapping[int, Int[Tensor, " u"]]
+) -> tuple[list[Columns], dict[int, list[Float[Tensor, "u w"] | None]]]:
+    """What units put into each layer's gradient, each for a cotangent of one at what the unit reads.
+
+    Args:
+        units: of each elementwise operation, by its node, which of its values.
+
+    Returns:
+        Of each layer along what its gradients are written down, and for each node what its units put into it, None
+        where nothing of them gets to.
+    """
+    reads = [at.values[system.network.nodes[node].reads[0]] for node in system.nodes]
+    columns = [Columns(layer, x) for layer, x in zip(system.layers, reads, strict=True)]
+    found: dict[int, list[Tensor | None]] = {}
+    for node, index in units.items():
+        sample, cotangents = _cotangents(system, at, node, index)
+        behind = [cotangents[layer_node + 1] for layer_node in system.nodes]
+        found[node] = [None if k is None else own.moved(k, sample) for k, own in zip(behind, columns, strict=True)]
+    return columns, found
+
+
 def _cotangents(
-    system: ConstraintSystem, at: Linearisation, node: int, mask: Tensor
+    system: ConstraintSystem, at: Linearisation, node: int, index: Int[Tensor, " u"]
 ) -> tuple[Int[Tensor, "u b"], list[Tensor | None]]:
-    """Of every value, from one at each of u units in doubt, (u * b, *shape), and the samples that it belongs to."""
-    sample, *place = mask.nonzero(as_tuple=True)
+    """Of every value, from one at each of u units, (u * b, *shape), and the samples that it belongs to."""
     value = system.network.nodes[node].reads[0]
+    shape = at.values[value].shape
+    sample, *place = torch.unravel_index(index, shape)
     # Each unit belongs to one sample, and moves that sample's part of the sum alone; all where they depend on it.
     batch = system.samples if system.network.coupled else 1
-    own = at.x.new_zeros(len(sample), batch, *mask.shape[1:])
+    own = at.x.new_zeros(len(sample), batch, *shape[1:])
     own[(torch.arange(len(sample), device=own.device), sample % batch, *place)] = 1.0
     which = torch.arange(batch, device=own.device).expand(len(sample), -1) if batch > 1 else sample[:, None]
     one, flat = system.samples == 1, which.flatten()
@@ -87,7 +106,7 @@ def _cotangents(
     return which, system.network.vjp(values, slopes, {value: own.flatten(0, 1)})
 
 
-class _Columns:
+class Columns:
     """What each position of each sample of a layer reads."""
 
     def __init__(self, layer: Layer, x: Float[Tensor, "b *in"]):
@@ -98,19 +117,25 @@ class _Columns:
         self._x = self.layer.pack_input(x)
         if few:
             self.directions, self._along = torch.linalg.qr(self.layer.patches(self._x)[0])
+        elif len(x) == 1:
+            self._along = self.layer.patches(self._x)[0]
+
+    def along(self, grad: Float[Tensor, "d g j i"]) -> Float[Tensor, "d g j m"]:
+        """A gradient's part in the directions."""
+        return grad if self.directions is None else grad @ self.directions
 
     def moved(self, k: Float[Tensor, "v *out"], sample: Int[Tensor, "u b"]) -> Float[Tensor, "u w"]:
         """What cotangents of some of the samples put into the gradient."""
-        if self.directions is None:
-            x = self._x if self._samples == 1 else self._x[sample.flatten()]
-            moved = self.layer.grad_weight(x.expand(len(k), -1, -1), self.layer.pack_output(k))
+        if self.directions is None and self._samples > 1:
+            moved = self.layer.grad_weight(self._x[sample.flatten()], self.layer.pack_output(k))
             return moved.reshape(*sample.shape, -1).sum(1)
         every = k.new_zeros(len(sample), self._samples, *k.shape[1:])
         every[torch.arange(len(sample), device=k.device)[:, None], sample] = k.reshape(*sample.shape, *k.shape[1:])
         groups, j, _ = self.layer.weight.shape
         columns = self.layer.pack_output(every.flatten(0, 1)).reshape(len(sample), groups, j, -1)
-        along: Tensor = columns @ self._along.mT
-        return along.flatten(1)
+        # As one product for each group: broadcast, what is read would be copied for each unit.
+        along: Tensor = columns.movedim(1, 0).flatten(1, 2) @ self._along.mT
+        return along.reshape(groups, len(sample), -1).movedim(0, 1).flatten(1)
 
 
 def _span(moved: Float[Tensor, "m w"]) -> Float[Tensor, "r w"]:

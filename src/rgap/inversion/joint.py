@@ -19,9 +19,9 @@ from rgap.inversion.gauss_newton import CONTINUATION, Continuation, Solution, de
 from rgap.inversion.history import Candidate, Paths
 from rgap.inversion.jacobian import EVEN, Jacobian
 from rgap.inversion.layer import Solver as Kind
-from rgap.inversion.pattern import refine_sides
 from rgap.inversion.prior import Prior
 from rgap.inversion.recursion import recurse
+from rgap.inversion.refine_sides import refine_sides
 from rgap.inversion.report import JointReport
 from rgap.inversion.sides import sides_at
 from rgap.inversion.state import Observation, State, Stop

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rgap.inversion.differentiated import LARGEST
 from rgap.inversion.jacobian import Jacobian
-from rgap.inversion.pattern import least_certain, refine_sides
+from rgap.inversion.pattern import least_certain
+from rgap.inversion.refine_sides import refine_sides
 from rgap.inversion.system import ConstraintSystem
 from rgap.linalg import deadline
 from rgap.linalg.least_squares import Iterative

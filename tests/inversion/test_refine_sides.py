@@ -9,7 +9,8 @@ from torch import nn
 from rgap import Protocol, Target, Update, capture, data, losses, models, score
 from rgap.attacks import Recursive, Status
 from rgap.attacks.closed import agreement
-from rgap.inversion.pattern import refine_sides, step_over
+from rgap.inversion import refine_sides as refine_sides_module
+from rgap.inversion.refine_sides import _best_flips, _changes, _flipped, _nearest_units, refine_sides, step_over
 from rgap.inversion.state import State
 from rgap.inversion.system import ConstraintSystem
 from rgap.protocol import Sends
@@ -127,3 +128,54 @@ def test_the_coarse_gradient_of_a_weight_difference_settles_its_sides() -> None:
     assert found.status in (Status.EXACT, Status.ILL_CONDITIONED), str(found)
     assert found.gradient_residual <= found.tolerance
     assert score(found, x).psnr[0] > 50
+
+
+BODIES = [
+    ([nn.Linear(6, 9), nn.LeakyReLU(0.2), nn.Linear(9, 4)], (6,)),
+    ([nn.Linear(40, 9), nn.ReLU(), nn.Linear(9, 7), nn.LeakyReLU(0.1), nn.Linear(7, 4)], (40,)),
+    (
+        [nn.Conv2d(2, 4, 3, 2, 1, groups=2), nn.PReLU(), nn.Conv2d(4, 3, 2), nn.Flatten(), nn.ReLU(), nn.Linear(12, 4)],
+        (2, 6, 6),
+    ),
+    ([nn.Conv2d(1, 3, 3), nn.LeakyReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 4)], (1, 6, 6)),
+]
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize(("body", "shape"), BODIES)
+def test_the_other_side_of_a_unit_changes_the_gradient_as_a_slope_of_that_side_does(
+    body: list[nn.Module], shape: tuple[int, ...], samples: int
+) -> None:
+    generator = torch.Generator().manual_seed(samples)
+    model = nn.Sequential(*body).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+    x = torch.randn(samples, *shape, generator=generator, dtype=torch.float64)
+    target = Target(model, losses.CrossEntropy(4), shape, batch_size=samples)
+    system = system_of(target, x, (torch.arange(samples) % 4).double())
+    at = system.linearise(x + 0.1)
+    near = _nearest_units(system, at)
+    assert len({node for node, _ in near}) == len(at.slopes)
+    here, changes = _changes(system, at, near)
+
+    def missed(slopes: dict[int, torch.Tensor]) -> float:
+        rows = system.residual(system.with_slopes(at, slopes)).gradient
+        return sum(float((row / grad.norm()).square().sum()) for row, grad in zip(rows, system.gradients, strict=True))
+
+    for unit, change in zip(near, changes, strict=True):
+        more = float((here + change).square().sum() - here.square().sum())
+        expected = missed(_flipped(system, at.slopes, unit)) - missed(at.slopes)
+        assert abs(more - expected) < 1e-12 * max(1.0, missed(at.slopes))
+    best = min(near, key=lambda unit: missed(_flipped(system, at.slopes, unit)))
+    with_pairs = _best_flips(system, at, at.slopes, near)
+    few = 2 * max(sum(each.numel() for each in of) for of in (at.values, system.gradients))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refine_sides_module, "PAIRS", few)
+        assert _best_flips(system, at, at.slopes, near) == [best]
+    for unit in with_pairs[1:]:
+        assert unit != with_pairs[0]
+    slopes = at.slopes
+    for unit in with_pairs:
+        slopes = _flipped(system, slopes, unit)
+    assert missed(slopes) <= missed(_flipped(system, at.slopes, best)) + 1e-12
