@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from rgap.linalg import deadline
-
 sys.path.insert(0, str(Path(__file__).parent))
 TICK = 0.005
 """Seconds from one look to the next."""
@@ -22,5 +20,5 @@ def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         looks[0] += 1
         return TICK * looks[0]
 
-    for module in (deadline, sys.modules["rgap.auditing.run"]):
-        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=perf_counter))
+    for name in ("rgap.linalg.deadline", "rgap.auditing.run"):
+        monkeypatch.setattr(sys.modules[name], "time", SimpleNamespace(perf_counter=perf_counter))
