@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, _lazy_graph_module
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLAIN = (int, float, str, bool, tuple, type(None))
@@ -21,7 +21,12 @@ OF_ALL = frozenset(vars(nn.Module()))
 
 def follow_once() -> None:
     """To be called before anything is traced."""
-    export, known = torch.export.export, dict[Hashable, ExportedProgram]()
+    plain, known = torch.export.export, dict[Hashable, ExportedProgram]()
+
+    def export(model: nn.Module, args: tuple[Tensor, ...], **named: Any) -> ExportedProgram:
+        """Without writing the graph down as code after each pass over it, which takes a seventh of the time."""
+        with _lazy_graph_module._use_lazy_graph_module(True):
+            return plain(model, args, **named)
 
     def once(key: Hashable, make: Callable[[], ExportedProgram], still: Callable[[], bool]) -> ExportedProgram:
         if key not in known:
