@@ -30,6 +30,8 @@ tracing.follow_once()
 # What is compiled is kept, whatever the environment says: each worker reads every test, and many tests start processes.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# A test kills programs, not the machine: nobody waits until what was written is on the disk.
+os.fsync = lambda file: None
 
 
 def save_quickly(image: Image.Image, *where: Any) -> None:

@@ -75,6 +75,10 @@ class Program:
             raise subprocess.TimeoutExpired(self._process.name, timeout or 0.0)
         return self.returncode
 
+    def said(self) -> str:
+        """What it has written so far."""
+        return "".join((self._kept / name).read_text() for name in ("out", "err"))
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it wrote to either stream, once it has ended."""
         self.wait(timeout)

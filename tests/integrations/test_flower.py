@@ -6,7 +6,6 @@ import builtins
 import importlib
 import logging
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp import Grid, ServerApp, strategy
 from flwr.serverapp.strategy import FedAvg, Result, Strategy, strategy_utils
 from torch import Tensor, nn
+from warm import Program, python
 
 from rgap import Target, defences, federation, losses
 from rgap.defences import Defence
@@ -399,16 +399,24 @@ def test_where_the_client_does_not_say_the_batch_size_is_the_targets(tmp_path: P
     assert all(n.update is not None and n.update.header.batch_size == 3 for n in counted(tmp_path)[0].nodes)
 
 
-def test_strategies_of_the_older_api_are_refused() -> None:
+def said(code: str, folder: Path) -> str:
+    """What it prints in a process of its own."""
+    program = Program(python, "-c", code, folder=folder)
+    out, err = program.communicate()
+    assert program.returncode == 0, err
+    return out
+
+
+def test_strategies_of_the_older_api_are_refused(tmp_path: Path) -> None:
     """In a process of its own, where no types are checked before."""
     code = (
-        "from unittest import mock; from flwr.server import strategy; from rgap.integrations.flower import Capture\n"
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "from flwr.server import strategy; from rgap.integrations.flower import Capture\n"
         "for older in (strategy.FedAvg, strategy.FedMedian, strategy.Krum):\n"
         "    try:\n        Capture(older(), None, None, None)\n"
         "    except TypeError as error:\n        print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    told = done.stdout.splitlines()
+    told = said(code, tmp_path).splitlines()
     assert [line.split(",")[0] for line in told] == ["got FedAvg", "got FedMedian", "got Krum"]
     assert all("expected a strategy of Flower's Message API, such as" in line for line in told)
 
@@ -662,7 +670,7 @@ def test_reading_needs_no_flower(tmp_path: Path) -> None:
         "import sys; from rgap import federation; "
         f"print(len(list(federation.read({str(tmp_path)!r}))), 'flwr' in sys.modules)"
     )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["1", "False"]
+    assert said(code, tmp_path).split() == ["1", "False"]
 
 
 # What clients reply with.

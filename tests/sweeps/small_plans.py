@@ -17,7 +17,7 @@ import pytest
 from warm import Program, beside
 
 from rgap import cli
-from rgap.sweeps import Plan, Progress, Summary, SweepStore, sweep, work
+from rgap.sweeps import Plan, Progress, Summary, SweepStore, engine, sweep, work
 
 MODELS = '''
 import os
@@ -98,6 +98,12 @@ def rgap_sweep(*arguments: str) -> None:
     cli.main(["sweep", *arguments])
 
 
+def impatient_sweep(*arguments: str) -> None:
+    """A scheduler that is there answers at once."""
+    engine.ANSWER = 0.3
+    rgap_sweep(*arguments)
+
+
 def part_of_a_cluster(what: str, *options: str) -> None:
     """A scheduler or a worker of a Dask cluster, as its own commands make it."""
     importlib.import_module(f"distributed.cli.dask_{what}").main(options)
@@ -150,12 +156,17 @@ def until(true: Callable[[], bool], seconds: float = 300.0) -> None:
         time.sleep(0.05)
 
 
-def done(store: Path) -> int:
-    """How many jobs are done in a store; 0 before there is one."""
+def done(store: Path, state: str = "done") -> int:
+    """How many jobs are done in a store, or in another state; 0 before there is one."""
     if not store.is_file() or not store.stat().st_size:
         return 0
     with SweepStore(store, make=False) as opened:
-        return opened.counts()["done"]
+        return opened.counts()[state]
+
+
+def hurry(folder: Path) -> None:
+    """From now on slow models take no time."""
+    (folder / "nap").write_text("0")
 
 
 def workers(process: subprocess.Popen[str] | Program) -> list[psutil.Process]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from small_plans import (
     ended,
     here,
     home,
+    hurry,
+    impatient_sweep,
     kill,
     outcomes,
     part_of_a_cluster,
@@ -68,6 +69,7 @@ def test_a_run_that_is_killed_goes_on_and_does_nothing_twice(folder: Path, alone
     kill(first)
     before = done(store)
     assert 3 <= before < 12
+    hurry(folder)
     found = here(plan)
     assert (found.before, found.done) == (before, 12 - before)
     assert same_but_for_the_model(outcomes(store), alone)
@@ -82,6 +84,7 @@ def test_a_worker_that_is_killed_loses_nothing(folder: Path, alone: dict[str, di
     victim, *others = workers(run)
     kill(victim)
     assert others
+    hurry(folder)
     output = ended(run)
     assert "12 jobs: 12 done" in output
     assert same_but_for_the_model(outcomes(store), alone)
@@ -106,12 +109,13 @@ def test_a_run_that_is_interrupted_gives_back_what_it_had_taken(folder: Path, co
 def test_the_workers_of_a_run_that_is_killed_do_not_stay(folder: Path) -> None:
     plan, store = toml(folder, "slow", seeds=12), folder / "plan.sqlite"
     run = start_anew(folder, str(plan), "--workers", "2")
-    until(lambda: done(store) >= 1)
+    until(lambda: done(store, "taken") >= 1)
     left = workers(run)
     assert len(left) == 2
     kill(run)
     _, alive = psutil.wait_procs(left, timeout=30)
     assert not alive
+    hurry(folder)
     here(plan)
     assert sum(attempts(store)) <= 12 + 2 * AHEAD
 
@@ -147,6 +151,7 @@ def test_what_a_dead_run_had_taken_is_done_by_the_one_that_lives(folder: Path) -
     def at_three(progress: Progress) -> None:
         if progress.done >= 3 and doomed.poll() is None:
             kill(doomed)
+            hurry(folder)
 
     here(plan, at_three)
     assert doomed.poll() == -signal.SIGKILL
@@ -217,6 +222,7 @@ def test_a_cluster_finds_the_same_though_a_worker_is_killed(
     run = start(folder, str(plan), "--scheduler", f"tcp://127.0.0.1:{port}")
     until(lambda: done(store) >= 2)
     kill(first)
+    hurry(folder)
     assert "12 jobs: 12 done" in ended(run)
     assert same_but_for_the_model(outcomes(store), alone)
 
@@ -234,18 +240,19 @@ def test_a_scheduler_that_comes_back_is_gone_on_with(
     run = start(folder, str(plan), "--scheduler", f"tcp://127.0.0.1:{port}")
     until(lambda: done(store) >= 2)
     kill(scheduler)
-    time.sleep(2.0)
+    until(lambda: "is gone: waiting for it" in run.said())
     assert done(store) < 12
+    hurry(folder)
     begin("scheduler")
     until(lambda: answers(port))
     begin("worker")
     output = ended(run)
-    assert "is gone: waiting for it" in output
     assert "12 jobs: 12 done" in output
     assert same_but_for_the_model(outcomes(store), alone)
 
 
 def test_no_scheduler_is_said_so(folder: Path, port: int) -> None:
-    output = ended(start(folder, str(toml(folder)), "--scheduler", f"tcp://127.0.0.1:{port}"), code=1)
-    assert f"no scheduler answers at tcp://127.0.0.1:{port}" in output
+    plan, address = toml(folder), f"tcp://127.0.0.1:{port}"
+    output = ended(Program(impatient_sweep, str(plan), "--scheduler", address, folder=folder), code=1)
+    assert f"no scheduler answers at {address}" in output
     assert "Traceback" not in output

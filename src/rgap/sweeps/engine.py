@@ -10,7 +10,9 @@ import contextlib
 import importlib
 import logging
 import math
+import os
 import queue
+import signal
 import time
 import traceback
 import uuid
@@ -36,6 +38,8 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 KILLED = Failure("KilledWorker: every worker that began this job died, by want of memory or by a signal")
 FETCH = 5.0
 """Seconds to wait for what a job found, which lies with the worker that did it."""
+ANSWER = 5.0
+"""Seconds to wait for a scheduler's answer."""
 RETURN = 600.0
 """Seconds to wait for a scheduler that is gone."""
 
@@ -185,7 +189,7 @@ class Cluster(Engine):
         where: dict[str, Any] = {"address": self._local or self._address}
         if self._address is not None and Path(self._address).is_file():
             where = {"scheduler_file": self._address}
-        client = self._dask.Client(**where, set_as_default=False, timeout=5)
+        client = self._dask.Client(**where, set_as_default=False, timeout=ANSWER)
         try:
             client.register_plugin(self._equip(self._name, self._supplies), name=self._name)
         except BaseException as error:
@@ -287,9 +291,19 @@ class Cluster(Engine):
         return [(key, None) for key in lost]
 
     def close(self) -> None:
+        if self._local is not None and self._begun:
+            self._kill()
         self._begun.clear()
         with contextlib.suppress(*self._gone, ValueError):  # a scheduler that was started anew does not know the name
             self._client.unregister_worker_plugin(self._name)
         self._client.close(timeout=10)
         if self._local is not None:
             self._local.close(timeout=10)
+
+    def _kill(self) -> None:
+        """End local workers in the middle of their jobs. Dask would ask them to end, and wait for seconds first."""
+        for nanny in list(self._local.workers.values()):
+            nanny.auto_restart = False
+            if nanny.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(nanny.pid, signal.SIGKILL)
