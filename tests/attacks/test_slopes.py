@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rgap import Target, capture, losses
 from rgap.attacks import IDLG, Closed, Status
-from rgap.attacks.slopes import refused, slopes
+from rgap.attacks.slopes import REUSED, refused, slopes, together
 from rgap.target import GradientFunction
 
 
@@ -144,6 +144,19 @@ def test_one_after_the_other_is_the_same_as_all_together() -> None:
     x, w = torch.rand(2, 6, dtype=torch.float64), torch.full((2, 3), 1 / 3, dtype=torch.float64)
     plain, pure = (chain.gradient_function(torch.float64, plain=each)(x, w) for each in (True, False))
     assert all(torch.allclose(plain[name], g) for name, g in pure.items())
+
+
+def test_of_a_large_model_few_systems_run_together() -> None:
+    small, large = (
+        Target(nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3)), losses.CrossEntropy(3), (6,))
+        for width in (4, 2**17)
+    )
+    assert together(small, torch.float32, 32) == 32
+    assert together(made("branches"), torch.float32, 32) == 1
+    parameters = sum(p.numel() for p in large.parameters.values())
+    for dtype, most in ((torch.float32, 3), (torch.float64, 1)):
+        assert together(large, dtype, 32) == most
+        assert most * dtype.itemsize * parameters <= REUSED
 
 
 @pytest.mark.parametrize("name", ["masked", "attention"])

@@ -24,7 +24,7 @@ from rgap.attacks.minimise import Minimiser
 from rgap.attacks.result import Answer, Outcome, Status
 from rgap.attacks.search import INNER, Found, Search
 from rgap.attacks.simulate import LocalSteps
-from rgap.attacks.slopes import slopes
+from rgap.attacks.slopes import slopes, together
 from rgap.attacks.start import Start, Uniform
 from rgap.attacks.threads import threads
 from rgap.linalg import deadline
@@ -76,7 +76,7 @@ class Matching(BatchAttack):
         tolerance: the relative gradient residual at which a start has arrived.
         patience: end a start whose loss fell by less than a tenth in so many iterations.
         dtype: to compute in; float32 is faster, and loses the last digits of small losses.
-        at_once: how many systems are evaluated at a time; it bounds the memory.
+        at_once: how many systems are evaluated at a time, at the most; of large models fewer are faster.
         seed: of the starts.
     """
 
@@ -145,10 +145,10 @@ class Matching(BatchAttack):
     def estimate(self, target: Target, updates: int) -> float | None:
         """As if nothing ended early, each update with one candidate label; a line search takes a little longer."""
         systems = max(1, updates) * self.restarts
-        together = min(systems, self.at_once)
+        at_once = min(systems, together(target, self.dtype, self.at_once))
         one = min(self._step(target, 1) for _ in range(2))
-        if one * together <= AT_ONCE:
-            one = min(self._step(target, together) for _ in range(2)) / together
+        if one * at_once <= AT_ONCE:
+            one = min(self._step(target, at_once) for _ in range(2)) / at_once
         ending = max(1, updates) * 2 * INNER * ((1 << self.finish) - 1)
         return ((self.iterations + self.scout) * systems + ending) * one
 

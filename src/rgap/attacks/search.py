@@ -18,7 +18,7 @@ from rgap.attacks.minimise import Minima, Termination
 from rgap.attacks.polish import improve
 from rgap.attacks.progress import Reporter
 from rgap.attacks.simulate import LocalSteps
-from rgap.attacks.slopes import refused, slopes
+from rgap.attacks.slopes import refused, slopes, together
 from rgap.linalg import deadline
 from rgap.target import GradientFunction, Target
 from rgap.update import Update
@@ -147,12 +147,12 @@ class Search:
             slope, value = batched(x, self.weights[which], own)
             return value, slope
 
-        together = 1 if refused(self.target, attack.dtype) else attack.at_once
+        at_once = together(self.target, attack.dtype, attack.at_once)
 
         def objective(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
             """Where the time is up before all systems are evaluated the others count as infinite."""
             value, slope = x.new_full((len(x),), math.inf), torch.zeros_like(x)
-            for at in torch.split(torch.arange(len(x), device=x.device), together):
+            for at in torch.split(torch.arange(len(x), device=x.device), at_once):
                 value[at], slope[at] = some(x[at], which[at])
                 if deadline.used() >= 1:
                     break

@@ -14,6 +14,10 @@ from rgap.target import GradientFunction, Target
 LossOf = Callable[[GradientFunction], Callable[..., Tensor]]
 """From the gradient as a function to the loss of one system, a function of its point and more."""
 
+REUSED = 2**24
+"""Bytes of the parameters' gradients of all systems that run together on a processor: memory that is given back and
+touched anew at each step takes two to three times as long as the step."""
+
 _REFUSED: WeakKeyDictionary[Target, dict[torch.dtype, str]] = WeakKeyDictionary()
 
 
@@ -33,7 +37,7 @@ def slopes(
 
     Args:
         shared: of each further argument, whether it is one for all systems.
-        at_once: systems that run together; it bounds the memory.
+        at_once: systems that run together, at the most; it bounds the memory.
         reads: as in `Target.gradient_function`.
     """
     plain = loss_of(target.gradient_function(dtype, plain=True, reads=reads))
@@ -48,14 +52,23 @@ def slopes(
             found.append((torch.zeros_like(point) if slope is None else slope, value.detach()))
         return torch.stack([slope for slope, _ in found]), torch.stack([value for _, value in found])
 
-    if refused(target, dtype):
+    at_once = together(target, dtype, at_once)
+    if at_once == 1:
         return each
     dims = (0, *(None if one else 0 for one in shared))
     loss = loss_of(target.gradient_function(dtype, reads=reads))
-    together = torch.func.vmap(
-        torch.func.grad_and_value(loss), in_dims=dims, chunk_size=at_once, randomness="different"
-    )
-    return lambda points, *more: (each if len(points) == 1 else together)(points, *more)
+    batched = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=dims, chunk_size=at_once, randomness="different")
+    return lambda points, *more: (each if len(points) == 1 else batched)(points, *more)
+
+
+def together(target: Target, dtype: torch.dtype, most: int) -> int:
+    """How many systems run together best: one where torch.func does not take the model, and of a large model few."""
+    if refused(target, dtype):
+        return 1
+    if target.device.type != "cpu":
+        return most
+    parameters = sum(each.numel() for each in target.parameters.values())
+    return min(most, max(1, REUSED // (dtype.itemsize * max(1, parameters))))
 
 
 def refused(target: Target, dtype: torch.dtype) -> str:
