@@ -278,6 +278,7 @@ class Target:
         labels: Tensor,
         dtype: torch.dtype = torch.float64,
         weights: Mapping[str, Tensor] | None = None,
+        k: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The gradient of the mean loss of a batch, recomputed through the model itself.
 
@@ -285,6 +286,7 @@ class Target:
             inputs: (b, *input_shape); labels: (b,).
             dtype: to compute in, where the model allows it.
             weights: other values of some parameters, as they are after local steps.
+            k: (b, outputs), taken for the mean loss's gradient by what the loss takes, in place of its own.
 
         Returns:
             By parameter name, in the parameter's shape.
@@ -295,7 +297,14 @@ class Target:
             state[name] = value.detach().to(state[name], copy=True)
         for name in names:
             state[name].requires_grad_()
-        loss = self.loss(self._run(state, inputs), labels.to(self.device))
+        outputs = self._run(state, inputs)
+        loss = self.loss(outputs, labels.to(self.device))
+        if k is not None:
+            given = k.to(outputs).reshape(outputs.shape)
+            if self.graph.ending_is_the_loss and outputs.grad_fn is not None:
+                outputs.grad_fn.register_hook(lambda inner, _: (given, *inner[1:]))
+            else:
+                outputs.register_hook(lambda _: given)  # type: ignore[no-untyped-call]
         found = torch.autograd.grad(loss, [state[n] for n in names], allow_unused=True)
         return {n: torch.zeros_like(state[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 

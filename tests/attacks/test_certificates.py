@@ -377,3 +377,58 @@ def test_what_is_undecided_behind_a_joint_solve_is_said_too(name: str) -> None:
     assert found.answers[0].joint is not None
     assert found.status is not Status.EXACT, found
     assert found.answers[0].undecided > 0
+
+
+def nearly_certain(*ending: nn.Module) -> tuple[nn.Sequential, Tensor, int]:
+    """A model, a sample and its label, of which it is certain but for a millionth."""
+    model, x = made(nn.Flatten(), nn.Linear(48, 60), nn.Tanh(), nn.Linear(60, 4), *ending), rand(0, 1, 3, 4, 4)
+    with torch.no_grad():
+        outputs = model[:4](x)[0].sort().values
+        for p in model[3].parameters():
+            p.mul_(14 / float(outputs[-1] - outputs[-2]))
+    return model, x, int(model(x).argmax())
+
+
+def of_torch(model: nn.Module, x: Tensor, label: int) -> Update:
+    """As a client computes it that has never heard of rgap, in float32."""
+    loss = nn.functional.nll_loss if isinstance(model[-1], nn.LogSoftmax) else nn.functional.cross_entropy
+    gradients = torch.autograd.grad(loss(model(x), torch.tensor([label])), list(model.parameters()))
+    return Update(dict(zip([name for name, _ in model.named_parameters()], gradients, strict=True)))
+
+
+CERTAIN = pytest.mark.parametrize("ending", [(), (nn.LogSoftmax(1),)], ids=["cross-entropy", "nll"])
+
+
+@CERTAIN
+def test_the_rounding_of_a_loss_that_is_nearly_certain_is_not_held_against_an_answer(
+    ending: tuple[nn.Module, ...],
+) -> None:
+    """Of 1 - p float32 leaves a digit or two, which all gradients share, and the picture is none the worse for it."""
+    model, x, label = nearly_certain(*ending)
+    loss = losses.NegativeLogLikelihood(4) if ending else losses.CrossEntropy(4)
+    target, update = Target(model, loss, (3, 4, 4), (0.0, 1.0)), of_torch(model, x, label)
+    assert certify(target, update, x, torch.tensor([float(label)])).residual > update.tolerance
+    found = Recursive()(target, update)
+    assert found.status is Status.EXACT, found
+    assert found.answers[0].k_off > update.tolerance
+    assert "with the k that was sent" in found.reason
+    assert 0.1 < apart(found, x) / found.answers[0].error < 10
+
+
+@CERTAIN
+@pytest.mark.parametrize("name", ["1.weight", "1.bias", "3.weight"])
+def test_what_that_rounding_does_not_explain_is(ending: tuple[nn.Module, ...], name: str) -> None:
+    """k itself wrong where nothing cancels, or a gradient that is another one with any k."""
+    model, x, label = nearly_certain(*ending)
+    loss = losses.NegativeLogLikelihood(4) if ending else losses.CrossEntropy(4)
+    target, gradients = Target(model, loss, (3, 4, 4), (0.0, 1.0)), dict(of_torch(model, x, label).gradients)
+    k, y = gradients["3.bias"], torch.tensor([float(label)])
+    certified = certify(target, Update(gradients), x, y, k=k[None])
+    assert certified.residual <= Update(gradients).tolerance
+    wrong = k.clone()
+    others = [at for at in range(4) if at != label]
+    wrong[others] = k[others[::-1]]
+    assert certify(target, Update(gradients), x, y, k=wrong[None]).k_off == 0
+    gradients[name] = 1.003 * gradients[name]
+    spoilt = Update(gradients)
+    assert certify(target, spoilt, x, y, k=k[None]).residual > spoilt.tolerance

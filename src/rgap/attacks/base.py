@@ -23,6 +23,8 @@ from rgap.update import Update, UpdateError
 
 MIXTURE = "of {} samples in one update it gives a mixture; Closed tells them apart where it can"
 LATE = Outcome(Status.CUT_OFF, "the time was up before there was an answer")
+OWN_ROUNDINGS = 5.0
+"""So many times what the outputs' rounding does to k may it miss that of the loss."""
 AS_ONE = "the update is attacked as if it came from one sample; of several it gives a mixture"
 
 
@@ -208,6 +210,8 @@ class Certificate:
     """By how many times its own rounding a parameter misses the update, at the most."""
     factor: float = 1.0
     """The recomputed gradient was multiplied by it, because it agrees so and not otherwise."""
+    k_off: float = 0.0
+    """The client's own k was taken, and this part of it is the rounding of its loss; 0 where the loss's own agrees."""
 
 
 def certify(
@@ -216,6 +220,7 @@ def certify(
     inputs: Float[Tensor, "b ..."],
     labels: Float[Tensor, " b"],
     factors: bool = True,
+    k: Float[Tensor, "b ..."] | None = None,
 ) -> Certificate:
     """Recompute the gradient at one answer, and judge every parameter on its own: the worst decides.
 
@@ -225,11 +230,36 @@ def certify(
 
     A gradient that agrees but for a factor (a loss scale, a sum in place of a mean, a sign) is compared without it; but
     not where the network scales, and another factor is another input.
+
+    Args:
+        k: the gradient by the outputs that the client went on from, as the last layer's gradient tells it. Of a loss
+            that is nearly certain it is a difference of numbers that are nearly equal, and all gradients are off as it
+            is. Where that rounding explains it, it is taken in place of the loss's own.
     """
-    single = torch.finfo(torch.float32).eps
-    found = target.gradient(inputs, labels)
-    rounded = target.gradient(_near(inputs, single, target.value_range), labels, torch.float32)
     given = {name: g.double().to(target.device) for name, g in update.gradients.items()}
+    plain = _recomputed(target, update, given, inputs, labels, factors, None)
+    if k is None or plain.residual <= update.tolerance:
+        return plain
+    k_off = _rounded_off(target, update, inputs, labels, k)
+    if k_off is None:
+        return plain
+    sent = replace(_recomputed(target, update, given, inputs, labels, False, k), k_off=k_off)
+    return sent if sent.residual <= update.tolerance else plain
+
+
+def _recomputed(
+    target: Target,
+    update: Update,
+    given: Mapping[str, Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    factors: bool,
+    k: Tensor | None,
+) -> Certificate:
+    """The same with the loss's own k, or the one that is told."""
+    single = torch.finfo(torch.float32).eps
+    found = target.gradient(inputs, labels, k=k)
+    rounded = target.gradient(_near(inputs, single, target.value_range), labels, torch.float32, k=k)
     here = {name: found[name].double() for name in given}
     cancelled = {name: float((rounded[name].double() - g).norm()) / single for name, g in here.items()}
     plain = _compare(update, given, here, cancelled, 1.0)
@@ -239,6 +269,18 @@ def certify(
     factor = sum(float((g * given[name]).sum()) for name, g in here.items()) / length
     scaled = _compare(update, given, here, cancelled, factor)
     return scaled if scaled.residual <= update.tolerance else plain
+
+
+def _rounded_off(target: Target, update: Update, inputs: Tensor, labels: Tensor, k: Tensor) -> float | None:
+    """Which part of k is rounding of the client's loss; None where rounding does not explain it."""
+    z = target.network.forward(inputs.double())[-1].flatten(1)
+    own, k = target.loss.output_gradient(z, labels.to(z)), k.to(z).reshape(z.shape)
+    shift = update.precision * z.abs().amax(1)
+    allowed = OWN_ROUNDINGS * target.loss.gradient_rounding(z, labels.to(z), shift, update.precision)
+    size = k.norm()
+    if not bool(((own - k).abs() <= allowed + update.tolerance * size).all()):
+        return None
+    return float((own - k).norm() / size)
 
 
 def _near(inputs: Tensor, eps: float, value_range: tuple[float, float] | None) -> Tensor:

@@ -91,6 +91,9 @@ class Answer:
     same for both."""
     free: int = 0
     """Values of the inputs that may be anything, because an operation in front of the first layer hides them."""
+    k_off: float = 0.0
+    """Which part of the last layer's k is the client's own rounding of a loss that is nearly certain, where the
+    gradient agrees with k as it was sent and not with the loss's own; else 0."""
     samples: tuple[Sample, ...] = ()
     """Of a batch that was told apart, the verdict on each sample, in the order of the inputs."""
 

@@ -35,7 +35,9 @@ def answer(target: Target, update: Update, end: Candidate, label: Tensor) -> Ans
     """
     x, label = end.value.reshape(1, *target.input_shape), label.to(end.value.device)
     x, undecided = _decided(x, end.twin, target.value_range)
-    found = certify(target, update, x, label)
+    # In a network that scales k is known up to its size, and another size is another input.
+    k = None if target.network.scalable or not end.cotangent.numel() else end.cotangent
+    found = certify(target, update, x, label, k=k)
     unexplained = found.roundings / (1 + _echo(x, end.std, update.precision))
     return Answer(
         x,
@@ -51,6 +53,7 @@ def answer(target: Target, update: Update, end: Candidate, label: Tensor) -> Ans
         found.factor,
         undecided,
         0 if end.known is None else int((~end.known).sum()),
+        k_off=found.k_off,
     )
 
 
@@ -105,6 +108,8 @@ def _of_one(best: Answer, target: Target, update: Update, visible: float) -> tup
         return Status.NOT_CONVERGED, f"{residual} in {best.parameter}, tolerance {update.tolerance:.1e}"
     if best.factor != 1:
         residual = f"the update is {best.factor:.4g} times the gradient at this input; apart from that {residual}"
+    if best.k_off:
+        residual += f", with the k that was sent, of which {best.k_off:.1%} is the rounding of a loss nearly certain"
     low, high = target.value_range or (0.0, _width(best.inputs))
     if not best.error <= visible * (high - low):
         return Status.ILL_CONDITIONED, f"{residual}, but rounding may have moved each value by {best.error:.1e}"
@@ -151,7 +156,8 @@ def _weaker(best: Answer, target: Target, update: Update) -> str:
             f"but with values from {least:.3g} to {most:.3g}, outside the value range {value_range}: the gradient was "
             "scaled or changed, or the range is another one"
         )
-    if _numbers(target, update) <= best.inputs.numel() + (not target.loss.labels) + (best.factor != 1):
+    spent = (not target.loss.labels) + (best.factor != 1) + target.loss.outputs * (best.k_off != 0)
+    if _numbers(target, update) <= best.inputs.numel() + spent:
         return "but so would any other gradient be: it holds no more numbers than the input has"
     return ""
 

@@ -33,6 +33,8 @@ NEAR, LONG = 1e-3, Iterative(rtol=0.01, max_steps=1500)
 """What weight rows miss where the input is nearly found, and how its last digits are: of weights that training has left
 some directions hardly show."""
 SCHEDULE = Continuation(patience=4, doubt=(4,), max_steps=80, gain=0.8)
+LAST = replace(SCHEDULE, patience=3, gain=0.5)
+"""Of the latter: where precise solves are what is missing, a few of them show it."""
 
 
 def input_by_values(
@@ -59,7 +61,7 @@ def input_by_values(
         start = min(starts, key=lambda each: values.distance(values.linearise(each)))
     found = gauss_newton(values, SOLVER, None, AGREES, values.linearise(start), SCHEDULE, report)
     if AGREES < found.distance <= NEAR:
-        found = gauss_newton(values, LONG, None, AGREES, values.linearise(found.x), SCHEDULE, report)
+        found = gauss_newton(values, LONG, None, AGREES, values.linearise(found.x), LAST, report)
     return (values, found) if found.distance <= AGREES else None
 
 

@@ -50,6 +50,9 @@ class Annealing:
     max_steps: int = 300
     patience: int = 80
     """Steps without any progress after which a try ends."""
+    progress: float = 0.98
+    """A step that misses less than this part of the least so far makes progress: what decided routes miss hardly falls
+    until nearly all of them are right."""
     last: int = 4
     """The same once the constraints agree: a place or two may still be wrong where it hardly matters."""
     solve_rtol: float = 1e-3

@@ -57,15 +57,16 @@ QUICK = Annealing(temperature=2.0, cooling=0.97, fading=0.8, max_steps=120, pati
 """Of many unknowns, where steps take long: a prior that is gone in twenty of them, if rows are enough without."""
 NEAR = Annealing(temperature=0.3, prior=0.01, patience=20)
 """From a start of a few per cent's error."""
-VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, patience=12, gradient=False)
-"""Where the maxima alone determine the input: the routes of the present input, and a prior that fades fast."""
+VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, patience=6, progress=0.7, gradient=False)
+"""Where the maxima alone determine the input: the routes of the present input, and a prior that fades fast. Where that
+is the way, each step leaves two thirds of what is missed; of weights that have learned it may leave nearly all."""
 SETTLED = Annealing(solve_rtol=1e-9, solve_steps=1000)
 """What few rows tell of the input, those of an annealing step leave as it is."""
 RETURNS = 5e-3
 """A drawn move of the input that comes back from its rows to this part of itself is seen by them."""
-PROGRESS = 0.98
-"""A step that misses less than this part of the least so far makes progress: what decided routes miss hardly falls
-until nearly all of them are right."""
+NEARER = 0.1
+"""Decided routes that miss less than this part of what undecided ones do are nearly all right: the search goes on from
+where they lead."""
 EXCHANGEABLE = 0.05
 """Below this part missed a search that ends has few routes wrong."""
 CLEARLY = 0.95
@@ -94,23 +95,27 @@ def find_routes(
     """
     x, temperature, weight = start, schedule.temperature, schedule.prior
     best: Unpooled | None = None
-    before, gradient_missed, lowest, last = math.inf, 1.0, math.inf, 0
+    before, gradient_missed, lowest, last, agreed = math.inf, 1.0, math.inf, 0, schedule.max_steps
     for step in range(schedule.max_steps):
         deadline.check()
         at = Step(Point(part, observed, x), temperature, gradient_missed * schedule.gradient_share, schedule)
         hard = at.decided()
         if hard.missed <= agrees or (hard.missed < schedule.promising and step % schedule.every == 0):
             hard = _finish(hard)
-        if at.missed < PROGRESS * lowest:
+        if at.missed < schedule.progress * lowest:
             lowest, last = at.missed, step
         if best is None or hard.missed < best.missed:
             best, last = Unpooled(hard.point.x, hard.windows.slope, hard.missed, step), step
+            agreed = min(agreed, step) if best.missed <= agrees else agreed
         report(step, hard.missed)
-        late = step - best.steps >= schedule.last if best.missed <= agrees else step - last >= schedule.patience
+        late = step - agreed >= schedule.last or step - last >= schedule.patience
         if best.missed <= ROUNDING * agrees or late or not at.missed < ASTRAY:
             break
-        x = at.solve(prior, weight)
-        gradient_missed = at.gradient_missed
+        if hard.missed < NEARER * at.missed:
+            x, gradient_missed = hard.point.x, hard.gradient_missed
+            weight *= hard.missed / at.missed
+        else:
+            x, gradient_missed = at.solve(prior, weight), at.gradient_missed
         power = schedule.quick if at.missed < before / 2 else 1.0
         before = at.missed
         temperature, weight = temperature * schedule.cooling**power, weight * schedule.fading**power
