@@ -14,7 +14,7 @@ from rgap.attacks import Closed, Reconstruction, Status
 from rgap.attacks.base import none_certified_alone
 from rgap.attacks.result import Answer, Outcome, Sample
 from rgap.client import orders as orders_of
-from rgap.inversion.local_steps import Limit
+from rgap.inversion.step_bounds import Limit
 from rgap.protocol import Optimiser, Sends
 from tests.inversion.subspace.cases import perceptron
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rgap import Protocol, Target, Update, capture, losses
 from rgap.attacks import Closed, Status, local_steps
-from rgap.inversion.local_steps import Limit
+from rgap.inversion.step_bounds import Limit
 from rgap.linalg.deadline import within
 from rgap.models.chains import chain
 from rgap.protocol import Sends

@@ -10,7 +10,7 @@ from rgap import Protocol, Target, capture, losses
 from rgap.attacks.local_steps import client_of, plan_of
 from rgap.inversion.local_steps import Place
 from rgap.inversion.subspace.step import layer_of
-from rgap.inversion.unrolled import in_their_span, spanned
+from rgap.inversion.unrolled import in_their_span, rounding_moves, spanned
 from rgap.inversion.walk import Client, Difference, Plan, Walk
 from rgap.nn.layers import Layer
 from rgap.protocol import Sends
@@ -78,6 +78,17 @@ def test_a_client_of_coordinates_is_brought_there_too() -> None:
     found, _ = in_their_span(small, plan, there, first, start, labels, ORDER)
     assert there.misfit(Walk(small, plan).all(found, labels, ORDER)) < 2
     assert float((found @ q.mT - x).norm()) < 0.01 * float((start @ q.mT - x).norm())
+
+
+def test_how_far_rounding_moves_samples_is_told_by_a_draw() -> None:
+    """By about as much as the rounding of weights moves them in truth, since roundings are not quite independent."""
+    server, plan, difference, layer, x, labels = sent(perceptron((30, 24, 20, CLASSES), "tanh"))
+    found, _ = in_their_span(server, plan, difference, layer, mixed(x, 1e-4), labels, ORDER)
+    moved = rounding_moves(server, plan, difference, layer, found, labels, ORDER)
+    assert moved is not None
+    off = (found - x).square().mean(1).sqrt()
+    assert bool((off < 10 * moved).all())
+    assert bool((moved < 10 * off).all())
 
 
 def test_real_labels_are_unknowns_too() -> None:

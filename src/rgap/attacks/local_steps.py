@@ -13,9 +13,10 @@ from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, Outcome, Sample, Status
 from rgap.attacks.smoothed_steps import smoothed
 from rgap.attacks.verdict import EXPLAINED, mirrored, range_misfit
-from rgap.inversion.local_steps import UNEXPLAINED, Bound, Limit, Recovered, recover
+from rgap.inversion.local_steps import UNEXPLAINED, Recovered, recover
 from rgap.inversion.output import OutputCandidates
 from rgap.inversion.prior import Prior
+from rgap.inversion.step_bounds import Bound, Limit
 from rgap.inversion.subspace.peel import Search
 from rgap.inversion.unrolled import SOFTENING, Met, meet
 from rgap.inversion.walk import Client, Difference, Plan, Weights

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.checks import Preflight
-from rgap.inversion.local_steps import Bound
 from rgap.inversion.report import JointReport, LayerReport
+from rgap.inversion.step_bounds import Bound
 
 
 class Status(Enum):

@@ -6,12 +6,13 @@ import math
 
 from rgap.attacks.progress import Reporter
 from rgap.attacks.verdict import EXPLAINED
-from rgap.inversion.local_steps import UNEXPLAINED, Bound, Limit, Recovered
+from rgap.inversion.local_steps import UNEXPLAINED, Recovered
 from rgap.inversion.output import OutputCandidates
 from rgap.inversion.prior import Prior
 from rgap.inversion.smoother.setting import Setting, memory, operations, operations_to_the_end
 from rgap.inversion.smoother.smooth import Reached, mismatch, smooth
 from rgap.inversion.smoother.steps import KinkedSteps, is_kinked_chain
+from rgap.inversion.step_bounds import Bound, Limit
 from rgap.inversion.walk import Client, Difference, Plan
 from rgap.linalg import deadline
 from rgap.target import Target

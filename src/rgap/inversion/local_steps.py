@@ -10,21 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from enum import Enum
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.all_steps import AGREES, AllSteps, Together, alike
-from rgap.inversion.step_sides import LOWER, missed, with_other_sides
-from rgap.inversion.subspace.head import told
+from rgap.inversion.step_bounds import Bound, Limit, counted_bound, no_place
+from rgap.inversion.step_sides import with_other_sides
 from rgap.inversion.subspace.peel import Search
 from rgap.inversion.subspace.span import Span
-from rgap.inversion.subspace.step import FITS, Candidates, Place, find_step, layer_of
-from rgap.inversion.unrolled import in_their_span, spanned
-from rgap.inversion.walk import Client, Difference, Plan, Sides, Walk, Weights
-from rgap.nn.network import Network
+from rgap.inversion.subspace.step import FITS, NEAR, Candidates, Place, find_step, layer_of
+from rgap.inversion.unrolled import in_their_span, rounding_moves, spanned
+from rgap.inversion.walk import Client, Difference, Plan, Sides, Walk
 
 UNEXPLAINED = 2.0
 """Roundings above which all parameters decide together, and not the first layer's alone."""
@@ -34,30 +33,16 @@ ASTRAY = 1e4
 """Roundings above which it is not the samples' values that are missed."""
 MISSED = 100.0
 """Roundings above which samples or their order are wrong."""
+SOLVES = 10
+"""Steps of a solve for samples that are nearly known."""
+VISIBLE = 5e-3
+"""Of a sample's size, above which a step's own estimate of its error is looked into."""
+CAREFUL = 3.0
+"""Times what a draw of independent roundings moves samples: those of several steps are not independent."""
+TRIES = 4
+"""Of other sides, for each step."""
 MOST_COUNTS = 64
 """Numbers of samples that are tried, at the most, where the client's own does not explain the rank."""
-
-
-class Limit(Enum):
-    """What keeps the samples behind several steps from being told apart."""
-
-    PLACE = "the network has no two Linear layers in front"
-    WIDTH = "more hidden vectors than the second layer tells apart"
-    PRECISION = "steps too small for the rounding of the weights"
-    SIZES = "the optimiser hides the sizes of gradients"
-    SEARCH = "a sample was not found"
-    TIME = "it takes longer than there is"
-
-
-@dataclass(frozen=True)
-class Bound:
-    """Why the steps are not followed to their end: the numbers on both sides, and what would have to change."""
-
-    limit: Limit
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +93,7 @@ def recover(
     """
     network = client.network(client.weights)
     if Place.layers(network, sent(1).sent) is None:
-        return _stopped(client, Bound(Limit.PLACE, _no_place(network, sent(1).sent, plan(samples))))
+        return _stopped(client, Bound(Limit.PLACE, no_place(network, sent(1).sent, plan(samples))))
     first = _counted(client, plan, samples, sent)
     if not first.biased:
         text = "without a bias in the first layer samples are known up to their scale only, and no step can be made"
@@ -118,7 +103,7 @@ def recover(
         return _stopped(client, Bound(Limit.WIDTH, text), first.rank)
     steps = plan(max(samples, first.rank))
     difference = sent(steps.steps)
-    bound = _bound(network, difference, steps, first.rank)
+    bound = counted_bound(network, difference, steps, first.rank)
     if bound is not None:
         return _stopped(client, bound, first.rank)
     x_part = first.v[:-1]
@@ -169,50 +154,6 @@ def _stopped(client: Client, bound: Bound, samples: int = 0) -> Recovered:
     return Recovered(nothing, nothing, nothing, (), samples=samples, stop=bound)
 
 
-def _no_place(network: Network, sent: Weights, plan: Plan) -> str:
-    """Why steps are not told apart, with what is nearest to it: the widest Linear layer that reads features."""
-    text = f"{plan.steps} local steps are told apart where two Linear layers stand before all others that are trained"
-    layers = [layer_of(network, segment) for segment in network.segments if told(network, segment, sent)]
-    behind = [layer for layer in layers if layer is not network.layers[0]]
-    if not behind:
-        return text
-    layer = max(behind, key=lambda each: min(each.outputs, each.unknowns))
-    apart, vectors, epochs = min(layer.outputs, layer.unknowns) - 1, sum(plan.sizes), plan.steps // plan.epoch
-    text += (
-        f"; the difference of {layer.name}, behind others, tells up to {apart} vectors apart with {layer.unknowns} "
-        f"inputs and {layer.outputs} outputs, and {plan.samples} samples in {epochs} epochs leave {vectors}, since the "
-        "layers in front move in between"
-    )
-    if apart < vectors and (few := apart // epochs):
-        text += f": up to {few} {'sample' if few == 1 else 'samples'} would leave it rank to spare"
-    return text
-
-
-def _bound(network: Network, difference: Difference, plan: Plan, rank: int) -> Bound | None:
-    """What counts alone say against it."""
-    segments = Place.layers(network, difference.sent)
-    assert segments is not None
-    second = layer_of(network, segments[1])
-    biased = second.bias_name is not None
-    # As many equations are left beside the second row space as there are unknowns in the first.
-    width = min(second.unknowns + biased - rank + 1, second.outputs - 1)
-    vectors = sum(plan.sizes)
-    if vectors > width:
-        text = (
-            f"{plan.samples} samples in {plan.steps // plan.epoch} epochs leave {vectors} hidden vectors in "
-            f"{second.name}'s difference, which tells up to {width} apart with {second.unknowns} inputs and "
-            f"{second.outputs} outputs: fewer samples or epochs would be read, or a wider layer"
-        )
-        return Bound(Limit.WIDTH, text)
-    if rank < plan.samples:
-        text = (
-            f"the first layer's difference has rank {rank} for {plan.samples} samples: some are the same, give no "
-            "gradient, or moved the weights by less than their rounding"
-        )
-        return Bound(Limit.PRECISION, text)
-    return None
-
-
 @dataclass(frozen=True, eq=False)
 class _Recovery:
     client: Client
@@ -245,6 +186,7 @@ class _Recovery:
         like = self.first.v
         known = Candidates(like.new_zeros(0, self.first.layer.unknowns), like.new_zeros(0))
         near, error, close = known.x, like.new_zeros(0), list[tuple[int, int, int]]()
+        tried: list[Sides] = [{}]
         while walk.step < plan.steps:
             step, place = walk.step, self.place(walk)
             free, missing = self._to_find(place, known, order, step)
@@ -255,9 +197,13 @@ class _Recovery:
             found = known.none
             if missing:
                 found, near = self._find(place, known, near, members, missing, step, generator)
-            other = self._other_sides(walk, order, known, error, members, found, near[: missing - len(found)], place)
-            if other is not walk:
-                walk, near = other, torch.cat([found.x, near])
+                found = self._sharper(place, found, plan.sizes[step])
+            sides = self._other_sides(
+                walk, order, known, error, members, torch.cat([found.x, near[: missing - len(found)]]), place
+            )
+            if sides not in tried and len(tried) < TRIES * (step + 1):
+                tried.append(sides)
+                (walk, known), near = self._again(walk, sides, order, known), torch.cat([found.x, near])
                 continue
             close += [(step, free[i], free[j]) for i, j in alike(off, by, own)]
             members += tuple(range(len(known), len(known) + len(found)))
@@ -293,23 +239,33 @@ class _Recovery:
         known: Candidates,
         error: Tensor,
         members: tuple[int, ...],
-        found: Candidates,
         near: Tensor,
         place: Place,
-    ) -> Walk:
-        """The walk with a unit on its other side, where the samples of the next step, which are known, found, or near,
-        miss its row space less then; else the walk itself."""
-        own = torch.cat([known.x[list(members)], found.x, near])
-        second = place.spaces.second
-        assert second is not None
-        noise = self._noise(walk.step)[1][second.layer.weight_name]
-        if not walk.step or missed(place, own, not members, noise) < LOWER:
-            return walk
+    ) -> Sides:
+        """The walk's sides, with those of units that the samples of the next step tell: which are known, found, or
+        near."""
+        if not walk.step or not len(members) + len(near):
+            return walk.sides
+        own = torch.cat([known.x[list(members)], place.solve(near, SOLVES)])
+        return with_other_sides(self.client, walk, order, known.x, known.labels, error, place, own)
 
-        def miss(there: Walk) -> float:
-            return missed(self.place(there), own, not members, noise)
-
-        return with_other_sides(self.client, walk, order, known.x, known.labels, error, miss)
+    def _again(
+        self, walk: Walk, sides: Sides, order: list[tuple[int, ...]], known: Candidates
+    ) -> tuple[Walk, Candidates]:
+        """The walk with other sides, and the samples that were found on it since, as they are at its weights."""
+        first = min(each.step for each, above in sides.items() if walk.sides.get(each) is not above)
+        x, labels, there = known.x.clone(), known.labels.clone(), walk.instead(sides, first)
+        before = {each for members in order[: first + 1] for each in members}
+        for members in order[first:]:
+            new = [each for each in members if each not in before]
+            if new:
+                place, step = self.place(there), there.step
+                own = Candidates(place.solve(x[new], SOLVES), labels[new])
+                own = self._sharper(place, own, self.plan.sizes[step])
+                x[new], labels[new] = own.x, own.labels
+            before.update(members)
+            there = there.all(self._inputs(x), labels, [members])
+        return there, Candidates(x, labels)
 
     def _find(
         self,
@@ -330,7 +286,7 @@ class _Recovery:
 
     def _unexplained(self, misfit: float) -> Bound | None:
         """Why the steps of all samples do not make what was sent, where counts say it."""
-        second = self.place(Walk(self.client, self.plan)).spaces.second
+        second = self._begun.spaces.second
         assert second is not None
         vectors = sum(self.plan.sizes)
         if misfit < MISSED or second.rank >= vectors:
@@ -341,6 +297,22 @@ class _Recovery:
             "or fewer epochs would be read, or weights in double precision"
         )
         return Bound(Limit.PRECISION, text)
+
+    @cached_property
+    def _begun(self) -> Place:
+        """Before the first step."""
+        return self.place(Walk(self.client, self.plan))
+
+    def _sharper(self, place: Place, found: Candidates, size: int) -> Candidates:
+        """Samples of a step by the row space of all steps, where that tells them better: what the steps before left of
+        it holds the errors of theirs."""
+        whole = replace(place, spaces=replace(place.spaces, second=self._begun.spaces.second))
+        x = whole.solve(found.x, SOLVES)
+        better = (whole.error(x) < place.error(found.x)) & (whole.misfit(x)[0] <= FITS)
+        twice = (torch.cdist(x, x) < NEAR * x.norm(dim=1)).tril(-1).any(1)
+        better &= ~twice
+        x = torch.where(better[:, None], x, found.x)
+        return Candidates(x, torch.where(better, place.labels(x, size)[0], found.labels)) if len(x) else found
 
     def _inputs(self, x: Float[Tensor, "n u"]) -> Tensor:
         return x.reshape(-1, *self.client.input_shape)
@@ -389,6 +361,11 @@ class _Recovery:
             misfit = self.difference.misfit(there)
             if misfit < at.misfit:
                 at, labels, walk = replace(at, x=x, misfit=misfit), other, there
+        size = float(at.x.square().mean().sqrt())
+        if at.misfit <= INSIDE and not at.sides and bool((error > VISIBLE * size).any()):
+            # By each step's row space alone: all steps together tell them better by far.
+            moved = rounding_moves(self.client, self.plan, self.difference, layer, at.x, labels, at.order)
+            error = error if moved is None else torch.minimum(error, CAREFUL * moved * max(1.0, at.misfit))
         certain = not close or (at.misfit <= INSIDE and together.told_apart(at, close))
         x, missed = self._inputs(at.x), self.difference.missed(walk)
         stop = self._unexplained(at.misfit)

@@ -2,33 +2,35 @@
 
 A sample's error decides the side of a unit that stands near its kink. On its wrong side the unit gets a gradient that
 it did not have, which moves its weights, so that the samples of later steps miss the row space in which they are looked
-for. There the units in doubt of the steps before are tried on their other sides.
+for. By how they miss it the units in doubt of the steps before are told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.inversion.subspace.step import Place
-from rgap.inversion.walk import Client, Sides, Unit, Walk, Weights, kinks
-from rgap.linalg import deadline
+from rgap.inversion.subspace.step import Place, layer_of
+from rgap.inversion.walk import Client, Order, Sides, Unit, Walk, Weights, kinks
+from rgap.nn.network import Network
 
 DOUBTED = 4.0
 """Standard deviations from its kink within which a unit's side is in doubt."""
 DRAWS = 4
-BACK = 4
-"""Steps before in which units are tried."""
-MOST = 12
+BACK = 8
+"""Steps before of which units are tried."""
+MOST = 256
 """Units that are tried, those nearest to their kinks."""
-SUSPECT = 5.0
-"""Times what rounding explains, squared, by which a sample misses the row space where a unit is on its wrong side."""
-LOWER = 0.5
-"""By which a trial has to lower the logarithm of what is missed, of all samples together."""
-SOLVES = 10
+GAIN = 50.0
+"""Times a value's noise, squared, by which a unit's other side has to lower what is missed, of all samples together."""
+AS_FORETOLD = 0.6
+"""Part of its own size by which that may differ from it."""
+MEDIAN = 0.455
+"""Of the square of a normally distributed value, in units of its variance."""
 
 
 def in_doubt(
@@ -64,49 +66,90 @@ def in_doubt(
     return found
 
 
-def missed(place: Place, x: Float[Tensor, "s u"], solve: bool, noise: float) -> float:
-    """By how much samples miss a step's row space: the logarithm, all together, of what is more than rounding explains.
-
-    Args:
-        solve: whether the samples themselves are only about there.
-        noise: the standard deviation of each value of what is left of the second layer's difference.
-    """
-    second = place.spaces.second
-    assert second is not None
-    # Units on wrong sides leave something in the space that is taken for noise.
-    more = second.noise / (noise * (len(second.u) ** 0.5 + len(second.v) ** 0.5))
-    off = place.misfit(place.solve(x, SOLVES) if solve else x)[0] * max(1.0, more) ** 2
-    return float((off / SUSPECT).clamp(min=1).log().sum())
-
-
 def with_other_sides(
     client: Client,
     walk: Walk,
-    order: Sequence[tuple[int, ...]],
+    order: Order,
     x: Float[Tensor, "n u"],
     labels: Float[Tensor, " n"],
     error: Float[Tensor, " n"],
-    miss: Callable[[Walk], float],
-) -> Walk:
-    """The walk with a unit of its last steps on its other side, where samples of the next one miss less then; else the
-    walk itself.
+    place: Place,
+    own: Float[Tensor, "s u"],
+) -> Sides:
+    """The walk's sides, and that of the unit of its last steps by whose other side the next step's samples miss its row
+    space less, if there is one.
+
+    Of each unit in doubt the other side's effect is known, in pattern and size: it moves the first layer's weights by a
+    known cotangent times its sample, and the later samples' hidden vectors by that.
 
     Args:
         x, labels, error: of the samples so far.
-        miss: by how much the next step's samples miss.
+        place: before the next step.
+        own: about that one's samples.
     """
-    inputs, trail = x.reshape(-1, *client.input_shape), walk.trail
-    doubts = list[tuple[float, Unit, bool]]()
+    trail, doubts = walk.trail, list[tuple[float, Unit, bool]]()
     for step in range(max(0, walk.step - BACK), walk.step):
         doubts += in_doubt(client, trail[step], x, order[step], error, step, walk.sides)
-    if not doubts:
-        return walk
-    best, least = walk, miss(walk) - LOWER
-    for _, which, above in sorted(doubts, key=lambda each: each[0])[:MOST]:
-        if deadline.used() >= 1:
-            break
-        there = walk.instead({**walk.sides, which: above}, which.step).all(inputs, labels, order[which.step :])
-        found = miss(there)
-        if found < least:
-            best, least = there, found
-    return best
+    nearest = sorted(doubts, key=lambda each: each[0])[:MOST]
+    found, units = dict(walk.sides), sorted((each[1:] for each in nearest), key=lambda each: each[0].step)
+    if not units:
+        return found
+    by = _moved(walk, x, labels, units, own)
+    condition = place.condition
+    t = condition.unknowns_of(condition.first.row(own))
+    left = condition.left_by(t, torch.zeros_like(by[:1]))[0]
+    changes = condition.left_by(t, by) - left
+    # Of the median: what a wrong side spoils is not taken for noise. What is no sample misses more, and counts less.
+    noise = (left.square().median(1, keepdim=True).values / MEDIAN).sqrt()
+    left, changes = left / noise, changes / noise
+    sizes = changes.square().sum((1, 2))
+    gains = -2 * (left * changes).sum((1, 2)) - sizes
+    best = int(torch.where((gains - sizes).abs() < AS_FORETOLD * sizes, gains, 0.0).argmax())
+    if float(gains[best]) > GAIN:
+        unit, above = units[best]
+        found[unit] = above
+    return found
+
+
+def _moved(
+    walk: Walk,
+    x: Float[Tensor, "n u"],
+    labels: Float[Tensor, " n"],
+    units: Sequence[tuple[Unit, bool]],
+    own: Float[Tensor, "s u"],
+) -> Float[Tensor, "c s o"]:
+    """By how much each unit's other side moves what the first layer gives samples, by its own step's gradient.
+
+    Args:
+        units: in the order of their steps.
+    """
+    client, plan, trail = walk.client, walk.plan, walk.trail
+    c, parts = plan.expansion[walk.step][1], list[Tensor]()
+    for step, group in groupby(units, key=lambda each: each[0].step):
+        these = list(group)
+        rows = [unit.sample for unit, _ in these]
+        network = client.network(trail[step])
+        segments = Place.layers(network, trail[step])
+        assert segments is not None
+        values = network.forward(x[rows].reshape(-1, *client.input_shape))
+        k = client.loss.output_gradient(values[-1].flatten(1), labels[rows]).reshape(values[-1].shape)
+        ways = []
+        for other in (False, True):
+            slopes = _with_sides(network, values, [(unit, above == other) for unit, above in these])
+            found = network.vjp(values, slopes, {len(values) - 1: k})[segments[0].exit]
+            assert found is not None
+            ways.append(found.flatten(1))
+        share = c[step] * walk.factors[step] / plan.sizes[step]
+        biased = layer_of(network, segments[0]).bias_name is not None
+        parts.append(share * (x[rows] @ own.mT + biased)[:, :, None] * (ways[1] - ways[0])[:, None])
+    return torch.cat(parts)
+
+
+def _with_sides(network: Network, values: list[Tensor], sides: Sequence[tuple[Unit, bool]]) -> dict[int, Tensor]:
+    """The slopes, with one unit of each row on a given side."""
+    slopes, nodes, functions = network.slopes(values), kinks(network), dict(network.activations)
+    for row, (unit, above) in enumerate(sides):
+        node = nodes[unit.activation]
+        side = slopes[node].new_tensor(1.0 if above else -1.0)
+        slopes[node].flatten(1)[row, unit.unit] = functions[node].slope(side)
+    return slopes

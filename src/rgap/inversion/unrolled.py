@@ -31,6 +31,8 @@ STEPS = 10
 """With one derivative: samples are nearly known."""
 RTOL, PRODUCTS = 1e-2, 60
 """Of the conjugate gradients of a step: what it leaves the next one takes up."""
+RTOL_MOVES, PRODUCTS_MOVES = 1e-3, 400
+"""Of those that tell how far rounding moves samples."""
 ENOUGH = 0.999
 """A step that lowers the residual by less is the last."""
 HALVINGS = 5
@@ -56,28 +58,68 @@ def in_their_span(
         layer: the first one, which reads the samples.
         order: of each step the numbers of its samples.
     """
-    q: Tensor = torch.linalg.qr(x.mT)[0]
-    found = spanned(client, difference, layer, q)
-    if found is None:
+    inside = _inside(client, plan, difference, layer, x, labels, order)
+    if inside is None:
         return x, labels
-    small, inside = found
-    real = not client.loss.labels
-    made = made_by(small, plan, inside, None if real else labels, order)
-    at = torch.cat([x @ q, labels[:, None]], 1) if real else x @ q
-    inputs = x.reshape(-1, *client.input_shape)
-    k = whole_cotangents(Walk(client, plan).all(inputs, labels, order), layer, inputs, labels, order)
-    operator = Unrolled(made, at)
-    here, nearly = operator.missed, _nearly(operator, k / inside.noise[layer.weight_name], real)
+    operator, nearly, q = inside
+    at, here, real = operator.like, operator.missed, not client.loss.labels
     for _ in range(STEPS):
         right = operator.rmv(here[None])
         if not float((right * nearly(right)).sum()) > (1 - ENOUGH**2) * float(here.square().sum()):
             break
         move = cg.solve(operator.normal, right, RTOL, PRODUCTS, precondition=nearly).x[0]
-        there = -made(at + move)
+        there = -operator.made(at + move)
         if not float(there.norm()) < ENOUGH * float(here.norm()):
             break
         at, here = at + move, there
     return (at[:, :-1] @ q.mT, at[:, -1]) if real else (at @ q.mT, labels)
+
+
+def rounding_moves(
+    client: Client,
+    plan: Plan,
+    difference: Difference,
+    layer: Layer,
+    x: Float[Tensor, "n u"],
+    labels: Float[Tensor, " n"],
+    order: Order,
+) -> Float[Tensor, " n"] | None:
+    """How far one draw of the difference's rounding moves each sample's values within their span, root mean square;
+    None where that cannot be had. The arguments are those of `in_their_span`."""
+    inside = _inside(client, plan, difference, layer, x, labels, order)
+    if inside is None:
+        return None
+    operator, nearly, q = inside
+    generator = torch.Generator(device=x.device).manual_seed(0)
+    drawn = torch.randn(operator.missed.shape, generator=generator, dtype=x.dtype, device=x.device)
+    found = cg.solve(operator.normal, operator.rmv(drawn[None]), RTOL_MOVES, PRODUCTS_MOVES, precondition=nearly)
+    if not bool(found.converged.all()):
+        return None
+    moved: Tensor = (found.x[0, :, : q.shape[1]].square().sum(1) / x.shape[1]).sqrt()
+    return moved
+
+
+def _inside(
+    client: Client,
+    plan: Plan,
+    difference: Difference,
+    layer: Layer,
+    x: Float[Tensor, "n u"],
+    labels: Float[Tensor, " n"],
+    order: Order,
+) -> tuple[Unrolled, Callable[[Tensor], Tensor], Float[Tensor, "u n"]] | None:
+    """The derivative by the samples as coordinates in their span, what solves for them nearly, and the span."""
+    q: Tensor = torch.linalg.qr(x.mT)[0]
+    found = spanned(client, difference, layer, q)
+    if found is None:
+        return None
+    small, inside = found
+    real = not client.loss.labels
+    made = made_by(small, plan, inside, None if real else labels, order)
+    inputs = x.reshape(-1, *client.input_shape)
+    k = whole_cotangents(Walk(client, plan).all(inputs, labels, order), layer, inputs, labels, order)
+    operator = Unrolled(made, torch.cat([x @ q, labels[:, None]], 1) if real else x @ q)
+    return operator, _nearly(operator, k / inside.noise[layer.weight_name], real), q
 
 
 def _nearly(operator: Unrolled, k: Float[Tensor, "n o"], real: bool) -> Callable[[Tensor], Tensor]:

@@ -180,6 +180,16 @@ class RowCondition(Condition):
         gram = gram - crossed - crossed.mT + (missed / size**2)[..., None] * slope[:, :, None] * slope[:, None]
         return (gradient - missed * slope / size) / size**2, gram / size[..., None] ** 2
 
+    def left_by(self, t: Float[Tensor, "s d"], by: Float[Tensor, "c s m"]) -> Float[Tensor, "c s n"]:
+        """What h misses the second row space by where z were moved, less what t could make up for."""
+        z = self.z(t)
+        values, (space, one) = self._behind(z), self._space
+        j = self._slopes(values)
+        basis: Tensor = torch.linalg.qr(j - space @ (space.mT @ j))[0]
+        h = self._behind((z + by).flatten(0, 1))[-1].reshape(*by.shape[:2], -1)
+        r = (h - (h @ space + one) @ space.mT).transpose(0, 1)
+        return (r - (r @ basis) @ basis.mT).transpose(0, 1)
+
     def _size(self, t: Float[Tensor, "s d"], h: Float[Tensor, "s n"]) -> Float[Tensor, " s"]:
         """The square of what r is compared with: (h, 1).
 
