@@ -55,7 +55,7 @@ FROM_INPUT = Annealing(max_steps=6, patience=6, solve_rtol=0.05, solve_steps=40)
 """From the network's input, whose neighbouring values are similar: far enough to begin nearer, and no further."""
 QUICK = Annealing(temperature=2.0, cooling=0.97, fading=0.8, max_steps=120, patience=40, solve_steps=60)
 """Of many unknowns, where steps take long: a prior that is gone in twenty of them, if rows are enough without."""
-NEAR = Annealing(temperature=0.3, prior=0.01, patience=20)
+NEAR = Annealing(temperature=0.3, prior=0.01, patience=10)
 """From a start of a few per cent's error."""
 VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, patience=6, progress=0.7, gradient=False)
 """Where the maxima alone determine the input: the routes of the present input, and a prior that fades fast. Where that
