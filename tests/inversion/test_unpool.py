@@ -115,15 +115,35 @@ def test_a_network_with_pools_is_inverted_exactly(kind: str) -> None:
         assert error**0.5 < 10 * found.answers[0].error
 
 
+@pytest.mark.parametrize("kind", ["relu, pool", "batch norm", "relu, mean", "two layers, one pool"])
+@pytest.mark.parametrize("decided", [False, True])
+def test_few_unknowns_move_as_many_do(kind: str, decided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a matrix as by one product after another."""
+    target, x = target_of(kind, 6), pictures(1, 1, 6).double()
+    state, gradients, node, _ = behind_the_pool(target, x)
+    route = route_of(target.network, node, 0)
+    assert route is not None
+    observed = route.observed(state, gradients[route.weight_name], False)
+    point = route_rows.Point(route.part, observed, 0.7 * x + 0.1)
+    step = route_rows.Step(point, 3.0, 0.3, routes.SETTLED)
+    step = step.decided() if decided else step
+    moves = []
+    for few in (0, 1000):
+        monkeypatch.setattr(route_rows, "FEW", few)
+        moves.append(step.move(step.wanted, step.left, Prior((1, 6, 6), 0.0), 0.1))
+    assert float(moves[0].norm()) > 0.1
+    torch.testing.assert_close(moves[0], moves[1], rtol=0, atol=1e-6 * float(moves[0].norm()))
+
+
 def test_rows_of_some_outputs_are_enough_where_all_would_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each output of the second convolution has 800 gradient rows; what it reads has 800 unknowns, the picture 100."""
     monkeypatch.setattr(route_rows, "LARGE", 0)
     weighed: set[tuple[int, int]] = set()
     apply = route_rows.Whitening.__call__
 
-    def counted(self: route_rows.Whitening, grad: Tensor) -> Tensor:
-        found = apply(self, grad)
-        weighed.add((len(self.outputs), int((found.flatten(0, 1) != 0).any(1).sum())))
+    def counted(self: route_rows.Whitening, grads: Tensor) -> Tensor:
+        found = apply(self, grads)
+        weighed.add((len(self.outputs), int((found.flatten(1, 2) != 0).any(2).any(0).sum())))
         return found
 
     monkeypatch.setattr(route_rows.Whitening, "__call__", counted)

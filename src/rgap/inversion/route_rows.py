@@ -33,6 +33,9 @@ ROOM = 1 << 24
 """Numbers that are held at once to weigh gradient rows."""
 LARGE, PLENTY = 1 << 26, 5
 """Above so many numbers in all, no more outputs are weighed than give so many rows for each unknown."""
+FEW = 64
+"""So many unknowns of one sample and fewer: products with all unit moves at once take less time than one after another
+with those of conjugate gradients."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +170,13 @@ class Step:
 
     def rows(self, move: Float[Tensor, "b ..."]) -> tuple[Float[Tensor, "b o m"], Float[Tensor, "g j i"]]:
         """What a move of the input does to value rows and gradient rows."""
-        layer, pool = self.point.part.layer, self.point.part.pool
-        z, grad = layer.rows(self._read(move), self.k)
-        return (pool.read(z) * self.slope).sum(-1), grad.sum(0)
+        values, grads = self._each(move)
+        return values, grads.sum(0)
+
+    def _each(self, move: Float[Tensor, "s ..."]) -> tuple[Float[Tensor, "s o m"], Float[Tensor, "s g j i"]]:
+        """The same of the move of each sample; or of several moves of a single sample."""
+        z, grads = self.point.part.layer.rows(self._read(move), self.k)
+        return (self.point.part.pool.read(z) * self.slope).sum(-1), grads
 
     def z_moved(self, move: Float[Tensor, "b ..."]) -> Float[Tensor, "b o n"]:
         """What it does to z."""
@@ -181,23 +188,16 @@ class Step:
 
     def move(self, wanted: Tensor, left: Tensor, prior: Prior | None = None, weight: float = 0.0) -> Tensor:
         """How far the input moves for what value rows want and gradient rows miss."""
-        point, front, layer, pool = self.point, self.point.part.front, self.point.part.layer, self.point.part.pool
-        apart = self.weigher()
-
-        def back(rows: Tensor, grad: Tensor) -> Tensor:
-            k = pool.scatter(self.slope * (self.weight * rows)[..., None]).reshape(self.k.shape)
-            weighted = None if apart is None else self.variance * apart(grad)
-            cotangent = layer.unpack_input(layer.rows_adjoint(k, weighted, self.k))
-            last = len(point.values) - 1
-            found = front.vjp(point.values, point.slopes, {last: cotangent.reshape(point.values[-1].shape)})[0]
-            assert found is not None
-            return found[None]
+        point, apart, pull = self.point, self.weigher(), 0.0
 
         def normal(move: Tensor) -> Tensor:
-            found = back(*self.rows(move[0]))
+            values, grad = self.rows(move[0])
+            return pulled(self._back(values, grad[None], apart), move[0])[None]
+
+        def pulled(found: Tensor, move: Tensor) -> Tensor:
             return found if prior is None else found + pull * prior(move)
 
-        right = back(wanted, left)
+        right = self._back(wanted, left[None], apart)[None]
         if prior is not None:
             generator = torch.Generator(device=point.x.device).manual_seed(0)
             drawn = torch.randn(point.x.shape, generator=generator, dtype=point.x.dtype, device=point.x.device)
@@ -205,7 +205,23 @@ class Step:
             pull = weight * size
             right = right - pull * prior(point.x - prior.centre)[None]
         steps = self.schedule.solve_steps * (1 if prior is not None else 3)
-        return cg.solve(normal, right, self.schedule.solve_rtol, steps).x[0]
+        if len(point.x) > 1 or point.x.numel() > FEW:
+            return cg.solve(normal, right, self.schedule.solve_rtol, steps).x[0]
+        units = torch.eye(point.x.numel(), dtype=right.dtype, device=right.device).reshape(-1, *point.x.shape[1:])
+        matrix = pulled(self._back(*self._each(units), apart), units).flatten(1)
+        found = cg.solve(lambda move: move @ matrix, right.flatten(1), self.schedule.solve_rtol, steps)
+        return found.x.reshape(point.x.shape)
+
+    def _back(self, rows: Tensor, grads: Tensor, apart: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """The adjoint of `_each`, or of `rows` for one gradient of all samples, each row with its weight."""
+        point, front, layer, pool = self.point, self.point.part.front, self.point.part.layer, self.point.part.pool
+        k = pool.scatter(self.slope * (self.weight * rows)[..., None]).reshape(-1, *self.k.shape[1:])
+        weighted = None if apart is None else self.variance * apart(grads)
+        cotangent = layer.unpack_input(layer.rows_adjoint(k, weighted, self.k))
+        last = len(point.values) - 1
+        found = front.vjp(point.values, point.slopes, {last: cotangent.reshape(-1, *point.values[-1].shape[1:])})[0]
+        assert found is not None
+        return found
 
 
 class Decided(Step):
@@ -262,16 +278,16 @@ class Whitening:
         lower = torch.linalg.cholesky(square + self.noise[:, None, None] * eye)
         self.factor, self.inverse = factor, torch.cholesky_inverse(lower)
 
-    def __call__(self, grad: Float[Tensor, "g j i"]) -> Float[Tensor, "g j i"]:
-        # One row times a matrix for each output: many matrices times a column each take several times as long.
-        rows = grad.flatten(0, 1)[self.outputs][:, None]
+    def __call__(self, grads: Float[Tensor, "s g j i"]) -> Float[Tensor, "s g j i"]:
+        # Rows times a matrix for each output: many matrices times a column each take several times as long.
+        rows = grads.flatten(1, 2)[:, self.outputs].transpose(0, 1)
         if self.by_reads:
             found = rows @ self.inverse
         else:
             found = (rows - rows @ self.factor @ self.inverse @ self.factor.mT) / self.noise[:, None, None]
-        whole = torch.zeros_like(grad.flatten(0, 1))
-        whole[self.outputs] = found[:, 0]
-        return whole.reshape(grad.shape)
+        whole = torch.zeros_like(grads.flatten(1, 2))
+        whole[:, self.outputs] = found.transpose(0, 1)
+        return whole.reshape(grads.shape)
 
 
 def _columns(step: Step, outputs: Tensor, first: Tensor, undecided: Tensor) -> Float[Tensor, "o i q"]:
