@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rgap import Target, capture, losses
 from rgap.attacks import Closed, Reconstruction, Recursive, Status
+from rgap.inversion.recursion import solve_sides
+from rgap.inversion.state import Observation, State
+from rgap.nn import layers as made
+from rgap.nn.ops import Linear
 from tests.nn.modules import ByHand, Call, Shifted, Skip, norm
 
 SHAPE = (2, 6, 6)
@@ -143,3 +149,33 @@ def test_what_is_open_behind_a_block_is_not_followed_through_it() -> None:
     found, _ = attacked(block, nn.Conv2d(8, 1, 3, 2, 1), nn.ELU())
     assert found.status is Status.NOT_CONVERGED
     assert "leaves its input open" in found.reason
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_beside_an_empty_background_a_value_on_its_wrong_side_is_found(seed: int) -> None:
+    """Half of the input is empty, so that hundreds of values are at their kinks; one that reads something is on its
+    wrong side."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    layer = made.convolution(
+        "conv", normal(16, 3, 4, 4) / 7, None, (3, 24, 24), (2, 2), ((1, 1),) * 2, (1, 1), 1, "w", None
+    )
+    x = normal(1, 3, 24, 24)
+    x[..., :12, :] = 0
+    x = x.reshape(1, 3, -1)
+    z, k, std = layer.output(x), normal(1, 16, layer.positions), 1e-6
+    empty = layer.read(x) == 0
+    near = int(z.abs().where(~empty, torch.inf).argmin())
+    here, there = k.clone(), torch.where(empty, 0.2 * k, k)
+    here.view(-1)[near] *= 0.2
+    grad = layer.grad_weight(x, k)
+    grad = grad + 2e-8 * grad.abs().max() * normal(*grad.shape)
+    value, error = layer.unpack_output(z + std * normal(*z.shape)), torch.full_like(layer.unpack_output(z), std)
+    state, other = (State(value, layer.unpack_output(of), None, error) for of in (here, there))
+    given = Observation({"w": grad}, 1.2e-7, 2.4e-5)
+    found, _, solution = solve_sides(Linear(layer), replace(state, alternative=other), grad, None, True, given)
+    assert torch.equal(layer.pack_output(found.cotangent)[~empty], k[~empty])
+    assert float((solution.x - x).abs().max()) < 1e-3

@@ -24,6 +24,8 @@ Pattern = Mapping[int, Bool[Tensor, "b ..."]]
 
 READS = 1e-2
 """A unit that reads less than this fraction of what any unit of its layer reads has no side worth knowing."""
+DARK = 1e-4
+"""One that reads less than this reads an empty background, which no value is nearer to its kink than."""
 
 
 def least_certain(system: ConstraintSystem, at: Linearisation, count: int) -> Pattern:

@@ -37,6 +37,7 @@ from rgap.inversion.sides import (
     choose_side,
     choose_zeros,
     gradient_agrees,
+    lit,
     other_side,
     sides_agree,
     sides_by_bias,
@@ -54,6 +55,8 @@ from rgap.nn.pools import Pool
 
 PRECISE = 1e-5
 """Weight rows that miss more may hide a value on its wrong side."""
+SOLVED = 1e-10
+"""What solves in double precision leave of values, relatively, at the most."""
 LEAST = 1e-6
 """However coarse the gradient, a cotangent above this part of its terms is not taken for their rounding."""
 
@@ -269,9 +272,14 @@ def _sides(
             return state
         return choose_zeros(op, state, other, x, grad, observed)
     # Where gradient rows alone determine the input they are met on any side, and the weight rows show a wrong one.
-    precise = solution.weight_residual <= PRECISE
+    there = torch.where(lit(layer, x), there, k)
+    if torch.equal(there, k):
+        return state
+    error = state.rms_std.maximum(SOLVED * state.value.flatten(1).square().mean(1).sqrt())
+    precise = (solution.weight_residual <= PRECISE) & (solution.weight_misfit <= error)
     if bool((precise & sides_agree(layer, k, there, x, grad, observed.eps)).all()):
         return state
+    other = replace(other, cotangent=layer.unpack_output(there).reshape(state.cotangent.shape))
     return choose_side(op, state, other, grad, observed)
 
 

@@ -10,15 +10,13 @@ from torch import Tensor
 
 from rgap.inversion.doubted import unit_gradients
 from rgap.inversion.estimate import other_slope
-from rgap.inversion.pattern import norms_read
+from rgap.inversion.pattern import DARK, norms_read
 from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.nn.activation import Activation
 from rgap.nn.activations import LeakyReLU, PReLU, ReLU
 
 Unit = tuple[int, int]
 """An elementwise operation, by its node, and which of its values."""
-DARK = 1e-4
-"""One that reads less than this reads an empty background, which no value is nearer to its kink than."""
 TRIED, FLIPPED = 32, 8
 """How many units, those nearest to their kink, are tried on their other side, and how many are changed at the most."""
 PAIRS = 2**26

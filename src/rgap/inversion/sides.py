@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rgap.inversion.layer import LayerSystem
+from rgap.inversion.pattern import DARK
 from rgap.inversion.rounding import rounding
 from rgap.inversion.state import Observation, State
 from rgap.nn.activation import Activation, Inverse
@@ -104,6 +105,14 @@ def sides_at(network: Network, value_id: int, state: State, value: Tensor) -> St
     return replace(state, cotangent=cotangent, alternative=None)
 
 
+def lit(layer: Layer, x: Float[Tensor, "s c n"]) -> Bool[Tensor, "s o p"]:
+    """Which units read something. One that reads next to nothing, as on an empty background, adds nothing to the
+    gradient of its weights on either side of its kink."""
+    read = layer.read(x)
+    found: Tensor = read > DARK * read.flatten(1).amax(1)[:, None, None]
+    return found
+
+
 def sides_agree(
     layer: Layer,
     k: Float[Tensor, "s o p"],
@@ -155,6 +164,7 @@ def choose_side(op: Linear, state: State, other: State, grad: Float[Tensor, "s g
     x = system.solve(layer.pack_output(state.value) - layer.offset, kept, tolerance=FOR_SIGNS).x
     residual = (grad - layer.grad_weight(x, k)).flatten(1, 2)
     patches = layer.patches(x)
+    uncertain &= lit(layer, x)
     k = k.clone()
     for s, unit in (~certain[..., 0]).nonzero().tolist():
         at = uncertain[s, unit].nonzero().flatten()

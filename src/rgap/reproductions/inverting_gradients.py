@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from rgap import losses, models
-from rgap.attacks import IDLG, LBFGS, InvertingGradients, Matching
+from rgap.attacks import IDLG, LBFGS, FeatureMatching, InvertingGradients, Matching
 from rgap.picture import grid, name_row, show
 from rgap.reproductions.base import Job, Options, Reproduction, judged, of
 from rgap.store import Row
@@ -61,6 +61,7 @@ SETTINGS = (
         "18.00 +- 3.33",
     ),
     Setting("LeNet, L-BFGS", models.lenet, IDLG(minimiser=LBFGS(history=20), iterations=2000), "-"),
+    Setting("LeNet, FeatureMatching", models.lenet, FeatureMatching(), "-"),
     Setting(
         "ConvNet64, InvertingGradients",
         models.convnet,
