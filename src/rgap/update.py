@@ -133,10 +133,15 @@ class Update:
     def precisions(self) -> Mapping[str, float]:
         """The same of each parameter, by its type, by the bits that its values use, and as the header says."""
         found = {name: stored_precision(g) for name, g in self.gradients.items()}
-        coarsest = max([own for own, certain in found.values() if certain] or [float(torch.finfo(self.dtype).eps)])
-        least = self.header.precision or 0.0
-        # What a few values leave open is taken to be as in the others.
-        return {name: max(own if certain else min(own, coarsest), least) for name, (own, certain) in found.items()}
+        certain = [each for each in found.values() if each.certain]
+        coarsest = max([each.relative for each in certain] or [float(torch.finfo(self.dtype).eps)])
+        least, steps = self.header.precision or 0.0, {each.step for each in certain}
+        # What a few values leave open is taken to be as in the others; but where they end with the same bit as those,
+        # as where float16 underflows, they were rounded to it.
+        return {
+            name: max(each.relative if each.certain or each.step in steps else min(each.relative, coarsest), least)
+            for name, each in found.items()
+        }
 
     @property
     def tolerance(self) -> float:

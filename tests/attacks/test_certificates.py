@@ -129,7 +129,8 @@ def test_what_rounding_does_not_explain_is_not_exact_and_its_error_is_larger(noi
 def test_the_bits_in_use_tell_how_a_tensor_was_rounded(kind: torch.dtype, stored: torch.dtype, scale: float) -> None:
     values = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rounded = (values.to(kind).double() * scale).to(stored)
-    precision, certain = stored_precision(rounded)
+    found = stored_precision(rounded)
+    precision, certain = found.relative, found.certain
     own = torch.finfo(kind).eps
     assert certain
     # Of the type's own rounding the whole step counts, since it was computed in it.
@@ -140,7 +141,7 @@ def test_the_bits_in_use_tell_how_a_tensor_was_rounded(kind: torch.dtype, stored
 
 def test_few_values_and_round_numbers_tell_nothing() -> None:
     for values in (torch.ones(100), torch.tensor([0.5, -0.25]), torch.zeros(9), torch.tensor([1.0, -1.0] * 50)):
-        assert not stored_precision(values)[1]
+        assert not stored_precision(values).certain
     target, x = dense(loss=losses.Hinge()), rand(0, 1, 3, 4, 4)
     update = capture(target, x, torch.tensor([1.0]))  # its last cotangent is -1
     assert update.precision == torch.finfo(torch.float32).eps
@@ -148,7 +149,7 @@ def test_few_values_and_round_numbers_tell_nothing() -> None:
 
 def test_small_values_that_underflow_are_rounded_more_coarsely() -> None:
     values = 1e-6 * torch.randn(200, generator=torch.Generator().manual_seed(0))
-    precision, _ = stored_precision(values.half().float())
+    precision = stored_precision(values.half().float()).relative
     error = (values.half().float() - values).square().mean().sqrt() / values.square().mean().sqrt()
     assert 0.1 < float(error) / precision < 2
 
@@ -432,3 +433,17 @@ def test_what_that_rounding_does_not_explain_is(ending: tuple[nn.Module, ...], n
     gradients[name] = 1.003 * gradients[name]
     spoilt = Update(gradients)
     assert certify(target, spoilt, x, y, k=k[None]).residual > spoilt.tolerance
+
+
+def test_few_values_that_underflow_are_as_coarse_as_the_others_last_bit() -> None:
+    """A gradient of ten magnitudes may be one of round numbers, but not where others end with the same bit."""
+    generator = torch.Generator().manual_seed(0)
+    fine = torch.randn(40, 40, generator=generator) * 1e-5
+    small = torch.randn(20, 20, generator=generator) * 2e-7
+    rounded = {"fine": fine.half().float(), "small": small.half().float()}
+    assert not stored_precision(rounded["small"]).certain
+    wrong = float((rounded["small"] - small).norm() / small.norm())
+    assert wrong / 2 < Update(rounded).precisions["small"] < 2 * wrong
+    # A hinge's cotangents are exact, however few they are.
+    exact = {"fine": fine.half().float(), "signs": small.sign()}
+    assert Update(exact).precisions["signs"] <= Update(exact).precisions["fine"]
