@@ -447,3 +447,25 @@ def test_few_values_that_underflow_are_as_coarse_as_the_others_last_bit() -> Non
     # A hinge's cotangents are exact, however few they are.
     exact = {"fine": fine.half().float(), "signs": small.sign()}
     assert Update(exact).precisions["signs"] <= Update(exact).precisions["fine"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_little_of_another_sample_is_not_taken_for_the_rounding_of_k(factor: float) -> None:
+    """Where the label is nearly certain k is off by much, in one direction; other differences are none of its doing."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 10), nn.Tanh(), nn.Linear(10, 4))
+    generator = torch.Generator().manual_seed(0)
+    x, other = torch.rand(2, 1, 3, 2, 2, generator=generator)
+    other = (x + other) / 2
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+        outputs = model(x)[0].sort().values
+        label = torch.tensor([float(model(x).argmax())])
+        model[-1].weight *= 8.5 / (outputs[-1] - outputs[-2])
+        model[-1].bias *= 8.5 / (outputs[-1] - outputs[-2])
+    target = Target(model, losses.CrossEntropy(4), (3, 2, 2), (0.0, 1.0))
+    clean, more = (capture(target, each, label).gradients for each in (x, other))
+    assert Closed()(target, Update(clean)).status is Status.EXACT
+    share = 4e-4 * Update(clean).norm / Update(more).norm
+    mixed = Update({name: factor * (g + share * more[name]) for name, g in clean.items()})
+    assert Closed()(target, mixed).status is not Status.EXACT

@@ -240,13 +240,13 @@ def certify(
     plain = _recomputed(target, update, given, inputs, labels, factors, None)
     if k is None:
         return plain
-    k_off = _rounded_off(target, update, inputs, labels, k)
+    k_off = _rounded_off(target, update, inputs, labels, k / plain.factor)
     if k_off is None or k_off <= OWN_ROUNDINGS * update.precision:
         return plain
     # Also where the loss's own agrees: what k is off by would hide what the answer is off by.
-    sent = _recomputed(target, update, given, inputs, labels, False, k)
+    sent = replace(_recomputed(target, update, given, inputs, labels, False, k), factor=plain.factor)
     if not sent.residual < plain.residual:
-        return plain
+        return replace(plain, roundings=max(plain.roundings, sent.roundings))
     return sent if plain.residual <= update.tolerance else replace(sent, k_off=k_off)
 
 

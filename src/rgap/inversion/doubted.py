@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rgap.inversion.pattern import Pattern
 from rgap.inversion.system import ConstraintSystem, Linearisation
+from rgap.linalg.svd import svd
 from rgap.nn.layer import Layer
 
 RANK = 1e-9
@@ -139,6 +140,6 @@ class Columns:
 
 
 def _span(moved: Float[Tensor, "m w"]) -> Float[Tensor, "r w"]:
-    _, sigma, basis = torch.linalg.svd(moved, full_matrices=False)
+    _, sigma, basis = svd(moved)
     found: Tensor = basis[sigma > RANK * sigma.amax().clamp(min=torch.finfo(sigma.dtype).tiny)]
     return found

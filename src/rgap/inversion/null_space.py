@@ -21,6 +21,7 @@ from torch import Tensor
 from rgap.inversion.history import History, Open, Paths
 from rgap.inversion.state import State
 from rgap.linalg import deadline, psd
+from rgap.linalg.svd import svd
 from rgap.nn.activation import Activation
 from rgap.nn.activations import NonMonotone
 from rgap.nn.layers import Layer
@@ -133,7 +134,9 @@ class _VirtualRows:
                 return None
             missed, steep = now
             pulled = self.unreached.mT * steep
-            u, sigma, vh = torch.linalg.svd(pulled @ self.null, full_matrices=False)
+            if not bool(pulled.isfinite().all()):
+                return None
+            u, sigma, vh = svd(pulled @ self.null)
             condition = float(sigma[0] / sigma[-1])
             if not condition < CONDITION:
                 return None

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rgap.linalg import psd
+from rgap.linalg.svd import svd
 from rgap.nn.layers import Layer
 
 TOLERANCE = 1e-9
@@ -202,7 +203,7 @@ def _null_of_gradient(found: Rows, classes: list[tuple[Tensor, Tensor]]) -> list
         kernel = _kernel(found, offsets, pixels)
         if kernel.shape[1] > kernel.shape[2]:
             kernel = torch.linalg.qr(kernel, mode="r")[1]
-        _, sigma, basis = torch.linalg.svd(kernel, full_matrices=True)
+        _, sigma, basis = svd(kernel, full=True)
         for group, part in enumerate(parts):
             rank = int((sigma[group] > TOLERANCE * sigma[group, :1]).sum())
             free = basis[group, rank:]
@@ -301,7 +302,7 @@ def _in_weight_rows(found: Rows, later: Float[Tensor, "f o p"]) -> Float[Tensor,
     dead = found.slope[0] == 0
     if bool(dead.any()):
         held = later[:, dead]
-        _, sigma, basis = torch.linalg.svd(held.mT, full_matrices=True)
+        _, sigma, basis = svd(held.mT, full=True)
         rank = int((sigma > HELD).sum())
         later = (basis[rank:] @ later.flatten(1)).reshape(-1, *later.shape[1:])
     moves = torch.where(dead, 0.0, later / torch.where(dead, 1.0, found.slope[0]) / found.norm)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rgap.inversion.subspace.span import Span
 from rgap.linalg.derivative import linearised
+from rgap.linalg.svd import svd
 from rgap.nn.losses import Loss
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise
@@ -42,7 +43,7 @@ class Condition(ABC):
         v = self.first.v
         if not self.first.biased:
             return torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
-        _, _, vt = torch.linalg.svd(v[-1:], full_matrices=True)
+        _, _, vt = svd(v[-1:], full=True)
         across: Tensor = vt[1:].mT
         return across
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.linalg.svd import svd
 from rgap.nn.layers import Layer
 
 GAP = 10.0
@@ -49,7 +50,7 @@ class Span:
         grad = grad_weight if grad_bias is None else torch.cat([grad_weight, grad_bias[:, None]], 1)
         # By way of R: three times as fast where a layer has many more inputs than outputs.
         q, r = torch.linalg.qr(grad.mT)
-        u, sizes, small = torch.linalg.svd(r.mT, full_matrices=False)
+        u, sizes, small = svd(r.mT)
         spread = float(grad.square().mean().sqrt())
         (rows, columns), norm = grad.shape, grad.shape[0] ** 0.5 + grad.shape[1] ** 0.5
         noise = eps * spread * norm
@@ -66,7 +67,7 @@ class Span:
 
     def reduced(self) -> Span:
         """The same, in bases of the spaces that the samples that are left span."""
-        u, sizes, vt = torch.linalg.svd(self.core)
+        u, sizes, vt = svd(self.core, full=True)
         kept = slice(0, self.rank)
         # What samples that were taken leave behind is the error with which they were known.
         noise = max([self.noise, *sizes[self.rank : self.rank + 1].tolist()])

@@ -24,6 +24,7 @@ from rgap.inversion.subspace.peel import Search, random_starts, row_starts
 from rgap.inversion.subspace.span import Span
 from rgap.linalg import deadline
 from rgap.linalg.levenberg_marquardt import levenberg_marquardt
+from rgap.linalg.svd import svd
 from rgap.nn.layers import Layer
 from rgap.nn.losses import Loss
 from rgap.nn.network import Network, Segment
@@ -190,7 +191,7 @@ class Place:
         left, head = self.left, self.spaces.head
         if len(x):
             left = left.without(x, head.k(head.values(x), labels), share)
-        u, sizes, vt = torch.linalg.svd(left.core)
+        u, sizes, vt = svd(left.core, full=True)
         kept = slice(0, rank)
         left = replace(left, u=left.u @ u[:, kept], core=sizes[kept].diag(), v=left.v @ vt[kept].mT, rank=rank)
         return replace(self, spaces=replace(self.spaces, first=left))
@@ -372,7 +373,7 @@ def _span(
     """The spaces of what is left of a layer's difference, of no more dimensions than there are vectors in them."""
     layer, grad = layer_of(network, segment), _gradient(network, segment, left)
     q, r = torch.linalg.qr(grad.mT)
-    u, sizes, small = torch.linalg.svd(r.mT, full_matrices=False)
+    u, sizes, small = svd(r.mT)
     rank, norm = _above(sizes, grad.shape, noise[layer.weight_name])
     if most is not None and rank > most:
         # What is above is left of samples that were taken, by the errors with which they were known.
