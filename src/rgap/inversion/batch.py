@@ -209,13 +209,7 @@ def back(
     if not front.layers:
         return str(passed.stop) if passed.stop else Inputs(passed.state.value, features.error)
     if passed.stop is None:
-        # A last unit or two may still be on the wrong side.
-        x = refine_sides(system, passed.state.value, tolerance)
-        if passed.certain[0] == 0 and system.network.coupled:
-            x = with_own_statistics(system, x, float(passed.state.rms_std.max()), tolerance)
-        elif passed.certain[0] == 0 and len(passed.layers) > 1:
-            x = refined(system, x, tolerance)[0]
-        passed = passed.moved(x)
+        passed = _last_digits(system, passed, tolerance)
     whole = _Front(front, passed, gradients, eps, tolerance, value_range, solve, report)
     if passed.stop is not None or system.distance(system.linearise(passed.state.value)) > tolerance:
         told = whole.by_values()
@@ -228,6 +222,16 @@ def back(
     if passed.stop is not None and passed.stop.cause is Cause.LOSSY:
         return str(passed.stop)
     return whole.jointly()
+
+
+def _last_digits(system: ConstraintSystem, passed: Passed, tolerance: float) -> Passed:
+    """The inputs once more from all constraints; a last unit or two may still be on the wrong side."""
+    x = refine_sides(system, passed.state.value, tolerance)
+    if passed.certain[0] == 0 and system.network.coupled:
+        x = with_own_statistics(system, x, float(passed.state.rms_std.max()), tolerance)
+    elif passed.certain[0] == 0 and len(passed.layers) > 1:
+        x = refined(system, x, tolerance)[0]
+    return passed.moved(x)
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,13 +113,12 @@ class LayerSystem:
         if not self._dense(solver, trailing, count, self._dominant.complete) and not (factored and self._too_few):
             patience = _patience(layer, trailing, len(k), count) if factored else None
             self._iterative = Iterative(self.rows, observed_weight, self._dominant, self._scale, patience, probed)
-            lost = {s for s, full in enumerate(self._iterative.full_rank.tolist()) if not full}
-            if solver == "iterative" or not lost or layer.unknowns > counted:
+            full = self._iterative.full_rank.tolist()
+            if solver == "iterative" or all(full) or layer.unknowns > counted:
                 return
             # A factor counts the free dimensions exactly.
-            self._trailing = [(s, g) for s, g in self._trailing if s in lost]
-            if len(lost) == len(k):
-                self._iterative = None
+            self._trailing = [(s, g) for s, g in self._trailing if not full[s]]
+            self._iterative = self._iterative if any(full) else None
         if not self._dominant.complete:
             self._dominant = self._split(count, True)
         self._factorisation = Factorisation(self._gram, self._dominant, self._scale, self._trailing, tolerance)
