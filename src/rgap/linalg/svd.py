@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def svd(
-    matrix: Float[Tensor, "m n"], full: bool = False
-) -> tuple[Float[Tensor, "m k"], Float[Tensor, " r"], Float[Tensor, "l n"]]:
-    """U, the singular values in falling order, and V'.
+    matrix: Float[Tensor, "*s m n"], full: bool = False
+) -> tuple[Float[Tensor, "*s m k"], Float[Tensor, "*s r"], Float[Tensor, "*s l n"]]:
+    """U, the singular values in falling order, and V', of each of several matrices.
 
     Divide and conquer (gesdd), which torch calls, does not converge on some matrices whose singular values are spread
     or repeated; the slower QR iteration (gesvd) does.
@@ -27,6 +27,10 @@ def svd(
     except RuntimeError:
         if not bool(matrix.isfinite().all()):
             raise
-        found = scipy.linalg.svd(matrix.detach().cpu().numpy(), full_matrices=full, lapack_driver="gesvd")
-        u, sizes, vh = (torch.from_numpy(each).to(matrix) for each in found)
+        found = [
+            scipy.linalg.svd(each.detach().cpu().numpy(), full_matrices=full, lapack_driver="gesvd")
+            for each in matrix.reshape(-1, *matrix.shape[-2:])
+        ]
+        each_kind = (torch.stack([torch.from_numpy(each) for each in kind]) for kind in zip(*found, strict=True))
+        u, sizes, vh = (kind.to(matrix).reshape(*matrix.shape[:-2], *kind.shape[1:]) for kind in each_kind)
     return u, sizes, vh
