@@ -276,7 +276,8 @@ def _recomputed(
 
 def _rounded_off(target: Target, update: Update, inputs: Tensor, labels: Tensor, k: Tensor) -> float | None:
     """Which part of k is rounding of the client's loss; None where rounding does not explain it."""
-    z = target.network.forward(inputs.double())[-1].flatten(1)
+    z = target.network.forward(inputs.double())[-1]
+    z = z.reshape(len(z), -1)
     own, k = target.loss.output_gradient(z, labels.to(z)), k.to(z).reshape(z.shape)
     shift = update.precision * z.abs().amax(1)
     allowed = OWN_ROUNDINGS * target.loss.gradient_rounding(z, labels.to(z), shift, update.precision)
