@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import random
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -80,7 +80,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a first page of zeros": zeroed(1, 1),
     "a second page of zeros": zeroed(2, 2),
     "all pages but the first of zeros": zeroed(2, 99),
-    "random pages": bytewise(lambda content: content[:4096] + os.urandom(len(content) - 4096)),
+    "random pages": bytewise(lambda content: content[:4096] + random.Random(0).randbytes(len(content) - 4096)),
 }
 
 
