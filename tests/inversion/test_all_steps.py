@@ -141,7 +141,7 @@ def test_on_the_way_units_sides_are_told_by_what_later_samples_miss(activation: 
             network, left = server.network(walk.weights), walk.left(sent.sent)
             place = Place.of(network, server.loss, left, sent.noise, None, sum(plan.sizes[step:]))
             error = x.new_full((SAMPLES,), 0.6 * abs(z) + AWAY)
-            found.append(with_other_sides(server, walk, ORDER[:step], x, labels, error, place, x[list(ORDER[step])]))
+            found.append(with_other_sides(walk, ORDER[:step], x, labels, error, place, x[list(ORDER[step])]))
         assert found[0] == right.sides
         assert found[1] in ({}, right.sides)
         told += bool(found[1])

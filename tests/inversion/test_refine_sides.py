@@ -10,6 +10,7 @@ from rgap import Protocol, Target, Update, capture, data, losses, models, score
 from rgap.attacks import Recursive, Status
 from rgap.attacks.closed import agreement
 from rgap.inversion import refine_sides as refine_sides_module
+from rgap.inversion.doubted import read_columns
 from rgap.inversion.refine_sides import _best_flips, _changes, _flipped, _nearest_units, refine_sides, step_over
 from rgap.inversion.state import State
 from rgap.inversion.system import ConstraintSystem
@@ -157,7 +158,8 @@ def test_the_other_side_of_a_unit_changes_the_gradient_as_a_slope_of_that_side_d
     at = system.linearise(x + 0.1)
     near = _nearest_units(system, at)
     assert len({node for node, _ in near}) == len(at.slopes)
-    here, changes = _changes(system, at, near)
+    columns = read_columns(system, at)
+    here, changes = _changes(system, at, columns, system.residual(at).gradient, near)
 
     def missed(slopes: dict[int, torch.Tensor]) -> float:
         rows = system.residual(system.with_slopes(at, slopes)).gradient
@@ -168,11 +170,11 @@ def test_the_other_side_of_a_unit_changes_the_gradient_as_a_slope_of_that_side_d
         expected = missed(_flipped(system, at.slopes, unit)) - missed(at.slopes)
         assert abs(more - expected) < 1e-12 * max(1.0, missed(at.slopes))
     best = min(near, key=lambda unit: missed(_flipped(system, at.slopes, unit)))
-    with_pairs = _best_flips(system, at, at.slopes, near)
+    with_pairs = _best_flips(system, at, columns, near)
     few = 2 * max(sum(each.numel() for each in of) for of in (at.values, system.gradients))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refine_sides_module, "PAIRS", few)
-        assert _best_flips(system, at, at.slopes, near) == [best]
+        assert _best_flips(system, at, columns, near) == [best]
     for unit in with_pairs[1:]:
         assert unit != with_pairs[0]
     slopes = at.slopes

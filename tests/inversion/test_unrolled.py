@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rgap import Protocol, Target, capture, losses
 from rgap.attacks.local_steps import client_of, plan_of
+from rgap.inversion.all_steps import AllSteps
 from rgap.inversion.local_steps import Place
 from rgap.inversion.subspace.step import layer_of
 from rgap.inversion.unrolled import in_their_span, rounding_moves, spanned
@@ -59,7 +60,7 @@ def test_samples_that_are_a_little_off_are_brought_to_the_rounding(
 ) -> None:
     server, plan, difference, layer, x, labels = sent(perceptron((30, 24, 20, CLASSES), activation), **arguments)
     start = mixed(x, 1e-4)
-    found, same = in_their_span(server, plan, difference, layer, start, labels, ORDER)
+    found, same = in_their_span(AllSteps(server, plan, difference, layer, labels), start, ORDER)
     assert same is labels
     assert difference.misfit(Walk(server, plan).all(start, labels, ORDER)) > 20
     assert difference.misfit(Walk(server, plan).all(found, labels, ORDER)) < 2
@@ -75,7 +76,7 @@ def test_a_client_of_coordinates_is_brought_there_too() -> None:
     segments = Place.layers(small.network(small.weights), there.sent)
     assert segments is not None
     first, start = layer_of(small.network(small.weights), segments[0]), mixed(x, 1e-4) @ q
-    found, _ = in_their_span(small, plan, there, first, start, labels, ORDER)
+    found, _ = in_their_span(AllSteps(small, plan, there, first, labels), start, ORDER)
     assert there.misfit(Walk(small, plan).all(found, labels, ORDER)) < 2
     assert float((found @ q.mT - x).norm()) < 0.01 * float((start @ q.mT - x).norm())
 
@@ -83,8 +84,8 @@ def test_a_client_of_coordinates_is_brought_there_too() -> None:
 def test_how_far_rounding_moves_samples_is_told_by_a_draw() -> None:
     """By about as much as the rounding of weights moves them in truth, since roundings are not quite independent."""
     server, plan, difference, layer, x, labels = sent(perceptron((30, 24, 20, CLASSES), "tanh"))
-    found, _ = in_their_span(server, plan, difference, layer, mixed(x, 1e-4), labels, ORDER)
-    moved = rounding_moves(server, plan, difference, layer, found, labels, ORDER)
+    found, _ = in_their_span(AllSteps(server, plan, difference, layer, labels), mixed(x, 1e-4), ORDER)
+    moved = rounding_moves(AllSteps(server, plan, difference, layer, labels), found, ORDER)
     assert moved is not None
     off = (found - x).square().mean(1).sqrt()
     assert bool((off < 10 * moved).all())
@@ -95,7 +96,7 @@ def test_real_labels_are_unknowns_too() -> None:
     model = perceptron((30, 24, 20, 1), "tanh")
     server, plan, difference, layer, x, labels = sent(model, losses.MeanSquaredError(1))
     start, near = mixed(x, 1e-4), labels + 1e-3 * torch.tensor([1.0, -2.0, 0.5, 1.5], dtype=labels.dtype)
-    found, told = in_their_span(server, plan, difference, layer, start, near, ORDER)
+    found, told = in_their_span(AllSteps(server, plan, difference, layer, near), start, ORDER)
     assert difference.misfit(Walk(server, plan).all(start, near, ORDER)) > 20
     wanted = difference.misfit(Walk(server, plan).all(x, labels, ORDER))
     assert difference.misfit(Walk(server, plan).all(found, told, ORDER)) < 1.5 * wanted
@@ -119,6 +120,6 @@ def test_where_something_stands_in_front_nothing_is_done(front: nn.Module) -> No
     behind = perceptron((30, 24, 20, CLASSES), "tanh")
     server, plan, difference, layer, x, labels = sent(nn.Sequential(front, nn.Flatten(), behind))
     start = mixed(x, 1e-4)
-    found, same = in_their_span(server, plan, difference, layer, start, labels, ORDER)
+    found, same = in_their_span(AllSteps(server, plan, difference, layer, labels), start, ORDER)
     assert torch.equal(found, start)
     assert same is labels

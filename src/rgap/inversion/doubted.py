@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,9 +57,8 @@ def effects(system: ConstraintSystem, at: Linearisation, uncertain: Pattern | No
     doubted = {node: mask for node, mask in (uncertain or {}).items() if bool(mask.any())}
     if not doubted:
         return nothing
-    columns, moved = unit_gradients(
-        system, at, {node: mask.flatten().nonzero()[:, 0] for node, mask in doubted.items()}
-    )
+    columns, units = read_columns(system, at), {node: mask.flatten().nonzero()[:, 0] for node, mask in doubted.items()}
+    moved = unit_gradients(system, at, columns, units)
     found = [[each for each in of if each is not None] for of in zip(*moved.values(), strict=True)]
     return [
         Effects(_span(torch.cat(each)), own.directions) if each else none
@@ -67,26 +66,28 @@ def effects(system: ConstraintSystem, at: Linearisation, uncertain: Pattern | No
     ]
 
 
+def read_columns(system: ConstraintSystem, at: Linearisation) -> list[Columns]:
+    """What each layer reads."""
+    reads = [at.values[system.network.nodes[node].reads[0]] for node in system.nodes]
+    return [Columns(layer, x) for layer, x in zip(system.layers, reads, strict=True)]
+
+
 def unit_gradients(
-    system: ConstraintSystem, at: Linearisation, units: Mapping[int, Int[Tensor, " u"]]
-) -> tuple[list[Columns], dict[int, list[Float[Tensor, "u w"] | None]]]:
-    """What units put into each layer's gradient, each for a cotangent of one at what the unit reads.
+    system: ConstraintSystem, at: Linearisation, columns: Sequence[Columns], units: Mapping[int, Int[Tensor, " u"]]
+) -> dict[int, list[Float[Tensor, "u w"] | None]]:
+    """What units put into each layer's gradient, each for a cotangent of one at what the unit reads; by their node, and
+    None where nothing of them gets to.
 
     Args:
+        columns: of each layer, along what its gradients are written down.
         units: of each elementwise operation, by its node, which of its values.
-
-    Returns:
-        Of each layer along what its gradients are written down, and for each node what its units put into it, None
-        where nothing of them gets to.
     """
-    reads = [at.values[system.network.nodes[node].reads[0]] for node in system.nodes]
-    columns = [Columns(layer, x) for layer, x in zip(system.layers, reads, strict=True)]
     found: dict[int, list[Tensor | None]] = {}
     for node, index in units.items():
         sample, cotangents = _cotangents(system, at, node, index)
         behind = [cotangents[layer_node + 1] for layer_node in system.nodes]
         found[node] = [None if k is None else own.moved(k, sample) for k, own in zip(behind, columns, strict=True)]
-    return columns, found
+    return found
 
 
 def _cotangents(

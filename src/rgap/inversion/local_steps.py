@@ -247,7 +247,7 @@ class _Recovery:
         if not walk.step or not len(members) + len(near):
             return walk.sides
         own = torch.cat([known.x[list(members)], place.solve(near, SOLVES)])
-        return with_other_sides(self.client, walk, order, known.x, known.labels, error, place, own)
+        return with_other_sides(walk, order, known.x, known.labels, error, place, own)
 
     def _again(
         self, walk: Walk, sides: Sides, order: list[tuple[int, ...]], known: Candidates
@@ -356,7 +356,7 @@ class _Recovery:
             at = together.settle(at, error, UNEXPLAINED)
             walk = together.walk(at)
         if INSIDE < at.misfit < ASTRAY and not at.sides:
-            x, other = in_their_span(self.client, self.plan, self.difference, layer, at.x, labels, at.order)
+            x, other = in_their_span(together, at.x, at.order)
             there = Walk(self.client, self.plan).all(self._inputs(x), other, at.order)
             misfit = self.difference.misfit(there)
             if misfit < at.misfit:
@@ -364,7 +364,7 @@ class _Recovery:
         size = float(at.x.square().mean().sqrt())
         if at.misfit <= INSIDE and not at.sides and bool((error > VISIBLE * size).any()):
             # By each step's row space alone: all steps together tell them better by far.
-            moved = rounding_moves(self.client, self.plan, self.difference, layer, at.x, labels, at.order)
+            moved = rounding_moves(replace(together, labels=labels), at.x, at.order)
             error = error if moved is None else torch.minimum(error, CAREFUL * moved * max(1.0, at.misfit))
         certain = not close or (at.misfit <= INSIDE and together.told_apart(at, close))
         x, missed = self._inputs(at.x), self.difference.missed(walk)

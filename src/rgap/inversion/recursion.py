@@ -271,10 +271,10 @@ def _sides(
         if bool(gradient_agrees(layer, k, x, grad, observed.eps).all()):
             return state
         return choose_zeros(op, state, other, x, grad, observed)
-    # Where gradient rows alone determine the input they are met on any side, and the weight rows show a wrong one.
     there = torch.where(lit(layer, x), there, k)
     if torch.equal(there, k):
         return state
+    # Where gradient rows alone determine the input they are met on any side, and the weight rows show a wrong one.
     error = state.rms_std.maximum(SOLVED * state.value.flatten(1).square().mean(1).sqrt())
     precise = (solution.weight_residual <= PRECISE) & (solution.weight_misfit <= error)
     if bool((precise & sides_agree(layer, k, there, x, grad, observed.eps)).all()):

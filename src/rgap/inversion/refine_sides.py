@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.inversion.doubted import unit_gradients
+from rgap.inversion.doubted import Columns, read_columns, unit_gradients
 from rgap.inversion.estimate import other_slope
 from rgap.inversion.pattern import DARK, norms_read
 from rgap.inversion.system import ConstraintSystem, Linearisation
@@ -43,18 +43,19 @@ def refine_sides(system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance:
     start = best = system.distance_by_layer(at)
     if not tolerance < start < NEAR:
         return x
-    near = _nearest_units(system, at)
-    slopes = at.slopes
+    near, columns = _nearest_units(system, at), read_columns(system, at)
+    there = at
     changed: list[Unit] = []
     while near and best > tolerance and len(changed) < FLIPPED:
-        chosen = _best_flips(system, at, slopes, near)
-        flipped = slopes
+        chosen = _best_flips(system, there, columns, near)
+        slopes = there.slopes
         for unit in chosen:
-            flipped = _flipped(system, flipped, unit)
-        distance = system.distance_by_layer(system.with_slopes(at, flipped))
+            slopes = _flipped(system, slopes, unit)
+        after = system.with_slopes(at, slopes)
+        distance = system.distance_by_layer(after)
         if distance > LESS * best:
             break
-        best, slopes = distance, flipped
+        best, there = distance, after
         changed += chosen
         near = [unit for unit in near if unit not in chosen]
     if not changed:
@@ -103,18 +104,18 @@ def _nearest_units(system: ConstraintSystem, at: Linearisation) -> list[Unit]:
 
 
 def _best_flips(
-    system: ConstraintSystem, at: Linearisation, slopes: Mapping[int, Tensor], near: list[Unit]
+    system: ConstraintSystem, at: Linearisation, columns: Sequence[Columns], near: list[Unit]
 ) -> list[Unit]:
     """The one unit, or the two, without which the gradients are missed least.
 
     Of two units that put nearly the same into a gradient, with opposite signs, each one alone only makes it worse.
     """
-    at = system.with_slopes(at, dict(slopes))
+    missed = system.residual(at).gradient
     size = max(sum(each.numel() for each in of) for of in (at.values, system.gradients))
     most = max(1, PAIRS // size)
     own: list[Tensor] = []  # |here + e_u|^2 less |here|^2
     for first in range(0, len(near), most):
-        here, changes = _changes(system, at, near[first : first + most])
+        here, changes = _changes(system, at, columns, missed, near[first : first + most])
         own.append(changes.square().sum(1) + 2 * changes @ here)
     alone = torch.cat(own)
     if len(near) > most:
@@ -126,7 +127,11 @@ def _best_flips(
 
 
 def _changes(
-    system: ConstraintSystem, at: Linearisation, near: list[Unit]
+    system: ConstraintSystem,
+    at: Linearisation,
+    columns: Sequence[Columns],
+    missed: Sequence[Tensor],
+    near: list[Unit],
 ) -> tuple[Float[Tensor, " w"], Float[Tensor, "u w"]]:
     """What is missed of the gradients that the units move, each in units of its own size, and what the other side of
     each unit adds to it."""
@@ -134,13 +139,13 @@ def _changes(
     here, changes = [at.x.new_zeros(0)], [at.x.new_zeros(len(near), 0)]
     rows = {node: [row for row, (of, _) in enumerate(near) if of == node] for node in dict(near)}
     units = {node: torch.tensor([near[row][1] for row in of], device=at.x.device) for node, of in rows.items()}
-    columns, moved = unit_gradients(system, at, units)
+    moved = unit_gradients(system, at, columns, units)
     jumps = {node: _jump(kinds[node], at, node).flatten()[index] for node, index in units.items()}
-    for layer, (missed, grad) in enumerate(zip(system.residual(at).gradient, system.gradients, strict=True)):
+    for layer, (rest, grad) in enumerate(zip(missed, system.gradients, strict=True)):
         added = {node: of[layer] for node, of in moved.items()}
         if all(each is None for each in added.values()) or not bool(grad.any()):
             continue
-        here.append(columns[layer].along(missed).flatten() / grad.norm())
+        here.append(columns[layer].along(rest).flatten() / grad.norm())
         change = at.x.new_zeros(len(near), len(here[-1]))
         for node, each in added.items():
             if each is not None:
@@ -151,12 +156,8 @@ def _changes(
 
 def _jump(activation: Activation, at: Linearisation, node: int) -> Tensor:
     """By how much each unit's cotangent changes with its side."""
-    k = at.cotangents[node + 1]
-    return (
-        torch.zeros_like(at.slopes[node])
-        if k is None
-        else k * (other_slope(activation, at.slopes[node]) - at.slopes[node])
-    )
+    k, slope = at.cotangents[node + 1], at.slopes[node]
+    return torch.zeros_like(slope) if k is None else k * (other_slope(activation, slope) - slope)
 
 
 def _flipped(system: ConstraintSystem, slopes: Mapping[int, Tensor], unit: Unit) -> dict[int, Tensor]:

@@ -67,7 +67,6 @@ def in_doubt(
 
 
 def with_other_sides(
-    client: Client,
     walk: Walk,
     order: Order,
     x: Float[Tensor, "n u"],
@@ -89,7 +88,7 @@ def with_other_sides(
     """
     trail, doubts = walk.trail, list[tuple[float, Unit, bool]]()
     for step in range(max(0, walk.step - BACK), walk.step):
-        doubts += in_doubt(client, trail[step], x, order[step], error, step, walk.sides)
+        doubts += in_doubt(walk.client, trail[step], x, order[step], error, step, walk.sides)
     nearest = sorted(doubts, key=lambda each: each[0])[:MOST]
     found, units = dict(walk.sides), sorted((each[1:] for each in nearest), key=lambda each: each[0].step)
     if not units:

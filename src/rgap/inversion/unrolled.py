@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.inversion.all_steps import whole_cotangents
+from rgap.inversion.all_steps import AllSteps, whole_cotangents
 from rgap.inversion.prior import Prior
 from rgap.inversion.walk import Client, Difference, Order, Plan, Walk, Weights
 from rgap.linalg import cg, deadline, psd
@@ -43,26 +43,19 @@ SAME = 1e-9
 
 
 def in_their_span(
-    client: Client,
-    plan: Plan,
-    difference: Difference,
-    layer: Layer,
-    x: Float[Tensor, "n u"],
-    labels: Float[Tensor, " n"],
-    order: Order,
+    steps: AllSteps, x: Float[Tensor, "n u"], order: Order
 ) -> tuple[Float[Tensor, "n u"], Float[Tensor, " n"]]:
     """Samples that all parameters agree with, in units of their rounding, and their labels, which are unknowns too
     where they may be any number; x itself where that cannot be had.
 
     Args:
-        layer: the first one, which reads the samples.
         order: of each step the numbers of its samples.
     """
-    inside = _inside(client, plan, difference, layer, x, labels, order)
+    inside = _inside(steps, x, order)
     if inside is None:
-        return x, labels
+        return x, steps.labels
     operator, nearly, q = inside
-    at, here, real = operator.like, operator.missed, not client.loss.labels
+    at, here, real = operator.like, operator.missed, not steps.client.loss.labels
     for _ in range(STEPS):
         right = operator.rmv(here[None])
         if not float((right * nearly(right)).sum()) > (1 - ENOUGH**2) * float(here.square().sum()):
@@ -72,21 +65,13 @@ def in_their_span(
         if not float(there.norm()) < ENOUGH * float(here.norm()):
             break
         at, here = at + move, there
-    return (at[:, :-1] @ q.mT, at[:, -1]) if real else (at @ q.mT, labels)
+    return (at[:, :-1] @ q.mT, at[:, -1]) if real else (at @ q.mT, steps.labels)
 
 
-def rounding_moves(
-    client: Client,
-    plan: Plan,
-    difference: Difference,
-    layer: Layer,
-    x: Float[Tensor, "n u"],
-    labels: Float[Tensor, " n"],
-    order: Order,
-) -> Float[Tensor, " n"] | None:
+def rounding_moves(steps: AllSteps, x: Float[Tensor, "n u"], order: Order) -> Float[Tensor, " n"] | None:
     """How far one draw of the difference's rounding moves each sample's values within their span, root mean square;
     None where that cannot be had. The arguments are those of `in_their_span`."""
-    inside = _inside(client, plan, difference, layer, x, labels, order)
+    inside = _inside(steps, x, order)
     if inside is None:
         return None
     operator, nearly, q = inside
@@ -100,17 +85,12 @@ def rounding_moves(
 
 
 def _inside(
-    client: Client,
-    plan: Plan,
-    difference: Difference,
-    layer: Layer,
-    x: Float[Tensor, "n u"],
-    labels: Float[Tensor, " n"],
-    order: Order,
+    steps: AllSteps, x: Float[Tensor, "n u"], order: Order
 ) -> tuple[Unrolled, Callable[[Tensor], Tensor], Float[Tensor, "u n"]] | None:
     """The derivative by the samples as coordinates in their span, what solves for them nearly, and the span."""
+    client, plan, layer, labels = steps.client, steps.plan, steps.layer, steps.labels
     q: Tensor = torch.linalg.qr(x.mT)[0]
-    found = spanned(client, difference, layer, q)
+    found = spanned(client, steps.difference, layer, q)
     if found is None:
         return None
     small, inside = found
