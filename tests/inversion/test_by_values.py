@@ -12,7 +12,9 @@ from rgap import Target, Update, capture, losses, score
 from rgap.attacks import Closed, Recursive, Status
 from rgap.inversion import block, block_values, by_values, recursion
 from rgap.inversion.by_values import MANY, input_by_values
+from rgap.inversion.gauss_newton import determine, settle
 from rgap.inversion.state import State
+from rgap.inversion.system import ConstraintSystem
 from tests.nn.modules import Skip, norm
 
 SIZE, WIDE = 7, 80
@@ -153,3 +155,30 @@ def test_large_blocks_are_passed_with_a_unit_at_its_kink(
     assert found.answers, found.reason
     assert score(found, x).mse[0] < 1e-9
     assert found.status in (Status.EXACT, Status.REPRODUCED), found.reason
+
+
+def test_inputs_go_on_where_a_small_move_is_followed_by_a_large_one() -> None:
+    """Of kernels that are nearly one smooth one and a picture half of which is nearly black: a step that brings a unit
+    to its other side shows a direction that the last one did not."""
+    size, smooth = 8, torch.tensor([1.0, 2.0, 1.0])
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        layers = [conv(8, inputs=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()]
+        with torch.no_grad():
+            weight = layers[0].weight.normal_()
+            weight.copy_(3 * smooth[:, None] * smooth / 16 * weight.mean((2, 3), keepdim=True) + 0.1 * weight)
+            layers[0].bias.zero_()
+        layers.append(nn.Linear(128, 4))
+        network = Target(nn.Sequential(*layers), losses.CrossEntropy(4), (1, size, size), (0.0, 1.0)).network
+        x = torch.rand(1, 1, size, size, dtype=torch.float64)
+        x[:, :, : size // 2] *= 1e-3
+        front = network.part(network.segments[:3])
+        value = front.forward(x)[-1]
+        noise, start = 1e-8 * torch.randn_like(value), x + 1e-4 * torch.randn_like(x)
+    state = State(value + noise, torch.zeros_like(value), None, torch.full_like(value, 1e-8))
+    system = ConstraintSystem(front, state, {}, 1e-7)
+    at = system.linearise(start)
+    sure = determine(system, at, by_values.SOLVER, torch.Generator().manual_seed(0))
+    found, stated = settle(system, at, by_values.SOLVER, sure)
+    assert sure.rank == system.unknowns
+    assert float((found.x - x).square().mean().sqrt()) < 5 * stated < 1e-4

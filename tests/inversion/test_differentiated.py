@@ -108,7 +108,8 @@ def test_what_stands_in_front_of_pools_is_found_where_slopes_bend_much(activatio
     assert answer.joint.free == 0
     error = float((answer.inputs - x[0]).square().mean().sqrt())
     assert error < 1e-4
-    assert error / 5 < answer.error < 10 * error
+    # Of what the layers in front leave more is stated than is left once the whole network's gradient was asked.
+    assert error / 5 < answer.error < 20 * error
 
 
 def test_steps_that_lead_nowhere_end() -> None:

@@ -92,6 +92,21 @@ def test_noise_is_followed_to_what_rows_hardly_show() -> None:
     assert found.std == pytest.approx(float(moved.square().mean().sqrt()), rel=1e-2)
 
 
+@pytest.mark.parametrize("solver", [Direct(1e-9), Iterative(rtol=0.05)])
+def test_a_move_is_precise_in_what_rows_hardly_show(solver: Direct | Iterative) -> None:
+    """However coarsely the steps are solved, it leaves less than noise of every direction."""
+    left, right = torch.linalg.qr(drawn(20, 12))[0], torch.linalg.qr(drawn(12, 12, seed=1))[0]
+    matrix = left * torch.logspace(0, -3, 12, dtype=left.dtype) @ right
+    noise, residual = 1e-3 * drawn(1, 20, seed=2), drawn(1, 20, seed=3)
+    expected = torch.linalg.pinv(matrix) @ residual[0]
+    sure = solver.determine(Dense(matrix), noise, residual)
+    assert sure.noise == pytest.approx(float((noise @ matrix).norm()))
+    assert sure.move is not None
+    for move in (sure.move, solver.move(Dense(matrix), residual, sure)):
+        assert move.shape == (3, 4)
+        assert float((move.flatten() - expected).square().mean().sqrt()) < 0.1 * sure.std
+
+
 def test_free_dimensions_are_those_that_do_not_come_back() -> None:
     basis = torch.linalg.qr(drawn(200, 200))[0][:, :12]  # of the null space
     moves = drawn(400, 200, seed=1)

@@ -69,7 +69,7 @@ def solve_jointly(
         free = f"{system.unknowns - sure.rank} of {system.unknowns} directions"
         what = f"its constraints leave about {free} of its input open, condition {sure.condition:.1e}"
         return Stop(network.nodes[-1].op, Cause.OPEN, what)
-    at, std = (at, sure.std) if but_mean else settle(system, at, SOLVER, sure.std)
+    at, std = (at, sure.std) if but_mean else settle(system, at, SOLVER, sure)
     cotangent = torch.zeros_like(at.x) if at.cotangents[0] is None else at.cotangents[0]
     return BlockInput(at.x, cotangent, std, joint_reports(system, at, sure))
 

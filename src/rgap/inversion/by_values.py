@@ -19,7 +19,7 @@ from rgap.inversion.history import Paths
 from rgap.inversion.report import VALUES
 from rgap.inversion.sides import sides_at
 from rgap.inversion.state import Observation, State
-from rgap.inversion.system import ConstraintSystem
+from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.linalg import deadline
 from rgap.linalg.least_squares import Iterative
 from rgap.nn.network import Network
@@ -94,7 +94,8 @@ def told_by_values(
         sure = determine(values, at, SOLVER, observed.probe(value_id, network.device))
         if sure.rank < values.unknowns:
             continue
-        at, std = settle(values, at, LONG, sure.std)
+        at, std = settle(values, at, SOLVER, sure)
+        std *= max(1.0, _unexplained(values, at))
         gradients = {name: observed.gradient(name, paths.update[s : s + 1])[0] for name in observed.gradients}
         system = ConstraintSystem(front, sides_at(network, value_id, state, at.values[-1]), gradients, observed.eps)
         at = system.linearise(at.x)
@@ -107,3 +108,12 @@ def told_by_values(
     reports = [tuple(each.reports[node] for node in sorted(each.reports)) for _, each in found]
     histories = [each.passed_block(layers) for each, layers in zip(kept.history, reports, strict=True)]
     return replace(kept, state=State.concatenate(states), history=tuple(histories))
+
+
+def _unexplained(values: ConstraintSystem, at: Linearisation) -> float:
+    """So many times what the values' errors explain of what is missed: where a unit stayed on its wrong side, or a step
+    led to and fro between two, that tells how far beside the input it is."""
+    output, missed = values.output, values.residual(at).weight[0]
+    std = output.std.expand(output.value.shape).maximum(values.eps * output.value.abs())
+    size = float((std * values.row_weight).norm())
+    return float((missed * values.row_weight).norm()) / size if size else 1.0

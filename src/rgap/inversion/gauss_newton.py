@@ -169,39 +169,46 @@ class _Descent:
         return new
 
 
-def settle(system: ConstraintSystem, at: Linearisation, solver: Solver, error: float) -> tuple[Linearisation, float]:
+def settle(
+    system: ConstraintSystem, at: Linearisation, solver: Solver, sure: Determined
+) -> tuple[Linearisation, float]:
     """Where inputs at which the constraints are met stand still: until solves will move them by less than their error.
 
     The distance does not show it: what moves last hardly changes it, and behind a coarse gradient it allows inputs that
-    are wrong by many times what rounding does to them.
+    are wrong by many times what rounding does to them. Nor do solves that end early: what they leave of a direction
+    that the rows hardly show may be many times what noise makes of it.
 
     Args:
-        error: of the inputs, root mean square.
+        sure: what `determine` found there.
 
     Returns:
-        Where that is, and the error: what is left to go, if it is larger still.
+        Where that is, and the inputs' error, root mean square: what is left to go, if it is larger than noise's.
     """
-    distance, before, left, steps = system.distance(at), 0.0, math.inf, 0
-    while steps < SETTLING and left > error:
+    distance, before, left, error, move = system.distance(at), 0.0, math.inf, sure.std, sure.move
+    for _ in range(SETTLING):
+        assert move is not None
+        moved = system.linearise(at.x + move)
+        missed, size = system.distance(moved), float(move.square().mean().sqrt())
+        if not missed <= distance:
+            return at, max(error, min(left, before or size))
+        # Moves go on shrinking as the last one did; of the first it is not known how. But where units change sides a
+        # large move may follow a small one: the last one counts as well.
+        rate = size / before if before else SLOW
+        left = size * max(1.0, rate / (1 - rate)) if rate < 1 else math.inf
+        at, distance, before = moved, missed, size
+        if left <= error:
+            return at, error
         jacobian = Jacobian(system, at, {})
         try:
-            moved = system.linearise(solver.step(jacobian, jacobian.weighted(system.residual(at)), at.x, None))
+            move = solver.move(jacobian, jacobian.weighted(system.residual(at)), sure)
         except deadline.OutOfTime:  # they are found already, only not as precisely
-            left = min(left, before)
             break
-        missed = system.distance(moved)
-        if not missed <= distance:
-            left = min(left, before)
-            break
-        move = float((moved.x - at.x).square().mean().sqrt())
-        # Moves go on shrinking as the last one did; of the first it is not known how.
-        rate = move / before if before else SLOW
-        left = move * rate / (1 - rate) if rate < 1 else math.inf
-        at, distance, before, steps = moved, missed, move, steps + 1
-    return at, max(error, left if math.isfinite(left) else before)
+    return at, max(error, min(left, before))
 
 
 def determine(system: ConstraintSystem, at: Linearisation, solver: Solver, generator: torch.Generator) -> Determined:
-    """How well the constraints determine inputs, without the prior, and how far their noise moves them."""
+    """How well the constraints determine inputs, without the prior, how far their noise moves them, and where what is
+    missed does."""
     jacobian = Jacobian(system, at, {})
-    return solver.determine(jacobian, jacobian.weighted(system.noise(generator)))
+    noise, residual = (jacobian.weighted(rows) for rows in (system.noise(generator), system.residual(at)))
+    return solver.determine(jacobian, noise, residual)

@@ -166,7 +166,7 @@ class JointSolve:
         by = at if enough is system else enough.linearise(at.x)
         sure = determine(enough, by, solver, probe)
         if distance <= NEAR and sure.rank == system.unknowns:
-            by, std = settle(enough, by, solver, sure.std)
+            by, std = settle(enough, by, solver, sure)
             sure = replace(sure, std=std)
             at = by if enough is system else system.linearise(by.x)
             distance = system.distance(at)

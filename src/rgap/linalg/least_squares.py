@@ -51,6 +51,10 @@ class Determined:
     condition: float
     std: float
     """How far one draw of the rows' noise moves the unknowns, root mean square."""
+    noise: float
+    """The norm of J'n, of that draw n."""
+    move: Tensor | None = None
+    """What the pseudoinverse makes of a residual, as precisely as of the noise."""
 
 
 class Solver(ABC):
@@ -67,8 +71,22 @@ class Solver(ABC):
         """How far one draw of the rows' noise moves the unknowns, root mean square."""
 
     @abstractmethod
-    def determine(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> Determined:
-        """Rank and condition of J, and what its pseudoinverse makes of one draw of noise."""
+    def determine(
+        self,
+        operator: LinearOperator,
+        noise: Float[Tensor, "1 rows"],
+        residual: Float[Tensor, "1 rows"] | None = None,
+    ) -> Determined:
+        """Rank and condition of J, and what its pseudoinverse makes of one draw of noise, and of a residual."""
+
+    @abstractmethod
+    def move(self, operator: LinearOperator, residual: Float[Tensor, "1 rows"], sure: Determined) -> Tensor:
+        """The move that minimises |J move - residual|^2, so precisely that what is left of it is less than noise also
+        in directions that the rows hardly show.
+
+        Args:
+            sure: what is known of J, or of one much like it.
+        """
 
 
 @dataclass(frozen=True)
@@ -109,10 +127,23 @@ class Direct(Solver):
     def propagate(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> float:
         return self.determine(operator, noise).std
 
-    def determine(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> Determined:
+    def determine(
+        self,
+        operator: LinearOperator,
+        noise: Float[Tensor, "1 rows"],
+        residual: Float[Tensor, "1 rows"] | None = None,
+    ) -> Determined:
         factored = psd.factor(operator.gram(), self.rank_tolerance)
-        moved = factored.solve(operator.rmv(noise).reshape(-1, 1))
-        return Determined(factored.rank, factored.condition, float(moved.square().mean().sqrt()))
+        right = operator.rmv(noise)
+        moved = factored.solve(right.reshape(-1, 1))
+        move = (
+            None if residual is None else factored.solve(operator.rmv(residual).reshape(-1, 1)).reshape(right[0].shape)
+        )
+        std = float(moved.square().mean().sqrt())
+        return Determined(factored.rank, factored.condition, std, float(right.norm()), move)
+
+    def move(self, operator: LinearOperator, residual: Float[Tensor, "1 rows"], sure: Determined) -> Tensor:
+        return self.step(operator, residual, operator.like.new_zeros(operator.in_shape), None)
 
 
 def _definite(matrix: Float[Tensor, "u u"]) -> Float[Tensor, "u u"]:
@@ -140,6 +171,9 @@ class Iterative(Solver):
     probe_rtol: float = 1e-6
     probe_steps: int = 6000
     probes: int = 3
+    precise: float = 0.1
+    """What a precise step leaves of J'r, relative to J'n for a draw of noise n: this over J's condition, so that it is
+    so much less than noise in the direction that the rows show least."""
     returns: float = 5e-3
     """A drawn direction that comes back from its rows to this part of itself has no part that they do not see: of a
     single free dimension among 3,000 one would keep less in one draw of five."""
@@ -168,11 +202,20 @@ class Iterative(Solver):
         move, moved = cg.solve(operator.repeated, right, self.rtol, self.max_steps_refine).x
         return x + move, float(moved.square().mean().sqrt())
 
-    def determine(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> Determined:
+    def determine(
+        self,
+        operator: LinearOperator,
+        noise: Float[Tensor, "1 rows"],
+        residual: Float[Tensor, "1 rows"] | None = None,
+    ) -> Determined:
         drawn = probes(operator, self.probes)
-        right = torch.cat([operator.normal(drawn), operator.rmv(noise)])
+        others = [operator.rmv(each) for each in (noise, residual) if each is not None]
+        right = torch.cat([operator.normal(drawn), *others])
         # Noise as well: it moves most what the rows hardly tell, which comes last.
-        size = self.probe_rtol * right.flatten(1).norm(dim=1)
+        size = right.flatten(1).norm(dim=1)
+        noise_norm = float(size[self.probes])
+        size[self.probes :] = size[self.probes :].clamp(min=noise_norm)
+        size = self.probe_rtol * size
         found = cg.solve(operator.repeated, right, 1.0, self.probe_steps, size)
         back = found.x[: self.probes]
         free = null_space_probe(drawn, back, self.returns)
@@ -181,7 +224,14 @@ class Iterative(Solver):
             more = cg.solve(operator.repeated, left, 1.0, self.probe_steps, 1e-3 * size[: self.probes])
             free = null_space_probe(drawn, back + more.x, self.returns)
         condition = float(found.condition[: self.probes].max()) ** 0.5
-        return Determined(operator.unknowns - free, condition, float(found.x[-1].square().mean().sqrt()))
+        std = float(found.x[self.probes].square().mean().sqrt())
+        move = None if residual is None else found.x[-1]
+        return Determined(operator.unknowns - free, condition, std, noise_norm, move)
+
+    def move(self, operator: LinearOperator, residual: Float[Tensor, "1 rows"], sure: Determined) -> Tensor:
+        right = operator.rmv(residual)
+        left = max(self.probe_rtol, self.precise / sure.condition) * sure.noise
+        return cg.solve(operator.repeated, right, 1.0, self.probe_steps, right.new_full((1,), left)).x[0]
 
 
 def probes(operator: LinearOperator, count: int) -> Float[Tensor, "d *in_shape"]:
