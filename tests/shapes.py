@@ -1,16 +1,20 @@
 """Shapes in annotations are checked once in a process for each kind of call: of arguments and result, types and shapes.
 
 A check takes longer than most of what it checks, and solvers call the same products ten thousand times. Whether it
-passes hangs on the kind alone, and so on no other test: what did not pass is checked again at the next call. To see of
-what kind a call is takes its time too: behind the first hundred of a function in a test it is one call in sixteen.
+passes hangs on the kind alone, and so on no other test: what did not pass is checked again at the next call. Calls with
+the same sizes in the same places are of one kind. To see of what kind a call is takes its time too: no more is seen
+of an argument than its annotation speaks of, and behind the first hundred calls of a function in a test it is one call
+in sixteen.
 """
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Hashable
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import jaxtyping
@@ -18,7 +22,7 @@ import torch
 from beartype._check.code import codemain
 
 passed: set[int] = set()
-"""Hashes of kinds of calls: of kinds themselves there would be too much to keep."""
+"""Hashes of kinds of calls, and of those that are alike: of kinds themselves there would be too much to keep."""
 
 
 FIRST, EVERY = 100, 16
@@ -53,48 +57,118 @@ def thinned(plain: Callable[..., Any], check: Callable[[Any], Callable[..., Any]
     Args:
         check: makes the function that checks too; it takes longer than many a test, and is called when needed.
     """
-    checked = functools.cache(check)
-    results: list[Any] = []
-    taken = functools.cache(functools.partial(_returning, results))
     # A function within a function is another one each time, and of one kind.
-    code = id(getattr(plain, "__code__", plain))
+    code = getattr(plain, "__code__", plain)
+    key = id(code)
+
+    def checked(run: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if key not in checks:
+            checks[key] = check(_next(plain))
+        waiting.append(run)
+        count = len(waiting)
+        try:
+            return checks[key](*args, **named)
+        finally:
+            del waiting[count - 1 :]  # not taken where an argument is wrong
 
     @functools.wraps(plain)
     def call(*args: Any, **named: Any) -> Any:
-        calls[code] = count = calls.get(code, 0) + 1
+        calls[key] = count = calls.get(key, 0) + 1
         if count > FIRST and count % EVERY:
             return plain(*args, **named)
-        kinds: list[Hashable] = [code, *named]
-        for value in (*args, *named.values()):
-            look = looks[type(value)]
-            kinds.append(look(value) if look else type(value))
-        given = hash(tuple(kinds))
-        known = given in passed
-        result = plain(*args, **named) if known else checked(plain)(*args, **named)
-        whole = hash((given, _kind(result)))
+        try:
+            kinds = (spoken.get(key) or _spoken(plain, code))(*args, **named)
+        except TypeError:  # one argument too many, or too few
+            return plain(*args, **named)
+        given = hash(kinds)
+        known = given in passed or hash(_alike(kinds, {})) in passed
+        result = plain(*args, **named) if known else checked(plain, args, named)
+        kind = (result.dtype, result.shape) if type(result) is torch.Tensor else _kind(result)
+        whole = hash((given, kind))
         if whole not in passed:
-            if known:
-                results.append(result)
-                checked(taken(plain))(*args, **named)
-            passed.update((given, whole))
+            alike = hash(_alike((kinds, kind), {}))
+            if known and alike not in passed:
+                checked(lambda *args, **named: result, args, named)
+            passed.update((given, hash(_alike(kinds, {})), whole, alike))
         return result
 
     return call
 
 
-def _returning(results: list[Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with the annotations of another, which mean what they mean there, that only returns its result."""
+checks: dict[int, Callable[..., Any]] = {}
+"""Of each function's code, by its place in memory: what checks, and runs what is waiting between the two."""
+waiting: list[Callable[..., Any]] = []
 
-    def take(*args: Any, **named: Any) -> Any:
-        return results.pop()
 
-    return functools.update_wrapper(FunctionType(take.__code__, plain.__globals__, closure=take.__closure__), plain)
+def _next(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the annotations of another, which mean what they mean there, that runs the last one waiting."""
+    take = waiting.pop  # what is global to it is so to the other one
+
+    def run(*args: Any, **named: Any) -> Any:
+        return take()(*args, **named)
+
+    return functools.update_wrapper(FunctionType(run.__code__, plain.__globals__, closure=run.__closure__), plain)
+
+
+LITERAL = 2
+"""Sizes up to this one are meant where an annotation names them; others only tell each other apart."""
+
+
+def _alike(kind: Hashable, sizes: dict[int, int]) -> Hashable:
+    """The same for all kinds of which the sizes are the same in the same places."""
+    if isinstance(kind, torch.Size):  # from -2 downwards: the hashes of -1 and -2 are the same
+        return tuple(each if each <= LITERAL else -2 - sizes.setdefault(each, len(sizes)) for each in kind)
+    if isinstance(kind, tuple):
+        return tuple(_alike(each, sizes) for each in kind)
+    return kind
+
+
+spoken: dict[int, Callable[..., tuple[Hashable, ...]]] = {}
+"""Of each function's code, by its place in memory: what there is to see of its arguments."""
+
+
+def _spoken(plain: Callable[..., Any], code: Any) -> Callable[..., tuple[Hashable, ...]]:
+    """A function of the same arguments: the type of each that is annotated, and what else its annotation speaks of."""
+    key, kept = id(code), {"kept_": code, "Tensor_": torch.Tensor, "kind_": _kind}  # the code stays in its place
+    if not isinstance(code, CodeType) or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+        taken, seen = ["*args", "**named"], ["*map(kind_, args)", "*named", "*map(kind_, named.values())"]
+    else:
+        count, told = code.co_argcount, plain.__annotations__
+        names = code.co_varnames[: count + code.co_kwonlyargcount]
+        taken = [f"{name}=None" for name in names]
+        taken[count:count] = ["*"] if len(names) > count else []
+        seen = [_look(told[name], plain.__globals__).format(name) for name in names if name in told]
+    spoken[key] = eval(f"lambda {', '.join(taken)}: ({', '.join([str(key), *seen])},)", kept)
+    return spoken[key]
+
+
+TYPE = "type({0})"
+ALL = "({0}.dtype, {0}.shape) if type({0}) is Tensor_ else kind_({0})"
+
+
+def _look(annotation: object, known: dict[str, Any]) -> str:
+    """What there is to see of a value: its type, if its annotation names types without shapes, or all there is."""
+
+    def plain(part: object) -> bool:
+        if isinstance(part, str):
+            first, *others = part.strip().split(".")
+            if first == "None":
+                return True
+            part = known.get(first, getattr(builtins, first, ...))
+            part = functools.reduce(lambda each, name: getattr(each, name, ...), others, part)
+        return part in (None, Any) or (isinstance(part, type) and not issubclass(part, jaxtyping.AbstractArray))
+
+    parts = annotation.split("|") if isinstance(annotation, str) else [annotation]
+    return TYPE if all(map(plain, parts)) else ALL
 
 
 def _kind(value: Any) -> Hashable:
     """All that an annotation can speak of."""
-    look = looks[type(value)]
-    return look(value) if look else type(value)
+    kind = type(value)
+    if kind is torch.Tensor:
+        return value.dtype, value.shape
+    look = looks[kind]
+    return look(value) if look else kind
 
 
 class Looks(dict[type, Callable[[Any], Hashable] | None]):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import shapes
 import torch
@@ -9,6 +12,7 @@ from beartype import beartype
 from jaxtyping import Float, TypeCheckError, jaxtyped
 from torch import Tensor
 
+import rgap
 from rgap.linalg.psd import cholesky_solve
 
 UNIT = torch.eye(2)
@@ -40,6 +44,35 @@ def test_each_kind_of_call_is_checked_once() -> None:
     call(x=UNIT)
     call(y=UNIT)
     assert len(seen) == count + 2
+
+
+def test_sizes_tell_each_other_apart_and_small_ones_are_meant() -> None:
+    seen = []
+
+    def plain(a: Tensor, x: Float[Tensor, "n m"], *, y: Float[Tensor, "n"] | None = None) -> None: ...
+
+    call = shapes.thinned(plain, lambda plain: lambda *args, **named: seen.append((args, named)))
+    for known in ((3, 4), (5, 6), (4, 3)):
+        call(UNIT, torch.ones(known))
+        call(torch.ones(known), x=torch.ones(known))
+        assert len(seen) == 1
+    for new, shape in enumerate([(3, 3), (3, 1), (1, 3), (2, 3), (3,), (3, 4, 5)], 2):
+        call(UNIT, torch.ones(shape))
+        assert len(seen) == new
+    count = len(seen)
+    for new, size in enumerate([3, 4, 5], count + 1):
+        call(UNIT, torch.ones(3, 4), y=torch.ones(size))
+        assert len(seen) == new
+    with pytest.raises(TypeError, match="plain"):
+        call(UNIT, UNIT, UNIT)
+
+
+def test_no_annotation_names_a_larger_size() -> None:
+    texts = (path.read_text(encoding="utf-8") for path in Path(rgap.__file__).parent.rglob("*.py"))
+    sizes = {size for text in texts for shape in re.findall(r'\w\[Tensor, "([^"]*)"', text) for size in shape.split()}
+    assert {"n", "*shape", "...", "1"} <= sizes
+    for size in sizes - {"..."}:
+        assert size.removeprefix("*").isidentifier() or int(size) <= shapes.LITERAL
 
 
 @pytest.mark.parametrize("before", [0, shapes.FIRST - 1, 1000, 10_000])
