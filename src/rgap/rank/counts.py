@@ -168,24 +168,30 @@ def largest_batch(network: Network, loss: Loss, drawn: Drawn | None = None) -> L
         drawn: batches to measure at; None for counts alone.
     """
     counted, at_most = largest_batches(network, loss), 0
-    best, layer = _best(network, counted)
+    best, layer = max(
+        _limits(network, counted).values(), key=lambda each: each[0], default=(0, network.layers[-1].name)
+    )
     for value_id, size in counted.items():
         open_ = partial(_open, network, value_id)
         at_most = max(at_most, bisect_left(range(1, size + 1), True, key=lambda samples: open_(samples) > 0))
-    apart = None if drawn is None else drawn.told_apart(counted)
-    measured = None if drawn is None or apart is None else min(best, _best(network, apart, drawn.told)[0])
+    measured = None
+    if drawn is not None and drawn.measurable(max(counted.values(), default=0)):
+        limits = _limits(network, counted, drawn.told)
+        measured = drawn.told_apart(counted, {value_id: min(best, size) for value_id, (size, _) in limits.items()})
     return LargestBatch(best, layer, max(best, at_most), measured)
 
 
-def _best(
+def _limits(
     network: Network, apart: Mapping[int, int], told: Mapping[int, float] = MappingProxyType({})
-) -> tuple[int, str]:
-    """The largest batch, and the layer that ends it, given up to how many samples each place tells apart."""
-    found = []
-    for value_id, size in apart.items():
-        own = (size, _name(network.nodes[value_id]))
-        found.append(min([*_in_front(network, value_id, size, told), own], key=lambda each: each[0]))
-    return max(found, key=lambda each: each[0], default=(0, network.layers[-1].name))
+) -> dict[int, tuple[int, str]]:
+    """The largest batch of each place, and the layer that ends it, given up to how many samples it tells apart."""
+    return {
+        value_id: min(
+            [*_in_front(network, value_id, size, told), (size, _name(network.nodes[value_id]))],
+            key=lambda each: each[0],
+        )
+        for value_id, size in apart.items()
+    }
 
 
 def _in_front(network: Network, value_id: int, most: int, told: Mapping[int, float]) -> list[tuple[int, str]]:

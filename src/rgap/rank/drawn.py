@@ -41,31 +41,35 @@ class Drawn:
     value_range: tuple[float, float]
     seed: int
 
-    def told_apart(self, counted: Mapping[int, int]) -> dict[int, int] | None:
-        """Up to how many samples each place tells apart; None where that cannot be measured.
+    def measurable(self, samples: int) -> bool:
+        """Whether batches up to this size can be drawn."""
+        return bool(self.loss.labels) and samples * sum(map(prod, self.network.shapes)) <= LARGEST
+
+    def told_apart(self, counted: Mapping[int, int], most: Mapping[int, int]) -> int:
+        """Up to how many samples some place tells apart, of those up to which it is asked for.
 
         Args:
-            counted: up to how many it does by count, by the id of the value that the place reads.
+            counted: up to how many each place does by count, by the id of the value that it reads.
+            most: up to how many it is asked for, no more than counted. No larger batch is drawn.
         """
-        values = sum(map(prod, self.network.shapes))
-        if not self.loss.labels or max(counted.values(), default=0) * values > LARGEST:
-            return None
         places: dict[int, frozenset[int]] = {}
+        found = min(1, max(most.values(), default=0))
 
         def apart(place: int, samples: int) -> bool:
+            if not found < samples <= most[place]:
+                return samples <= found  # whichever it is, no more is found
             if samples not in places:
                 places[samples] = self._apart(samples)
             return place in places[samples]
 
-        found = {}
-        for place, most in counted.items():
-            low, high = 1, most + 1  # apart at the one, not at the other
-            if most > 1 and apart(place, most):
-                low = most
+        for place, size in sorted(counted.items(), key=lambda each: -most[each[0]]):
+            low, high = 1, size + 1  # apart at the one, not at the other
+            if apart(place, size):
+                low = size
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (middle, high) if apart(place, middle) else (low, middle)
-            found[place] = min(low, most)
+            found = max(found, min(low, most[place]))
         return found
 
     @cached_property
