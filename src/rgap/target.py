@@ -245,12 +245,10 @@ class Target:
         modules = list(self.model.modules())
         now = [module.training for module in modules]
         try:
-            for module, mode in zip(modules, self._modes, strict=True):
-                module.training = mode
+            _set(modules, self._modes)
             yield
         finally:
-            for module, mode in zip(modules, now, strict=True):
-                module.training = mode
+            _set(modules, now)
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """What the model gives for inputs (b, *input_shape), in float64 where it allows that."""
@@ -386,6 +384,13 @@ def fingerprint(model: nn.Module) -> str:
 
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+
+
+def _set(modules: Sequence[nn.Module], modes: Sequence[bool]) -> None:
+    """Training or evaluation mode, where it is another one: to set it takes as long as small layers take to run."""
+    for module, mode in zip(modules, modes, strict=True):
+        if module.training is not mode:
+            module.training = mode
 
 
 def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
