@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,6 +19,16 @@ class _Plain:
         return function(*arguments)
 
 
+_PATCHED = {
+    name: each
+    for name, each in {
+        "CheckpointFunction": _Plain,
+        "_checkpoint_without_reentrant_generator": lambda *_, **__: iter([None]),
+    }.items()
+    if hasattr(checkpoint, name)
+}
+
+
 @contextmanager
 def differentiable() -> Iterator[None]:
     """Attention and recurrent layers by their plain formulas, since fast kernels know no second derivative; and no
@@ -27,17 +36,11 @@ def differentiable() -> Iterator[None]:
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    both: dict[str, Any] = {
-        "CheckpointFunction": _Plain,
-        "_checkpoint_without_reentrant_generator": lambda *_, **__: iter([None]),
-    }
-    known: Any = {name: each for name, each in both.items() if hasattr(checkpoint, name)}
+    plain = {name: getattr(checkpoint, name) for name in _PATCHED}
+    vars(checkpoint).update(_PATCHED)
     try:
-        with (
-            mock.patch.multiple(checkpoint, **known),
-            sdpa_kernel(SDPBackend.MATH),
-            torch.backends.cudnn.flags(enabled=False),
-        ):
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
             yield
     finally:
+        vars(checkpoint).update(plain)
         torch.backends.mha.set_fastpath_enabled(fast)
