@@ -7,6 +7,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,21 @@ def test_another_file_is_refused_and_left_alone(tmp_path: Path) -> None:
         SweepStore(newer)
     with pytest.raises(SweepError, match="Check that its folder exists"):
         SweepStore(tmp_path / "no" / "folder.sqlite")
+
+
+def test_a_closed_file_is_open_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, threads = store._connect, threading.enumerate()
+
+    def slowly(path: Path) -> sqlite3.Connection:
+        if threading.current_thread() not in threads:
+            time.sleep(0.1)
+        return connect(path)
+
+    monkeypatch.setattr(store, "_connect", slowly)
+    with SweepStore(tmp_path / "s.sqlite") as kept:
+        kept.plan(jobs(2), "plan")
+    assert threading.enumerate() == threads
+    assert [path.name for path in tmp_path.iterdir()] == ["s.sqlite"]
 
 
 def test_a_damaged_file_says_so(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ class SweepStore(AbstractContextManager["SweepStore"]):
         self._left = Lanes()
         """Jobs of the plan that may be waiting."""
         self._stop = threading.Event()
+        self._beats: list[threading.Thread] = []
         if not make and not self.path.is_file():
             raise SweepError(f"{self.path}: no such file; expected the store of a sweep, as `rgap sweep PLAN` makes it")
         try:
@@ -123,6 +124,8 @@ class SweepStore(AbstractContextManager["SweepStore"]):
             pass  # the disk is full, say: another run finds that this one is dead
         finally:
             self._run = None
+            for each in self._beats:  # they have the file open; the last that closes it leaves nothing beside it
+                each.join()
             self._base.close()
 
     # A run: plan, then take and finish in turn.
@@ -161,7 +164,9 @@ class SweepStore(AbstractContextManager["SweepStore"]):
                 )
             self._bury()
         self._look()
-        threading.Thread(target=self._beat, args=(self._run,), daemon=True).start()
+        beat = threading.Thread(target=self._beat, args=(self._run,), daemon=True)
+        beat.start()
+        self._beats.append(beat)
         return self.counts()
 
     def take(
