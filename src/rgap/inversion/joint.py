@@ -5,6 +5,7 @@ These are the paper's virtual constraints (Section 4). What no constraint tells,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -17,6 +18,7 @@ from rgap.inversion.by_values import input_by_values
 from rgap.inversion.differentiated import LARGEST, differentiated_steps
 from rgap.inversion.gauss_newton import CONTINUATION, Continuation, Solution, determine, gauss_newton, settle
 from rgap.inversion.history import Candidate, Paths
+from rgap.inversion.inequalities import narrowed, upper_limits
 from rgap.inversion.jacobian import EVEN, Jacobian
 from rgap.inversion.layer import Solver as Kind
 from rgap.inversion.prior import Prior
@@ -27,6 +29,7 @@ from rgap.inversion.sides import sides_at
 from rgap.inversion.state import Observation, State, Stop
 from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.inversion.unpool import Route, route_of, solve_route, zeros_behind
+from rgap.linalg import psd
 from rgap.linalg.deadline import OutOfTime
 from rgap.linalg.least_squares import Direct, Iterative, Solver, probes
 from rgap.nn.activations import NonMonotone
@@ -38,6 +41,8 @@ RANK_ROUNDINGS = 8
 """Singular values of the joint constraints below so many roundings of the gradient count as zero."""
 REFINED = 600
 """Products for the last digits of an input that the recursion found with virtual constraints."""
+WITHIN = "inputs within the value range"
+"""What is taken for granted where inequalities tell what equations leave open."""
 NEAR = 1e-2
 """A distance below which steps that converge slowly may still get there."""
 
@@ -117,6 +122,9 @@ class JointSolve:
         except OutOfTime:
             note = f"{' and '.join(names(system))} were not solved jointly: the time was up"
             return replace(candidate, note=note, cut_off=True)
+        if isinstance(solver, Direct) and value_range is not None and found.report.converged and found.report.free:
+            limits = upper_limits(network, candidate.certain_id, candidate.certain)
+            found = found if limits is None else self._narrowed(system, found, limits, value_range)
         twin = _twin(network, observed, found.x)
         return replace(candidate, value=found.x, std=found.std, joint=found.report, stop=None, twin=twin, known=None)
 
@@ -175,6 +183,28 @@ class JointSolve:
             sure = determine(system, at, self._direct(system), probe)
         joint = self._report(system, found.steps, sure.rank, sure.condition, distance <= tolerance, str(prior))
         return Solved(at.x, sure.std, joint)
+
+    def _narrowed(
+        self,
+        system: ConstraintSystem,
+        found: Solved,
+        limits: tuple[int, Tensor],
+        value_range: tuple[float, float],
+    ) -> Solved:
+        """The same, where inequalities tell what equations leave open; as it is where they do not."""
+        at = system.linearise(found.x)
+        null = psd.factor(Jacobian(system, at, {}).gram(), self._direct(system).rank_tolerance).null
+        try:
+            middle = narrowed(system, at, null, found.std, limits, value_range)
+        except OutOfTime:
+            return found
+        if middle is None:
+            return found
+        x, reach = middle
+        if system.distance(system.linearise(x)) > system.distance(at):  # it is no nearer than what agrees better
+            reach, x = math.hypot(reach, float((x - at.x).square().mean().sqrt())), at.x
+        told = replace(found.report, rank=system.unknowns - null.shape[1], bounded=null.shape[1], prior=WITHIN)
+        return Solved(x, math.hypot(found.std, reach), told)
 
     def _refined(
         self,

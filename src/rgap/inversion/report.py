@@ -68,11 +68,14 @@ class JointReport:
     """Whether the recomputed gradient agrees."""
     prior: str | None
     """What was taken for granted where constraints were still missing; None if nothing was."""
+    bounded: int = 0
+    """Dimensions that no equation tells but inequalities do: other values of a maximum's window are no larger, and the
+    input lies in its range."""
 
     @property
     def free(self) -> int:
         """The number of dimensions that all constraints together leave open."""
-        return self.unknowns - self.rank
+        return self.unknowns - self.rank - self.bounded
 
 
 def layer_report(
