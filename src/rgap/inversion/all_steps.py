@@ -108,7 +108,7 @@ class AllSteps:
                 exchanges.add((one, i, two, j))
         if len(exchanges) > MOST_TRIED:
             return False
-        tried = (self._instead(at, walk, _exchange(at.order, *each)) for each in exchanges)
+        tried = (self._instead(at, walk, exchanged(at.order, *each)) for each in exchanges)
         return all(deadline.used() < 1 and self.difference.misfit(each) > APART * at.misfit for each in tried)
 
     def _instead(self, at: Together, walk: Walk, order: tuple[tuple[int, ...], ...]) -> Walk:
@@ -144,7 +144,7 @@ class AllSteps:
     def _solved(self, a: Float[Tensor, "o n"], b: Float[Tensor, "o m"], reweighted: int) -> Float[Tensor, "n m"]:
         """Least squares, in which rows that are missed by far more than most count little where there are kinks: each
         is of a unit, and one on its wrong side would move its sample by far more than all others' errors."""
-        weight, rounds = a.new_ones(len(a), 1), reweighted if self._kinks else 1
+        weight, rounds = a.new_ones(len(a), 1), reweighted if self.kinked else 1
         for _ in range(rounds):
             found: Tensor = torch.linalg.lstsq(weight * a, weight * b).solution
             left = (b - a @ found).norm(dim=1, keepdim=True)
@@ -154,7 +154,7 @@ class AllSteps:
 
     def _typical(self, walk: Walk) -> float:
         """What is missed, in roundings, but where there are kinks by most units."""
-        if not self._kinks:
+        if not self.kinked:
             return self.difference.misfit(walk)
         rows = [each.square().mean(1).median().sqrt() for each in self._missed(walk).values() if each.dim() == 2]
         return float(torch.stack(rows).max())
@@ -217,7 +217,7 @@ class AllSteps:
                     for j in at.order[two]:
                         by = gains[one, j] - gains[one, i] + gains[two, i] - gains[two, j]
                         found.append((float(by), one, i, two, j))
-        return [_exchange(at.order, *each[1:]) for each in sorted(found)[:MOST_TRIALS] if each[0] < 0]
+        return [exchanged(at.order, *each[1:]) for each in sorted(found)[:MOST_TRIALS] if each[0] < 0]
 
     def _gains(self, at: Together, walk: Walk) -> Float[Tensor, "steps n"]:
         """By how much the merit moves with how much each sample counts in each step."""
@@ -313,7 +313,7 @@ class AllSteps:
         return self.client.network(self.client.weights)
 
     @property
-    def _kinks(self) -> bool:
+    def kinked(self) -> bool:
         return bool(kinks(self._network))
 
 
@@ -341,7 +341,7 @@ def whole_cotangents(
     return found
 
 
-def _exchange(order: Sequence[tuple[int, ...]], one: int, i: int, two: int, j: int) -> tuple[tuple[int, ...], ...]:
+def exchanged(order: Sequence[tuple[int, ...]], one: int, i: int, two: int, j: int) -> tuple[tuple[int, ...], ...]:
     new = list(order)
     new[one] = tuple(j if each == i else each for each in order[one])
     new[two] = tuple(i if each == j else each for each in order[two])

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.all_steps import AGREES, AllSteps, Together, alike
+from rgap.inversion.orders import reordered
 from rgap.inversion.step_bounds import Bound, Limit, counted_bound, no_place
 from rgap.inversion.step_sides import with_other_sides
 from rgap.inversion.subspace.peel import Search
@@ -340,6 +341,14 @@ class _Recovery:
         x = self._inputs(known.x)
         return Recovered(x, known.labels, error, tuple(order), samples=self._samples, stop=Bound(limit, text))
 
+    def _settled(self, together: AllSteps, begun: Together, error: Tensor) -> Together:
+        """The nearest to what was sent; where that is far from it, from an order in which all exchanges were tried."""
+        at = together.settle(begun, error, UNEXPLAINED)
+        if at.misfit > MISSED and not together.kinked:
+            other = together.settle(reordered(together, begun, error), error, UNEXPLAINED)
+            at = other if other.misfit < at.misfit else at
+        return at
+
     def _refined(
         self,
         known: Candidates,
@@ -353,7 +362,7 @@ class _Recovery:
         together = AllSteps(self.client, self.plan, self.difference, layer, labels)
         at = Together(known.x, order, walk.sides, self.difference.misfit(walk))
         if at.misfit > AGREES and self.client.loss.labels:
-            at = together.settle(at, error, UNEXPLAINED)
+            at = self._settled(together, at, error)
             walk = together.walk(at)
         if INSIDE < at.misfit < ASTRAY and not at.sides:
             x, other = in_their_span(together, at.x, at.order)

@@ -47,10 +47,13 @@ class Reached:
 
     def nearer(self, other: Reached) -> bool:
         """Whether it is to be preferred. One wrong side misses more than a sample that is far away; so where only sides
-        are open that counts, and not the misfit, unless that is small."""
-        if min(self.misfit, other.misfit) <= AGREES:
+        are open it is how well the rows tell the sample that counts, and not the misfit, unless that is small: a
+        trial of sides that rounding leaves open explains the rounding by them, and is further away."""
+        if min(self.misfit, other.misfit) <= AGREES or not (self.through or other.through):
             return self.misfit < other.misfit
-        return self.through or (not other.through and self.misfit < other.misfit)
+        if self.through and other.through:
+            return self.std < other.std
+        return self.through
 
 
 def mismatch(setting: Setting, k: Tensor) -> float:
@@ -75,7 +78,7 @@ def smooth(
     try:
         for number, found in enumerate(_Smoother(setting).passes(k)):
             report(number + 1, found.misfit)
-            since = since + 1
+            since = 0 if found.through else since + 1
             if best is None or found.nearer(best):
                 best, since = found, 0
             if best.misfit <= enough or (since >= smoothing.patience and number >= smoothing.most // 2):

@@ -202,6 +202,7 @@ class Through:
                 near = Near(near.x, [2 * each for each in near.std], noise)
             else:
                 return
+            yield found
             if found.settled:
                 lower = _cholesky(found.information.known + self.setting.tie[0])
                 trial = Trial(steps, lower)
@@ -214,7 +215,6 @@ class Through:
                     yield found
                     found = replace(found, x=sharp.x)
                     yield found
-            yield found
             noise, more = self._cooler(near.noise, found), wider
             if all(each < self.approach.settled * found.rounding[name] for name, each in noise.items()):
                 noise, more = found.rounding, 2 * wider
