@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rgap.inversion.layer.restricted import restricted_grams
 from rgap.linalg import psd
 from rgap.linalg.svd import svd
 from rgap.nn.layers import Layer
@@ -220,11 +221,8 @@ def _by_numbers(
     layer = found.layer
     per_group, groups, n = layer.channels // layer.groups, layer.groups, layer.pixels
     all_known = bool((found.slope != 0).all())
-    gram = layer.weight_gram(None if all_known else found.known)[0]
-    blocks = []
-    for group, basis in enumerate(nulls):
-        lower = psd.congruent(gram[group].reshape(per_group, n, per_group * n), basis)
-        blocks.append(lower.tril() + lower.tril(-1).mT)
+    lowers = restricted_grams(layer, dict(enumerate(nulls)), None if all_known else found.known)
+    blocks = [lower.tril() + lower.tril(-1).mT for lower in lowers.values()]
     bends = None if later is None else _in_weight_rows(found, later)
     if bends is None or not len(bends):
         own = _free(found, nulls, blocks, directions)

@@ -47,12 +47,34 @@ def worth_a_factor(layer: Layer, trailing: int, systems: int, rows: int) -> floa
         rows: gradient rows of one channel, of all layers that read the same input.
     """
     channels, n, trailing = layer.channels // layer.groups, layer.pixels, max(trailing, 0)
-    factor = (channels * trailing) ** 3 / 3 + channels**2 * n * trailing * (n + trailing)
+    factor = (channels * trailing) ** 3 / 3
     eigen = 10.0 * n**3 if rows < n else 0.0
-    formed = TOUCHED * (channels * n) ** 2
+    formed = min(systems * _by_rows(layer, trailing), systems * _by_gram(layer, trailing) + _whole(layer))
     product = 8 * layer.weight.numel() * layer.positions + 4 * layer.channels * n * (n - trailing)
     direct = layer.groups * (systems * (factor + eigen) + formed)
     return direct / (systems * product + STARTED)
+
+
+def from_rows(layer: Layer, directions: int) -> bool:
+    """Whether the normal equations on so many directions of each channel are formed sooner from weight rows than from
+    the whole matrix."""
+    return _by_rows(layer, directions) < _by_gram(layer, directions) + _whole(layer)
+
+
+def _by_rows(layer: Layer, directions: int) -> float:
+    """Operations of one group: the weight rows' products with the directions, and what they make of each other."""
+    rows, columns = layer.weight_rows // layer.groups, layer.channels // layer.groups * directions
+    return 1.0 * rows * columns * (columns + 2 * layer.offsets) + TOUCHED * columns * (rows + columns)
+
+
+def _by_gram(layer: Layer, directions: int) -> float:
+    """Operations of one group, once the whole matrix is there."""
+    return float((layer.channels // layer.groups) ** 2 * layer.pixels * directions * (layer.pixels + directions))
+
+
+def _whole(layer: Layer) -> float:
+    """What the whole matrix of one group takes."""
+    return 1.0 * TOUCHED * (layer.channels // layer.groups * layer.pixels) ** 2
 
 
 def bytes_needed(layer: Layer, solver: Solver) -> int:

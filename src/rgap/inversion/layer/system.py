@@ -121,7 +121,9 @@ class LayerSystem:
             self._iterative = self._iterative if any(full) else None
         if not self._dominant.complete:
             self._dominant = self._split(count, True)
-        self._factorisation = Factorisation(self._gram, self._dominant, self._scale, self._trailing, tolerance)
+        self._factorisation = Factorisation(
+            self.rows, observed_weight, self._dominant, self._scale, self._trailing, tolerance
+        )
 
     def _dense(self, solver: Solver, trailing: int, rows: int, may_be: bool) -> bool:
         worth = solver == "auto" and may_be and factor_is_cheaper(self.layer, trailing, len(self.k), rows)
@@ -162,17 +164,6 @@ class LayerSystem:
             own = rows.layer.spare_rows if rows.row_weight is None else rows.layer.gradient_rows
             most = most + own * rows.k.flatten(1).any(1)
         return bool((most < self.layer.unknowns).all())
-
-    def _gram(self, s: int) -> Float[Tensor, "g u u"]:
-        """W'DW of one system."""
-        gram, *more = (
-            rows.layer.weight_gram(None if rows.square is None else rows.square[s : s + 1])[0] for rows in self.rows
-        )
-        for other in more:
-            gram = gram + other
-        if self.observed_weight is not None:
-            gram = gram + torch.diag_embed(self.observed_weight[s].square().reshape(self.layer.groups, -1))
-        return gram
 
     @property
     def method(self) -> tuple[str, ...]:
