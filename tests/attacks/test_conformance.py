@@ -138,7 +138,8 @@ def same(one: Reconstruction, other: Reconstruction, tolerance: float = 0.0) -> 
         torch.testing.assert_close(a.inputs, b.inputs, rtol=tolerance, atol=tolerance)
         assert torch.equal(a.labels, b.labels)
         # The stated error grows with the misfit, which of a float64 gradient is the last bits of an answer.
-        assert a.error == pytest.approx(b.error, rel=0.5 if tolerance else 0.0, nan_ok=True)
+        for here, there in ((a.error, b.error), (b.error, a.error)):
+            assert here == pytest.approx(there, rel=2.0 if tolerance else 0.0, nan_ok=True)
 
 
 def certified(found: Reconstruction, target: Target, update: Update) -> None:

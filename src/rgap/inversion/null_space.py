@@ -21,7 +21,6 @@ from torch import Tensor
 from rgap.inversion.history import History, Open, Paths
 from rgap.inversion.state import State
 from rgap.linalg import deadline, psd
-from rgap.linalg.svd import svd
 from rgap.nn.activation import Activation
 from rgap.nn.activations import NonMonotone
 from rgap.nn.layers import Layer
@@ -136,11 +135,12 @@ class _VirtualRows:
             pulled = self.unreached.mT * steep
             if not bool(pulled.isfinite().all()):
                 return None
-            u, sigma, vh = svd(pulled @ self.null)
-            condition = float(sigma[0] / sigma[-1])
+            q, r = torch.linalg.qr(pulled @ self.null)
+            condition = psd.triangular_condition(r.mT)
             if not condition < CONDITION:
                 return None
-            move, size = vh.mT @ (u.mT @ missed / sigma), float(missed.norm())
+            move = torch.linalg.solve_triangular(r, (q.mT @ missed)[:, None], upper=True)[:, 0]
+            size = float(missed.norm())
             for halving in range(HALVINGS):
                 after = c - move * 0.5**halving
                 now = self.misses(after)

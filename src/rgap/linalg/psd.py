@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -36,20 +37,33 @@ class Factor:
         if self.method == "cholesky":
             return cholesky_solve(rhs, self._solve[0])
         if self.method == "pivoted":
-            lower, kept, null = self._solve
+            lower, kept = self._solve[:2]
             found = torch.zeros_like(rhs)
-            found[kept] = cholesky_solve((rhs - null @ (null.mT @ rhs))[kept], lower)
-            return found - null @ (null.mT @ found)
+            found[kept] = cholesky_solve(self._in_range(rhs)[kept], lower)
+            return self._in_range(found)
         vectors, inverse = self._solve
         return vectors @ (inverse[:, None] * (vectors.mT @ rhs))
 
+    def _in_range(self, rhs: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """Without what lies in the null space, by a basis of whichever of the two is smaller."""
+        basis = self._solve[2]
+        part = basis @ (basis.mT @ rhs)
+        return part if self._keeps else rhs - part
+
     @property
+    def _keeps(self) -> bool:
+        return 2 * self.rank < len(self._solve[2])
+
+    @cached_property
     def null(self) -> Float[Tensor, "n free"]:
         """An orthonormal basis of the null space."""
         if self.method == "cholesky":
             return self._solve[0].new_zeros(len(self._solve[0]), 0)
-        if self.method == "pivoted":
+        if self.method == "pivoted" and not self._keeps:
             return self._solve[2]
+        if self.method == "pivoted":
+            whole: Tensor = torch.linalg.qr(self._solve[2], mode="complete")[0]
+            return whole[:, self.rank :]
         vectors, inverse = self._solve
         return vectors[:, inverse == 0]
 
@@ -69,9 +83,7 @@ def factor(matrix: Float[Tensor, "n n"], tolerance: float, size: float = 0.0) ->
     tolerance = max(tolerance, (count * torch.finfo(matrix.dtype).eps) ** 0.5)
     lower, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0:
-        largest = _largest(lambda v: lower @ (lower.mT @ v), matrix)
-        inverse_of_smallest = _largest(lambda v: cholesky_solve(v, lower), matrix)
-        condition = (max(largest, size) * inverse_of_smallest) ** 0.5
+        condition = triangular_condition(lower, size)
         # The estimate errs on the low side: leave a margin before a matrix is called definite.
         if condition < 0.3 / tolerance:
             return Factor(count, condition, "cholesky", (lower,))
@@ -85,6 +97,17 @@ def factor(matrix: Float[Tensor, "n n"], tolerance: float, size: float = 0.0) ->
     rank = int(keep.sum())
     condition = (largest * float(inverse.max())) ** 0.5 if rank else 1.0
     return Factor(rank, condition, "eigen", (vectors, inverse))
+
+
+def triangular_condition(lower: Float[Tensor, "n n"], size: float = 0.0) -> float:
+    """The square root of the condition of L L', which is the condition of L; estimated from below.
+
+    Args:
+        size: as that of `factor`.
+    """
+    largest = _largest(lambda v: lower @ (lower.mT @ v), lower)
+    inverse_of_smallest = _largest(lambda v: cholesky_solve(v, lower), lower)
+    return float((max(largest, size) * inverse_of_smallest) ** 0.5)
 
 
 def cholesky_solve(rhs: Float[Tensor, "n m"], lower: Float[Tensor, "n n"]) -> Float[Tensor, "n m"]:
@@ -124,12 +147,13 @@ def _pivoted(matrix: Float[Tensor, "n n"], tolerance: float, size: float) -> Fac
     pivots = torch.as_tensor(order, device=matrix.device).long() - 1
     lower, rest = whole[:rank].contiguous(), whole[rank:]
     dropped = diagonal[pivots[rank:]] - rest.square().sum(1)
-    # Of P [-L^-T R'; 1], which the matrix maps to zero.
-    null = matrix.new_zeros(count, count - rank)
-    null[pivots[:rank]] = -torch.linalg.solve_triangular(lower.mT, rest.mT, upper=True)
-    null[pivots[rank:]] = torch.eye(count - rank, dtype=matrix.dtype, device=matrix.device)
-    null = torch.linalg.qr(null)[0]
-    found = Factor(rank, 1.0, "pivoted", (lower, pivots[:rank], null))
+    if 2 * rank < count:  # a basis of the range, else of the null space: that of P [-L^-T R'; 1], which M maps to zero
+        basis = torch.zeros_like(whole).index_copy_(0, pivots, whole)
+    else:
+        basis = matrix.new_zeros(count, count - rank)
+        basis[pivots[:rank]] = -torch.linalg.solve_triangular(lower.mT, rest.mT, upper=True)
+        basis[pivots[rank:]] = torch.eye(count - rank, dtype=matrix.dtype, device=matrix.device)
+    found = Factor(rank, 1.0, "pivoted", (lower, pivots[:rank], torch.linalg.qr(basis)[0]))
 
     def product(v: Tensor) -> Tensor:
         return whole @ (whole.mT @ v)

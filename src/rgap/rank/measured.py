@@ -275,6 +275,8 @@ def _nullity(matrix: Float[Tensor, "m m"]) -> int:
 def _null(matrix: Float[Tensor, "m m"]) -> Float[Tensor, "m f"]:
     """An orthonormal basis of the null space, by inverse iteration: several times faster than all eigenvectors."""
     count, shift = _nullity(matrix), _rounding(matrix)
+    if 2 * count > len(matrix):
+        return _complement(matrix, len(matrix) - count, shift)
     basis = torch.randn(len(matrix), count, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
     basis = basis.to(matrix.device)
     if count:
@@ -290,6 +292,21 @@ def _null(matrix: Float[Tensor, "m m"]) -> Float[Tensor, "m f"]:
             # it makes of a null space, one more iteration leaves nothing else in them.
             settled = float(torch.linalg.matrix_norm(torch.linalg.inv_ex(grown)[0], 2)) <= 3 * shift
     return basis
+
+
+def _complement(matrix: Float[Tensor, "m m"], rank: int, shift: float) -> Float[Tensor, "m f"]:
+    """What lies beside the range, where that is the smaller of the two: by iteration on the range."""
+    basis = torch.randn(len(matrix), rank, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    basis, settled = basis.to(matrix.device), False
+    for _ in range(INVERSE_ITERATIONS):
+        product = matrix @ basis
+        left = product - basis @ (basis.mT @ product)
+        basis = torch.linalg.qr(product)[0]
+        if settled:
+            break
+        settled = float(torch.linalg.matrix_norm(left)) <= 3 * shift
+    whole: Tensor = torch.linalg.qr(basis, mode="complete")[0]
+    return whole[:, rank:]
 
 
 def _in_weight_rows(found: Rows, later: Float[Tensor, "f o p"]) -> Float[Tensor, "m o p"]:
