@@ -269,7 +269,7 @@ def _options(order: Order, epoch: int) -> list[Exchange]:
     return found
 
 
-def _places(options: list[Exchange], epoch: int, samples: int) -> Int[Tensor, "e 4"]:
+def _places(options: list[Exchange], epoch: int, samples: int) -> Int[Tensor, "e _"]:
     """Where each exchange adds, takes away, adds and takes away among samples in all steps of later epochs."""
     one, i, two, j = torch.tensor(options).mT
     first, second = (one - epoch) * samples, (two - epoch) * samples

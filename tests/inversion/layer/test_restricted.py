@@ -24,6 +24,7 @@ def test_it_is_that_of_the_dense_matrix(
     groups: int, weighted: bool, directions: int, way: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rgap.inversion.layer.restricted.from_rows", lambda *_: way)
+    monkeypatch.setattr("rgap.inversion.layer.restricted.CHUNK", 1000)  # some positions at once
     generator = torch.Generator().manual_seed(directions)
     layer = convolution(groups, generator)
     rows = torch.rand(1, layer.outputs, layer.positions, generator=generator, dtype=torch.float64)

@@ -15,6 +15,8 @@ WIDEST = 4096
 """Dominant directions are looked for where the smaller side of K0 is at most this: they take its eigenvectors."""
 PRODUCTS = 150
 """Of conjugate gradients for one layer, about: the drawn move, the input, its refinement and a draw of noise."""
+CHUNK = 2**22
+"""Values of weight rows that are taken at once where not the whole matrix of their normal equations is formed."""
 STARTED, TOUCHED = 2e7, 1000
 """Operations that a factor does in the time in which one product is set up, and in which one new value of a matrix is
 touched for the first time."""
@@ -64,7 +66,8 @@ def from_rows(layer: Layer, directions: int) -> bool:
 def _by_rows(layer: Layer, directions: int) -> float:
     """Operations of one group: the weight rows' products with the directions, and what they make of each other."""
     rows, columns = layer.weight_rows // layer.groups, layer.channels // layer.groups * directions
-    return 1.0 * rows * columns * (columns + 2 * layer.offsets) + TOUCHED * columns * (rows + columns)
+    touched = min(rows * columns, CHUNK) + columns**2
+    return 1.0 * rows * columns * (columns + 2 * layer.offsets) + TOUCHED * touched
 
 
 def _by_gram(layer: Layer, directions: int) -> float:
@@ -87,6 +90,25 @@ def bytes_needed(layer: Layer, solver: Solver) -> int:
     small = min(rows, n)
     values = 10 * c * n + 10 * layer.weight_rows + 4 * c * layer.table.numel() + 4 * layer.weight.numel()
     split = layer.groups * (rows * n + n * small + 3 * small**2) if small <= WIDEST else 0
-    dense = solver == "direct" or (solver == "auto" and factor_is_cheaper(layer, n - small, 1, rows))
-    matrices = 3 * layer.groups * (c // layer.groups * n) ** 2 if dense and fits(layer) else 0
+    matrices = 0
+    if solver == "direct":
+        matrices = 3 * layer.groups * (c // layer.groups * n) ** 2 if fits(layer) else 0
+    elif solver == "auto" and factor_is_cheaper(layer, n - small, 1, rows):
+        matrices = layer.groups * _factored(layer, _most_trailing(layer, rows))
     return 8 * (values + split + matrices)
+
+
+def _most_trailing(layer: Layer, rows: int) -> int:
+    """The most trailing directions of each channel for which a factor is cheaper."""
+    low, high = 0, layer.pixels
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if factor_is_cheaper(layer, middle, 1, rows) else (low, middle - 1)
+    return low
+
+
+def _factored(layer: Layer, trailing: int) -> int:
+    """Values of what a factor of one group takes: of its trailing directions, and of what these are formed from."""
+    channels = layer.channels // layer.groups
+    formed = CHUNK if from_rows(layer, trailing) else (channels * layer.pixels) ** 2
+    return formed + 2 * (channels * trailing) ** 2
