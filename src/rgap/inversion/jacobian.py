@@ -67,11 +67,12 @@ class Jacobian(LinearOperator):
         size = float((rows.weight * system.row_weight).square().sum())
         scale = [0.0] * len(rows.gradient)
         for at in reversed(range(len(scale))):
-            own = float(self._doubted[at].without(rows.gradient[at]).square().sum())  # 0 where the rows are not used
+            # All of them, whatever is in doubt: the few that are left of many say no more for that.
+            own = float(rows.gradient[at].square().sum())  # 0 where the rows are not used
             if own > 0:
                 even = (size or own) / own
                 scale[at] = min(max(system.noise_ratios[at], even), self._limit * even)
-            size += scale[at] * own
+            size += scale[at] * float(self._doubted[at].without(rows.gradient[at]).square().sum())
         return scale, size / drawn.numel()
 
     def mv(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d rows"]:
