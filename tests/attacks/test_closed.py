@@ -68,6 +68,22 @@ def test_what_the_recursion_leaves_open_is_recovered(activation: nn.Module, bias
     assert (joint.prior is not None) == any("neighbouring values" in assumption for assumption in found.assumptions)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_units_settle_on_their_sides_in_a_few_steps(seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        first, second = nn.Conv2d(3, 3, 2, 1, 1, bias=False), nn.Conv2d(3, 7, 3, 2, bias=False)
+        head = nn.Linear(112, 1, bias=False)
+    model = nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2), nn.Flatten(), head).double()
+    target, x = Target(model, LOSS, (3, 9, 9), (0.0, 1.0)), data.photographs(8, 9).inputs[[seed]].double()
+    found = Closed()(target, capture(target, x, torch.ones(1)))
+    assert found.status is Status.EXACT, found
+    assert score(found, x).mse[0] < 1e-20
+    joint = found.answers[0].joint
+    assert joint is not None
+    assert joint.steps <= 20
+
+
 def test_a_full_rank_network_is_left_to_the_recursion() -> None:
     target = Target(
         nn.Sequential(nn.Flatten(), nn.Linear(9, 12), nn.Tanh(), nn.Linear(12, 1)).double(), LOSS, (1, 3, 3)

@@ -175,6 +175,15 @@ def test_a_unit_in_doubt_does_not_move_the_rows(name: str, samples: int) -> None
 
 
 @every_system
+def test_what_is_in_doubt_does_not_make_the_rest_weigh_more(name: str, samples: int) -> None:
+    """Of many rows a few are left, which say as little of the input as they did among the others."""
+    of = case(name, samples)
+    at = of.system.linearise(of.x)
+    without, some = (Jacobian(of.system, at, least_certain(of.system, at, count))._scale for count in (0, 20))
+    assert all(a <= (1 + 1e-12) * b for a, b in zip(some, without, strict=True))
+
+
+@every_system
 def test_without_the_gradient_rows_that_slopes_may_move_the_others_stay(name: str, samples: int) -> None:
     of = case(name, samples)
     jacobian = Jacobian(of.system, of.near(), None)
