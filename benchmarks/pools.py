@@ -201,6 +201,8 @@ def main() -> None:
     asked.add_argument("--epochs", type=int, default=0, help="of training")
     asked.add_argument("--limit", type=float, default=240.0, help="seconds for a picture")
     arguments = asked.parse_args()
+    if not 0 <= arguments.first < arguments.pictures:
+        asked.error(f"got --first {arguments.first} of --pictures {arguments.pictures}: expected 0 or more, and less")
     torch.set_num_threads(1)
     columns = ("exact", "wrong", "median MSE", "worst MSE", "seconds", "most seconds")
 
