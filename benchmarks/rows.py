@@ -42,10 +42,11 @@ def measure(rows: Iterable[Row], only: str, first: str, columns: tuple[str, ...]
         columns: which of the figures the table shows.
         out: a file for all of them, written anew after each row.
     """
-    table, results = Table(first, *columns), []
-    for name, run in rows:
-        if only not in name:
-            continue
+    table, results, rows = Table(first, *columns), [], list(rows)
+    asked = [(name, run) for name, run in rows if only in name]
+    if not asked:
+        raise SystemExit(f"got --only {only!r}: expected a part of one of {'; '.join(name for name, _ in rows)}")
+    for name, run in asked:
         found = run()
         results.append(found)
         print(json.dumps(found), flush=True)
