@@ -92,19 +92,17 @@ class LayerSystem:
         """
         self.layer, self.k = layer, k
         self.rows = (LayerRows(layer, k, row_weight), *others)
-        self.observed_weight = observed_weight
-        self._tolerance = tolerance
+        self.observed_weight, self._tolerance = observed_weight, tolerance
         self._factorisation: Factorisation | None = None
         self._iterative: Iterative | None = None
         if alone:
-            self._dominant = Dominant(self.rows, tolerance, False, dominant=ALONE)
-            self._trailing = []
+            self._dominant, self._trailing = Dominant(self.rows, tolerance, False, dominant=ALONE), []
             return
-        count = sum(kernel_rows(rows.layer) for rows in self.rows)
         if solver == "direct":
             _fitting(layer)
-        small = min(count, layer.pixels) <= WIDEST
-        self._dominant = self._split(count, self._dense(solver, layer.pixels - count, count, small))
+        count = sum(kernel_rows(rows.layer) for rows in self.rows)
+        few = min(count, layer.pixels) <= WIDEST
+        self._dominant = self._split(count, self._dense(solver, layer.pixels - count, count, few))
         self._trailing = [(s, g) for s, g in (self._dominant.count < layer.pixels).nonzero().tolist()]
         if not self._trailing:
             return
