@@ -113,18 +113,16 @@ def narrowed(
     ends = torch.as_tensor(box).to(at.x)
     reach = ends.diff(dim=1)[:, 0] / 2
     crossed = 0
-    for node in at.slopes:
+    for node, activation in network.activations:
+        if not activation.kinked:
+            continue
         value = network.nodes[node].reads[0]
         way = sum(column[value].abs() * size for column, size in zip(columns, ends.abs().amax(1), strict=True))
-        crossed += int((way > at.values[value].abs() + ERRORS * error).sum()) if _kinked(system, node) else 0
+        crossed += int((way > at.values[value].abs() + ERRORS * error).sum())
     if crossed > DOUBTED:
         return None
     middle = at.x + (null @ ends.mean(1)).reshape(at.x.shape)
     return middle, float((reach.square().sum() / at.x.numel()).sqrt())
-
-
-def _kinked(system: ConstraintSystem, node: int) -> bool:
-    return dict(system.network.activations)[node].kinked
 
 
 def _box(

@@ -162,7 +162,7 @@ class _VirtualRows:
         shape = self.x.shape[1:]
         spread = self.open.system.covariance(self.open.s, pulled.mT.reshape(*shape, -1)).flatten(0, 1)  # C A'
         opened = pulled @ self.null
-        basis = torch.linalg.qr(opened, mode="complete")[0][:, opened.shape[1] :]  # of rows that c does not move
+        basis = psd.complement(opened)  # of rows that c does not move
         core = pulled @ spread  # A C A'
         # There may be more rows than the layer tells directions: then some of them repeat others.
         inverse = torch.linalg.pinv(basis.mT @ core @ basis, rtol=1e-12, hermitian=True)

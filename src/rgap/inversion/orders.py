@@ -136,15 +136,15 @@ class _Orders:
     def _walk(self, x: Float[Tensor, "n u"], order: Order) -> Walk:
         return Walk(self._client, self.steps.plan).all(x, self.steps.labels, order)
 
-    def _missed(self, x: Float[Tensor, "n u"], order: Order) -> Float[Tensor, " rows"]:
-        walk = self._walk(x, order)
+    def _missed(self, walk: Walk) -> Float[Tensor, " rows"]:
         return self._sketch({name: end - self.steps.difference.sent[name] for name, end in walk.end.items()})
 
     def searched(self, at: Together) -> Together:
         x, by = at.x, None
         order: Order = at.order
         for _ in range(ROUNDS):
-            walk, missed = self._walk(x, order), self._missed(x, order)
+            walk = self._walk(x, order)
+            missed = self._missed(walk)
             if by is None:
                 by = self._by_samples(walk, x, order)
             samples = _Samples.of(by, UNMODELLED * float(missed.square().mean().sqrt()))
@@ -152,8 +152,8 @@ class _Orders:
             way, others = descended(order, self.steps.plan.epoch, counts, samples.out_of(missed[None])[0])
             if deadline.used() >= 1:
                 break
-            some = [order, *(way[len(way) // part - 1] for part in PARTS if len(way) >= part), *others]
-            tried = {each: self._missed(x, each) for each in some}
+            some = [*(way[len(way) // part - 1] for part in PARTS if len(way) >= part), *others]
+            tried = {order: missed} | {each: self._missed(self._walk(x, each)) for each in some}
             left = {each: float(samples.out_of(rows[None]).norm()) for each, rows in tried.items()}
             new = min(left, key=left.__getitem__)
             away = ((x - self.begun) / self.error[:, None]).flatten()
@@ -169,7 +169,7 @@ class _Orders:
         """Samples moved by what was missed, less far where more is missed then."""
         move = by.reshape(x.shape) * self.error[:, None]
         for part in (1.0, 0.5, 0.25):
-            if float(self._missed(x - part * move, order).norm()) < before:
+            if float(self._missed(self._walk(x - part * move, order)).norm()) < before:
                 return x - part * move
         return x
 

@@ -185,8 +185,7 @@ class _Together:
     def _beside(self) -> Float[Tensor, "i m"]:
         """Directions of an output's gradient that the weight rows of all samples do not tell already."""
         weight = self.layer.weight[0, : self.layer.weight.shape[-1]]
-        basis: Tensor = torch.linalg.qr(weight.mT, mode="complete")[0]
-        return basis[:, len(weight) :]
+        return psd.complement(weight.mT)
 
     @cached_property
     def rows(self) -> Float[Tensor, "w bf"]:

@@ -52,7 +52,7 @@ class Factor:
 
     @property
     def _keeps(self) -> bool:
-        return 2 * self.rank < len(self._solve[2])
+        return _range_is_smaller(self.rank, len(self._solve[2]))
 
     @cached_property
     def null(self) -> Float[Tensor, "n free"]:
@@ -62,8 +62,7 @@ class Factor:
         if self.method == "pivoted" and not self._keeps:
             return self._solve[2]
         if self.method == "pivoted":
-            whole: Tensor = torch.linalg.qr(self._solve[2], mode="complete")[0]
-            return whole[:, self.rank :]
+            return complement(self._solve[2])
         vectors, inverse = self._solve
         return vectors[:, inverse == 0]
 
@@ -97,6 +96,12 @@ def factor(matrix: Float[Tensor, "n n"], tolerance: float, size: float = 0.0) ->
     rank = int(keep.sum())
     condition = (largest * float(inverse.max())) ** 0.5 if rank else 1.0
     return Factor(rank, condition, "eigen", (vectors, inverse))
+
+
+def complement(basis: Float[Tensor, "n m"]) -> Float[Tensor, "n _"]:
+    """An orthonormal basis of what lies beside independent columns."""
+    whole: Tensor = torch.linalg.qr(basis, mode="complete")[0]
+    return whole[:, basis.shape[1] :]
 
 
 def triangular_condition(lower: Float[Tensor, "n n"], size: float = 0.0) -> float:
@@ -133,6 +138,11 @@ def congruent(matrix: Float[Tensor, "c n cn"], basis: Float[Tensor, "n d"]) -> F
     return out.reshape(c * d, c * d)
 
 
+def _range_is_smaller(rank: int, count: int) -> bool:
+    """Than the null space, so that it is its basis that is kept."""
+    return 2 * rank < count
+
+
 def _pivoted(matrix: Float[Tensor, "n n"], tolerance: float, size: float) -> Factor | None:
     """A factor of as many rows and columns as are independent (Cholesky with pivots); None where the singular values
     do not part clearly at the tolerance."""
@@ -147,9 +157,9 @@ def _pivoted(matrix: Float[Tensor, "n n"], tolerance: float, size: float) -> Fac
     pivots = torch.as_tensor(order, device=matrix.device).long() - 1
     lower, rest = whole[:rank].contiguous(), whole[rank:]
     dropped = diagonal[pivots[rank:]] - rest.square().sum(1)
-    if 2 * rank < count:  # a basis of the range, else of the null space: that of P [-L^-T R'; 1], which M maps to zero
+    if _range_is_smaller(rank, count):
         basis = torch.zeros_like(whole).index_copy_(0, pivots, whole)
-    else:
+    else:  # of P [-L^-T R'; 1], which the matrix maps to zero
         basis = matrix.new_zeros(count, count - rank)
         basis[pivots[:rank]] = -torch.linalg.solve_triangular(lower.mT, rest.mT, upper=True)
         basis[pivots[rank:]] = torch.eye(count - rank, dtype=matrix.dtype, device=matrix.device)

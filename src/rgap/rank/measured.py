@@ -305,8 +305,7 @@ def _complement(matrix: Float[Tensor, "m m"], rank: int, shift: float) -> Float[
         if settled:
             break
         settled = float(torch.linalg.matrix_norm(left)) <= 3 * shift
-    whole: Tensor = torch.linalg.qr(basis, mode="complete")[0]
-    return whole[:, rank:]
+    return psd.complement(basis)
 
 
 def _in_weight_rows(found: Rows, later: Float[Tensor, "f o p"]) -> Float[Tensor, "m o p"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Literal
 
 from rgap.nn.layers import Layer
@@ -100,11 +101,8 @@ def bytes_needed(layer: Layer, solver: Solver) -> int:
 
 def _most_trailing(layer: Layer, rows: int) -> int:
     """The most trailing directions of each channel for which a factor is cheaper."""
-    low, high = 0, layer.pixels
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if factor_is_cheaper(layer, middle, 1, rows) else (low, middle - 1)
-    return low
+    more = range(1, layer.pixels + 1)
+    return bisect_left(more, True, key=lambda trailing: not factor_is_cheaper(layer, trailing, 1, rows))
 
 
 def _factored(layer: Layer, trailing: int) -> int:
