@@ -291,9 +291,9 @@ def test_routes_of_a_layer_that_reads_more_than_the_input_has_begin_at_an_input(
     begun: list[float] = []
     of = unpool._from_input
 
-    def spy(whole: unpool.Route, observed: route_rows.Observed, *others: Any) -> Tensor:
+    def spy(whole: unpool.Route, observed: route_rows.Observed, *others: Any) -> routes.Unpooled:
         start = of(whole, observed, *others)
-        begun.append(float(start.std()))
+        begun.append(float(start.x.std()))
         return start
 
     monkeypatch.setattr(unpool, "_from_input", spy)
@@ -371,3 +371,29 @@ def test_what_was_not_found_in_front_of_the_first_pool_is_not_looked_for_again(m
     found = Closed()(target, capture(target, x, torch.tensor([3.0])))
     assert found.status is Status.NOT_CONVERGED
     assert len(searches) == 4  # by values alone, from two starts, and colder
+
+
+@pytest.mark.parametrize(("silent", "enough"), [(0, True), (30, True), (46, False), (48, False)])
+def test_a_layer_whose_outputs_are_mostly_silent_does_not_tell_what_it_reads(silent: int, enough: bool) -> None:
+    """As that of a network that has learned may be: routes are then looked for from the network's own input."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(nn.Conv2d(1, 24, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(24, 48, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
+            *(nn.Flatten(), nn.Linear(432, 10)),
+        )
+    model[3].bias.data[:silent] -= 5.0
+    network, x = Target(model, losses.CrossEntropy(10), (1, 12, 12)).network, pictures(1, 1, 12).double()
+    node = [at for at, each in enumerate(network.nodes) if isinstance(each.op, Pool)][1]
+    values = network.forward(x)
+    k = torch.randn(values[node + 1].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    layer, gradient = list(network.gradients(values, network.vjp(values, network.slopes(values), {node + 1: k})))[1]
+    state, route = State(values[node + 1], k, None, torch.full_like(k, 1e-9)), route_of(network, node)
+    assert route is not None
+    observed = route.observed(state, gradient.reshape(48, 24, 3, 3), False)
+    assert unpool._tells_enough(route.part, observed, 1e-7) == enough
+    if not enough:
+        found = before_pool(network, node, state, {layer.weight_name: gradient.reshape(48, 24, 3, 3)}, 1e-7)
+        assert isinstance(found, Stop)
+        assert found.nearest is None

@@ -47,6 +47,8 @@ class Continuation:
     """Linearisations without any progress after which a try ends."""
     gain: float = 1.0
     """It is progress if the distance is below this part of what it was at the last."""
+    always: int = 0
+    """Units in doubt at every step, from a start that nearly agrees."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class _Descent:
         system, schedule, tolerance = self.system, self.schedule, self.tolerance
         # Where to start from is too coarse for gradient rows that a slope may move, unless it nearly agrees.
         coarse = bool(at.slopes) and system.distance(at) > COARSE
-        uncertain: Pattern | None = None if coarse else {}
+        uncertain = None if coarse else least_certain(system, at, schedule.always)
         weight, last = schedule.final if self.prior is None else schedule.initial, False
         best = Solution(at.x, torch.inf, 0)
         fewest, progress, least, count, step = torch.inf, 0, math.inf, 0, 0
@@ -148,6 +150,7 @@ class _Descent:
                     times = 1 if changed > schedule.few else 2
                     weight = max(weight / schedule.factor**times, schedule.final)
                 count = self.doubt * changed + schedule.margin if changed else count // 2
+                count = schedule.always or count
             fewest = min(fewest, changed)
             most = min(max(schedule.most[0], system.movable_rows // 2), schedule.most[1])
             uncertain = least_certain(system, at, count) if count <= most else None

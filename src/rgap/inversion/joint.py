@@ -45,6 +45,8 @@ WITHIN = "inputs within the value range"
 """What is taken for granted where inequalities tell what equations leave open."""
 NEAR = 1e-2
 """A distance below which steps that converge slowly may still get there."""
+FROM_ROUTES = Continuation(doubt=(1,), always=512, max_steps=20, patience=6)
+"""From an input that a pool's routes or sides tell, whose units in front are on their wrong sides here and there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +115,7 @@ class JointSolve:
                 return self._refined(network, observed, candidate, system, at, probe)
             start = at
         try:
-            told, enough = _by_routes(network, candidate, system, gradients, report), system
+            told, enough = _by_routes(network, candidate, system, gradients, tolerance, report), system
             if told is None:
                 system, told, enough = _by_values(network, candidate, system, gradients, prior.centre, report)
             # Who asks for products alone may not have the memory for a matrix.
@@ -248,6 +250,7 @@ def _by_routes(
     candidate: Candidate,
     system: ConstraintSystem,
     gradients: dict[str, Tensor],
+    tolerance: float,
     report: Callable[[int, float], None],
 ) -> Solution | None:
     """The input in front of the pool at which the recursion stopped; None if it stopped elsewhere."""
@@ -265,12 +268,19 @@ def _by_routes(
         if found is None:
             return None
         x, steps = found.x, found.steps
-    return Solution(x, system.distance(system.linearise(x)), steps)
+    at = system.linearise(x)
+    told = Solution(x, system.distance(at), steps)
+    if not route.part.front.nodes or not tolerance < told.distance <= NEAR:
+        return told
+    further = gauss_newton(system, Iterative(), None, tolerance, at, FROM_ROUTES, report)
+    return further if further.distance < told.distance else told
 
 
 def _looked_for(route: Route, stop: Stop) -> Tensor | None:
     """The input that belongs to what the recursion found of what the layer in front of a pool reads: nothing more is
     told where there is only what has an inverse in between."""
+    if stop.input is not None:
+        return stop.input
     x = stop.nearest
     for node in reversed(route.part.front.nodes):
         x = None if x is None else node.op.invert(x)

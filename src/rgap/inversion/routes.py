@@ -46,6 +46,8 @@ class Unpooled:
     missed: float
     """Of maxima and gradient rows, relatively, with the routes decided."""
     steps: int
+    input: Float[Tensor, "b ..."] | None = None
+    """The network's own, where that meets the constraints and nothing was found of what the layer reads."""
 
 
 ANNEALING = Annealing()
@@ -55,6 +57,11 @@ FROM_INPUT = Annealing(max_steps=6, patience=6, solve_rtol=0.05, solve_steps=40)
 """From the network's input, whose neighbouring values are similar: far enough to begin nearer, and no further."""
 QUICK = Annealing(temperature=2.0, cooling=0.97, fading=0.8, max_steps=120, patience=40, solve_steps=60)
 """Of many unknowns, where steps take long: a prior that is gone in twenty of them, if rows are enough without."""
+THROUGH = Annealing(
+    cooling=1.0, fading=0.9, max_steps=150, patience=25, solve_rtol=0.05, solve_steps=40, promising=1e-3
+)
+"""From the network's input, through kinks in front of which the sides are those of the present input: in small steps,
+no colder than what is missed. Solves to the end are led astray by wrong sides, and so is what is decided too early."""
 NEAR = Annealing(temperature=0.3, prior=0.01, patience=10)
 """From a start of a few per cent's error."""
 VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, patience=6, progress=0.7, gradient=False)

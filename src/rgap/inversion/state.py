@@ -115,6 +115,8 @@ class Stop:
     nearest: Tensor | None = None
     """Of a single candidate what the layer in front of a pool reads, (b, *shape), as near as it was found with nothing
     else but that layer; None if it was not looked for."""
+    input: Tensor | None = None
+    """The network's input, where it was found with that layer and what stands in front of it, (b, *shape)."""
 
     @property
     def node(self) -> str:

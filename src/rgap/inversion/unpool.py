@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rgap.inversion.prior import Prior
@@ -22,6 +22,7 @@ from rgap.inversion.routes import (
     FROM_INPUT,
     NEAR,
     QUICK,
+    THROUGH,
     VALUES_ONLY,
     Unpooled,
     find_routes,
@@ -29,6 +30,7 @@ from rgap.inversion.routes import (
     settle,
 )
 from rgap.inversion.state import Cause, State, Stop
+from rgap.inversion.windows import windows
 from rgap.nn.activation import Activation
 from rgap.nn.activations import Identity, NonMonotone, ReLU
 from rgap.nn.network import Network
@@ -43,6 +45,10 @@ FEW = 1_024
 """Unknowns of which routes are looked for from a second start: that takes seconds."""
 ENOUGH = 1.25
 """Rows for each unknown with which routes are looked for."""
+SHARE = 0.75
+"""So much of what it reads the rows of a layer that is not the first have to tell for routes to be looked for there."""
+ZERO = 10
+"""A mean behind a ReLU below so many roundings of the largest says that nothing was above zero, and no more."""
 MISSED = 200
 """What right routes may miss, in roundings of the gradient."""
 LARGER = 1e4
@@ -163,22 +169,25 @@ def solve_route(
     report: Callable[[int, float], None] = lambda step, missed: None,
     whole: Route | None = None,
 ) -> Unpooled | None:
-    """The input and the routes; None where the rows are too few to tell them.
+    """The input and the routes, or the network's own input; None where the rows are too few to tell them.
 
     Args:
         eps: relative rounding of the gradient.
         with_prior: whether the prior may decide what too few rows leave open.
         whole: the same pool from the network's own input on, where that has far fewer unknowns.
     """
-    known, unknowns = int(observed.known.sum()), len(observed.value) * math.prod(route.part.front.input_shape)
+    known = int(_equations(route.part, observed, eps).sum())
+    unknowns = len(observed.value) * math.prod(route.part.front.input_shape)
     if not with_prior and known + route.part.layer.gradient_rows < ENOUGH * unknowns:
         return None
     start, other, prior = _constants(route.part, observed)
-    tries: list[tuple[Annealing, Tensor]] = []
+    tries: list[tuple[Annealing, Tensor | None]] = []
     if known >= ENOUGH * unknowns:
         tries.append((VALUES_ONLY, start))
     if whole is not None:
-        tries.append((NEAR, _from_input(whole, observed, eps, report)))
+        tries += [(NEAR, _read(whole, _from_input(whole, observed, eps, FROM_INPUT, report))), (THROUGH, None)]
+    if _kinked(route.part.front):
+        tries.append((THROUGH, start))
     if unknowns > MANY:
         tries.append((QUICK, start))
     tries.append((ANNEALING, start))
@@ -188,6 +197,13 @@ def solve_route(
     found: Unpooled | None = None
     agrees = MISSED * eps
     for schedule, begin in tries:
+        if begin is None:
+            assert whole is not None
+            assert found is not None
+            through = _from_input(whole, observed, eps, schedule, report)
+            if through.missed <= agrees:
+                return replace(found, input=through.x)
+            continue
         tried = find_routes(route.part, observed, prior, agrees, begin, schedule, report)
         found = tried if found is None or tried.missed < found.missed else found
         if found.missed <= agrees:
@@ -195,12 +211,49 @@ def solve_route(
     return found
 
 
+def _kinked(front: Network) -> bool:
+    """Whether what stands in front of a layer has sides or routes of its own."""
+    maxima = any(isinstance(node.op, MaxPool) for node in front.nodes)
+    return maxima or any(activation.kinked for _, activation in front.activations)
+
+
+def _equations(part: Pooled, observed: Observed, eps: float) -> Bool[Tensor, "b o m"]:
+    """Which of the known values are equations: of a mean of nothing but a ReLU's zeros none is."""
+    if not isinstance(part.activation, ReLU) or not observed.known.any():
+        return observed.known
+    return observed.known & (observed.value.abs() > ZERO * eps * observed.value[observed.known].abs().max())
+
+
+def _tells_enough(part: Pooled, observed: Observed, eps: float) -> bool:
+    """Whether a layer's own rows tell most of what it reads, by count, with routes or sides as drawn.
+
+    Args:
+        eps: relative rounding of the gradient.
+    """
+    if len(observed.value) > 1:
+        return True
+    layer, told = part.layer, _equations(part, observed, eps)
+    generator = torch.Generator(device=told.device).manual_seed(0)
+    places = (1, layer.outputs, layer.positions)
+    z = torch.randn(places, generator=generator, dtype=observed.value.dtype, device=told.device)
+    slope = windows(part.pool, part.activation, z, 0.0).slope
+    k = part.pool.scatter(slope * (observed.cotangent * told)[..., None]).reshape(places)
+    kernel = layer.kernel_matrix(k)[0]
+    values = torch.linalg.eigvalsh(kernel @ kernel.mT if kernel.shape[1] < kernel.shape[2] else kernel.mT @ kernel)
+    rank = int((values > eps ** (4 / 3) * values[:, -1:]).sum()) * layer.unknowns // (layer.groups * layer.pixels)
+    return rank + int(told.sum()) >= SHARE * layer.unknowns
+
+
 def _from_input(
-    whole: Route, observed: Observed, eps: float, report: Callable[[int, float], None]
-) -> Float[Tensor, "b ..."]:
-    """What the layer reads, about: as an input of the network makes it that nearly meets the constraints."""
+    whole: Route, observed: Observed, eps: float, way: Annealing, report: Callable[[int, float], None]
+) -> Unpooled:
+    """The network's input that meets the constraints, or nearly, found from a constant one."""
     start, _, prior = _constants(whole.part, observed)
-    found = find_routes(whole.part, observed, prior, MISSED * eps, start, FROM_INPUT, report)
+    return find_routes(whole.part, observed, prior, MISSED * eps, start, way, report)
+
+
+def _read(whole: Route, found: Unpooled) -> Float[Tensor, "b ..."]:
+    """What the layer reads of an input."""
     return whole.part.front.forward(found.x)[-1]
 
 
@@ -243,11 +296,17 @@ def before_pool(
     observed = route.observed(state, gradients[route.weight_name], zeros_behind(network, node))
     if not bool(observed.known.any()):
         return unknown
-    few = math.prod(network.input_shape) * FEWER <= math.prod(route.part.front.input_shape)
-    whole = route_of(network, node, 0) if few else None
+    whole = route_of(network, node, 0)
+    if whole is not None and whole.part.front.nodes and not _tells_enough(route.part, observed, eps):
+        return replace(unknown, what=f"{pool.loses}, and its layer's own rows tell too little of what it reads")
+    if math.prod(network.input_shape) * FEWER > math.prod(route.part.front.input_shape):
+        whole = None
     found = solve_route(route, observed, eps, report=report, whole=whole)
     if found is None:
         return unknown
+    if found.input is not None:
+        what = f"{pool.loses}, and which ones its layer's own rows do not tell"
+        return replace(unknown, what=what, input=found.input)
     if found.missed > LIMIT * MISSED * eps:
         what = f"{pool.loses}, and which ones was not found (missed {found.missed:.0e})"
         return replace(unknown, what=what, nearest=found.x)
