@@ -136,6 +136,24 @@ def test_products_are_central_differences_of_the_rows(name: str, samples: int) -
 
 
 @every_system
+@pytest.mark.parametrize("doubt", ["nothing", "a unit", "all"])
+def test_products_in_float32_are_the_same_but_for_its_rounding(
+    name: str, samples: int, doubt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rgap.inversion.jacobian.MANY", 0)
+    of = case(name, samples)
+    at = of.near()
+    jacobian = Jacobian(of.system, at, {"nothing": {}, "a unit": of.in_doubt(at), "all": None}[doubt])
+    x = of.draw(2, *of.x.shape, seed=3)
+    single = jacobian.single
+    assert single is not None
+    for ours, theirs in ((single.mv, jacobian.mv), (single.normal, jacobian.normal)):
+        found, expected = ours(x.float()), theirs(x)
+        assert found.dtype == torch.float32
+        assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+@every_system
 def test_the_gram_matrix_is_that_of_the_dense_rows(name: str, samples: int) -> None:
     of = case(name, samples)
     jacobian = Jacobian(of.system, of.near(), {})

@@ -110,5 +110,5 @@ def test_a_step_that_rounding_spoilt_ends_what_is_known_of_the_condition(stumble
 @given(st.lists(st.tuples(st.floats(-1, 5), st.floats(-1, 5)), max_size=8))
 def test_whatever_the_steps_were_the_condition_is_a_number(steps: list[tuple[float, float]]) -> None:
     lengths, turns = ([torch.tensor([pair[at]]) for pair in steps] for at in range(2))
-    found = cg.Result(torch.zeros(1, 3), torch.ones(1, dtype=torch.bool), lengths, turns)
+    found = cg.Result(torch.zeros(1, 3), torch.zeros(1), torch.ones(1, dtype=torch.bool), lengths, turns)
     assert float(found.condition[0]) > 0

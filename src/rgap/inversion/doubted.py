@@ -34,6 +34,11 @@ class Effects:
     def __len__(self) -> int:
         return len(self.basis)
 
+    @property
+    def single(self) -> Effects:
+        """In float32."""
+        return Effects(self.basis.float(), None if self.directions is None else self.directions.float())
+
     def part(self, grad: Float[Tensor, "d g j m"]) -> Float[Tensor, "d g j m"]:
         """What lies in the span, of gradients along the directions."""
         return (grad.flatten(1) @ self.basis.mT @ self.basis).reshape(grad.shape)

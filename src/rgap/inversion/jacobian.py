@@ -6,6 +6,9 @@ folding takes both back.
 
 from __future__ import annotations
 
+from copy import copy
+from functools import cached_property
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,6 +27,8 @@ LIMIT, EVEN = 100.0, 1.0
 """Of how much more a layer's gradient rows may weigh than all rows behind them, in squares: beyond the first rounding
 hides the others. With the second conjugate gradients need half as many products for the same input, but what they come
 to in the end is less precise."""
+MANY = 1000
+"""Unknowns from which products in float32 take less time than in float64."""
 
 
 class Jacobian(LinearOperator):
@@ -74,6 +79,20 @@ class Jacobian(LinearOperator):
                 scale[at] = min(max(system.noise_ratios[at], even), self._limit * even)
             size += scale[at] * float(self._doubted[at].without(rows.gradient[at]).square().sum())
         return scale, size / drawn.numel()
+
+    @cached_property
+    def single(self) -> Jacobian | None:  # type: ignore[override]
+        if self.unknowns < MANY or self.system.single is None:
+            return None
+        found = copy(self)
+        found.system, found.at, found.like = self.system.single, self.at.single, self.like.float()
+        found._doubted = [each.single for each in self._doubted]
+        # Their squares might not have a place in its range.
+        scale = dict(zip(self.system.nodes, self._scale, strict=True))
+        found._k = {node: (k * scale[node] ** 0.5).float() for node, k in self._k.items()}
+        found._scale = [1.0 if each else 0.0 for each in self._scale]
+        found._outputs = None if self._outputs is None else tuple(each.float() for each in self._outputs)
+        return found
 
     def mv(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d rows"]:
         return self.weighted(self._rows(x))

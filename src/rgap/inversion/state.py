@@ -69,6 +69,12 @@ class State:
             None if self.alternative is None else self.alternative.select(index),
         )
 
+    @property
+    def single(self) -> State:
+        """In float32."""
+        weight = None if self.row_weight is None else self.row_weight.float()
+        return State(self.value.float(), self.cotangent.float(), weight, self.std.float())
+
     def one(self, s: int) -> State:
         """A single candidate's."""
         return self.select(torch.tensor([s], device=self.value.device))

@@ -47,6 +47,15 @@ class Linearisation:
     def x(self) -> Float[Tensor, "b ..."]:
         return self.values[0]
 
+    @property
+    def single(self) -> Linearisation:
+        """In float32."""
+        return Linearisation(
+            [value.float() for value in self.values],
+            {node: slope.float() for node, slope in self.slopes.items()},
+            [None if k is None else k.float() for k in self.cotangents],
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -91,6 +100,15 @@ class ConstraintSystem:
     def differentiated(self) -> ConstraintSystem:
         """The same, with cotangents differentiated too."""
         return ConstraintSystem(self.network, self.output, self._sent, self.eps, True)
+
+    @cached_property
+    def single(self) -> ConstraintSystem | None:
+        """The same in float32, for products that need no more; None where that cannot be had."""
+        network = None if self.coupled else self.network.single
+        if network is None:
+            return None
+        sent = {name: grad.float() for name, grad in self._sent.items()}
+        return ConstraintSystem(network, self.output.single, sent, self.eps)
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:

@@ -18,6 +18,8 @@ class Result:
     """What conjugate gradients found."""
 
     x: Float[Tensor, "s ..."]
+    left: Float[Tensor, " s"]
+    """The norm of the residual, as the steps carried it on: what rounding added to it is not in it."""
     converged: Bool[Tensor, " s"]
     alpha: list[Tensor]
     """The length of each step, for each system."""
@@ -90,7 +92,7 @@ def solve(
         betas.append(beta)
         if not bool(on.any()) or (until is not None and until(x)):
             break
-    return Result(x, square <= target, alphas, betas)
+    return Result(x, square.sqrt(), square <= target, alphas, betas)
 
 
 def _condition(alphas: list[Tensor], betas: list[Tensor], like: Tensor) -> Float[Tensor, " s"]:

@@ -7,13 +7,15 @@ plain one how well it is determined.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.linalg import cg, psd
+from rgap.linalg import mixed, psd
 from rgap.linalg.operator import LinearOperator
 
 FLOOR = 1e-13
@@ -184,14 +186,14 @@ class Iterative(Solver):
         right = operator.rmv(residual)
         if by is None or by.last:
             steps = self.max_steps if by is None else self.max_steps_last
-            return x + cg.solve(operator.repeated, right, self.rtol, steps).x[0]
+            return x + _solve(operator, right, self.rtol, steps).x[0]
         pull, form = by.weight * operator.mean_diagonal, by.form
         right = right - pull * form(x - by.centre)
-        return x + cg.solve(lambda v: operator.repeated(v) + pull * form(v), right, self.rtol, self.max_steps).x[0]
+        return x + _solve(operator, right, self.rtol, self.max_steps, lambda v: pull * form(v)).x[0]
 
     def propagate(self, operator: LinearOperator, noise: Float[Tensor, "1 rows"]) -> float:
         # Of noise the size alone matters.
-        moved = cg.solve(operator.repeated, operator.rmv(noise), max(self.rtol, 1e-3), self.max_steps).x
+        moved = _solve(operator, operator.rmv(noise), max(self.rtol, 1e-3), self.max_steps).x
         return float(moved.square().mean().sqrt())
 
     def refine(
@@ -199,7 +201,7 @@ class Iterative(Solver):
     ) -> tuple[Tensor, float]:
         """An x that is nearly right, moved towards least squares; and how far one draw of the rows' noise moves it."""
         right = torch.cat([operator.rmv(residual), operator.rmv(noise)])
-        move, moved = cg.solve(operator.repeated, right, self.rtol, self.max_steps_refine).x
+        move, moved = _solve(operator, right, self.rtol, self.max_steps_refine).x
         return x + move, float(moved.square().mean().sqrt())
 
     def determine(
@@ -209,29 +211,54 @@ class Iterative(Solver):
         residual: Float[Tensor, "1 rows"] | None = None,
     ) -> Determined:
         drawn = probes(operator, self.probes)
-        others = [operator.rmv(each) for each in (noise, residual) if each is not None]
-        right = torch.cat([operator.normal(drawn), *others])
-        # Noise as well: it moves most what the rows hardly tell, which comes last.
-        size = right.flatten(1).norm(dim=1)
-        noise_norm = float(size[self.probes])
-        size[self.probes :] = size[self.probes :].clamp(min=noise_norm)
-        size = self.probe_rtol * size
-        found = cg.solve(operator.repeated, right, 1.0, self.probe_steps, size)
-        back = found.x[: self.probes]
+        right = operator.normal(drawn)
+        size = self.probe_rtol * right.flatten(1).norm(dim=1)
+        seen = _solve(operator, right, size, self.probe_steps, enough=partial(_came_back, drawn, self.returns / 2))
+        back = seen.x
         free = null_space_probe(drawn, back, self.returns)
         if free:  # what is hardly seen is told from what is not by solving for what is left
-            left = right[: self.probes] - operator.normal(back)
-            more = cg.solve(operator.repeated, left, 1.0, self.probe_steps, 1e-3 * size[: self.probes])
-            free = null_space_probe(drawn, back + more.x, self.returns)
-        condition = float(found.condition[: self.probes].max()) ** 0.5
-        std = float(found.x[self.probes].square().mean().sqrt())
-        move = None if residual is None else found.x[-1]
+            left = right - operator.normal(back)
+            back = back + _solve(operator, left, 1e-3 * size, self.probe_steps).x
+            free = null_space_probe(drawn, back, self.returns)
+        right = torch.cat([operator.rmv(each) for each in (noise, residual) if each is not None])
+        # Noise as well: it moves most what the rows hardly tell, which comes last.
+        size = right.flatten(1).norm(dim=1)
+        noise_norm = float(size[0])
+        found = _solve(operator, right, self.probe_rtol * size.clamp(min=noise_norm), self.probe_steps)
+        condition = max(float(seen.condition.max()), float(found.condition[0])) ** 0.5
+        std = float(found.x[0].square().mean().sqrt())
+        move = None if residual is None else found.x[1]
         return Determined(operator.unknowns - free, condition, std, noise_norm, move)
 
     def move(self, operator: LinearOperator, residual: Float[Tensor, "1 rows"], sure: Determined) -> Tensor:
         right = operator.rmv(residual)
         left = max(self.probe_rtol, self.precise / sure.condition) * sure.noise
-        return cg.solve(operator.repeated, right, 1.0, self.probe_steps, right.new_full((1,), left)).x[0]
+        return _solve(operator, right, right.new_full((1,), left), self.probe_steps).x[0]
+
+
+def _solve(
+    operator: LinearOperator,
+    right: Float[Tensor, "s *in_shape"],
+    target: float | Float[Tensor, " s"],
+    steps: int,
+    more: Callable[[Tensor], Tensor] | None = None,
+    enough: Callable[[Tensor], bool] | None = None,
+) -> mixed.Result:
+    """Conjugate gradients on J'J.
+
+    Args:
+        target: norms of the residuals; a number is relative to those of the right sides.
+        steps: at the most, in either precision.
+        more: what is added to J'J.
+        enough: as of `mixed.solve`.
+    """
+
+    def added(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return product if more is None else lambda v: product(v) + more(v)
+
+    fast = None if operator.single is None else added(operator.single.repeated)
+    target = target * right.flatten(1).norm(dim=1) if isinstance(target, float) else target
+    return mixed.solve(added(operator.repeated), fast, right, target, steps, enough=enough)
 
 
 def probes(operator: LinearOperator, count: int) -> Float[Tensor, "d *in_shape"]:
@@ -247,7 +274,11 @@ def null_space_probe(drawn: Float[Tensor, "d ..."], found: Float[Tensor, "d ..."
     A direction comes back but for its part in the null space, whose square is the number of free dimensions on
     average (Hutchinson's estimate of a trace).
     """
-    left = (found - drawn).flatten(1).square().sum(1)
-    if bool((left <= returns**2 * drawn.flatten(1).square().sum(1)).all()):
+    if _came_back(drawn, returns, found):
         return 0
-    return max(1, round(float(left.mean())))
+    return max(1, round(float((found - drawn).flatten(1).square().sum(1).mean())))
+
+
+def _came_back(drawn: Float[Tensor, "d ..."], returns: float, found: Float[Tensor, "d ..."]) -> bool:
+    left, size = (each.flatten(1).square().sum(1) for each in (found - drawn, drawn))
+    return bool((left <= returns**2 * size).all())

@@ -34,6 +34,9 @@ class LinearOperator(ABC):
     _asked = 0
     """Products by `repeated` so far."""
 
+    single: LinearOperator | None = None
+    """The same in float32, if that is to be had and its products take less time."""
+
     @property
     def unknowns(self) -> int:
         return math.prod(self.in_shape)

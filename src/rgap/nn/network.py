@@ -121,6 +121,15 @@ class Network:
         return Network(tuple(nodes), self.input_shape)
 
     @cached_property
+    def single(self) -> Network | None:
+        """The same in float32, for derivatives that need no more; None if an operation cannot be had so."""
+        ops = [node.op.single for node in self.nodes]
+        if any(op is None for op in ops):
+            return None
+        nodes = (replace(node, op=op) for node, op in zip(self.nodes, ops, strict=True) if op is not None)
+        return Network(tuple(nodes), self.input_shape)
+
+    @cached_property
     def told_precision(self) -> float:
         """How precise cotangents are that running statistics tell of batch norms in training mode; 0 without those."""
         return max((node.op.precision for node in self.nodes if isinstance(node.op, BatchNorm)), default=0.0)

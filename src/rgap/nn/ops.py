@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -68,6 +68,15 @@ class Op(ABC):
         """Why `invert` gives nothing, in a few words."""
         return "is not inverted"
 
+    @property
+    def single(self) -> Op | None:
+        """The same with its tensors in float32, for derivatives that need no more; None where it cannot be told which
+        tensors it holds."""
+        if not is_dataclass(self):
+            return None
+        held = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: each.float() for name, each in held.items() if _floats(each)})
+
     def __str__(self) -> str:
         return self.name
 
@@ -92,6 +101,10 @@ class Linear(Op):
     @property
     def scalable(self) -> bool:  # type: ignore[override]
         return self.layer.bias is None
+
+    @property
+    def single(self) -> Op:
+        return replace(self, layer=self.layer.single)
 
     def forward(self, *xs: Tensor) -> Tensor:
         layer = self.layer
@@ -297,6 +310,10 @@ class Other(Op):
     lost: str = ""
     """What of its input is not in its output, where that is known."""
 
+    @property
+    def single(self) -> None:  # the traced code may hold tensors
+        return None
+
     def forward(self, *xs: Float[Tensor, "s ..."]) -> Tensor:
         # The traced operation may have a batch of one in its arguments.
         def one(*x: Tensor) -> Tensor:
@@ -324,3 +341,7 @@ class Other(Op):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.what}"
+
+
+def _floats(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -13,17 +13,14 @@ from torch import Tensor
 from rgap.inversion.layer.dominant import Dominant
 from rgap.inversion.layer.periodic import periodic
 from rgap.inversion.layer.rows import LayerRows
-from rgap.linalg import cg
+from rgap.linalg import mixed
 from rgap.nn.layers import Layer
 
-STEPS, MORE = 1000, 4000
-"""Of conjugate gradients in float32 and in float64, at the most; a condition of 100 takes about 1,000 to full
-accuracy."""
+CYCLE, STEPS = 1000, 4000
+"""Of conjugate gradients in float32 between two residuals, and in each precision, at the most; a condition of 100 takes
+about 1,000 to full accuracy."""
 PROBED = 2
 """Solves by which a random input is to come back from its rows."""
-CYCLES, INNER = 6, 1e-5
-"""Solves in float32, each of what the one before left, and to which part of it. Products in float32 move half the
-bytes, and bytes are what most of their time goes to."""
 NULL_SPACE, CLOSE = 1e-4, 1e-6
 """Where a random input is recovered from its rows to this relative error the rows have no null space; solved to this
 residual, so that rounding and steps left out are no part of what is not recovered."""
@@ -106,39 +103,24 @@ class Iterative:
             enough: is shown what was found so far, and ends the solve by saying so.
         """
         rest = self._fine.deflate(right)
-        x, norm = torch.zeros_like(rest), rest.flatten(1).norm(dim=1)
-        target = tolerance * (norm if size is None else size)
+        size = rest.flatten(1).norm(dim=1) if size is None else size
         # What rounding and the preconditioner put into free dimensions no later cycle would take out again.
-        for _ in range(CYCLES if self._fully else 0):
-            if not bool((norm > target).any()):
-                return x
-            unit = norm.clamp(min=torch.finfo(norm.dtype).tiny)[:, None, None]
-            aim = (target / unit.flatten() / 2).clamp(min=INNER, max=1.0)
-            steps = int(min(STEPS, self._left))
-            until = None if enough is None else partial(_so_far, enough, x, unit)
-            found = cg.solve(self._fast, (rest / unit).float(), 1.0, steps, aim.float(), self._precondition, until)
-            self._left -= found.steps
-            if self._counting:
-                self._condition = self._condition.maximum(found.condition.to(norm))
-            move = unit * self._fine.deflate(found.x.to(rest))
-            new = rest - self._fine(move)
-            size_ = new.flatten(1).norm(dim=1)
-            better = size_ < norm
-            x = torch.where(better[:, None, None], x + move, x)
-            rest = torch.where(better[:, None, None], new, rest)
-            slow = bool(((size_ > 0.3 * norm) & (norm > target)).any())
-            norm = torch.where(better, size_, norm)
-            if self._left <= 0 or (enough is not None and enough(x)):
-                return x
-            if slow:
-                break  # too badly conditioned for float32
-        if not bool((norm > target).any()):
-            return x
-        left = cg.solve(self._fine, rest, 1.0, int(min(MORE, self._left)), target)
-        self._left -= left.steps
+        found = mixed.solve(
+            self._fine,
+            self._fast if self._fully else None,
+            rest,
+            tolerance * size,
+            STEPS,
+            cycle=CYCLE,
+            patience=self._left,
+            precondition=self._precondition,
+            project=self._fine.deflate,
+            enough=enough,
+        )
+        self._left -= found.steps
         if self._counting:
-            self._condition = self._condition.maximum(left.condition)
-        return x + left.x
+            self._condition = self._condition.maximum(found.condition)
+        return found.x
 
     def free(self, s: int) -> int:
         """About how many dimensions of a system the rows leave open."""
@@ -147,10 +129,6 @@ class Iterative:
     def condition(self, s: int) -> float:
         """At the most: of the preconditioned rows, times that of the preconditioner."""
         return float(self._condition[s])
-
-
-def _so_far(enough: Callable[[Tensor], bool], x: Tensor, unit: Tensor, more: Tensor) -> bool:
-    return enough(x + unit * more)
 
 
 def _recovered(drawn: Tensor, of: Tensor, found: Tensor) -> bool:
