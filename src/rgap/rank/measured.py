@@ -227,19 +227,30 @@ def _by_numbers(
     if bends is None or not len(bends):
         own = _free(found, nulls, blocks, directions)
         return own, own
-    own = _free(found, nulls, blocks, False)
     onto = layer.grad_input(bends).reshape(len(bends), groups, per_group, n)
     onto = torch.cat([(onto[:, g] @ basis).flatten(1) for g, basis in enumerate(nulls)], 1)
-    return own, _free(found, nulls, [psd.block_diagonal(blocks) - onto.mT @ onto], directions)
+    whole = psd.block_diagonal(blocks)
+    fewer = whole - onto.mT @ onto
+    if not directions:
+        left = _free(found, nulls, [fewer], False)
+        return left if left.count == found.unseen else _free(found, nulls, blocks, False), left
+    # What all rows leave free the fewer ones do too.
+    null = _null(fewer)
+    count = _nullity(null.mT @ whole @ null, _rounding(whole))
+    return Free(count + found.unseen, "eigenvalues", None), _as_inputs(found, nulls, null)
 
 
 def _free(found: Rows, nulls: list[Tensor], blocks: list[Tensor], directions: bool) -> Free:
     """The null space of the blocks, whose coordinates are those in the bases ``nulls``, as directions of the input."""
     if not directions:
         return Free(sum(map(_nullity, blocks)) + found.unseen, "eigenvalues", None)
+    return _as_inputs(found, nulls, psd.block_diagonal(_null(block) for block in blocks))
+
+
+def _as_inputs(found: Rows, nulls: list[Tensor], null: Float[Tensor, "m f"]) -> Free:
+    """Directions whose coordinates are those in the bases ``nulls``, as directions of the input."""
     layer = found.layer
     per_group = layer.channels // layer.groups
-    null = psd.block_diagonal(_null(block) for block in blocks)
     free = null.new_zeros(null.shape[1], layer.channels, found.pixels)
     at = 0
     for group, basis in enumerate(nulls):
@@ -259,10 +270,14 @@ def _rounding(matrix: Float[Tensor, "m m"]) -> float:
     return max(len(matrix), SUMMED) * torch.finfo(matrix.dtype).eps * max(1.0, largest)
 
 
-def _nullity(matrix: Float[Tensor, "m m"]) -> int:
-    """The number of zero eigenvalues of a positive semidefinite matrix."""
+def _nullity(matrix: Float[Tensor, "m m"], rounding: float | None = None) -> int:
+    """The number of zero eigenvalues of a positive semidefinite matrix.
+
+    Args:
+        rounding: what counts as zero; None: the matrix's own.
+    """
     shifted = matrix.clone()
-    shifted.diagonal().sub_(_rounding(matrix))
+    shifted.diagonal().sub_(_rounding(matrix) if rounding is None else rounding)
     if int(torch.linalg.cholesky_ex(shifted)[1]) == 0:
         return 0  # definite though shifted: no eigenvalue is as small as the shift
     # As many are below the shift as the shifted matrix has negative ones, and so D of L D L' (Sylvester): it takes a
