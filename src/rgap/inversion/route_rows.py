@@ -7,7 +7,7 @@ inverse of the covariance of all its undecided windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rgap.inversion.prior import Prior
+from rgap.inversion.routed import MOST, ByOutput, GradientWeight, RoutedRows
 from rgap.inversion.windows import Windows, windows
-from rgap.linalg import cg
+from rgap.linalg import cg, mixed
 from rgap.nn.activation import Activation
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
@@ -156,7 +157,7 @@ class Step:
         self.weight = self.variance / (self.variance + within) * (observed.known | point.exceeds)
         self.wanted = torch.where(self.weight > 0, observed.value - value, 0.0)
 
-    def weigher(self) -> Callable[[Tensor], Tensor] | None:
+    def weigher(self) -> GradientWeight | None:
         """What weighs gradient rows; None if they do not count."""
         return Whitening(self) if self.schedule.gradient else None
 
@@ -168,60 +169,50 @@ class Step:
         """The next input: least squares of all rows as they stand."""
         return self.point.x + self.move(self.wanted, self.left, prior, weight)
 
+    def products(self, apart: GradientWeight | None) -> RoutedRows:
+        """The rows, gradient rows counting so much."""
+        point, part = self.point, self.point.part
+        at = (part.front, point.values, point.slopes, part.layer, part.pool)
+        return RoutedRows(*at, self.slope, self.k, self.weight, self.variance, apart)
+
     def rows(self, move: Float[Tensor, "b ..."]) -> tuple[Float[Tensor, "b o m"], Float[Tensor, "g j i"]]:
         """What a move of the input does to value rows and gradient rows."""
-        values, grads = self._each(move)
+        values, grads = self.products(None).each(move)
         return values, grads.sum(0)
-
-    def _each(self, move: Float[Tensor, "s ..."]) -> tuple[Float[Tensor, "s o m"], Float[Tensor, "s g j i"]]:
-        """The same of the move of each sample; or of several moves of a single sample."""
-        z, grads = self.point.part.layer.rows(self._read(move), self.k)
-        return (self.point.part.pool.read(z) * self.slope).sum(-1), grads
 
     def z_moved(self, move: Float[Tensor, "b ..."]) -> Float[Tensor, "b o n"]:
         """What it does to z."""
-        return self.point.part.layer.output(self._read(move))
-
-    def _read(self, move: Tensor) -> Tensor:
-        tangent = self.point.part.front.jvp(self.point.values, self.point.slopes, move)[-1]
-        return self.point.part.layer.pack_input(tangent)
+        return self.point.part.layer.output(self.products(None).read(move))
 
     def move(self, wanted: Tensor, left: Tensor, prior: Prior | None = None, weight: float = 0.0) -> Tensor:
         """How far the input moves for what value rows want and gradient rows miss."""
-        point, apart, pull = self.point, self.weigher(), 0.0
-
-        def normal(move: Tensor) -> Tensor:
-            values, grad = self.rows(move[0])
-            return pulled(self._back(values, grad[None], apart), move[0])[None]
+        x, rows, pull = self.point.x, self.products(self.weigher()), 0.0
 
         def pulled(found: Tensor, move: Tensor) -> Tensor:
             return found if prior is None else found + pull * prior(move)
 
-        right = self._back(wanted, left[None], apart)[None]
+        right = rows.back(wanted, left[None])[None]
         if prior is not None:
-            generator = torch.Generator(device=point.x.device).manual_seed(0)
-            drawn = torch.randn(point.x.shape, generator=generator, dtype=point.x.dtype, device=point.x.device)
+            generator = torch.Generator(device=x.device).manual_seed(0)
+            drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
             size = float((self.weight.sqrt() * self.rows(drawn)[0]).square().sum()) / drawn.numel()
             pull = weight * size
-            right = right - pull * prior(point.x - prior.centre)[None]
+            right = right - pull * prior(x - prior.centre)[None]
         steps = self.schedule.solve_steps * (1 if prior is not None else 3)
-        if len(point.x) > 1 or point.x.numel() > FEW:
-            return cg.solve(normal, right, self.schedule.solve_rtol, steps).x[0]
-        units = torch.eye(point.x.numel(), dtype=right.dtype, device=right.device).reshape(-1, *point.x.shape[1:])
-        matrix = pulled(self._back(*self._each(units), apart), units).flatten(1)
+        if len(x) > 1 or x.numel() > FEW:
+            target = self.schedule.solve_rtol * right.flatten(1).norm(dim=1)
+            fast = rows.single
+            return mixed.solve(
+                lambda move: pulled(rows.normal(move), move),
+                None if fast is None else lambda move: pulled(fast.normal(move), move),
+                right,
+                target,
+                steps,
+            ).x[0]
+        units = torch.eye(x.numel(), dtype=right.dtype, device=right.device).reshape(-1, *x.shape[1:])
+        matrix = pulled(rows.back(*rows.each(units)), units).flatten(1)
         found = cg.solve(lambda move: move @ matrix, right.flatten(1), self.schedule.solve_rtol, steps)
-        return found.x.reshape(point.x.shape)
-
-    def _back(self, rows: Tensor, grads: Tensor, apart: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """The adjoint of `_each`, or of `rows` for one gradient of all samples, each row with its weight."""
-        point, front, layer, pool = self.point, self.point.part.front, self.point.part.layer, self.point.part.pool
-        k = pool.scatter(self.slope * (self.weight * rows)[..., None]).reshape(-1, *self.k.shape[1:])
-        weighted = None if apart is None else self.variance * apart(grads)
-        cotangent = layer.unpack_input(layer.rows_adjoint(k, weighted, self.k))
-        last = len(point.values) - 1
-        found = front.vjp(point.values, point.slopes, {last: cotangent.reshape(-1, *point.values[-1].shape[1:])})[0]
-        assert found is not None
-        return found
+        return found.x.reshape(x.shape)
 
 
 class Decided(Step):
@@ -238,13 +229,13 @@ class Decided(Step):
         apart = float(wanted.square().mean()) if len(wanted) else 0.0
         self.variance = apart + (LEAST * point.spread) ** 2
 
-    def weigher(self) -> Callable[[Tensor], Tensor]:
+    def weigher(self) -> GradientWeight:
         size = self.point.observed.grad.square().mean(2, keepdim=True)
         variance = self.left.square().mean(2, keepdim=True) + LEAST**2 * size + torch.finfo(size.dtype).tiny
-        return lambda grad: grad / variance
+        return ByOutput(1 / variance)
 
 
-class Whitening:
+class Whitening(GradientWeight):
     """The inverse covariance of each output's gradient rows: noise I + A A', by the smaller of its two factors; nothing
     of outputs whose rows would take long and are not needed."""
 
@@ -277,6 +268,13 @@ class Whitening:
         eye = torch.eye(square.shape[1], dtype=noise.dtype, device=noise.device)
         lower = torch.linalg.cholesky(square + self.noise[:, None, None] * eye)
         self.factor, self.inverse = factor, torch.cholesky_inverse(lower)
+
+    def single(self, unit: float) -> Whitening:
+        found = copy(self)
+        found.noise = (self.noise / unit**2).clamp(min=1 / MOST).float()
+        found.factor = (self.factor / (unit**2 if self.by_reads else unit)).float()
+        found.inverse = (self.inverse * unit**2).clamp(min=-MOST, max=MOST).float()
+        return found
 
     def __call__(self, grads: Float[Tensor, "s g j i"]) -> Float[Tensor, "s g j i"]:
         # Rows times a matrix for each output: many matrices times a column each take several times as long.

@@ -88,7 +88,7 @@ def solve(
         better = known | (left < norm)
         x = torch.where(better.reshape(shape), x + move, x)
         rest = torch.where(better.reshape(shape), new, rest)
-        slow = bool(((left > SLOW * norm) & (norm > target) & ~known).any())
+        slow = bool((~(known | (left <= SLOW * norm)) & (norm > target)).any())  # also where it overflowed
         norm = torch.where(better, left, norm)
         if patience <= 0 or (enough is not None and enough(x)):
             return Result(x, parts)

@@ -124,7 +124,7 @@ class Network:
     def single(self) -> Network | None:
         """The same in float32, for derivatives that need no more; None if an operation cannot be had so."""
         ops = [node.op.single for node in self.nodes]
-        if any(op is None for op in ops):
+        if self.coupled or any(op is None for op in ops):
             return None
         nodes = (replace(node, op=op) for node, op in zip(self.nodes, ops, strict=True) if op is not None)
         return Network(tuple(nodes), self.input_shape)
