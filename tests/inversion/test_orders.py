@@ -1,4 +1,4 @@
-"""Orders of later epochs with several samples in wrong steps, where samples are not known well enough to tell one."""
+"""Orders of later epochs that are found anew, where samples are not known well enough to tell them."""
 
 from __future__ import annotations
 
@@ -6,70 +6,66 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from rgap import Protocol, Target, losses
 from rgap.attacks.local_steps import client_of, plan_of
-from rgap.inversion.all_steps import Together
-from rgap.inversion.orders import Sketch, descended, reordered
+from rgap.inversion.all_steps import AllSteps, Together
+from rgap.inversion.orders import reordered
 from rgap.inversion.walk import Walk
 from rgap.protocol import Sends
 from tests.inversion.subspace.cases import perceptron
-from tests.inversion.test_all_steps import ORDER, SAMPLES, Order, all_steps, client, exchanged
+from tests.inversion.test_all_steps import Order, all_steps
 
-WRONG = (*ORDER[:3], (5, 0), (3, 4), (1, 2))
-AWAY = 3e-3
-EXCHANGES = ((4, 5, 0, 0), (6, 7, 1, 2), (5, 6, 1, 0))
-"""Steps, and which of their samples."""
+AWAY, SAMPLES, STEPS = 3e-3, 6, 3
 
 
-def test_several_exchanges_are_found_beside_the_errors_of_samples() -> None:
-    target = Target(perceptron((12, 64, 48, 6), "tanh"), losses.CrossEntropy(6), (12,), (0.0, 1.0), batch_size=12)
-    told = Protocol(Sends.DIFFERENCE, learning_rate=0.01, epochs=2, minibatch=3, shuffled=True)
-    server, plan, draw = client_of(target), plan_of(told, 12), torch.Generator().manual_seed(1)
-    x, labels = torch.rand(12, 12, generator=draw, dtype=torch.float64), (torch.arange(12) % 6).double()
+def client(activation: str = "tanh", epochs: int = 3) -> tuple[AllSteps, Tensor, Order]:
+    """The steps of a client, its samples and their order."""
+    model = perceptron((SAMPLES, 32, 24, 6), activation)
+    target = Target(model, losses.CrossEntropy(6), (SAMPLES,), (0.0, 1.0), batch_size=SAMPLES)
+    told = Protocol(Sends.DIFFERENCE, learning_rate=0.01, epochs=epochs, minibatch=2, shuffled=True)
+    server, plan, draw = client_of(target), plan_of(told, SAMPLES), torch.Generator().manual_seed(1)
+    x = torch.rand(SAMPLES, SAMPLES, generator=draw, dtype=torch.float64)
+    labels = (torch.arange(SAMPLES) % 6).double()
     order: Order = tuple(
-        tuple(members.tolist()) for _ in range(2) for members in torch.randperm(12, generator=draw).split(3)
+        tuple(sorted(members.tolist()))
+        for _ in range(epochs)
+        for members in torch.randperm(SAMPLES, generator=draw).split(2)
     )
-    steps = all_steps(server, plan, labels, Walk(server, plan).all(x, labels, order))
-    wrong = order
-    for one, two, i, j in EXCHANGES:
-        wrong = exchanged(wrong, one, wrong[one][i], two, wrong[two][j])
-    off = x + AWAY * torch.randn(x.shape, generator=draw, dtype=x.dtype)
-    begun, error = Together(off, wrong, {}, torch.inf), x.new_full((12,), AWAY)
-    found = reordered(steps, begun, error)
-    assert [set(members) for members in found.order] == [set(members) for members in order]
-    assert found.misfit < 0.1 * steps.difference.misfit(steps.walk(begun))
+    return all_steps(server, plan, labels, Walk(server, plan).all(x, labels, order)), x, order
+
+
+def begun(x: Tensor, order: Order) -> Together:
+    """Samples that are off, with all later epochs as the first one."""
+    off = x + AWAY * torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    return Together(off, (order[:STEPS] * (len(order) // STEPS)), {}, torch.inf)
+
+
+def test_orders_of_which_nothing_is_known_are_found_beside_the_errors_of_samples() -> None:
+    steps, x, order = client()
+    at, error = begun(x, order), x.new_full((SAMPLES,), 3 * AWAY)
+    found = reordered(steps, at, error, [])
+    assert found.order == order
     assert found.misfit == steps.difference.misfit(steps.walk(found))
+    assert found.misfit < 0.01 * steps.difference.misfit(steps.walk(at))
 
 
-def test_orders_that_are_told_or_too_many_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    server, plan, x, labels = client("tanh")
-    steps = all_steps(server, plan, labels, Walk(server, plan).all(x, labels, ORDER))
-    begun, error = Together(x, WRONG, {}, torch.inf), x.new_full((SAMPLES,), AWAY)
-    assert reordered(replace(steps, plan=replace(plan, shuffled=False)), begun, error) is begun
+def test_an_epoch_with_few_samples_alike_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, x, order = client()
+    monkeypatch.setattr("rgap.inversion.orders.ROUNDS", 1)
+    wrong, error = begun(x, order), x.new_full((SAMPLES,), AWAY)
+    few, many = [(4, 0, 1)] * STEPS, [(7, 0, 1)] * (STEPS + 1)
+    found = reordered(steps, wrong, error, few + many).order
+    assert found[: 2 * STEPS] == wrong.order[: 2 * STEPS]
+    assert found[2 * STEPS :] != wrong.order[2 * STEPS :]
+
+
+def test_orders_that_are_told_or_too_many_or_behind_kinks_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, x, order = client()
+    at, error = begun(x, order), x.new_full((SAMPLES,), AWAY)
+    assert reordered(replace(steps, plan=replace(steps.plan, shuffled=False)), at, error, []) is at
+    assert reordered(client("relu")[0], at, error, []) is at
+    assert reordered(client(epochs=1)[0], replace(at, order=order[:STEPS]), error, []).order == order[:STEPS]
     monkeypatch.setattr("rgap.inversion.orders.MOST", x.numel() - 1)
-    assert reordered(steps, begun, error) is begun
-
-
-def test_what_exchanges_add_up_to_is_taken_apart() -> None:
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.randn(3 * SAMPLES, 60, generator=generator, dtype=torch.float64)
-    member = torch.zeros(2, 3, SAMPLES, dtype=torch.float64)
-    for of, order in enumerate((ORDER, WRONG)):
-        for step, members in enumerate(order[3:]):
-            member[of, step, list(members)] = 1.0
-    missed = (member[1] - member[0]).flatten() @ counts
-    way, _ = descended(WRONG, 3, counts, missed)
-    assert [set(members) for members in way[-1]] == [set(members) for members in ORDER]
-    assert descended(ORDER, 3, counts, torch.zeros_like(missed))[0] == []
-
-
-def test_a_sketch_keeps_the_size_of_what_it_stands_for() -> None:
-    server, plan, x, labels = client("tanh")
-    difference = all_steps(server, plan, labels, Walk(server, plan).all(x, labels, ORDER)).difference
-    whole = torch.cat([(d / difference.noise[name]).flatten() for name, d in difference.sent.items()])
-    assert float(Sketch.of(difference)(difference.sent).norm()) == pytest.approx(float(whole.norm()))
-    big = replace(difference, sent={"w": torch.ones(100, 300).double()}, noise={"w": 2.0})
-    found = Sketch.of(big)(big.sent)
-    assert len(found) == 64**2
-    assert 0.5 < float(found.norm()) / (0.5 * 30_000**0.5) < 2
+    assert reordered(steps, at, error, []) is at

@@ -341,11 +341,13 @@ class _Recovery:
         x = self._inputs(known.x)
         return Recovered(x, known.labels, error, tuple(order), samples=self._samples, stop=Bound(limit, text))
 
-    def _settled(self, together: AllSteps, begun: Together, error: Tensor) -> Together:
-        """The nearest to what was sent; where that is far from it, from an order in which all exchanges were tried."""
+    def _settled(
+        self, together: AllSteps, begun: Together, error: Tensor, close: list[tuple[int, int, int]]
+    ) -> Together:
+        """The nearest to what was sent; where that is far from it, with the order of later epochs found anew."""
         at = together.settle(begun, error, UNEXPLAINED)
         if at.misfit > MISSED and not together.kinked:
-            other = together.settle(reordered(together, begun, error), error, UNEXPLAINED)
+            other = together.settle(reordered(together, begun, error, close), error, UNEXPLAINED)
             at = other if other.misfit < at.misfit else at
         return at
 
@@ -362,7 +364,7 @@ class _Recovery:
         together = AllSteps(self.client, self.plan, self.difference, layer, labels)
         at = Together(known.x, order, walk.sides, self.difference.misfit(walk))
         if at.misfit > AGREES and self.client.loss.labels:
-            at = self._settled(together, at, error)
+            at = self._settled(together, at, error, close)
             walk = together.walk(at)
         if INSIDE < at.misfit < ASTRAY and not at.sides:
             x, other = in_their_span(together, at.x, at.order)

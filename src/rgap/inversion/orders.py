@@ -1,276 +1,194 @@
-"""Who was in which step of later epochs, all exchanges at once, where samples are nearly known and nothing has kinks.
+"""Who was in which step of later epochs, where samples are nearly known and many of them stand in wrong steps.
 
 An exchange of two samples of an epoch moves the whole difference by thousands of roundings, but errors of samples and
-other exchanges move it as much, so that none of them alone is told. Near what is thought of the steps the difference is
-linear in the samples and in how much each of them counts in each step. With the samples solved for, what is left is a
-quadratic function of exchanges, of which many are tried at no cost; those that lower it are simulated, and it begins
-again there.
+other exchanges move it as much, and orders from which no exchange leads on are many. So whole exchanges are given up on
+the way: how much each sample counts in each step of the epochs in doubt may be any number, as long as all count once in
+an epoch and steps keep their sizes. Then the difference is a smooth function of counts and samples, for which Gauss and
+Newton's steps solve. What it ends in are whole numbers, and the order can be read off before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
+from itertools import islice
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from rgap.inversion.all_steps import AllSteps, Together, exchanged
-from rgap.inversion.walk import Client, Difference, Order, Walk, Weights
-from rgap.linalg import deadline
+from rgap.inversion.all_steps import AllSteps, Together
+from rgap.inversion.counted import CountedSteps
+from rgap.inversion.walk import Order, Plan
+from rgap.linalg import deadline, psd
 
-SIDE = 64
-"""Rows and columns, at the most, of what stands for a matrix."""
 MOST = 2048
 """Numbers of all samples, and of all samples in all steps of later epochs, at the most."""
-ROUNDS = 10
+ROUNDS = 70
 """Linearisations."""
-SURE = 2.0
-"""By so much samples' errors are taken for larger than they are stated."""
-UNMODELLED = 0.1
-"""Part of what is missed that is taken for noise: the difference is not quite linear."""
-PAIRS = 512
-"""Exchanges that are tried two at a time, those that lower it most alone."""
-LEAST = 1e-6
-"""Of what is missed, squared, by which an exchange has to lower it."""
-PARTS = (1, 2, 4)
-"""All exchanges that promise something are simulated together, the first half of them, and the first quarter."""
-STUCK = 0.95
-"""Of what was missed: where the best of these misses more it is the last."""
-TRIED = 24
-"""Single exchanges, and as many pairs, that are simulated beside these."""
+OWN = 0.3
+"""Of the errors that samples are stated to have, those that they have."""
+SAMPLES, COUNTS = 0.1, 0.5
+"""How much less samples are held to where they were than moves are damped, and the size of a count."""
+DAMPINGS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Times that of the step before, of which the best is taken."""
+FIRST, LEAST, LARGEST = 0.1, 1e-3, 1e3
+"""Dampings, in units of what is missed."""
+SOLVES = 3
+"""Of samples, once the order is known."""
 CHUNK = 16
-"""Directions at once, each of the size of all parameters."""
-
-Exchange = tuple[int, int, int, int]
-"""A step, a sample of it, another step of the epoch, and a sample of that."""
+"""Directions at once."""
 
 
-def reordered(steps: AllSteps, at: Together, error: Float[Tensor, " n"]) -> Together:
-    """With samples and the order of later epochs changed as long as less is missed; as it was where that is nothing to
-    be tried.
+def reordered(
+    steps: AllSteps, at: Together, error: Float[Tensor, " n"], close: Sequence[tuple[int, int, int]]
+) -> Together:
+    """With samples and the order of epochs in doubt such that less is missed; as it was where that is nothing to be
+    tried.
 
     Args:
         error: of each sample's values, root mean square.
+        close: a step, a sample that was taken for one of it, and one that fits it about as well.
     """
     plan = steps.plan
     later = len(at.x) * (plan.steps - plan.epoch)
-    if not plan.shuffled or plan.clip_norm is not None or not later or max(later, at.x.numel()) > MOST:
+    if not plan.shuffled or not later or max(later, at.x.numel()) > MOST:
         return at
-    found = _Orders(steps, at.x, SURE * error).searched(at)
-    return replace(found, misfit=steps.difference.misfit(steps.walk(found)))
+    # In float32: it has to tell orders, of which the next one is thousands of roundings away.
+    counted = CountedSteps.of(steps.client, plan, steps.difference, steps.labels, torch.float32)
+    if counted is None:
+        return at
+    found = _Relaxed(counted, at.x.float(), OWN * error.float(), at.order[: _told(plan, close)])
+    x, order = found.searched()
+    found_at = replace(at, x=x.to(at.x), order=order)
+    return replace(found_at, misfit=steps.difference.misfit(steps.walk(found_at)))
+
+
+def _told(plan: Plan, close: Sequence[tuple[int, int, int]]) -> int:
+    """The steps before the first epoch in doubt, which has more pairs of samples that are alike than steps."""
+    of = [step // plan.epoch * plan.epoch for step, _, _ in close]
+    return min((first for first in of if first and of.count(first) > plan.epoch), default=plan.epoch)
 
 
 @dataclass(frozen=True, eq=False)
-class Sketch:
-    """Some thousand numbers for the values of all parameters, in roundings: each matrix between two random ones."""
-
-    difference: Difference
-    sides: dict[str, list[Tensor | None]]
-
-    @classmethod
-    def of(cls, difference: Difference) -> Sketch:
-        draw, sides = torch.Generator().manual_seed(0), dict[str, list[Tensor | None]]()
-        for name, d in difference.sent.items():
-            if difference.noise[name]:
-                sides[name] = [_side(size, draw, d) for size in (len(d), d[0].numel())]
-        return cls(difference, sides)
-
-    def __call__(self, values: Weights) -> Float[Tensor, " rows"]:
-        parts = []
-        for name, (left, right) in self.sides.items():
-            own = values[name].reshape(len(values[name]), -1) / self.difference.noise[name]
-            own = own if left is None else left @ own
-            parts.append((own if right is None else own @ right.mT).flatten())
-        return torch.cat(parts)
-
-
-def _side(size: int, draw: torch.Generator, like: Tensor) -> Tensor | None:
-    if size <= SIDE:
-        return None
-    found: Tensor = torch.randn(SIDE, size, generator=draw, dtype=like.dtype).to(like) / SIDE**0.5
-    return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Samples:
-    """What samples move, taken out of rows as far as their errors allow."""
-
-    by: Float[Tensor, "v rows"]
-    """Of each value, in units of its error."""
-    factor: Float[Tensor, "v v"]
-    noise: float
-
-    @classmethod
-    def of(cls, by: Float[Tensor, "v rows"], noise: float) -> _Samples:
-        matrix = by @ by.mT
-        matrix.diagonal().add_(noise**2)
-        return cls(by, torch.linalg.cholesky(matrix), noise)
-
-    def values(self, rows: Float[Tensor, "s rows"], away: Float[Tensor, " v"] | float = 0.0) -> Float[Tensor, "s v"]:
-        """Of samples that explain rows, and are so far from where they began, in units of their errors."""
-        return torch.cholesky_solve((rows @ self.by.mT + self.noise**2 * away).mT, self.factor).mT
-
-    def out_of(self, rows: Float[Tensor, "s rows"]) -> Float[Tensor, "s rows"]:
-        return rows - self.values(rows) @ self.by
-
-
-@dataclass(frozen=True, eq=False)
-class _Orders:
-    steps: AllSteps
+class _Relaxed:
+    steps: CountedSteps
     begun: Float[Tensor, "n u"]
     error: Float[Tensor, " n"]
+    told: Order
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return self.steps.plan.sizes[len(self.told) :]
 
     @cached_property
-    def _client(self) -> Client:
-        return replace(self.steps.client, gradient=self.steps.client.differentiable)
+    def _ways(self) -> Float[Tensor, "w later n"]:
+        """Orthonormal directions of counts that leave each step's size, and each sample once in an epoch."""
+        n, epoch, epochs = len(self.begun), self.steps.plan.epoch, len(self._sizes) // self.steps.plan.epoch
+        one = torch.eye(epoch * n).reshape(-1, epoch, n)
+        kept = [one.sum(2)]
+        if self.steps.plan.samples == n:
+            kept.append(one.sum(1)[:, 1:])
+        own = psd.complement(torch.cat(kept, 1).double()).mT.to(self.begun)
+        return torch.kron(torch.eye(epochs).to(own), own).reshape(-1, epochs * epoch, n)
 
     @cached_property
-    def _sketch(self) -> Sketch:
-        return Sketch.of(self.steps.difference)
+    def _by_samples(self) -> Float[Tensor, "v rows"]:
+        """How rows move with each value of each sample, in units of its error, where all count alike."""
+        units = torch.eye(self.begun.numel()).to(self.begun).reshape(-1, *self.begun.shape)
+        moves = _along(lambda x: self._missed(x, self._even), self.begun, units)
+        return (self.error.repeat_interleave(self.begun.shape[1])[:, None] * moves).double()
 
-    def _walk(self, x: Float[Tensor, "n u"], order: Order) -> Walk:
-        return Walk(self._client, self.steps.plan).all(x, self.steps.labels, order)
+    @property
+    def _even(self) -> Float[Tensor, "later n"]:
+        n = len(self.begun)
+        return self.begun.new_tensor(self._sizes)[:, None].expand(-1, n) / n
 
-    def _missed(self, walk: Walk) -> Float[Tensor, " rows"]:
-        return self._sketch({name: end - self.steps.difference.sent[name] for name, end in walk.end.items()})
+    def _missed(self, x: Tensor, counts: Tensor) -> Float[Tensor, " rows"]:
+        return self.steps.missed(x, counts, self.told)
 
-    def searched(self, at: Together) -> Together:
-        x, by = at.x, None
-        order: Order = at.order
+    def searched(self) -> tuple[Float[Tensor, "n u"], tuple[tuple[int, ...], ...]]:
+        """Samples and the order of all steps."""
+        at = _Point(self.begun, self._even, self._missed(self.begun, self._even).double(), FIRST)
+        explained, order = torch.linalg.qr(self._by_samples.mT)[0], self._order(at.counts)
+        best = (torch.inf, order)
         for _ in range(ROUNDS):
-            walk = self._walk(x, order)
-            missed = self._missed(walk)
-            if by is None:
-                by = self._by_samples(walk, x, order)
-            samples = _Samples.of(by, UNMODELLED * float(missed.square().mean().sqrt()))
-            counts = samples.out_of(self._by_counts(walk, x, order))
-            way, others = descended(order, self.steps.plan.epoch, counts, samples.out_of(missed[None])[0])
             if deadline.used() >= 1:
                 break
-            some = [*(way[len(way) // part - 1] for part in PARTS if len(way) >= part), *others]
-            tried = {order: missed} | {each: self._missed(self._walk(x, each)) for each in some}
-            left = {each: float(samples.out_of(rows[None]).norm()) for each, rows in tried.items()}
-            new = min(left, key=left.__getitem__)
-            away = ((x - self.begun) / self.error[:, None]).flatten()
-            x = self._moved(x, samples.values(tried[new][None], away)[0], new, float(tried[new].norm()))
-            stuck, order = new == order or left[new] > STUCK * left[order], new
-            if stuck:
+            at = self._stepped(at)
+            before, order = order, self._order(at.counts)
+            rows = self._missed(at.x, self._members(order)).double()
+            left = float((rows - explained @ (explained.mT @ rows)).norm())
+            best = min(best, (left, order))
+            if order == before and left < float(at.missed.norm()):
                 break
-        return replace(at, x=x, order=tuple(order))
+        return self._solved(at.x, best[1]), (*self.told, *best[1])
 
-    def _moved(
-        self, x: Float[Tensor, "n u"], by: Float[Tensor, " v"], order: Order, before: float
-    ) -> Float[Tensor, "n u"]:
-        """Samples moved by what was missed, less far where more is missed then."""
-        move = by.reshape(x.shape) * self.error[:, None]
-        for part in (1.0, 0.5, 0.25):
-            if float(self._missed(self._walk(x - part * move, order)).norm()) < before:
-                return x - part * move
+    def _stepped(self, at: _Point) -> _Point:
+        """The best of Gauss and Newton's steps with several dampings; without one that misses less, where it was, more
+        damped."""
+        n, by_counts = (
+            self.begun.numel(),
+            COUNTS * _along(lambda counts: self._missed(at.x, counts), at.counts, self._ways),
+        )
+        by = torch.cat([self._by_samples, by_counts.double()])
+        noise, gram, slope = float(at.missed.square().mean()), by @ by.mT, by @ at.missed
+        away = ((at.x - self.begun) / self.error[:, None]).double().flatten()
+        slope[:n] += noise * SAMPLES**2 * away
+        held, found = noise * SAMPLES**2 * float(away.square().sum()), replace(at, damping=10 * at.damping)
+        least = float(at.missed.square().sum()) + held
+        for damping in (at.damping * each for each in DAMPINGS):
+            matrix = gram.clone()
+            matrix.diagonal().add_(noise * damping**2)
+            matrix.diagonal()[:n].add_(noise * SAMPLES**2)
+            move = -psd.factor(matrix, 0.0).solve(slope[:, None])[:, 0]
+            x = at.x + self.error[:, None] * move[:n].reshape(at.x.shape).to(at.x)
+            counts = at.counts + COUNTS * torch.einsum("w,wtn->tn", move[n:].to(at.x), self._ways)
+            missed = self._missed(x, counts).double()
+            size = float(missed.square().sum()) + noise * SAMPLES**2 * float((away + move[:n]).square().sum())
+            if size < least:
+                least, found = size, _Point(x, counts, missed, min(max(damping, LEAST), LARGEST))
+        return found
+
+    def _order(self, counts: Float[Tensor, "later n"]) -> tuple[tuple[int, ...], ...]:
+        """The members of each step that have the largest counts, all in all."""
+        sizes, epoch, order = self._sizes, self.steps.plan.epoch, list[tuple[int, ...]]()
+        for first in range(0, len(sizes), epoch):
+            own = torch.tensor(sizes[first : first + epoch])
+            places = counts[first : first + epoch].double().cpu().repeat_interleave(own, 0)
+            _, members = linear_sum_assignment(places.numpy(), maximize=True)
+            each = iter(members.tolist())
+            order += [tuple(sorted(islice(each, size))) for size in own.tolist()]
+        return tuple(order)
+
+    def _members(self, order: Order) -> Float[Tensor, "later n"]:
+        counts = torch.zeros_like(self._even)
+        for step, members in enumerate(order):
+            counts[step, list(members)] = 1.0
+        return counts
+
+    def _solved(self, x: Float[Tensor, "n u"], order: Order) -> Float[Tensor, "n u"]:
+        """The samples, once the order is known."""
+        by, counts = self._by_samples, self._members(order)
+        factor = psd.factor(by @ by.mT, 0.0)
+        for _ in range(SOLVES):
+            move = -factor.solve((by @ self._missed(x, counts).double())[:, None])
+            x = x + self.error[:, None] * move.reshape(x.shape).to(x)
         return x
 
-    def _by_samples(self, walk: Walk, x: Float[Tensor, "n u"], order: Order) -> Float[Tensor, "v rows"]:
-        """How rows move with each value of each sample, in units of its error: at the mean weights of all steps, which
-        a sample's own values hardly move."""
-        trail, labels, plan = walk.trail[:-1], self.steps.labels, walk.plan
-        mean = {name: torch.stack([each[name] for each in trail]).mean(0) for name in trail[0]}
-        units = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        c, counts, found = plan.expansion[-1][1], x.new_zeros(len(x)), list[Tensor]()
-        for step, members in enumerate(order):
-            counts[list(members)] += c[step] / plan.sizes[step]
-        for i in range(len(x)):
 
-            def rows(own: Tensor, i: int = i) -> Tensor:
-                return self._sketch(self._client.gradient(mean, own[None], labels[i : i + 1]))
-
-            found.append(counts[i] * self.error[i] * _along(rows, x[i], units))
-        return torch.cat(found)
-
-    def _by_counts(self, walk: Walk, x: Float[Tensor, "n u"], order: Order) -> Float[Tensor, "c rows"]:
-        """How rows move with how much each sample counts in each step of the later epochs, step by step."""
-        trail, labels, plan, found = walk.trail, self.steps.labels, walk.plan, list[Tensor]()
-        for step in range(plan.epoch, plan.steps):
-
-            def own(one: Tensor, label: Tensor, step: int = step) -> dict[str, Tensor]:
-                return self._client.gradient(trail[step], one[None], label[None])
-
-            def rest(more: Weights, step: int = step) -> Tensor:
-                here = {name: g + more[name] / plan.sizes[step] for name, g in walk.gradients[step].items()}
-                before = walk.instead(walk.sides, step)
-                there = replace(before, gradients=(*before.gradients, here), factors=(*before.factors, 1.0))
-                return self._sketch(there.all(x, labels, order[step + 1 :]).end)
-
-            gradients = vmap(own)(x, labels)
-            found.append(
-                _along(rest, {name: torch.zeros_like(g) for name, g in walk.gradients[step].items()}, gradients)
-            )
-        return torch.cat(found)
+@dataclass(frozen=True, eq=False)
+class _Point:
+    x: Float[Tensor, "n u"]
+    counts: Float[Tensor, "later n"]
+    missed: Float[Tensor, " rows"]
+    damping: float
 
 
-def _along(of: Callable[..., Tensor], at: object, directions: object) -> Tensor:
+def _along(of: Callable[[Tensor], Tensor], at: Tensor, directions: Tensor) -> Float[Tensor, "d rows"]:
     """How a function's value moves along each of some directions."""
     found: Tensor = vmap(lambda each: jvp(of, (at,), (each,))[1], chunk_size=CHUNK)(directions)
     return found
-
-
-def descended(
-    order: Order, epoch: int, counts: Float[Tensor, "c rows"], missed: Float[Tensor, " rows"]
-) -> tuple[list[Order], list[Order]]:
-    """Orders of which each misses less than the one before: by the best exchange, or the best two, of samples between
-    steps of one of the later epochs. And those that are one such move away, the most promising first.
-
-    Args:
-        epoch: steps of each.
-        counts: how what is missed moves with how much each sample counts in each step of the later epochs.
-    """
-    samples, way, first = len(counts) // (len(order) - epoch), list[Order](), list[Order]()
-    gram, slope = counts @ counts.mT, counts @ missed
-    least = -LEAST * float(missed.square().sum())
-    while True:
-        options = _options(order, epoch)
-        at = _places(options, epoch, samples).to(counts.device)
-        by = torch.zeros(len(options), len(counts), dtype=counts.dtype, device=counts.device)
-        by.scatter_(1, at, by.new_tensor([1.0, -1.0, 1.0, -1.0]).expand(len(options), 4))
-        alone = 2 * by @ slope + ((by @ gram) * by).sum(1)
-        best = alone.argsort()[:PAIRS]
-        some = by[best]
-        both = alone[best][:, None] + alone[best] + 2 * some @ gram @ some.mT
-        apart = (some != 0).to(both)
-        both = torch.where(apart @ apart.mT > 0, torch.inf, both).triu(1)
-        moves = [[each] for each in best[:TRIED].tolist()]
-        for pair in both.flatten().argsort()[:TRIED].tolist():
-            moves.append([int(best[each]) for each in divmod(pair, len(best))])
-        new = [_with(order, [options[each] for each in move]) for move in moves]
-        first = first or new
-        worth = [float(alone[best[0]]), float(both.min())]
-        if not min(worth) < least:
-            return way, first
-        at_best = 0 if worth[0] <= worth[1] else min(TRIED, len(best))
-        slope = slope + gram @ by[moves[at_best]].sum(0)
-        order = new[at_best]
-        way.append(order)
-
-
-def _with(order: Order, exchanges: list[Exchange]) -> Order:
-    for each in exchanges:
-        order = exchanged(order, *each)
-    return order
-
-
-def _options(order: Order, epoch: int) -> list[Exchange]:
-    found = list[Exchange]()
-    for one, two in combinations(range(epoch, len(order)), 2):
-        if one // epoch == two // epoch:
-            found += [(one, i, two, j) for i in order[one] for j in order[two]]
-    return found
-
-
-def _places(options: list[Exchange], epoch: int, samples: int) -> Int[Tensor, "e _"]:
-    """Where each exchange adds, takes away, adds and takes away among samples in all steps of later epochs."""
-    one, i, two, j = torch.tensor(options).mT
-    first, second = (one - epoch) * samples, (two - epoch) * samples
-    return torch.stack([first + j, first + i, second + i, second + j], 1)
