@@ -76,7 +76,7 @@ def _recovered(found: Reached, setting: Setting) -> Recovered:
     return Recovered(
         found.x,
         steps.labels,
-        steps.labels.new_full((1,), found.std * max(1.0, found.misfit)),
+        steps.labels.new_full((1,), found.error),
         order,
         found.misfit,
         steps.difference.missed(found.walk),

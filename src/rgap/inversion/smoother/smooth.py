@@ -44,6 +44,14 @@ class Reached:
     """Whether the time was up before the end."""
     through: bool = False
     """Whether all rows agree but for units that stand at their kinks, whose sides are left open."""
+    left: float | None = None
+    """What rows miss then, root mean square in units of their noise, with those sides as unknowns."""
+
+    @property
+    def error(self) -> float:
+        """Of its values, root mean square. A wrong side is hundreds of roundings in the misfit; where sides are open
+        the rows allow for them, and it is what they miss beside that says how much more than told values are off."""
+        return self.std * max(1.0, self.misfit if self.left is None else self.left)
 
     def nearer(self, other: Reached) -> bool:
         """Whether it is to be preferred. One wrong side misses more than a sample that is far away; so where only sides
@@ -123,7 +131,8 @@ class _Smoother:
             if not begun and (reached.std <= smoothing.near * (high - low) or number + 1 == smoothing.far):
                 begun = True
                 for found in through.passes(guess.x, max(tau.values())):
-                    yield replace(self.reached(found.x, found.information), through=True)
+                    left = max(found.left.values())
+                    yield replace(self.reached(found.x, found.information), through=True, left=left)
 
     def _run(self, guess: Guess, before: Made | None) -> tuple[Made, dict[str, Tensor], float]:
         """The steps, what they miss of the mean gradient, and how much that is.
