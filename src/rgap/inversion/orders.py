@@ -29,6 +29,8 @@ MOST = 2048
 """Numbers of all samples, and of all samples in all steps of later epochs, at the most."""
 ROUNDS = 70
 """Linearisations."""
+PATIENCE, SLOW = 10, 0.9
+"""So many linearisations that leave more than this part of what was missed are the last."""
 OWN = 0.3
 """Of the errors that samples are stated to have, those that they have."""
 SAMPLES, COUNTS = 0.1, 0.5
@@ -114,26 +116,25 @@ class _Relaxed:
         """Samples and the order of all steps."""
         at = _Point(self.begun, self._even, self._missed(self.begun, self._even).double(), FIRST)
         explained, order = torch.linalg.qr(self._by_samples.mT)[0], self._order(at.counts)
-        best = (torch.inf, order)
-        for _ in range(ROUNDS):
-            if deadline.used() >= 1:
-                break
+        best, trail = (torch.inf, order), list[float]()
+        while len(trail) < ROUNDS and not deadline.used() >= 1:
             at = self._stepped(at)
+            trail.append(float(at.missed.norm()))
+            if len(trail) > PATIENCE and trail[-1] > SLOW * trail[-1 - PATIENCE]:
+                break
             before, order = order, self._order(at.counts)
             rows = self._missed(at.x, self._members(order)).double()
             left = float((rows - explained @ (explained.mT @ rows)).norm())
             best = min(best, (left, order))
-            if order == before and left < float(at.missed.norm()):
+            if order == before and left < trail[-1]:
                 break
         return self._solved(at.x, best[1]), (*self.told, *best[1])
 
     def _stepped(self, at: _Point) -> _Point:
         """The best of Gauss and Newton's steps with several dampings; without one that misses less, where it was, more
         damped."""
-        n, by_counts = (
-            self.begun.numel(),
-            COUNTS * _along(lambda counts: self._missed(at.x, counts), at.counts, self._ways),
-        )
+        n = self.begun.numel()
+        by_counts = COUNTS * _along(lambda counts: self._missed(at.x, counts), at.counts, self._ways)
         by = torch.cat([self._by_samples, by_counts.double()])
         noise, gram, slope = float(at.missed.square().mean()), by @ by.mT, by @ at.missed
         away = ((at.x - self.begun) / self.error[:, None]).double().flatten()

@@ -42,16 +42,16 @@ class Reached:
     """How far the rounding moves its values, root mean square, by the rows alone; infinite where some are free."""
     cut_off: bool
     """Whether the time was up before the end."""
+    left: float
+    """What the rows miss, root mean square in units of their noise, with sides that are open as unknowns."""
     through: bool = False
     """Whether all rows agree but for units that stand at their kinks, whose sides are left open."""
-    left: float | None = None
-    """What rows miss then, root mean square in units of their noise, with those sides as unknowns."""
 
     @property
     def error(self) -> float:
-        """Of its values, root mean square. A wrong side is hundreds of roundings in the misfit; where sides are open
-        the rows allow for them, and it is what they miss beside that says how much more than told values are off."""
-        return self.std * max(1.0, self.misfit if self.left is None else self.left)
+        """Of its values, root mean square. Not by the misfit, of which a wrong side makes hundreds: the rows allow for
+        sides that are open."""
+        return self.std * max(1.0, self.left)
 
     def nearer(self, other: Reached) -> bool:
         """Whether it is to be preferred. One wrong side misses more than a sample that is far away; so where only sides
@@ -125,14 +125,16 @@ class _Smoother:
                 fast, slow = smoothing.cooling
                 tau[name] *= fast if excess < 0.5 else slow if excess < smoothing.amiss else 1.0
             guess = solved.guess
-            reached = self.reached(guess.x, solved.information)
+            # Passes take the places of units in the steps for known, and are off by more than the rows say.
+            left = through.approach.wider * max(1.0, *solved.excess.values())
+            reached = self.reached(guess.x, solved.information, left)
             yield reached
             low, high = self.setting.value_range
             if not begun and (reached.std <= smoothing.near * (high - low) or number + 1 == smoothing.far):
                 begun = True
                 for found in through.passes(guess.x, max(tau.values())):
-                    left = max(found.left.values())
-                    yield replace(self.reached(found.x, found.information), through=True, left=left)
+                    reached = self.reached(found.x, found.information, max(found.left.values()))
+                    yield replace(reached, through=True)
 
     def _run(self, guess: Guess, before: Made | None) -> tuple[Made, dict[str, Tensor], float]:
         """The steps, what they miss of the mean gradient, and how much that is.
@@ -170,10 +172,10 @@ class _Smoother:
                 tau[name] = max(tau[name], float(solved.left[name].square().mean().sqrt()) / size[name])
         return solved
 
-    def reached(self, x: Tensor, information: Information) -> Reached:
+    def reached(self, x: Tensor, information: Information, left: float) -> Reached:
         """An input as the certificate sees it."""
         steps = self.setting.steps
         walk = Walk(steps.client, steps.plan).all(x, steps.labels, ((0,),) * steps.plan.steps)
         lower, info = torch.linalg.cholesky_ex(information.known)
         std = float(torch.cholesky_inverse(lower).diagonal().mean().sqrt()) if int(info) == 0 else torch.inf
-        return Reached(x, walk, steps.difference.along(walk).misfit(walk), std, False)
+        return Reached(x, walk, steps.difference.along(walk).misfit(walk), std, False, left)
