@@ -10,19 +10,19 @@ from rgap import Target, losses
 from rgap.inversion.inequalities import narrowed, upper_limits
 from rgap.inversion.jacobian import Jacobian
 from rgap.inversion.state import State
-from rgap.inversion.system import ConstraintSystem
+from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.linalg import psd
 from rgap.nn.network import Network
 
 SIZE = 6
 
 
-def network(signs: tuple[float, ...], between: list[nn.Module]) -> Network:
+def network(signs: tuple[float, ...], between: list[nn.Module], biases: tuple[float, ...] = ()) -> Network:
     """Each channel reads single pixels; a maximum over windows of 2 x 2."""
     layer = nn.Conv2d(1, len(signs), 1)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(signs).reshape(-1, 1, 1, 1))
-        layer.bias.fill_(0.1)
+        layer.bias.copy_(torch.tensor(biases or [0.1] * len(signs)))
     head = [nn.Flatten(), nn.Linear(len(signs) * 9, 3)]
     model = nn.Sequential(layer, *between, nn.MaxPool2d(2), *head)
     return Target(model, losses.CrossEntropy(3), (1, SIZE, SIZE), (0.0, 1.0)).network
@@ -39,7 +39,10 @@ def found(net: Network, x: Tensor, value_range: tuple[float, float]) -> tuple[Te
     assert null.shape[1] >= 18  # of four values of a window no equation tells more than two
     limits = upper_limits(net, pool, state)
     assert limits is not None
-    return narrowed(system, at, null, 1e-9, limits, value_range)
+    told = narrowed(
+        system, at, lambda there: psd.factor(Jacobian(system, there, {}).gram(), 1e-6).null, 1e-9, limits, value_range
+    )
+    return None if told is None else told[:2]
 
 
 def windows(seed: int = 0) -> Tensor:
@@ -88,3 +91,32 @@ def test_limits_are_those_of_the_windows() -> None:
     assert value_id == 1
     torch.testing.assert_close(limits, reach(pooled))
     assert upper_limits(net, len(net.nodes), State(*[net.forward(x)[-1]] * 2, None, net.forward(x)[-1])) is None
+
+
+@pytest.mark.parametrize(("bias", "crossed"), [(-1e-3, 2), (-8e-3, 0)])
+def test_units_that_change_sides_are_taken_to_stand_on_either(bias: float, crossed: int) -> None:
+    """Two dark places may be as bright as the third of their window; a second channel is zero but for a little."""
+    net = network((1.0, 1.0), [nn.ReLU()], (0.1, bias))
+    x = torch.rand(1, 1, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.1
+    x[0, 0, :2, :2] = torch.tensor([[0.006, 0.0], [0.0, 0.0]], dtype=x.dtype)
+    pool = next(at for at, value in enumerate(net.forward(x)) if value.shape[-1] == SIZE // 2)
+    value = net.forward(x)[pool]
+    system = ConstraintSystem(net.up_to(pool), State(value, torch.zeros_like(value), None, value * 1e-9), {}, 1e-9)
+    at, limits = system.linearise(x), upper_limits(net, pool, system.output)
+    assert limits is not None
+    dark, bright = torch.zeros(x.numel(), 2, dtype=x.dtype), torch.zeros(x.numel(), 1, dtype=x.dtype)
+    dark[1, 0] = dark[SIZE, 1] = 1.0
+    bright[int(x.argmax()) - 1] = 1.0  # below the brightest: it may be darker by far
+    seen: list[Linearisation] = []
+
+    def null_of(there: Linearisation) -> Tensor:
+        seen.append(there)
+        return dark
+
+    told = narrowed(system, at, null_of, 1e-9, limits, (0.0, 1.0))
+    assert told is not None
+    assert told[1] == pytest.approx(0.003 * (2 / x.numel()) ** 0.5, rel=1e-4)
+    node = net.activations[0][0]
+    assert [int((each.slopes[node] != at.slopes[node]).sum()) for each in seen] == [0] + [1] * crossed
+    beyond = narrowed(system, at, lambda there: dark if there is at else bright, 1e-9, limits, (0.0, 1.0))
+    assert (beyond is None) == (crossed > 0)

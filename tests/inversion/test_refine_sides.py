@@ -11,7 +11,7 @@ from rgap.attacks import Recursive, Status
 from rgap.attacks.closed import agreement
 from rgap.inversion import refine_sides as refine_sides_module
 from rgap.inversion.doubted import read_columns
-from rgap.inversion.refine_sides import _best_flips, _changes, _flipped, _nearest_units, refine_sides, step_over
+from rgap.inversion.refine_sides import _best_flips, _changes, _nearest_units, flipped, refine_sides, step_over
 from rgap.inversion.state import State
 from rgap.inversion.system import ConstraintSystem
 from rgap.protocol import Sends
@@ -167,9 +167,9 @@ def test_the_other_side_of_a_unit_changes_the_gradient_as_a_slope_of_that_side_d
 
     for unit, change in zip(near, changes, strict=True):
         more = float((here + change).square().sum() - here.square().sum())
-        expected = missed(_flipped(system, at.slopes, unit)) - missed(at.slopes)
+        expected = missed(flipped(system, at.slopes, unit)) - missed(at.slopes)
         assert abs(more - expected) < 1e-12 * max(1.0, missed(at.slopes))
-    best = min(near, key=lambda unit: missed(_flipped(system, at.slopes, unit)))
+    best = min(near, key=lambda unit: missed(flipped(system, at.slopes, unit)))
     with_pairs = _best_flips(system, at, columns, near)
     few = 2 * max(sum(each.numel() for each in of) for of in (at.values, system.gradients))
     with pytest.MonkeyPatch.context() as patch:
@@ -179,5 +179,5 @@ def test_the_other_side_of_a_unit_changes_the_gradient_as_a_slope_of_that_side_d
         assert unit != with_pairs[0]
     slopes = at.slopes
     for unit in with_pairs:
-        slopes = _flipped(system, slopes, unit)
-    assert missed(slopes) <= missed(_flipped(system, at.slopes, best)) + 1e-12
+        slopes = flipped(system, slopes, unit)
+    assert missed(slopes) <= missed(flipped(system, at.slopes, best)) + 1e-12

@@ -9,6 +9,8 @@ programs tell how far it reaches.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from torch import Tensor
 
+from rgap.inversion.refine_sides import flipped
 from rgap.inversion.state import State
 from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.linalg import deadline
@@ -31,8 +34,9 @@ ERRORS = 3.0
 """So many errors of the input an inequality may be missed by."""
 FAR = 0.01
 """Relative to the value range: a direction that goes farther counts as open."""
-DOUBTED = 8
-"""With more units that the remaining moves bring to the other side of their kinks the moves say nothing of the rest."""
+TRIED, DOUBTED = 64, 8
+"""Of so many units a linear program tells whether the remaining moves bring them to the other side of their kinks; with
+more that these do bring there nothing is told."""
 
 
 def upper_limits(network: Network, value_id: int, state: State) -> tuple[int, Tensor] | None:
@@ -79,50 +83,136 @@ def _limits(pool: MaxPool, largest: Tensor) -> Tensor:
     return limits[..., :-1].reshape(len(largest), *pool.input_shape)
 
 
+@dataclass(frozen=True, eq=False)
+class _Left:
+    """What inequalities leave of the moves that the equations leave open, from one input on given sides."""
+
+    at: Linearisation
+    columns: list[list[Tensor]]
+    """Of each direction, how all values move with it."""
+    rows: NDArray[np.float64]
+    room: NDArray[np.float64]
+    ends: Float[Tensor, "free 2"]
+    """How far each direction goes both ways."""
+    middle: Tensor
+    reach: float
+    """How far others may be from the middle, root mean square."""
+
+
 def narrowed(
+    system: ConstraintSystem,
+    at: Linearisation,
+    null_of: Callable[[Linearisation], Float[Tensor, "u free"]],
+    error: float,
+    limits: tuple[int, Tensor],
+    value_range: tuple[float, float],
+) -> tuple[Tensor, float, int] | None:
+    """The middle of the inputs of one sample that inequalities leave of those that agree with all equations, how far
+    from it the others may be, root mean square, and the number of directions; None where nothing bounds them.
+
+    Beyond a kink the equations are others. So each unit that such an input brings to its other side is taken to stand
+    there as well, and what inequalities leave then counts too.
+
+    Args:
+        null_of: directions that the equations leave open, orthonormal, on the sides of a linearisation.
+        error: of the input in all others, root mean square.
+        limits: of a value, by its id.
+    """
+    if system.samples > 1:
+        return None
+    first = _left(system, at, null_of(at), error, limits, value_range)
+    if first is None or _routes_change(system, first, limits[0]):
+        return None
+    crossed = _crossed(system, first, error)
+    if len(crossed) > DOUBTED:
+        return None
+    apart = first.reach
+    for node, unit in crossed:
+        there = system.with_slopes(at, flipped(system, at.slopes, (node, unit)))
+        other = _left(system, there, null_of(there), error, limits, value_range)
+        if other is None:
+            return None
+        apart = max(apart, float((other.middle - first.middle).square().mean().sqrt()) + other.reach)
+    return first.middle, apart, len(first.columns)
+
+
+def _left(
     system: ConstraintSystem,
     at: Linearisation,
     null: Float[Tensor, "u free"],
     error: float,
     limits: tuple[int, Tensor],
     value_range: tuple[float, float],
-) -> tuple[Tensor, float] | None:
-    """The middle of the inputs of one sample that inequalities leave of those that agree with all equations, and how
-    far from it the others may be, root mean square; None where nothing bounds them.
-
-    Args:
-        null: directions that the equations leave open, orthonormal.
-        error: of the input in all others, root mean square.
-        limits: of a value, by its id.
-    """
-    count, (low, high) = null.shape[1], value_range
-    if not 0 < count <= MOST or system.samples > 1:
+) -> _Left | None:
+    """None where a direction goes far, or where there are too many of them."""
+    (low, high), (value_id, most), network = value_range, limits, system.network
+    if not 0 < null.shape[1] <= MOST:
         return None
     draw = torch.randn(at.x.shape, generator=torch.Generator().manual_seed(0), dtype=at.x.dtype).to(at.x)
-    network, (value_id, most) = system.network, limits
     bound = most.flatten().isfinite()
     columns = [network.jvp(at.values, at.slopes, each.reshape(at.x.shape)) for each in null.mT]
     moved = torch.stack([column[value_id].flatten() for column in columns], 1)[bound]
     off = network.jvp(at.values, at.slopes, error * draw)[value_id].square().mean().sqrt()
-    rows = torch.cat([moved, null, -null])
-    room = torch.cat([(most - at.values[value_id]).flatten()[bound], high - at.x.flatten(), at.x.flatten() - low])
+    rows = torch.cat([moved, null, -null]).cpu().numpy()
+    free = torch.cat([(most - at.values[value_id]).flatten()[bound], high - at.x.flatten(), at.x.flatten() - low])
     slack = torch.cat([off.expand(len(moved)), off.new_full((2 * len(null),), error)])
-    box = _box(rows.cpu().numpy(), (room.clamp(min=0) + ERRORS * slack).cpu().numpy(), FAR * (high - low))
+    room = (free.clamp(min=0) + ERRORS * slack).cpu().numpy()
+    box = _box(rows, room, FAR * (high - low))
     if box is None:
         return None
     ends = torch.as_tensor(box).to(at.x)
-    reach = ends.diff(dim=1)[:, 0] / 2
-    crossed = 0
-    for node, activation in network.activations:
-        if not activation.kinked:
-            continue
-        value = network.nodes[node].reads[0]
-        way = sum(column[value].abs() * size for column, size in zip(columns, ends.abs().amax(1), strict=True))
-        crossed += int((way > at.values[value].abs() + ERRORS * error).sum())
-    if crossed > DOUBTED:
-        return None
     middle = at.x + (null @ ends.mean(1)).reshape(at.x.shape)
-    return middle, float((reach.square().sum() / at.x.numel()).sqrt())
+    reach = float((ends.diff(dim=1).square().sum() / 4 / at.x.numel()).sqrt())
+    return _Left(at, columns, rows, room, ends, middle, reach)
+
+
+def _way(left: _Left, moves: list[Tensor]) -> Tensor:
+    """How far values go at the most, if all directions went to their ends at once."""
+    return sum((move.abs() * size for move, size in zip(moves, left.ends.abs().amax(1), strict=True)), moves[0] * 0)
+
+
+def _crossed(system: ConstraintSystem, left: _Left, error: float) -> list[tuple[int, int]]:
+    """The units that moves bring to the other side of their kinks, each by its elementwise operation's node; of more
+    than are tried all that may."""
+    may: list[tuple[int, int]] = []
+    for node, activation in system.network.activations:
+        if activation.kinked:
+            value = system.network.nodes[node].reads[0]
+            size = left.at.values[value].abs() + ERRORS * error
+            way = _way(left, [column[value] for column in left.columns])
+            may += [(node, unit) for unit in (way > size).flatten().nonzero()[:, 0].tolist()]
+    if len(may) > TRIED:
+        return may
+    found = []
+    for node, unit in may:
+        value = system.network.nodes[node].reads[0]
+        row = torch.stack([column[value].flatten()[unit] for column in left.columns])
+        z = float(left.at.values[value].flatten()[unit])
+        towards = row if z > 0 else -row
+        least = _least(towards.cpu().numpy(), left.rows, left.room, float(left.ends.abs().max()))
+        if least is None or abs(z) + least <= 0:
+            found.append((node, unit))
+    return found
+
+
+def _routes_change(system: ConstraintSystem, left: _Left, value_id: int) -> bool:
+    """Whether moves bring another value of a window to the top, in a maximum in front of the one that is known."""
+    network = system.network
+    for at, node in enumerate(network.nodes):
+        if not isinstance(node.op, MaxPool) or at + 1 > value_id:
+            continue
+        value = node.reads[0]
+        routes = node.op.routes(left.at.values[value])
+
+        def behind(moved: Tensor, op: MaxPool = node.op, routes: Tensor = routes, fill: float = 0.0) -> Tensor:
+            places = op.read(moved, fill)
+            return (routes * places.masked_fill(places == -math.inf, 0.0)).sum(-1, keepdim=True) - places
+
+        gaps = behind(left.at.values[value], fill=-math.inf)
+        way = _way(left, [behind(column[value]) for column in left.columns])
+        if bool(((way > gaps) & (routes == 0)).any()):
+            return True
+    return False
 
 
 def _box(
@@ -133,11 +223,17 @@ def _box(
     ends = np.zeros((count, 2))
     for at in range(count):
         for side, sign in ((0, 1.0), (1, -1.0)):
-            deadline.check()
             goal = np.zeros(count)
             goal[at] = sign
-            found = linprog(goal, A_ub=rows, b_ub=room, bounds=(-10 * far, 10 * far))
-            if found.status != 0 or found.x is None or abs(found.x[at]) > far:
+            least = _least(goal, rows, room, 10 * far)
+            if least is None or abs(least) > far:
                 return None
-            ends[at, side] = found.x[at]
+            ends[at, side] = sign * least
     return ends
+
+
+def _least(goal: NDArray[np.float64], rows: NDArray[np.float64], room: NDArray[np.float64], far: float) -> float | None:
+    """The least of goal c while rows c <= room, no coordinate going farther than so far; None if there is none."""
+    deadline.check()
+    found = linprog(goal, A_ub=rows, b_ub=room, bounds=(-far, far))
+    return found.fun if found.status == 0 else None

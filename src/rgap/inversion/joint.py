@@ -194,19 +194,25 @@ class JointSolve:
         value_range: tuple[float, float],
     ) -> Solved:
         """The same, where inequalities tell what equations leave open; as it is where they do not."""
-        at = system.linearise(found.x)
-        null = psd.factor(Jacobian(system, at, {}).gram(), self._direct(system).rank_tolerance).null
+        at, tolerance = system.linearise(found.x), self._direct(system).rank_tolerance
         try:
-            middle = narrowed(system, at, null, found.std, limits, value_range)
+            told = narrowed(
+                system,
+                at,
+                lambda there: psd.factor(Jacobian(system, there, {}).gram(), tolerance).null,
+                found.std,
+                limits,
+                value_range,
+            )
         except OutOfTime:
             return found
-        if middle is None:
+        if told is None:
             return found
-        x, reach = middle
+        x, reach, count = told
         if system.distance(system.linearise(x)) > system.distance(at):  # it is no nearer than what agrees better
             reach, x = math.hypot(reach, float((x - at.x).square().mean().sqrt())), at.x
-        told = replace(found.report, rank=system.unknowns - null.shape[1], bounded=null.shape[1], prior=WITHIN)
-        return Solved(x, math.hypot(found.std, reach), told)
+        report = replace(found.report, rank=system.unknowns - count, bounded=count, prior=WITHIN)
+        return Solved(x, math.hypot(found.std, reach), report)
 
     def _refined(
         self,

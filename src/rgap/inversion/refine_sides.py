@@ -50,7 +50,7 @@ def refine_sides(system: ConstraintSystem, x: Float[Tensor, "b ..."], tolerance:
         chosen = _best_flips(system, there, columns, near)
         slopes = there.slopes
         for unit in chosen:
-            slopes = _flipped(system, slopes, unit)
+            slopes = flipped(system, slopes, unit)
         after = system.with_slopes(at, slopes)
         distance = system.distance_by_layer(after)
         if distance > LESS * best:
@@ -160,7 +160,8 @@ def _jump(activation: Activation, at: Linearisation, node: int) -> Tensor:
     return torch.zeros_like(slope) if k is None else k * (other_slope(activation, slope) - slope)
 
 
-def _flipped(system: ConstraintSystem, slopes: Mapping[int, Tensor], unit: Unit) -> dict[int, Tensor]:
+def flipped(system: ConstraintSystem, slopes: Mapping[int, Tensor], unit: Unit) -> dict[int, Tensor]:
+    """The slopes with one unit's other one."""
     node, index = unit
     changed = slopes[node].clone(memory_format=torch.contiguous_format)
     activation = dict(system.network.activations)[node]

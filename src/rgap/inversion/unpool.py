@@ -185,9 +185,9 @@ def solve_route(
     if known >= ENOUGH * unknowns:
         tries.append((VALUES_ONLY, start))
     if whole is not None:
-        tries += [(NEAR, _read(whole, _from_input(whole, observed, eps, FROM_INPUT, report))), (THROUGH, None)]
-    if _kinked(route.part.front):
-        tries.append((THROUGH, start))
+        tries.append((NEAR, _read(whole, _from_input(whole, observed, eps, FROM_INPUT, report))))
+    if isinstance(route.part.pool, MeanPool) and (whole is not None or route.part.front.activations):
+        tries.append((THROUGH, start if whole is None else None))
     if unknowns > MANY:
         tries.append((QUICK, start))
     tries.append((ANNEALING, start))
@@ -209,12 +209,6 @@ def solve_route(
         if found.missed <= agrees:
             break
     return found
-
-
-def _kinked(front: Network) -> bool:
-    """Whether what stands in front of a layer has sides or routes of its own."""
-    maxima = any(isinstance(node.op, MaxPool) for node in front.nodes)
-    return maxima or any(activation.kinked for _, activation in front.activations)
 
 
 def _equations(part: Pooled, observed: Observed, eps: float) -> Bool[Tensor, "b o m"]:
