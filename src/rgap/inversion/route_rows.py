@@ -201,7 +201,8 @@ class Step:
         steps = self.schedule.solve_steps * (1 if prior is not None else 3)
         if len(x) > 1 or x.numel() > FEW:
             target = self.schedule.solve_rtol * right.flatten(1).norm(dim=1)
-            fast = rows.single
+            # Such rows are badly conditioned: what a second solve in float32 would take the first goes on to in float64.
+            fast = rows.single if self.schedule.solve_rtol >= mixed.INNER else None
             return mixed.solve(
                 lambda move: pulled(rows.normal(move), move),
                 None if fast is None else lambda move: pulled(fast.normal(move), move),

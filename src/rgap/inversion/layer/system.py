@@ -228,7 +228,7 @@ class LayerSystem:
             tolerance: relative residual at which an iterative solve may end.
         """
         rhs = ((z, grad), *others)
-        fine = max(self._tolerance**2, tolerance)
+        fine = max(self._tolerance**2 / 2, tolerance)
         x, size = self._inverse(rhs, observed_input, fine)
         for _ in range(REFINEMENTS if self._factorisation is not None or self._iterative is None else 0):
             more, _ = self._inverse(
