@@ -72,6 +72,28 @@ def test_pushed_moves_are_forward_modes(name: str) -> None:
 
 
 @every_module
+def test_in_float32_derivatives_are_the_same_but_for_its_rounding(name: str) -> None:
+    """Of every operation but those whose tensors cannot be told."""
+    _, network = headed(name)
+    single, x = network.single, samples(1)
+    if any(isinstance(node.op, Other) for node in network.nodes):
+        assert single is None
+        return
+    assert single is not None
+    values = network.forward(x)
+    slopes, moves = network.slopes(values), samples(2)
+    low = [value.float() for value in values], {node: slope.float() for node, slope in slopes.items()}
+    k = torch.ones(1, 3, dtype=torch.float64)
+    for found, expected in (
+        (single.jvp(*low, moves.float())[-1], network.jvp(values, slopes, moves)[-1]),
+        (single.vjp(*low, {len(values) - 1: k.float()})[0], network.vjp(values, slopes, {len(values) - 1: k})[0]),
+    ):
+        assert found is not None
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+        assert found.dtype == torch.float32
+
+
+@every_module
 def test_segments_cut_the_network_where_all_ways_meet(name: str) -> None:
     _, network = headed(name, "gelu") if name != "linear" else headed(name)
     places = [place for segment in network.segments for place in segment.nodes]

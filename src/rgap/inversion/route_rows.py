@@ -201,7 +201,7 @@ class Step:
         steps = self.schedule.solve_steps * (1 if prior is not None else 3)
         if len(x) > 1 or x.numel() > FEW:
             target = self.schedule.solve_rtol * right.flatten(1).norm(dim=1)
-            # Such rows are badly conditioned: what a second solve in float32 would take the first goes on to in float64.
+            # Rows of settled routes are badly conditioned: float64 takes half as many products to the end.
             fast = rows.single if self.schedule.solve_rtol >= mixed.INNER else None
             return mixed.solve(
                 lambda move: pulled(rows.normal(move), move),
