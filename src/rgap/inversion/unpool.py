@@ -49,6 +49,8 @@ SHARE = 0.75
 """So much of what it reads the rows of a layer that is not the first have to tell for routes to be looked for there."""
 ZERO = 10
 """A mean behind a ReLU below so many roundings of the largest says that nothing was above zero, and no more."""
+CLOSE = 2e-4
+"""What may be missed of the sides behind a mean where the network's input is the unknown: all layers tell the rest."""
 MISSED = 200
 """What right routes may miss, in roundings of the gradient."""
 LARGER = 1e4
@@ -201,12 +203,12 @@ def solve_route(
             assert whole is not None
             assert found is not None
             through = _from_input(whole, observed, eps, schedule, report)
-            if through.missed <= agrees:
+            if through.missed <= max(agrees, CLOSE):
                 return replace(found, input=through.x)
             continue
         tried = find_routes(route.part, observed, prior, agrees, begin, schedule, report)
         found = tried if found is None or tried.missed < found.missed else found
-        if found.missed <= agrees:
+        if found.missed <= (max(agrees, CLOSE) if schedule is THROUGH else agrees):
             break
     return found
 
