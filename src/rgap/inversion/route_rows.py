@@ -34,6 +34,8 @@ ROOM = 1 << 24
 """Numbers that are held at once to weigh gradient rows."""
 LARGE, PLENTY = 1 << 26, 5
 """Above so many numbers in all, no more outputs are weighed than give so many rows for each unknown."""
+CLOSE = 1e-3
+"""Rows that miss less, are weighed too differently for products in float32: by the inverse of its square."""
 FEW = 64
 """So many unknowns of one sample and fewer: products with all unit moves at once take less time than one after another
 with those of conjugate gradients."""
@@ -201,8 +203,7 @@ class Step:
         steps = self.schedule.solve_steps * (1 if prior is not None else 3)
         if len(x) > 1 or x.numel() > FEW:
             target = self.schedule.solve_rtol * right.flatten(1).norm(dim=1)
-            # Rows of settled routes are badly conditioned: float64 takes half as many products to the end.
-            fast = rows.single if self.schedule.solve_rtol >= mixed.INNER else None
+            fast = rows.single if self.missed > CLOSE and self.schedule.solve_rtol >= mixed.INNER else None
             return mixed.solve(
                 lambda move: pulled(rows.normal(move), move),
                 None if fast is None else lambda move: pulled(fast.normal(move), move),
