@@ -70,6 +70,8 @@ class Annealing:
     promising: float = 0.05
     """Below this part missed, decided routes are tried as they are, every so many steps."""
     every: int = 3
+    single: bool = True
+    """Whether products are taken in float32 while rows miss much."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class Step:
         steps = self.schedule.solve_steps * (1 if prior is not None else 3)
         if len(x) > 1 or x.numel() > FEW:
             target = self.schedule.solve_rtol * right.flatten(1).norm(dim=1)
-            fast = rows.single if self.missed > CLOSE and self.schedule.solve_rtol >= mixed.INNER else None
+            fast = rows.single if self.schedule.single and self.missed > CLOSE else None
             return mixed.solve(
                 lambda move: pulled(rows.normal(move), move),
                 None if fast is None else lambda move: pulled(fast.normal(move), move),

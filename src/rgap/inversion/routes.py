@@ -58,16 +58,17 @@ FROM_INPUT = Annealing(max_steps=6, patience=6, solve_rtol=0.05, solve_steps=40)
 QUICK = Annealing(temperature=2.0, cooling=0.97, fading=0.8, max_steps=120, patience=40, solve_steps=60)
 """Of many unknowns, where steps take long: a prior that is gone in twenty of them, if rows are enough without."""
 THROUGH = Annealing(
-    cooling=1.0, fading=0.9, max_steps=150, patience=25, solve_rtol=0.05, solve_steps=40, promising=1e-3
+    cooling=1.0, fading=0.9, max_steps=150, patience=25, solve_rtol=0.05, solve_steps=40, promising=1e-3, single=False
 )
 """From the network's input, through kinks in front of which the sides are those of the present input: in small steps,
-no colder than what is missed. Solves to the end are led astray by wrong sides, and so is what is decided too early."""
+no colder than what is missed. Solves to the end are led astray by wrong sides, and so is what is decided too early. Other
+roundings may lead it elsewhere: float64 is what it was tried with."""
 NEAR = Annealing(temperature=0.3, prior=0.01, patience=10)
 """From a start of a few per cent's error."""
 VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, patience=6, progress=0.7, gradient=False)
 """Where the maxima alone determine the input: the routes of the present input, and a prior that fades fast. Where that
 is the way, each step leaves two thirds of what is missed; of weights that have learned it may leave nearly all."""
-SETTLED = Annealing(solve_rtol=1e-9, solve_steps=1000)
+SETTLED = Annealing(solve_rtol=1e-9, solve_steps=1000, single=False)
 """What few rows tell of the input, those of an annealing step leave as it is."""
 RETURNS = 5e-3
 """A drawn move of the input that comes back from its rows to this part of itself is seen by them."""
