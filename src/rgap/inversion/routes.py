@@ -61,8 +61,8 @@ THROUGH = Annealing(
     cooling=1.0, fading=0.9, max_steps=150, patience=25, solve_rtol=0.05, solve_steps=40, promising=1e-3, single=False
 )
 """From the network's input, through kinks in front of which the sides are those of the present input: in small steps,
-no colder than what is missed. Solves to the end are led astray by wrong sides, and so is what is decided too early. Other
-roundings may lead it elsewhere: float64 is what it was tried with."""
+no colder than what is missed. Solves to the end are led astray by wrong sides, and so is what is decided too early.
+Other roundings may lead it elsewhere: float64 is what it was tried with."""
 NEAR = Annealing(temperature=0.3, prior=0.01, patience=10)
 """From a start of a few per cent's error."""
 VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, patience=6, progress=0.7, gradient=False)
