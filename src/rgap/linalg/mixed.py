@@ -70,10 +70,9 @@ def solve(
     shape, tiny = (len(right), *[1] * (right.dim() - 1)), torch.finfo(right.dtype).tiny
     x, rest, norm = torch.zeros_like(right), right, right.flatten(1).norm(dim=1)
     parts: list[cg.Result] = []
-    for _ in range(0 if fast is None else CYCLES):
+    while fast is not None and len(parts) < CYCLES:
         if not bool((norm > target).any()):
             return Result(x, parts)
-        assert fast is not None
         unit = norm.clamp(min=tiny).reshape(shape)
         aim = (CLOSER * target / unit.flatten()).clamp(min=INNER, max=1.0)
         until = None if enough is None else partial(_so_far, enough, x, unit)
