@@ -30,7 +30,7 @@ federation: .venv/flower
 # The same examples every time. One thread for each of the two processes: processes that share cores and spin are many
 # times slower.
 test: .venv/test
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= .venv/bin/python -m pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal tests
 
 # Other examples, until the time is over; then what failed and what to add as a test.
 MINUTES = 10

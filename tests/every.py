@@ -12,6 +12,7 @@ import random
 import sys
 import zlib
 from collections.abc import Generator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,8 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
     gc.enable()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # all tests
+        import_module("warm").begin()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -27,6 +28,23 @@ CONTEXT = multiprocessing.get_context("forkserver")
 DASK = ["distributed", "distributed.cli.dask_scheduler", "distributed.cli.dask_worker"]
 OURS = ["rgap.attacks", "rgap.cli.audit", "rgap.cli.sweep", "rgap.sweeps.equip"]
 CONTEXT.set_forkserver_preload([*DASK, *OURS, "pytest", "torch.export._trace"])
+
+
+@contextmanager
+def _prepared() -> Iterator[None]:
+    """As the process that programs are forks of is to be started, and they from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Dask reads it when it is imported: the workers of a program are started as it is.
+        patch.setenv("DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD", "forkserver")
+        # The program that runs the tests is not to be imported in this one.
+        patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+        yield
+
+
+def begin() -> None:
+    """Let the imports begin, so that the first program need not wait for them."""
+    with _prepared():
+        forkserver.ensure_running()
 
 
 class Program:
@@ -54,11 +72,7 @@ class Program:
         written = [self._kept / "out", self._kept / "err"]
         streams = [terminal] * 3 if terminal else [Path(os.devnull), *written]
         self._process = CONTEXT.Process(target=_run, args=(main, arguments, folder, streams, largest, environment))
-        with pytest.MonkeyPatch.context() as patch:
-            # Dask reads it when it is imported: the workers of a program are started as it is.
-            patch.setenv("DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD", "forkserver")
-            # The program that runs the tests is not to be imported in this one.
-            patch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+        with _prepared():
             self._process.start()
         self.pid: int = self._process.pid or 0
 
