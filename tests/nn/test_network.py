@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from rgap import Target, losses
 from rgap.nn.network import Network
-from rgap.nn.ops import Affine, Concat, Elementwise, Gather, Linear, Other, Sum
+from rgap.nn.ops import Affine, Concat, Elementwise, Gather, Linear, Op, Other, Sum
 from rgap.nn.pools import MaxPool
 from tests.nn.modules import MODULES, SHAPE, Call, Skip, made
 
@@ -91,6 +93,23 @@ def test_in_float32_derivatives_are_the_same_but_for_its_rounding(name: str) -> 
         assert found is not None
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
         assert found.dtype == torch.float32
+
+
+def test_an_operation_of_ones_own_is_had_in_float32_where_its_tensors_are_fields() -> None:
+    @dataclass(frozen=True, eq=False)
+    class Scaled(Op):
+        name: str
+        by: object
+
+        def forward(self, *xs: Tensor) -> Tensor:
+            return xs[0] * self.by
+
+    own = Scaled("own", torch.ones(1, dtype=torch.float64)).single
+    assert isinstance(own, Scaled)
+    assert own.by.dtype == torch.float32
+    assert Scaled("own", 2.0).single is not None
+    for within in ({"by": torch.ones(1)}, (torch.ones(1),), torch.ones(1).mul):
+        assert Scaled("own", within).single is None
 
 
 @every_module

@@ -85,6 +85,7 @@ class Jacobian(LinearOperator):
         if self.unknowns < MANY or self.system.single is None:
             return None
         found = copy(self)
+        vars(found).pop("factor", None)
         found.system, found.at, found.like = self.system.single, self.at.single, self.like.float()
         found._doubted = [each.single for each in self._doubted]
         # Their squares might not have a place in its range.

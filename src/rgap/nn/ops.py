@@ -70,12 +70,15 @@ class Op(ABC):
 
     @property
     def single(self) -> Op | None:
-        """The same with its tensors in float32, for derivatives that need no more; None where it cannot be told which
-        tensors it holds."""
+        """The same with its tensors in float32, for derivatives that need no more; None where what it holds may have
+        others within."""
         if not is_dataclass(self):
             return None
         held = {each.name: getattr(self, each.name) for each in fields(self)}
-        return replace(self, **{name: each.float() for name, each in held.items() if _floats(each)})
+        if not all(map(_plain, held.values())):
+            return None
+        tensors = {name: each for name, each in held.items() if isinstance(each, Tensor)}
+        return replace(self, **{name: each.float() for name, each in tensors.items() if each.is_floating_point()})
 
     def __str__(self) -> str:
         return self.name
@@ -310,10 +313,6 @@ class Other(Op):
     lost: str = ""
     """What of its input is not in its output, where that is known."""
 
-    @property
-    def single(self) -> None:  # the traced code may hold tensors
-        return None
-
     def forward(self, *xs: Float[Tensor, "s ..."]) -> Tensor:
         # The traced operation may have a batch of one in its arguments.
         def one(*x: Tensor) -> Tensor:
@@ -343,5 +342,8 @@ class Other(Op):
         return f"{self.name}: {self.what}"
 
 
-def _floats(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _plain(value: object) -> bool:
+    """Whether it is a tensor, or holds none that derivatives need; those of an activation are its slopes."""
+    if isinstance(value, tuple):
+        return all(map(_plain, value)) and not any(isinstance(each, Tensor) for each in value)
+    return value is None or isinstance(value, (Tensor, int, float, str, Activation))
