@@ -32,6 +32,8 @@ def least_certain(system: ConstraintSystem, at: Linearisation, count: int) -> Pa
     """The units, over all activations and samples, that are nearest to their kink, measured by the spread of their
     layer. Those that read next to nothing, as on an empty background, stay out: they are all near their kinks, and
     have hardly any effect on whichever side they are."""
+    if not count:
+        return {}
     distances, shapes = [], {}
     for node, activation in system.network.activations:
         z = at.values[system.network.nodes[node].reads[0]]

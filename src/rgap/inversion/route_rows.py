@@ -35,7 +35,7 @@ ROOM = 1 << 24
 LARGE, PLENTY = 1 << 26, 5
 """Above so many numbers in all, no more outputs are weighed than give so many rows for each unknown."""
 CLOSE = 1e-3
-"""Rows that miss less, are weighed too differently for products in float32: by the inverse of its square."""
+"""Rows that miss less are weighed too differently for products in float32: by the inverse of its square."""
 FEW = 64
 """So many unknowns of one sample and fewer: products with all unit moves at once take less time than one after another
 with those of conjugate gradients."""
