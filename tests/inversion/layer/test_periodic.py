@@ -13,7 +13,7 @@ from torch import Tensor
 from rgap.inversion.layer import LayerRows, LayerSystem
 from rgap.inversion.layer.dominant import Dominant
 from rgap.inversion.layer.iterative import Iterative
-from rgap.inversion.layer.periodic import SHIFT, Periodic, periodic
+from rgap.inversion.layer.periodic import Periodic, periodic, relative_shift
 from rgap.linalg import cg
 from rgap.nn import layers
 from rgap.nn.layers import Layer
@@ -75,7 +75,7 @@ def test_it_is_the_inverse_of_the_periodic_layer_cut_off(layer: Layer, seed: int
     rows = dense.flatten(2)
     gram = rows.mT @ rows
     phases = dense.shape[2] * math.prod(grid.stride)
-    shift = SHIFT * float(layer.weight.square().sum()) / (layer.groups * phases)
+    shift = relative_shift(layer) * float(layer.weight.square().sum()) / (layer.groups * phases)
     gram = gram + shift * torch.eye(gram.shape[-1], dtype=torch.float64)
     x = torch.randn(2, layer.channels, layer.pixels, generator=torch.Generator().manual_seed(seed))
     filled = torch.zeros(2, *dense.shape[:1], *dense.shape[2:], dtype=torch.float64)

@@ -35,8 +35,7 @@ class Periodic:
         ]
         symbol = _symbol(layer, grid, self._counts)
         gram = symbol.mH @ symbol
-        relative = SHIFT if layer.weight_rows > layer.unknowns else FEW
-        shift = relative * float(layer.weight.square().sum()) / (layer.groups * gram.shape[-1])
+        shift = relative_shift(layer) * float(layer.weight.square().sum()) / (layer.groups * gram.shape[-1])
         gram.diagonal(dim1=-2, dim2=-1).add_(shift or 1.0)
         # By Cholesky's factor: torch's LU of many matrices at once fails on some machines when threads are many.
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
@@ -68,6 +67,11 @@ class Periodic:
             y = y.narrow(2 + axis, 0, n)
         cut: Tensor = y.reshape(s, c, -1)
         return cut
+
+
+def relative_shift(layer: Layer) -> float:
+    """What is added to the diagonal, relative to its mean."""
+    return SHIFT if layer.weight_rows > layer.unknowns else FEW
 
 
 def _symbol(layer: Layer, grid: Grid, counts: list[int]) -> Tensor:
