@@ -72,6 +72,23 @@ def test_rows_that_conjugate_gradients_hardly_see_are_factored(monkeypatch: pyte
     torch.testing.assert_close(found, x, rtol=0, atol=1e-6)
 
 
+def test_no_eigenvectors_are_made_of_many_directions_where_weight_rows_are_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rgap.inversion.layer.cost.SPARE", 63)
+    layer = convolution(8, outputs=16)
+    generator = torch.Generator().manual_seed(1)
+    k = torch.randn(1, 16, layer.positions, generator=generator, dtype=torch.float64)
+    x = torch.randn(1, 3, layer.pixels, generator=generator, dtype=torch.float64)
+    dropped = torch.ones_like(k)
+    dropped[:, 4:] = 0
+    for weight, found in ((None, False), (dropped, True)):
+        system = LayerSystem(layer, k, weight, 1e-9, solver="iterative")
+        assert bool((system._dominant.count > 0).all()) == found
+        solved = system.solve(layer.output(x), layer.grad_weight(x, k)).x
+        torch.testing.assert_close(solved, x, rtol=0, atol=1e-7)
+
+
 def test_memory_grows_with_the_pixels_where_no_matrix_is_formed() -> None:
     small, large = (bytes_needed(convolution(size), "iterative") for size in (128, 256))
     assert 3.5 < large / small < 4.5

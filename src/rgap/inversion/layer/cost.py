@@ -12,8 +12,10 @@ Solver = Literal["auto", "direct", "iterative"]
 
 LARGEST = 2**33
 """Bytes of the largest dense matrix that is formed."""
-WIDEST = 4096
-"""Dominant directions are looked for where the smaller side of K0 is at most this: they take its eigenvectors."""
+WIDEST, SPARE = 4096, 2048
+"""Dominant directions are looked for where the smaller side of K0 is at most this: they take its eigenvectors. The
+second where more weight rows are in use than there are unknowns: these tell the input without, and no worse, while the
+eigenvectors of 3,136 directions take as long as all solves together."""
 PRODUCTS = 150
 """Of conjugate gradients for one layer, about: the drawn move, the input, its refinement and a draw of noise."""
 CHUNK = 2**22
@@ -26,6 +28,16 @@ touched for the first time."""
 def kernel_rows(layer: Layer) -> int:
     """Gradient rows of one channel."""
     return layer.outputs // layer.groups * layer.offsets
+
+
+def splits(layer: Layer, rows: int, spare: bool = False) -> bool:
+    """Whether dominant directions are looked for.
+
+    Args:
+        rows: gradient rows of one channel, of all layers that read the same input.
+        spare: whether more weight rows are in use than there are unknowns.
+    """
+    return min(rows, layer.pixels) <= (SPARE if spare else WIDEST)
 
 
 def fits(layer: Layer) -> bool:
@@ -90,7 +102,7 @@ def bytes_needed(layer: Layer, solver: Solver) -> int:
     c, n, rows = layer.channels, layer.pixels, kernel_rows(layer)
     small = min(rows, n)
     values = 10 * c * n + 10 * layer.weight_rows + 4 * c * layer.table.numel() + 4 * layer.weight.numel()
-    split = layer.groups * (rows * n + n * small + 3 * small**2) if small <= WIDEST else 0
+    split = layer.groups * (rows * n + n * small + 3 * small**2) if splits(layer, rows) else 0
     matrices = 0
     if solver == "direct":
         matrices = 3 * layer.groups * (c // layer.groups * n) ** 2 if fits(layer) else 0

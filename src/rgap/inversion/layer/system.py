@@ -14,11 +14,11 @@ from torch import Tensor
 from rgap.inversion.layer.cost import (
     LARGEST,
     PRODUCTS,
-    WIDEST,
     Solver,
     factor_is_cheaper,
     fits,
     kernel_rows,
+    splits,
     worth_a_factor,
 )
 from rgap.inversion.layer.dominant import Dominant
@@ -101,8 +101,8 @@ class LayerSystem:
         if solver == "direct":
             _fitting(layer)
         count = sum(kernel_rows(rows.layer) for rows in self.rows)
-        few = min(count, layer.pixels) <= WIDEST
-        self._dominant = self._split(count, self._dense(solver, layer.pixels - count, count, few))
+        self._splits = splits(layer, count, spare=bool((self._used.sum(-1) > layer.unknowns).all()))
+        self._dominant = self._split(self._dense(solver, layer.pixels - count, count, self._splits))
         self._trailing = [(s, g) for s, g in (self._dominant.count < layer.pixels).nonzero().tolist()]
         if not self._trailing:
             return
@@ -118,7 +118,7 @@ class LayerSystem:
             self._trailing = [(s, g) for s, g in self._trailing if not full[s]]
             self._iterative = self._iterative if any(full) else None
         if not self._dominant.complete:
-            self._dominant = self._split(count, True)
+            self._dominant = self._split(True)
         self._factorisation = Factorisation(
             self.rows, observed_weight, self._dominant, self._scale, self._trailing, tolerance
         )
@@ -127,9 +127,9 @@ class LayerSystem:
         worth = solver == "auto" and may_be and factor_is_cheaper(self.layer, trailing, len(self.k), rows)
         return solver == "direct" or worth
 
-    def _split(self, rows: int, complete: bool) -> Dominant:
+    def _split(self, complete: bool) -> Dominant:
         no_gradient = not any(bool(each.k.any()) for each in self.rows)
-        none = not complete and (no_gradient or min(rows, self.layer.pixels) > WIDEST)
+        none = not complete and (no_gradient or not self._splits)
         return Dominant(self.rows, self._tolerance, complete, none)
 
     @cached_property
