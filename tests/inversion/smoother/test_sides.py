@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rgap.inversion.smoother.sides import doubts, effects, steps_with
+from rgap.inversion.smoother.sides import doubts, effects, expecting, in_front, steps_with
 from rgap.inversion.smoother.steps import KinkedSteps
 from rgap.nn.soft import GivenSlopes
 from tests.inversion.smoother.test_steps import of
@@ -23,12 +23,12 @@ def doubtful(steps: int) -> tuple[KinkedSteps, Tensor, list[Tensor]]:
 
 def test_sides_vary_together_as_draws_do() -> None:
     steps, x, std = doubtful(3)
-    run = steps_with(steps, x, std)
-    found = doubts(steps, run, std)
+    there = in_front(steps, steps_with(steps, x, expecting(steps, std)))
+    found = doubts(steps, there, std)
     assert sum(len(doubt.unit) for doubt in found)
     generator = torch.Generator().manual_seed(0)
     for j, doubt in enumerate(found):
-        z = torch.cat([step.values[steps.reads(steps.activations[j])] for step in run]).flatten(1)
+        z = there[j].flatten(1)
         for unit in doubt.unit.unique().tolist():
             pattern = doubt.pattern[doubt.unit == unit]
             drawn = z[:, unit] + float(std[j].flatten()[unit]) * torch.randn(40_000, 1, generator=generator).double()
@@ -39,8 +39,8 @@ def test_sides_vary_together_as_draws_do() -> None:
 @pytest.mark.parametrize("number", [1, 3])
 def test_each_does_to_the_gradients_what_its_slopes_do(number: int) -> None:
     steps, x, std = doubtful(number)
-    run = steps_with(steps, x, std)
-    found = doubts(steps, run, std)
+    run = steps_with(steps, x, expecting(steps, std))
+    found = doubts(steps, in_front(steps, run), std)
     columns = effects(steps, run, found)
     made = [steps.rows(step.network, step.values, step.cotangents) for step in run]
     gradients = [{name: rows[0] for name, rows in each.items()} for each in made]
@@ -75,8 +75,9 @@ def test_each_does_to_the_gradients_what_its_slopes_do(number: int) -> None:
 @pytest.mark.parametrize("number", [1, 3])
 def test_with_no_doubt_they_are_the_steps_themselves(number: int) -> None:
     steps, x, std = doubtful(number)
-    run = steps_with(steps, x, [1e-9 * each for each in std])
-    assert not sum(len(doubt.unit) for doubt in doubts(steps, run, [1e-9 * each for each in std]))
+    sharp = [1e-9 * each for each in std]
+    run = steps_with(steps, x, expecting(steps, sharp))
+    assert not sum(len(doubt.unit) for doubt in doubts(steps, in_front(steps, run), sharp))
     made = [steps.rows(step.network, step.values, step.cotangents) for step in run]
     for name in steps.names:
         mean = sum(share * each[name][0] for share, each in zip(steps.shares, made, strict=True))

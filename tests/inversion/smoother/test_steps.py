@@ -16,12 +16,12 @@ from rgap.protocol import Sends
 EPS = float(torch.finfo(torch.float32).eps)
 
 
-def of(steps: int, **more: float) -> tuple[KinkedSteps, Tensor]:
+def of(steps: int, rate: float = 0.05, **more: float) -> tuple[KinkedSteps, Tensor]:
     torch.manual_seed(0)
     model = chain(((6, 3, 1, 1), (8, 3, 2, 1)), 3, 5, 4, lambda: nn.LeakyReLU(0.2), bias=True)
     target = Target(model, losses.CrossEntropy(4), (3, 5, 5), (0.0, 1.0))
     x, label = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(0)), torch.ones(1)
-    told = Protocol(Sends.DIFFERENCE, learning_rate=0.05, steps=steps, **more)  # type: ignore[arg-type]
+    told = Protocol(Sends.DIFFERENCE, learning_rate=rate, steps=steps, **more)  # type: ignore[arg-type]
     client, plan = client_of(target), plan_of(told, 1)
     sent = {name: d.double() for name, d in capture(target, x, label, told).gradients.items()}
     return KinkedSteps(client, plan, Difference.of(sent, client.weights, EPS, EPS, steps), label.double()), x.double()

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from rgap.inversion.smoother.sides import Doubt, steps_with
+from rgap.inversion.smoother.sides import Doubt, expecting, steps_with
 from rgap.inversion.smoother.trial import Trial, _least
 from rgap.inversion.walk import Walk
 from tests.inversion.smoother.test_steps import of
@@ -50,7 +50,7 @@ def test_units_are_put_on_the_sides_on_which_they_were() -> None:
     for at in steps.activations:
         z, own = values[steps.reads(at)], after[steps.reads(at)]
         assert ((z > 0) == (own > 0)).all()
-    run = steps_with(steps, x, [torch.full_like(each[:1], 1e-9) for each in slopes])
+    run = steps_with(steps, x, expecting(steps, [torch.full_like(each[:1], 1e-9) for each in slopes]))
     for at, slope in zip(steps.activations, slopes, strict=True):
         torch.testing.assert_close(slope, torch.cat([step.slopes[at] for step in run]))
     assert misfit(found) < misfit(start)

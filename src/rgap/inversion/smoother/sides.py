@@ -7,7 +7,7 @@ have the covariance min(P_s, P_t) - P_s P_t. Its large eigenvectors are the numb
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,24 +55,20 @@ class Step:
     cotangents: list[Tensor | None]
 
 
-def steps_with(steps: KinkedSteps, x: Tensor, std: Sequence[Tensor]) -> list[Step]:
-    """All steps of an input, each unit with the slope that is expected where it stands; where that is hardly in doubt
-    with its side's: a hundredth of many slopes would be as much as one on its wrong side.
+SlopesOf = Callable[[int, int, Tensor], Tensor]
+"""Of an activation, by its place among them, in a step, for what is in front of it."""
 
-    Args:
-        std: of what is in front of each activation.
-    """
+
+def steps_with(steps: KinkedSteps, x: Tensor, slopes_of: SlopesOf) -> list[Step]:
+    """All steps of an input, with slopes in place of its own sides'."""
     found, gradients = list[Step](), list[dict[str, Tensor]]()
-    for _ in range(steps.plan.steps):
+    for t in range(steps.plan.steps):
         network = steps.client.network(steps.now(gradients))
         values, slopes = [x], dict[int, Tensor]()
         for at, node in enumerate(network.nodes):
             read = values[node.reads[0]]
             if at in steps.activations:
-                j = steps.activations.index(at)
-                upper = torch.special.ndtr(read / std[j])
-                upper = torch.where(upper * (1 - upper) < LIKELY, (read > 0).to(upper), upper)
-                slopes[at] = steps.below[j] + (1 - steps.below[j]) * upper
+                slopes[at] = slopes_of(steps.activations.index(at), t, read)
                 values.append(slopes[at] * read)
             else:
                 values.append(node.op.forward(read))
@@ -81,6 +77,29 @@ def steps_with(steps: KinkedSteps, x: Tensor, std: Sequence[Tensor]) -> list[Ste
         gradients.append({name: made[name][0] if name in made else 0 * w for name, w in steps.client.weights.items()})
         found.append(Step(network, values, slopes, cotangents))
     return found
+
+
+def expected_slopes(z: Tensor, std: Tensor, below: Tensor) -> Tensor:
+    """The slopes of an activation behind values of these errors. Where they are hardly in doubt they are their sides':
+    a hundredth of many slopes would be as much as one on its wrong side."""
+    upper = torch.special.ndtr(z / std)
+    upper = torch.where(upper * (1 - upper) < LIKELY, (z > 0).to(upper), upper)
+    return below + (1 - below) * upper
+
+
+def in_front(steps: KinkedSteps, run: Sequence[Step]) -> list[Tensor]:
+    """Of each activation, (steps, *shape)."""
+    return [torch.cat([step.values[steps.reads(at)] for step in run]) for at in steps.activations]
+
+
+def given(slopes: Sequence[Tensor]) -> SlopesOf:
+    """Of each activation, (steps, *shape)."""
+    return lambda j, t, z: slopes[j][t : t + 1]
+
+
+def expecting(steps: KinkedSteps, std: Sequence[Tensor]) -> SlopesOf:
+    """Those that are expected where units stand, with these errors of each activation's, (1, *shape)."""
+    return lambda j, t, z: expected_slopes(z, std[j], steps.below[j])
 
 
 def most_numbers(parameters: int) -> int:
@@ -102,12 +121,14 @@ def mean_of(steps: KinkedSteps, run: Sequence[Step]) -> Middle:
     return Middle(values, slopes, nothing, nothing, nothing, ks)
 
 
-def doubts(steps: KinkedSteps, run: Sequence[Step], std: Sequence[Tensor]) -> list[Doubt]:
-    """Of each activation, where it is not known on which side units stand."""
-    upper, reads = [], [steps.reads(at) for at in steps.activations]
-    for j, there in enumerate(reads):
-        z = torch.cat([step.values[there] for step in run])
-        upper.append(torch.special.ndtr(z / std[j]).flatten(1).mT)
+def doubts(steps: KinkedSteps, z: Sequence[Tensor], std: Sequence[Tensor]) -> list[Doubt]:
+    """Of each activation, where it is not known on which side units stand.
+
+    Args:
+        z: in front of each activation, (steps, *shape).
+        std: of these.
+    """
+    upper = [torch.special.ndtr(own / s).flatten(1).mT for own, s in zip(z, std, strict=True)]
     rises = [(1 - below).flatten() for below in steps.below]
     open_ = [(p * (1 - p)).amax(1) * (rise > 0) for p, rise in zip(upper, rises, strict=True)]
     least = LIKELY

@@ -11,7 +11,7 @@ none is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,16 +22,23 @@ from torch import Tensor
 from rgap.inversion.smoother.again import Again
 from rgap.inversion.smoother.information import Information
 from rgap.inversion.smoother.setting import Setting
-from rgap.inversion.smoother.sides import Doubt, Step, doubts, effects, mean_of, pushed, steps_with
-from rgap.inversion.smoother.steps import Middle
+from rgap.inversion.smoother.sides import (
+    Doubt,
+    Step,
+    doubts,
+    effects,
+    expected_slopes,
+    expecting,
+    given,
+    in_front,
+    mean_of,
+    steps_with,
+)
 from rgap.inversion.smoother.trial import Trial
 from rgap.inversion.walk import Walk
 from rgap.linalg.derivative import linearised
 from rgap.linalg.lsmr import lsmr
 from rgap.nn.soft import GivenSlopes
-
-SHARP = 1e-6
-"""Of values' errors, with which no unit is in doubt."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class Approach:
     settled: float = 0.3
     """Noise, in units of the rounding, below which it begins again with the rounding, and errors twice as large: some
     unit stands on its wrong side, and no other is in doubt."""
+    draws: int = 16
+    """Of input and doubts, with which the steps are simulated."""
     halvings: int = 4
     trials: int = 3
     """Of the sides that are left open, each with a step behind it."""
@@ -73,8 +82,11 @@ class Near:
     """What is known near the sample."""
 
     x: Float[Tensor, "1 ..."]
+    z: list[Tensor]
+    """In front of each activation, (steps, *shape): with slopes in doubt as they were found, and not as the input by
+    itself has them, since a unit on its wrong side moves the weights of all later steps."""
     std: list[Tensor]
-    """Of what is in front of each activation, taken for larger."""
+    """Of these, taken for larger."""
     noise: dict[str, float]
     """Of each parameter's gradient, beside the rounding, relative to its size."""
 
@@ -105,10 +117,11 @@ class Whitened:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """What the steps of an input with slopes in doubt miss, at given weights.
+    """What the steps of an input with slopes in doubt miss.
 
-    Those hang on the input too; but tied at both ends to what was sent they move by no more than gradients differ
-    between steps, and linearised at given ones the rows are what they are whitened for.
+    Weights of later steps hang on the input and the slopes too. With weights given, and simulated again behind each
+    move, rows are better whitened, but the moves converge by a tenth each where weights move by a third of their size,
+    and not at all where they double.
     """
 
     setting: Setting
@@ -120,31 +133,19 @@ class Made:
     units: Mapping[str, Tensor]
     """Of each parameter's rows."""
 
-    def trail(self, u: Tensor) -> list[dict[str, Tensor]]:
-        """The weights before each step, and behind the last."""
+    def missed(self, u: Tensor) -> Tensor:
+        """Of what was sent, and what the prior and the doubts say beside."""
         steps, gradients = self.setting.steps, list[dict[str, Tensor]]()
-        x, slopes = self._parted(u)
-        with torch.no_grad():
-            for step in range(steps.plan.steps):
-                gradients.append(self._gradient(steps.now(gradients), x, slopes, step))
-        return steps.trail(gradients)
+        x, slopes = self.parted(u)
+        for step in range(steps.plan.steps):
+            gradients.append(self._gradient(steps.now(gradients), x, slopes, step))
+        rows = []
+        for name, unit in self.units.items():
+            mean = sum((c * g[name] for c, g in zip(steps.shares, gradients, strict=True)), -steps.gradient[name])
+            rows.append((mean / unit).flatten())
+        return torch.cat([*rows, self.root @ (x.flatten() - self.setting.prior.centre), u[x.numel() :]])
 
-    def at(self, trail: Sequence[Mapping[str, Tensor]]) -> Callable[[Tensor], Tensor]:
-        """What is missed, and what the prior and the doubts say beside."""
-        steps, centre = self.setting.steps, self.setting.prior.centre
-
-        def residual(u: Tensor) -> Tensor:
-            x, slopes = self._parted(u)
-            each = [self._gradient(trail[step], x, slopes, step) for step in range(steps.plan.steps)]
-            rows = []
-            for name, unit in self.units.items():
-                mean = sum((c * g[name] for c, g in zip(steps.shares, each, strict=True)), -steps.gradient[name])
-                rows.append((mean / unit).flatten())
-            return torch.cat([*rows, self.root @ (x.flatten() - centre), u[x.numel() :]])
-
-        return residual
-
-    def _parted(self, u: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def parted(self, u: Tensor) -> tuple[Tensor, list[Tensor]]:
         shape = self.setting.steps.client.input_shape
         x, d = u[: math.prod(shape)], u[math.prod(shape) :]
         parts = torch.split(d, [len(doubt.unit) for doubt in self.found])
@@ -163,8 +164,10 @@ class Stepped:
     """Gauss and Newton's steps from a point, with one factor."""
 
     x: Float[Tensor, "1 ..."]
+    z: list[Tensor]
+    """In front of each activation, with the slopes that were found."""
     std: list[Tensor]
-    """Of what is in front of each activation, by the rows."""
+    """Of these, by the rows."""
     left: dict[str, float]
     """Of each parameter, what the rows miss, root mean square in units of their noise."""
     explained: bool
@@ -192,14 +195,17 @@ class Through:
         values, (least, most) = steps.middle_network.forward(x), self.approach.begin
         z, begin = [values[steps.reads(at)] for at in steps.activations], min(max(missed, least), most)
         std = [torch.full_like(each, wider * begin * float(each.square().mean().sqrt())) for each in z]
-        near = Near(x, std, dict.fromkeys(steps.names, begin))
+        z = in_front(steps, steps_with(steps, x, expecting(steps, std)))
+        near = Near(
+            x, z, [each.expand_as(own) for each, own in zip(std, z, strict=True)], dict.fromkeys(steps.names, begin)
+        )
         for _ in range(self.approach.most):
             for _ in range(self.approach.attempts):
                 found = self.step(near)
                 if found.explained:
                     break
                 noise = {name: 2 * each for name, each in near.noise.items()}
-                near = Near(near.x, [2 * each for each in near.std], noise)
+                near = Near(near.x, near.z, [2 * each for each in near.std], noise)
             else:
                 return
             yield found
@@ -209,16 +215,16 @@ class Through:
                 for _ in range(self.approach.trials):
                     x, slopes = trial.settled(found.x, found.doubts)
                     found = replace(found, x=x)
-                    sharp = self.step(Near(x, [SHARP * each for each in found.std], near.noise), slopes)
+                    sharp = self.step(Near(x, found.z, found.std, near.noise), slopes)
                     if not sharp.explained:
                         break
                     yield found
-                    found = replace(found, x=sharp.x)
+                    found = replace(found, x=sharp.x, z=sharp.z)
                     yield found
             noise, more = self._cooler(near.noise, found), wider
             if all(each < self.approach.settled * found.rounding[name] for name, each in noise.items()):
                 noise, more = found.rounding, 2 * wider
-            near = Near(found.x, [more * each for each in found.std], noise)
+            near = Near(found.x, found.z, [more * each for each in found.std], noise)
 
     def _cooler(self, noise: dict[str, float], found: Stepped) -> dict[str, float]:
         approach, new = self.approach, dict[str, float]()
@@ -233,16 +239,17 @@ class Through:
         walk = Walk(steps.client, steps.plan).all(near.x, steps.labels, ((0,),) * steps.plan.steps)
         own, size = setting.noise(walk.trail), steps.size
         variance = {name: own[name] + (near.noise[name] * size[name]) ** 2 for name in steps.names}
-        run = steps_with(steps, near.x, near.std)
-        found = doubts(steps, run, near.std)
+        found = doubts(steps, near.z, near.std)
         if slopes is None:
-            slopes = [torch.cat([step.slopes[at] for step in run]) for at in steps.activations]
+            slopes = [expected_slopes(z, s, b) for z, s, b in zip(near.z, near.std, steps.below, strict=True)]
         else:
             found = [replace(doubt, unit=doubt.unit[:0], pattern=doubt.pattern[:0]) for doubt in found]
-        whitened, information, std = self._factored(run, found, variance)
+        run = steps_with(steps, near.x, given(slopes))
+        whitened, information, drawn = self._factored(run, found, variance)
         made = self._made(slopes, found, variance)
         rows = sum(each.numel() for each in variance.values())
         u = torch.cat([near.x.flatten(), near.x.new_zeros(whitened.doubts)])
+        std = self._spread(made, u, drawn[: self.approach.draws])
         for _ in range(self.approach.inner):
             u, missed, expected = self._moved(made, u, whitened)
             if float(missed.norm()) < 1.1 * float(expected.norm()):
@@ -258,11 +265,12 @@ class Through:
         x = u[: near.x.numel()].reshape(near.x.shape)
         rounding = {name: float(own[name].mean().sqrt()) / size[name] for name in variance}
         settled = all(near.noise[name] < each for name, each in rounding.items())
-        return Stepped(x, std, each_of(missed), explained, information, rounding, found, settled)
+        z = self._in_front(made, u)
+        return Stepped(x, z, std, each_of(missed), explained, information, rounding, found, settled)
 
     def _moved(self, made: Made, u: Tensor, whitened: Whitened) -> tuple[Tensor, Tensor, Tensor]:
         """One step, halved until less is missed: where it ends, what is missed there, and what was expected to be."""
-        along, here, back = linearised(made.at(made.trail(u)), u)
+        along, here, back = linearised(made.missed, u)
 
         def forth(v: Tensor) -> Tensor:
             return along(whitened.unwhitened(v))
@@ -275,7 +283,8 @@ class Through:
         move, expected = whitened.unwhitened(v), here + forth(v)
         for halving in range(approach.halvings):
             tried = u + 0.5**halving * move
-            there = made.at(made.trail(tried))(tried).detach()
+            with torch.no_grad():
+                there = made.missed(tried)
             if float(there.norm()) < float(here.norm()):
                 return tried, there, expected
         return u, here, expected
@@ -291,9 +300,9 @@ class Through:
 
     def _factored(
         self, run: Sequence[Step], found: Sequence[Doubt], variance: dict[str, Tensor]
-    ) -> tuple[Whitened, Information, list[Tensor]]:
+    ) -> tuple[Whitened, Information, Float[Tensor, "s u"]]:
         """By the smoother's matrix in the middle of the steps: whitened unknowns, what the rows tell of the input, and
-        the errors of what is in front of the activations."""
+        draws of input and doubts."""
         setting, steps = self.setting, self.setting.steps
         middle = mean_of(steps, run)
         nothing = {name: torch.zeros_like(each) for name, each in variance.items()}
@@ -311,32 +320,25 @@ class Through:
         whole = torch.cat(
             [torch.cat([lower, lower.new_zeros(len(lower), len(corner))], 1), torch.cat([half.mT, corner], 1)]
         )
-        drawn = setting.drawn(whole)
         outputs = len(order) - number
-        beside_drawn, x_drawn = drawn[:, outputs : len(lower)], drawn[:, len(lower) :]
-        std = self._spread(middle, run, found, x_drawn, beside_drawn)
-        return Whitened(whole[outputs:, outputs:].contiguous(), number), replace(information, known=known), std
+        drawn = setting.drawn(whole)[:, outputs:]
+        drawn = torch.cat([drawn[:, number:], drawn[:, :number]], 1)
+        return Whitened(whole[outputs:, outputs:].contiguous(), number), replace(information, known=known), drawn
 
-    def _spread(
-        self,
-        middle: Middle,
-        run: Sequence[Step],
-        found: Sequence[Doubt],
-        x: Float[Tensor, "s v"],
-        d: Float[Tensor, "s d"],
-    ) -> list[Tensor]:
-        """The errors of what is in front of the activations, from draws of input and doubts."""
-        steps, network = self.setting.steps, self.setting.steps.middle_network
-        starts = {0: x.reshape(-1, *network.input_shape)}
-        parts = torch.split(d, [len(doubt.unit) for doubt in found], 1)
-        for at, doubt, own in zip(steps.activations, found, parts, strict=True):
-            z = torch.cat([step.values[steps.reads(at)] for step in run]).flatten(1)
-            by = (z[:, doubt.unit] * doubt.pattern.mT).mean(0)
-            out = z.new_zeros(len(x), z.shape[1]).index_add_(1, doubt.unit, own * by)
-            starts[at + 1] = out.reshape(-1, *network.shapes[at + 1])
-        moved = pushed(network, middle.values, middle.slopes, starts)
-        spread = [moved[steps.reads(at)] for at in steps.activations]
-        return [s.square().mean(0, keepdim=True).sqrt().clamp(min=1e-12) for s in spread if s is not None]
+    def _spread(self, made: Made, u: Float[Tensor, " u"], drawn: Float[Tensor, "s u"]) -> list[Tensor]:
+        """The errors of what is in front of the activations in each step, from draws of input and doubts: with these
+        the weights of later steps move, and what they read is known less by far."""
+        here = self._in_front(made, u)
+        found = [torch.zeros_like(z) for z in here]
+        for each in drawn:
+            for square, z, moved in zip(found, here, self._in_front(made, u + each), strict=True):
+                square += (moved - z).square() / len(drawn)
+        return [square.sqrt().clamp(min=1e-12) for square in found]
+
+    def _in_front(self, made: Made, u: Float[Tensor, " u"]) -> list[Tensor]:
+        """Of each activation in all steps."""
+        x, slopes = made.parted(u)
+        return in_front(self.setting.steps, steps_with(self.setting.steps, x, given(slopes)))
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
