@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rgap import Target, losses
+from rgap.inversion import inequalities
 from rgap.inversion.inequalities import narrowed, upper_limits
 from rgap.inversion.jacobian import Jacobian
 from rgap.inversion.state import State
@@ -94,7 +95,9 @@ def test_limits_are_those_of_the_windows() -> None:
 
 
 @pytest.mark.parametrize(("bias", "crossed"), [(-1e-3, 2), (-8e-3, 0)])
-def test_units_that_change_sides_are_taken_to_stand_on_either(bias: float, crossed: int) -> None:
+def test_units_that_change_sides_are_taken_to_stand_on_either(
+    bias: float, crossed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two dark places may be as bright as the third of their window; a second channel is zero but for a little."""
     net = network((1.0, 1.0), [nn.ReLU()], (0.1, bias))
     x = torch.rand(1, 1, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.1
@@ -117,6 +120,15 @@ def test_units_that_change_sides_are_taken_to_stand_on_either(bias: float, cross
     assert told is not None
     assert told[1] == pytest.approx(0.003 * (2 / x.numel()) ** 0.5, rel=1e-4)
     node = net.activations[0][0]
-    assert [int((each.slopes[node] != at.slopes[node]).sum()) for each in seen] == [0] + [1] * crossed
-    beyond = narrowed(system, at, lambda there: dark if there is at else bright, 1e-9, limits, (0.0, 1.0))
-    assert (beyond is None) == (crossed > 0)
+
+    def flips(there: Linearisation) -> int:
+        return int((there.slopes[node] != at.slopes[node]).sum())
+
+    assert sorted(map(flips, seen)) == ([0, 1, 1, 2] if crossed else [0])
+    for count in (1, 2):  # one alone, and both at once
+        beyond = narrowed(
+            system, at, lambda there, n=count: bright if flips(there) == n else dark, 1e-9, limits, (0.0, 1.0)
+        )
+        assert (beyond is None) == (crossed > 0)
+    monkeypatch.setattr(inequalities, "PATTERNS", 3)
+    assert (narrowed(system, at, lambda there: dark, 1e-9, limits, (0.0, 1.0)) is None) == (crossed > 0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -34,9 +35,11 @@ ERRORS = 3.0
 """So many errors of the input an inequality may be missed by."""
 FAR = 0.01
 """Relative to the value range: a direction that goes farther counts as open."""
-TRIED, DOUBTED = 64, 8
+TRIED, PATTERNS = 64, 64
 """Of so many units a linear program tells whether the remaining moves bring them to the other side of their kinks; with
-more that these do bring there nothing is told."""
+more patterns of their sides, those of six units, nothing is told."""
+Pattern = frozenset[tuple[int, int]]
+"""The units on their other sides, each by its elementwise operation's node."""
 
 
 def upper_limits(network: Network, value_id: int, state: State) -> tuple[int, Tensor] | None:
@@ -110,8 +113,8 @@ def narrowed(
     """The middle of the inputs of one sample that inequalities leave of those that agree with all equations, how far
     from it the others may be, root mean square, and the number of directions; None where nothing bounds them.
 
-    Beyond a kink the equations are others. So each unit that such an input brings to its other side is taken to stand
-    there as well, and what inequalities leave then counts too.
+    Beyond a kink the equations are others. So what inequalities leave there counts too, of all patterns of sides that
+    moves lead to from one to the next.
 
     Args:
         null_of: directions that the equations leave open, orthonormal, on the sides of a linearisation.
@@ -120,19 +123,23 @@ def narrowed(
     """
     if system.samples > 1:
         return None
-    first = _left(system, at, null_of(at), error, limits, value_range)
-    if first is None or _routes_change(system, first, limits[0]):
-        return None
-    crossed = _crossed(system, first, error)
-    if len(crossed) > DOUBTED:
-        return None
-    apart = first.reach
-    for node, unit in crossed:
-        there = system.with_slopes(at, flipped(system, at.slopes, (node, unit)))
-        other = _left(system, there, null_of(there), error, limits, value_range)
-        if other is None:
+    first: _Left | None = None
+    apart, waiting, seen = 0.0, [Pattern()], {Pattern()}
+    while waiting:
+        pattern = waiting.pop()
+        slopes = reduce(lambda slopes, unit: flipped(system, slopes, unit), pattern, at.slopes)
+        there = system.with_slopes(at, slopes) if pattern else at
+        left = _left(system, there, null_of(there), error, limits, value_range)
+        if left is None or _routes_change(system, left, limits[0]):
             return None
-        apart = max(apart, float((other.middle - first.middle).square().mean().sqrt()) + other.reach)
+        first = first or left
+        apart = max(apart, float((left.middle - first.middle).square().mean().sqrt()) + left.reach)
+        beyond = {pattern ^ {unit} for unit in _crossed(system, left, error)} - seen
+        seen |= beyond
+        waiting += beyond
+        if len(seen) > PATTERNS:
+            return None
+    assert first is not None
     return first.middle, apart, len(first.columns)
 
 

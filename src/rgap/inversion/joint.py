@@ -175,7 +175,8 @@ class JointSolve:
         enough = enough or system
         by = at if enough is system else enough.linearise(at.x)
         sure = determine(enough, by, solver, probe)
-        if distance <= NEAR and sure.rank == system.unknowns:
+        # By a factor also what is told of inputs that are not told in all: inequalities may tell the rest.
+        if distance <= NEAR and (sure.rank == system.unknowns or isinstance(solver, Direct)):
             by, std = settle(enough, by, solver, sure)
             sure = replace(sure, std=std)
             at = by if enough is system else system.linearise(by.x)
