@@ -7,6 +7,7 @@ inverse of the covariance of all its undecided windows.
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -70,6 +71,8 @@ class Annealing:
     promising: float = 0.05
     """Below this part missed, decided routes are tried as they are, every so many steps."""
     every: int = 3
+    diverges: float = math.inf
+    """A step that misses so many times the least so far ends a try."""
     single: bool = True
     """Whether products are taken in float32 while rows miss much."""
 

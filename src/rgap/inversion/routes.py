@@ -57,13 +57,7 @@ FROM_INPUT = Annealing(max_steps=6, patience=6, solve_rtol=0.05, solve_steps=40)
 """From the network's input, whose neighbouring values are similar: far enough to begin nearer, and no further."""
 QUICK = Annealing(temperature=2.0, cooling=0.97, fading=0.8, max_steps=120, patience=40, solve_steps=60)
 """Of many unknowns, where steps take long: a prior that is gone in twenty of them, if rows are enough without."""
-THROUGH = Annealing(
-    cooling=1.0, fading=0.9, max_steps=150, patience=25, solve_rtol=0.05, solve_steps=40, promising=1e-3, single=False
-)
-"""From the network's input, through kinks in front of which the sides are those of the present input: in small steps,
-no colder than what is missed. Solves to the end are led astray by wrong sides, and so is what is decided too early.
-Other roundings may lead it elsewhere: float64 is what it was tried with."""
-NEAR = Annealing(temperature=0.3, prior=0.01, patience=10)
+NEAR = Annealing(temperature=0.3, prior=0.01, patience=10, diverges=4.0)
 """From a start of a few per cent's error."""
 VALUES_ONLY = Annealing(temperature=0.0, fading=0.6, max_steps=60, patience=6, progress=0.7, gradient=False)
 """Where the maxima alone determine the input: the routes of the present input, and a prior that fades fast. Where that
@@ -117,6 +111,7 @@ def find_routes(
             agreed = min(agreed, step) if best.missed <= agrees else agreed
         report(step, hard.missed)
         late = step - agreed >= schedule.last or step - last >= schedule.patience
+        late |= at.missed > schedule.diverges * lowest
         if best.missed <= ROUNDING * agrees or late or not at.missed < ASTRAY:
             break
         if hard.missed < NEARER * at.missed:

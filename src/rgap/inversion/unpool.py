@@ -22,7 +22,6 @@ from rgap.inversion.routes import (
     FROM_INPUT,
     NEAR,
     QUICK,
-    THROUGH,
     VALUES_ONLY,
     Unpooled,
     find_routes,
@@ -30,6 +29,7 @@ from rgap.inversion.routes import (
     settle,
 )
 from rgap.inversion.state import Cause, State, Stop
+from rgap.inversion.through import find_through
 from rgap.inversion.windows import windows
 from rgap.nn.activation import Activation
 from rgap.nn.activations import Identity, NonMonotone, ReLU
@@ -183,13 +183,14 @@ def solve_route(
     if not with_prior and known + route.part.layer.gradient_rows < ENOUGH * unknowns:
         return None
     start, other, prior = _constants(route.part, observed)
-    tries: list[tuple[Annealing, Tensor | None]] = []
+    through = isinstance(route.part.pool, MeanPool) and bool((whole or route).part.front.activations)
+    tries: list[tuple[Annealing | None, Tensor]] = []
     if known >= ENOUGH * unknowns:
         tries.append((VALUES_ONLY, start))
     if whole is not None:
-        tries.append((NEAR, _read(whole, _from_input(whole, observed, eps, FROM_INPUT, report))))
-    if isinstance(route.part.pool, MeanPool) and (whole is not None or route.part.front.activations):
-        tries.append((THROUGH, start if whole is None else None))
+        tries.append((NEAR, _read(whole, _from_input(whole, observed, eps, report))))
+    if through:
+        tries.append((None, start))
     if unknowns > MANY:
         tries.append((QUICK, start))
     tries.append((ANNEALING, start))
@@ -199,16 +200,16 @@ def solve_route(
     found: Unpooled | None = None
     agrees = MISSED * eps
     for schedule, begin in tries:
-        if begin is None:
-            assert whole is not None
-            assert found is not None
-            through = _from_input(whole, observed, eps, schedule, report)
-            if through.missed <= max(agrees, CLOSE):
-                return replace(found, input=through.x)
-            continue
-        tried = find_routes(route.part, observed, prior, agrees, begin, schedule, report)
+        if schedule is None:
+            tried = _through(whole or route, observed, agrees, report)
+            if tried.missed <= max(agrees, CLOSE):
+                return tried if whole is None else replace(found or tried, input=tried.x)
+            if whole is not None:
+                continue
+        else:
+            tried = find_routes(route.part, observed, prior, agrees, begin, schedule, report)
         found = tried if found is None or tried.missed < found.missed else found
-        if found.missed <= (max(agrees, CLOSE) if schedule is THROUGH else agrees):
+        if found.missed <= agrees:
             break
     return found
 
@@ -240,12 +241,16 @@ def _tells_enough(part: Pooled, observed: Observed, eps: float) -> bool:
     return rank + int(told.sum()) >= SHARE * layer.unknowns
 
 
-def _from_input(
-    whole: Route, observed: Observed, eps: float, way: Annealing, report: Callable[[int, float], None]
-) -> Unpooled:
-    """The network's input that meets the constraints, or nearly, found from a constant one."""
+def _from_input(whole: Route, observed: Observed, eps: float, report: Callable[[int, float], None]) -> Unpooled:
+    """The network's input that nearly meets the constraints, found from a constant one."""
     start, _, prior = _constants(whole.part, observed)
-    return find_routes(whole.part, observed, prior, MISSED * eps, start, way, report)
+    return find_routes(whole.part, observed, prior, MISSED * eps, start, FROM_INPUT, report)
+
+
+def _through(whole: Route, observed: Observed, agrees: float, report: Callable[[int, float], None]) -> Unpooled:
+    """The same to the end, through kinks in front of a mean's layer."""
+    start, _, prior = _constants(whole.part, observed)
+    return find_through(whole.part, observed, prior, agrees, start, report)
 
 
 def _read(whole: Route, found: Unpooled) -> Float[Tensor, "b ..."]:

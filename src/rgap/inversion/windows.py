@@ -59,10 +59,16 @@ def _largest(pool: MaxPool, z: Tensor, heat: float) -> Windows:
     return Windows(value, variance, routes, routes.sqrt(), routes.amax(-1) < 1 - DECIDED)
 
 
+def normal(like: Tensor) -> Float[Tensor, " draws"]:
+    """Quantiles of the standard normal distribution."""
+    found: Tensor = torch.special.ndtri((torch.arange(DRAWS, dtype=like.dtype, device=like.device) + 0.5) / DRAWS)
+    return found
+
+
 def _mean(pool: MeanPool, activation: Activation, z: Tensor, heat: float) -> Windows:
     apart = z.new_zeros(1)
     if heat > 0:
-        apart = heat * torch.special.ndtri((torch.arange(DRAWS, dtype=z.dtype, device=z.device) + 0.5) / DRAWS)
+        apart = heat * normal(z)
     drawn = z[..., None] + apart
     value, slope = activation(drawn), activation.slope(drawn)
     mean, variance = (value.mean(-1), value.var(-1, correction=0))
