@@ -36,6 +36,9 @@ SHOWS = 32
 """So many singular values that are rounding show how large it is."""
 NEAR = 1e-2
 """Two inputs that differ by less than this part of their size are one candidate."""
+TWICE = 7.0
+"""Times its own error, within which a candidate is another sample again: rounding may leave some direction of one so
+open that it is found at two places."""
 FITS = 30.0
 """Times what rounding explains, squared, by which a sample may miss the row space."""
 STRICT = (3.0, 3.0, 10.0, 10.0, FITS)
@@ -125,6 +128,11 @@ class Place:
         """How far rounding may have moved each value of inputs (root mean square)."""
         condition = self.condition
         return condition.error(condition.unknowns_of(condition.first.row(x)))
+
+    def twice(self, x: Float[Tensor, " n"], others: Float[Tensor, "s n"]) -> bool:
+        """Whether rounding may have moved one of the others here."""
+        off, error = (others - x).square().mean(1).sqrt(), self.error(x[None]).nan_to_num(posinf=0.0)
+        return bool((off < TWICE * error).any())
 
     def solve(self, x: Float[Tensor, "s n"], max_steps: int) -> Float[Tensor, "s n"]:
         """Where inputs satisfy the condition best, from here."""
@@ -256,6 +264,8 @@ def find_step(
             if bool(((others - near[at]).norm(dim=1) < NEAR * near[at].norm()).any()):
                 continue
             fits = off[at] <= strict and share[at] < APPROXIMATE[0] and off_k[at] <= SLACK[min(attempt, len(SLACK) - 1)]
+            if fits and place.twice(near[at], torch.cat([known.x, found.x, near[taken]])):
+                continue
             if fits and len(found) + len(taken) < count:
                 taken.append(at)
             elif cost[at] < APPROXIMATE[0] ** 2 and share[at] < APPROXIMATE[1]:
