@@ -167,7 +167,7 @@ def test_the_stated_error_is_that_of_the_rounding(attack: Attack, kind: torch.dt
         assert 0.1 < apart(found, x) / found.answers[0].error < 10
 
 
-@pytest.mark.parametrize("act", [nn.GELU, nn.SiLU, nn.Mish])
+@pytest.mark.parametrize("act", [nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_coarse_gradient_tells_which_of_two_values_an_output_had(act: type[nn.Module], bias: bool) -> None:
     """Of a layer whose weights alone tell nothing of it, because it reads more than it gives."""

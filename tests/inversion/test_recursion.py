@@ -44,11 +44,24 @@ def conv(before: int, after: int, **named: object) -> nn.Conv2d:
     return nn.Conv2d(before, after, 3, padding=1, **named)  # type: ignore[arg-type]
 
 
+def silenced(layer: nn.Conv2d, count: int) -> nn.Conv2d:
+    """With outputs far below zero."""
+    assert layer.bias is not None
+    with torch.no_grad():
+        layer.bias[:count] -= 5
+    return layer
+
+
 PASSED = {
     "gelu": lambda: (conv(8, 10), nn.GELU()),
     "gelu by tanh": lambda: (conv(8, 10), nn.GELU("tanh")),
     "silu": lambda: (conv(8, 10), nn.SiLU()),
     "mish": lambda: (conv(8, 10), nn.Mish()),
+    "hardswish": lambda: (conv(8, 10), nn.Hardswish()),
+    "hardswish with silent units": lambda: (silenced(conv(8, 20), 4), nn.Hardswish()),
+    "celu": lambda: (conv(8, 10), nn.CELU(0.5)),
+    "log sigmoid": lambda: (conv(8, 10), nn.LogSigmoid()),
+    "hardsigmoid": lambda: (conv(8, 10), nn.Hardsigmoid()),
     "gelu behind batch norm": lambda: (conv(8, 24), norm(24), nn.GELU()),
     "relu6": lambda: (conv(8, 16), nn.ReLU6()),
     "two activations": lambda: (conv(8, 10), nn.Tanh(), nn.LeakyReLU(0.3)),

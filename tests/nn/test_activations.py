@@ -17,10 +17,13 @@ from rgap.nn.activation import Activation
 from rgap.nn.activations import (
     ELU,
     GELU,
+    HARDSIGMOID,
     SELU,
+    Hardswish,
     Hardtanh,
     Identity,
     LeakyReLU,
+    LogSigmoid,
     Mish,
     NonMonotone,
     PReLU,
@@ -65,6 +68,10 @@ ACTIVATIONS = [
     Row(ELU(), functional.elu, "elu(1)", ends=(-1.0,)),
     Row(ELU(0.5), lambda z: functional.elu(z, 0.5), "elu(0.5)", ends=(-0.5,)),
     Row(ELU(2.0), lambda z: functional.elu(z, 2.0), "elu(2)", ends=(-2.0,)),
+    Row(ELU(0.5, 1.0, 2.0), lambda z: functional.celu(z, 0.5), "celu(0.5)", ends=(-0.5,)),
+    Row(ELU(2.0, 1.0, 0.5), lambda z: functional.celu(z, 2.0), "celu(2)", ends=(-2.0,)),
+    Row(LogSigmoid(), functional.logsigmoid, "logsigmoid", ends=(0.0,)),
+    Row(HARDSIGMOID, functional.hardsigmoid, "hardsigmoid", bounds=True),
     Row(SELU, functional.selu, "selu", ends=(-1.6732632423543772848170429916717 * 1.0507009873554804934193349852946,)),
 ]
 every_activation = pytest.mark.parametrize("row", ACTIVATIONS, ids=lambda row: f"{type(row.ours).__name__}-{row.text}")
@@ -255,6 +262,7 @@ NON_MONOTONE: list[tuple[NonMonotone, Callable[[Tensor], Tensor], str]] = [
     (GELU("tanh"), lambda z: functional.gelu(z, approximate="tanh"), "gelu"),
     (SiLU(), functional.silu, "silu"),
     (Mish(), functional.mish, "mish"),
+    (Hardswish(), functional.hardswish, "hardswish"),
 ]
 every_non_monotone = pytest.mark.parametrize(("ours", "oracle", "text"), NON_MONOTONE)
 HEIGHTS = torch.cat([torch.linspace(-35, 60, 1901, dtype=torch.float64), torch.tensor([0.0, 1e-9, -1e-9])])[None, None]

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from rgap import Target, losses
 from rgap.nn.activation import Activation
 from rgap.nn.activations import ACTIVATIONS as KNOWN_ACTIVATIONS
-from rgap.nn.activations import ELU, SELU, Identity, LeakyReLU, ReLU, Sigmoid, Softplus, Tanh
+from rgap.nn.activations import ELU, SELU, Identity, LeakyReLU, LogSigmoid, ReLU, Sigmoid, Softplus, Tanh
 from rgap.nn.graph import Graph, Use
 from rgap.nn.network import Network
 from rgap.nn.obstacles import FOLLOWED, KNOWN, Kind, NotAChain, Obstacle, known
@@ -346,6 +346,8 @@ ACTIVATIONS: dict[str, tuple[nn.Module | Callable[[Tensor], Tensor], Activation]
     "tanh in place": (torch.tanh_, Tanh()),
     "Softplus": (nn.Softplus(), Softplus(1.0, 20.0)),
     "Softplus(3, 25)": (nn.Softplus(3.0, 25.0), Softplus(3.0, 25.0)),
+    "LogSigmoid": (nn.LogSigmoid(), LogSigmoid()),
+    "CELU(0.5)": (nn.CELU(0.5), ELU(0.5, 1.0, 2.0)),
     "ELU": (nn.ELU(), ELU(1.0)),
     "ELU(0.5)": (nn.ELU(0.5), ELU(0.5)),
     "ELU in place": (nn.ELU(2.0, inplace=True), ELU(2.0)),
@@ -364,8 +366,8 @@ def test_an_activation_is_recognised(row: str) -> None:
 
 
 def test_every_activation_of_the_table_has_a_row() -> None:
-    names = ("negative_slope", "beta", "threshold", "alpha", "scale", "lower", "upper")
-    settings = dict(zip(names, (0.1, 1, 20, 1, 1, 0.1, 0.3), strict=True))
+    names = ("negative_slope", "beta", "threshold", "alpha", "scale", "input_scale", "lower", "upper")
+    settings = dict(zip(names, (0.1, 1, 20, 1, 1, 1, 0.1, 0.3), strict=True))
     assert {type(activation) for _, activation in ACTIVATIONS.values()} >= {
         type(make(settings)) for name, make in KNOWN_ACTIVATIONS.items() if not known(name)
     }
@@ -435,7 +437,9 @@ OBSTACLES: dict[str, Row] = {
     "silu": Row(nn.SiLU(), "silu", Kind.PASSED, PLAIN),
     "silu in place": Row(nn.SiLU(inplace=True), "silu", Kind.PASSED, PLAIN),
     "mish": Row(nn.Mish(), "mish", Kind.PASSED, PLAIN),
+    "hardswish": Row(nn.Hardswish(), "hardswish", Kind.PASSED, PLAIN),
     "hardtanh": Row(nn.Hardtanh(), "hardtanh", Kind.PASSED, PLAIN),
+    "hardsigmoid": Row(nn.Hardsigmoid(), "hardsigmoid", Kind.PASSED, PLAIN),
     "clamp": Row(lambda z: z.clamp(0, 1), "clamp", Kind.NEVER, "clamps values away"),
     "softmax": Row(nn.Softmax(1), "softmax", Kind.SETTING, RAW),
     "log_softmax": Row(nn.LogSoftmax(1), "log_softmax", Kind.SETTING, RAW),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -17,10 +18,13 @@ CHOICES = 20
 """How often the branches of all values are chosen anew."""
 UNCERTAIN = 1e-2
 """The weight of a row whose value may be another one, while the others decide."""
+QUIET = 3.0
+"""So many errors away from zero an output may be that of a silent unit."""
 
 
 def both_branches(activation: NonMonotone, x: State, upper: State) -> State:
-    """The value on the upper branch, with that on the lower one as its alternative; outputs >= 0 have one alone.
+    """The value on the upper branch, with that on the lower one as its alternative; outputs >= 0 have one alone, but
+    those near zero may be those of a silent unit, whose row is dropped.
 
     Args:
         x: behind the activation.
@@ -30,6 +34,8 @@ def both_branches(activation: NonMonotone, x: State, upper: State) -> State:
     z = activation.lower(x.value)
     slope = torch.where(x.value < 0, activation.slope(z), activation.slope(upper.value))
     z = torch.where(x.value < 0, z, upper.value)
+    silent = (x.value.abs() <= QUIET * std) & (activation.silent > -math.inf)
+    slope, z = torch.where(silent, 0.0, slope), torch.where(silent, activation.silent, z)
     lower = State(z, x.cotangent * slope, slope.abs().clamp(max=1.0), std / slope.abs().clamp(min=1e-12))
     return State(upper.value, upper.cotangent, upper.row_weight, upper.std, lower)
 

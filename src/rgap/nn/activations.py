@@ -138,13 +138,18 @@ class ReLU(Activation):
 
 @dataclass(frozen=True)
 class Hardtanh(Activation):
-    """f(z) = z between two bounds, and the bound beyond them; ReLU6 is the one from 0 to 6.
+    """f(z) = scale z + shift between two bounds, and the bound beyond them; ReLU6 is z between 0 and 6, and Hardsigmoid
+    z / 6 + 1 / 2 between 0 and 1.
 
     An output at a bound tells only that z is beyond it: its weight row is dropped.
     """
 
     low: float = -1.0
     high: float = 1.0
+    scale: float = 1.0
+    shift: float = 0.0
+    between: float = 1.0
+    """The slope between the bounds, which torch's Hardsigmoid has in float32 whatever its values are."""
     kinked = True
 
     @property
@@ -152,19 +157,26 @@ class Hardtanh(Activation):
         return self.low >= 0
 
     def __call__(self, z: Tensor) -> Tensor:
-        return z.clamp(self.low, self.high)
+        return (self.scale * z + self.shift).clamp(self.low, self.high)
 
     def slope(self, z: Tensor) -> Tensor:
-        return ((z > self.low) & (z < self.high)).to(z)
+        x = self.scale * z + self.shift
+        return self.between * ((x > self.low) & (x < self.high)).to(z)
 
     def invert(self, x: Tensor, error: Tensor) -> Inverse:
         # A bound comes back as noise of the size of the error around it.
         error = _each(error, x)
         active = (_beyond_noise(x - self.low, error) & _beyond_noise(self.high - x, error)).to(x)
-        return Inverse(x * active, active, active)
+        slope = self.between * active
+        return Inverse((x - self.shift) / self.scale * active, slope, slope)
 
     def __str__(self) -> str:
+        if self == HARDSIGMOID:
+            return "hardsigmoid"
         return "relu6" if (self.low, self.high) == (0.0, 6.0) else f"hardtanh({self.low:g}, {self.high:g})"
+
+
+HARDSIGMOID = Hardtanh(0.0, 1.0, 1 / 6, 0.5, float(torch.tensor(1 / 6)))
 
 
 class Smooth(Activation):
@@ -255,27 +267,47 @@ class Softplus(Smooth):
 
 
 @dataclass(frozen=True)
+class LogSigmoid(Smooth):
+    """f(z) = -log(1 + exp(-z))."""
+
+    high = 0.0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return functional.logsigmoid(z)
+
+    def _z(self, x: Tensor) -> Tensor:
+        return x - torch.log(-torch.expm1(x))
+
+    def _slope_at_output(self, x: Tensor) -> Tensor:
+        return -torch.expm1(x)
+
+
+@dataclass(frozen=True)
 class ELU(Smooth):
-    """f(z) = scale * z for z > 0, scale * alpha * (exp(z) - 1) otherwise; SELU has its own alpha and scale."""
+    """f(z) = scale * z for z > 0, scale * alpha * (exp(input_scale * z) - 1) otherwise; SELU has its own alpha and
+    scale, and CELU 1 / alpha for its input_scale."""
 
     alpha: float = 1.0
     scale: float = 1.0
+    input_scale: float = 1.0
 
     @property
     def low(self) -> float:  # type: ignore[override]
         return -self.alpha * self.scale
 
     def __call__(self, z: Tensor) -> Tensor:
-        return self.scale * torch.where(z > 0, z, self.alpha * torch.expm1(z.clamp(max=0)))
+        return self.scale * torch.where(z > 0, z, self.alpha * torch.expm1(self.input_scale * z.clamp(max=0)))
 
     def _z(self, x: Tensor) -> Tensor:
         u = x / self.scale
-        return torch.where(u > 0, u, torch.log1p(u.clamp(max=0) / self.alpha))
+        return torch.where(u > 0, u, torch.log1p(u.clamp(max=0) / self.alpha) / self.input_scale)
 
     def _slope_at_output(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, self.scale, x + self.alpha * self.scale).to(x)
+        return torch.where(x > 0, self.scale, self.input_scale * (x + self.alpha * self.scale)).to(x)
 
     def __str__(self) -> str:
+        if self.input_scale != 1.0:
+            return f"celu({self.alpha:g})"
         return f"elu({self.alpha:g})" if self.scale == 1.0 else "selu"
 
 
@@ -288,6 +320,8 @@ class NonMonotone(Activation):
     non_monotone = True
     argmin: float
     """Where the minimum is."""
+    silent: float = -math.inf
+    """Below it all outputs are zero, and tell nothing more."""
 
     def invert(self, x: Tensor, error: Tensor) -> Inverse:
         z = self._between(x, torch.full_like(x, self.argmin), x.clamp(min=0) + 2.0, rising=True)
@@ -365,6 +399,20 @@ class Mish(NonMonotone):
         return rising * (1 + falling) / (1 + q) + 4 * z * rising * q / (1 + q).square()
 
 
+@dataclass(frozen=True)
+class Hardswish(NonMonotone):
+    """f(z) = z min(max(z + 3, 0), 6) / 6 (Howard et al. 2019)."""
+
+    argmin = -1.5
+    silent = -3.0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return functional.hardswish(z)
+
+    def slope(self, z: Tensor) -> Tensor:
+        return torch.where(z < 3, z / 3 + 0.5, 1.0).to(z) * (z > -3)
+
+
 SELU = ELU(alpha=1.6732632423543772848170429916717, scale=1.0507009873554804934193349852946)
 """The self-normalising ELU of Klambauer et al. 2017, with its two constants."""
 
@@ -375,13 +423,17 @@ ACTIVATIONS: dict[str, Callable[[dict[str, Any]], Activation]] = {
     "sigmoid": lambda a: Sigmoid(),
     "tanh": lambda a: Tanh(),
     "softplus": lambda a: Softplus(float(a["beta"]), float(a["threshold"])),
-    "elu": lambda a: ELU(float(a["alpha"]), float(a["scale"])),
+    "elu": lambda a: ELU(float(a["alpha"]), float(a["scale"]), float(a["input_scale"])),
+    "celu": lambda a: ELU(float(a["alpha"]), 1.0, 1 / float(a["alpha"])),
     "selu": lambda a: SELU,
+    "log_sigmoid": lambda a: LogSigmoid(),
     # Those that a plain chain does not hold: they have two inputs for one output, or lose values.
     "hardtanh": lambda a: Hardtanh(float(a["min_val"]), float(a["max_val"])),
     "relu6": lambda a: Hardtanh(0.0, 6.0),
+    "hardsigmoid": lambda a: HARDSIGMOID,
     "gelu": lambda a: GELU(str(a["approximate"])),
     "silu": lambda a: SiLU(),
     "mish": lambda a: Mish(),
+    "hardswish": lambda a: Hardswish(),
 }
 """By the name of the operation, from its arguments; an activation of one's own is one entry more."""

@@ -49,7 +49,8 @@ ROUTES = (Kind.PASSED, "where its maxima come from is found if the layer in fron
 MEANS = (Kind.PASSED, "what it averages is found if the layer in front has enough rows for it")
 FOLLOWED = {
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "matmul", "mm", "addmm", "add", "sub", "mul", "div",
-    "relu6", "hardtanh", "gelu", "silu", "mish", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "flip", "roll",
+    "relu6", "hardtanh", "hardsigmoid", "gelu", "silu", "mish", "hardswish", "flip", "roll",
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
     "slice", "select", "split", "chunk", "narrow", "unbind", "cat", "pad", "permute", "transpose", "mT", "t",
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "slice_scatter", "select_scatter",
 }  # fmt: skip
