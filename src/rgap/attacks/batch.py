@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.attacks.base import certify
+from rgap.attacks.hidden import HIDDEN, along_hidden, norms_over_maps
 from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, BatchFeatures, Outcome, Sample, Status
 from rgap.attacks.statistics_missed import statistics_missed
@@ -113,6 +114,7 @@ def _verdict(
     # The gradient is the mean over all samples, the recomputed one over those that were found.
     part = len(x) / found.count
     mean = Update({name: g / part for name, g in update.gradients.items()}, update.header)
+    x, error = along_hidden(target, mean, x, labels, error)
     checked = certify(target, mean, x, labels, factors=False)
     agrees, rms = checked.residual <= update.tolerance, float(error.square().mean().sqrt())
     explained = 1 + rms / float(x.square().mean().sqrt().clamp(min=1e-300)) / update.precision
@@ -129,6 +131,8 @@ def _verdict(
             )
         if status is Status.EXACT and statistics > EXPLAINED:
             status, reason = Status.REPRODUCED, f"the gradient agrees, {STATISTICS.format(statistics)}"
+        if status is Status.EXACT and len(x) > 1 and norms_over_maps(target.network):
+            status, reason = Status.REPRODUCED, f"the gradient agrees, {HIDDEN}"
         if status is Status.EXACT and range_misfit(x[at], target.value_range)[0]:
             status, reason = Status.REPRODUCED, f"some of its values are outside the value range {target.value_range}"
         if status is Status.EXACT and ambiguous[at]:

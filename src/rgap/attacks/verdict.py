@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.attacks.base import certify
+from rgap.attacks.hidden import along_hidden
 from rgap.attacks.result import Answer, Status
 from rgap.attacks.statistics_missed import statistics_missed
 from rgap.inversion.history import Candidate
@@ -35,16 +36,18 @@ def answer(target: Target, update: Update, end: Candidate, label: Tensor) -> Ans
     """
     x, label = end.value.reshape(1, *target.input_shape), label.to(end.value.device)
     x, undecided = _decided(x, end.twin, target.value_range)
+    x, moved = along_hidden(target, update, x, label, x.new_tensor([end.std]))
+    std = float(moved[0])
     # In a network that scales k is known up to its size, and another size is another input.
     k = None if target.network.scalable or not end.cotangent.numel() else end.cotangent
     found = certify(target, update, x, label, k=k)
-    unexplained = found.roundings / (1 + _echo(x, end.std, update.precision))
+    unexplained = found.roundings / (1 + _echo(x, std, update.precision))
     return Answer(
         x,
         label,
         end.margin,
         found.residual,
-        STATED * end.std * (found.roundings if unexplained > 1 else 1.0),
+        STATED * std * (found.roundings if unexplained > 1 else 1.0),
         end.layers,
         end.joint,
         end.note,

@@ -63,7 +63,7 @@ def solve_one(
             its own: all that is in front can be.
     """
     end = network.nodes[-1].op
-    if isinstance(end, BatchNorm):  # and the layer that it reads
+    if isinstance(end, (BatchNorm, Norm)):  # and the layer that it reads
         found = through_both(network, observed, state)
         return found if isinstance(found, Stop) else found[:2]
     if open_since is not None:

@@ -6,6 +6,7 @@ rows of the layers inside come on top.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +20,14 @@ from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.linalg.least_squares import Determined, Iterative
 from rgap.nn.network import Network
+from rgap.nn.ops import Norm
 
 SOLVER = Iterative(rtol=1e-4, max_steps=400)
 SCHEDULE = Continuation(patience=4, doubt=(4,))
 AGREES = 1e-6
 """Relative distance of outputs and gradients above which what was found is not the input."""
+SIZE = 1e-3
+"""A relative error of its size from which on an input counts as open."""
 OPEN = 1e8
 """A condition above which directions of the input count as open."""
 
@@ -52,7 +56,8 @@ def solve_jointly(
         but_mean: whether the samples' mean may stay open, since something else tells it.
     """
     gradients = {name: grad[0] for name, grad in observed.gradients.items()}
-    system = ConstraintSystem(network, output, gradients, observed.eps)
+    normed = any(isinstance(node.op, Norm) for node in network.nodes)
+    system = ConstraintSystem(network, output, gradients, observed.eps, coupled=normed)
     agrees = max(AGREES, 100 * system.eps)
     found = gauss_newton(system, SOLVER, None, agrees, system.linearise(start), SCHEDULE)
     if found.distance > agrees:
@@ -70,8 +75,23 @@ def solve_jointly(
         what = f"its constraints leave about {free} of its input open, condition {sure.condition:.1e}"
         return Stop(network.nodes[-1].op, Cause.OPEN, what)
     at, std = (at, sure.std) if but_mean else settle(system, at, SOLVER, sure)
+    if normed:
+        size = size_error(system, at, generator)
+        if size > SIZE:
+            what = f"the norm keeps the size of what is read to one part in {1 / size:.0f}"
+            return Stop(network.nodes[-1].op, Cause.OPEN, what)
+        std = math.hypot(std, size * float(at.x.square().mean().sqrt()))
     cotangent = torch.zeros_like(at.x) if at.cotangents[0] is None else at.cotangents[0]
     return BlockInput(at.x, cotangent, std, joint_reports(system, at, sure))
+
+
+def size_error(system: ConstraintSystem, at: Linearisation, generator: torch.Generator) -> float:
+    """How far noise moves the size of an input, relative to it: norms take it away, and nothing but biases, borders and
+    the little number that they add to a variance tells it."""
+    jacobian = Jacobian(system, at, {})
+    told = float(jacobian.mv(at.x[None]).norm())
+    noise = float(jacobian.weighted(system.noise(generator)).square().mean().sqrt())
+    return noise / told if told else math.inf
 
 
 def joint_reports(

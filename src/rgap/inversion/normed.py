@@ -1,9 +1,10 @@
-"""Through a layer and a batch norm in training mode behind it at once, where what the norm puts out is known in part.
+"""Through a layer and a norm behind it at once, where what the norm puts out is known in part: a batch norm in training
+mode, whose statistics are told, or a layer, group or instance norm, whose mean and size are not.
 
-What the norm does to a cotangent takes the values that it reads: k = k_0 - s z for every channel. Behind ReLU those of
-its zeros are not known, and neither is the layer's cotangent there. Of both together the rows are
+What the norm does to a cotangent takes the values that it reads: k = k_0 - s z for every channel or group. Behind ReLU
+those of its zeros are not known, and neither is the layer's cotangent there. Of both together the rows are
 
-    W x = z - b, where z is known        sum over the samples of K(W x + b) x = grad W
+    norm(W x + b) = y, where y is known        sum over the samples of K(W x + b) x = grad W
 
 the second ones of second order in x, and no kink is among them: Gauss and Newton begin at what the first ones tell.
 """
@@ -23,22 +24,24 @@ from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.system import ConstraintSystem
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network, Segment
-from rgap.nn.ops import Linear
+from rgap.nn.ops import Linear, Norm
 
 SIDES = 3
 """Times that a few values behind are found on their other sides, at the most."""
 
 
 def layer_before(network: Network, segment: Segment, state: State, observed: Observation) -> Segment | None:
-    """The layer in front of a batch norm, if some of the norm's output is not known; None if there is no need of it, or
-    no layer with a gradient of its own stands there."""
+    """The layer in front of a norm, if some of the norm's output is not known; None if there is no need of it, or no
+    layer with a gradient of its own stands there."""
     norm = network.nodes[segment.nodes[-1]].op
-    if not isinstance(norm, BatchNorm) or segment.block:
+    if not isinstance(norm, (BatchNorm, Norm)) or segment.block:
         return None
     ahead = next((each for each in network.segments if each.exit == segment.entry), None)
     op = None if ahead is None or ahead.block else network.nodes[ahead.nodes[-1]].op
     if not isinstance(op, Linear) or not op.has_gradient:
         return None
+    if isinstance(norm, Norm) and op.layer.positions == 1 and op.layer.bias_name in observed.gradients:
+        return None  # the bias's gradient is the layer's cotangent, whatever the norm does
     unknown = state.row_weight is not None and bool((state.row_weight == 0).any())
     return ahead if unknown and op.layer.weight_name in observed.gradients else None
 
@@ -56,12 +59,12 @@ def through_both(
     """
     op, norm = (node.op for node in both.nodes)
     assert isinstance(op, Linear)
-    assert isinstance(norm, BatchNorm)
-    free = op.layer.unknowns - op.layer.weight_rows
-    if op.layer.positions == 1 and free > 0 and not but_mean:
-        return Stop(op, Cause.OPEN, f"{free} dimensions of the samples' mean are hidden by the norm behind it")
-    # What it puts out is known as well as its statistics are.
-    state = replace(state, std=torch.hypot(state.std, norm.precision * torch.as_tensor(norm.gamma).abs()))
+    if isinstance(norm, BatchNorm):
+        free = op.layer.unknowns - op.layer.weight_rows
+        if op.layer.positions == 1 and free > 0 and not but_mean:
+            return Stop(op, Cause.OPEN, f"{free} dimensions of the samples' mean are hidden by the norm behind it")
+        # What it puts out is known as well as its statistics are.
+        state = replace(state, std=torch.hypot(state.std, norm.precision * torch.as_tensor(norm.gamma).abs()))
     values = ConstraintSystem(both, state, {}, observed.eps)
     rows = values.weight_rows + op.layer.gradient_rows
     if not but_mean and rows < values.unknowns:

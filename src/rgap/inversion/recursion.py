@@ -24,6 +24,7 @@ from rgap.inversion.by_values import told_by_values
 from rgap.inversion.estimate import inverted
 from rgap.inversion.history import Candidate, Open, Paths
 from rgap.inversion.layer import LayerSolution, LayerSystem
+from rgap.inversion.noise import propagate
 from rgap.inversion.non_monotone import both_branches, choose_branch
 from rgap.inversion.norm import before_norm
 from rgap.inversion.normed import layer_before
@@ -31,7 +32,7 @@ from rgap.inversion.null_space import complete
 from rgap.inversion.read_ahead import read_ahead
 from rgap.inversion.report import layer_report
 from rgap.inversion.rivals import without_contradicting
-from rgap.inversion.rounding import NEAREST, rounding
+from rgap.inversion.rounding import NEAREST
 from rgap.inversion.sides import (
     branches,
     choose_side,
@@ -176,9 +177,10 @@ def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) 
     z_std = layer.pack_output(state.std.expand(state.value.shape)).maximum(solution.weight_misfit[:, None, None])
     state = replace(state, std=layer.unpack_output(z_std).reshape(state.value.shape))
     probe = observed.probe(value_id, k.device)
-    error = propagate(
+    errors = propagate(
         system, z_std, solution.x, grad, observed.eps, paths.cotangent_error, paths.cotangent_scatter, probe
     )
+    error = errors.square().mean(0).sqrt()
     history = []
     for s, before in enumerate(paths.history):
         k_open = None if op.cotangent_parameter in observed.gradients else before.cotangent_open
@@ -188,7 +190,7 @@ def solve_layer(op: Linear, value_id: int, observed: Observation, paths: Paths) 
         weight = None if row_weight is None else row_weight[one]
         report = layer_report(layer, k[one], weight, solution, s, size, k_open or z_open or own, has_gradient)
         passed = replace(before, cotangent_open=k_open)
-        history.append(passed.solved(report, value_id, state.one(s), Open(system, s, error[one])))
+        history.append(passed.solved(report, value_id, state.one(s), Open(system, s, errors[0, one])))
     # Directions that the constraints hardly determine are the same in all channels: so is the error of each pixel.
     pixel = error.square().mean(1, keepdim=True).sqrt().expand(error.shape)
     cotangent = layer.unpack_input(_behind(layer, k, observed.eps))
@@ -281,36 +283,6 @@ def _sides(
         return state
     other = replace(other, cotangent=layer.unpack_output(there).reshape(state.cotangent.shape))
     return choose_side(op, state, other, grad, observed)
-
-
-def propagate(
-    system: LayerSystem,
-    z_std: Tensor,
-    x: Float[Tensor, "s c n"],
-    grad: Tensor,
-    eps: float,
-    cotangent_error: Float[Tensor, " s"],
-    cotangent_scatter: Float[Tensor, " s"],
-    probe: torch.Generator,
-) -> Float[Tensor, "s c n"]:
-    """One draw of the noise on the right, pushed through the solver, the same draw for all candidates.
-
-    z carries the error of the layers after this one, grad W its rounding, and an error of k acts like one of grad W: a
-    factor of all of k, of which the size and not a draw counts, and what moves each of its values on its own.
-
-    Args:
-        cotangent_error, cotangent_scatter: as in `Paths`.
-    """
-    layer, k = system.layer, system.k
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(1, *shape, generator=probe, dtype=k.dtype, device=k.device)
-
-    grad_noise = draw(*grad.shape[1:]) * rounding(grad, eps)
-    grad_noise = grad_noise + grad * cotangent_error[:, None, None, None]
-    z_noise = draw(layer.outputs, layer.positions) * z_std
-    moved = k * draw(layer.outputs, layer.positions).sign() * cotangent_scatter[:, None, None]
-    return system.apply_inverse(z_noise, grad_noise + layer.grad_weight(x, moved))
 
 
 def invert_activation(activation: Activation, paths: Paths) -> Paths:

@@ -15,8 +15,9 @@ from torch import Tensor
 from rgap.inversion.block import solve_one
 from rgap.inversion.common_mean import common_mean, norm_before
 from rgap.inversion.estimate import inverted
+from rgap.inversion.noise import propagate
 from rgap.inversion.normed import layer_before, through_both
-from rgap.inversion.recursion import before_activation, propagate, slope_error, solve_sides
+from rgap.inversion.recursion import before_activation, slope_error, solve_sides
 from rgap.inversion.refine import refined
 from rgap.inversion.report import LayerReport, layer_report
 from rgap.inversion.shared_null_space import may_be_told, told_together
@@ -26,7 +27,7 @@ from rgap.inversion.unpool import before_pool
 from rgap.nn.activations import ReLU
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network, Segment
-from rgap.nn.ops import Elementwise, Linear, Op
+from rgap.nn.ops import Elementwise, Linear, Norm, Op
 from rgap.nn.pools import Pool
 
 NEARLY = 1e-4
@@ -86,7 +87,7 @@ def layer_by_layer(
         ahead = layer_before(network, segment, passed.state, observed)
         if segment.block:
             passed = _block(network, segment, passed, observed)
-        elif ahead is not None:
+        elif ahead is not None and not isinstance(op, Norm):
             segment, passed = ahead, _with_norm(network, ahead, segment, passed, observed)
         elif isinstance(op, Linear):
             passed = _linear(network, segment, op, passed, observed)

@@ -177,6 +177,11 @@ class LayerSystem:
         )
 
     @property
+    def direct(self) -> bool:
+        """Whether no conjugate gradients are left to solve by, so that another right side takes little."""
+        return self._iterative is None
+
+    @property
     def determined_by_gradient(self) -> list[bool]:
         """Per system, whether the gradient rows determine the input, so that no error of z reaches it."""
         return (self._dominant.count == self.layer.pixels).all(-1).tolist()
