@@ -121,18 +121,19 @@ def _verdict(
     unexplained = checked.roundings / explained
     statistics = statistics_missed(target, x, rms)
     low, high = target.value_range or (float(x.min()), float(x.max()))
+    doubts = {
+        f"the gradient is missed by {unexplained:.0f} times what rounding explains": agrees
+        and unexplained > EXPLAINED
+        and checked.residual > SOLVED,
+        f"the gradient agrees, {STATISTICS.format(statistics)}": statistics > EXPLAINED,
+        f"the gradient agrees, {HIDDEN}": len(x) > 1 and norms_over_maps(target.network),
+    }
+    doubt = next((reason for reason, holds in doubts.items() if holds), None)
     samples = []
     for at in range(len(x)):
         status, reason = _of_sample(found, inputs, agrees, bool(error[at] <= visible * (high - low)))
-        if status is Status.EXACT and agrees and unexplained > EXPLAINED and checked.residual > SOLVED:
-            status, reason = (
-                Status.REPRODUCED,
-                f"the gradient is missed by {unexplained:.0f} times what rounding explains",
-            )
-        if status is Status.EXACT and statistics > EXPLAINED:
-            status, reason = Status.REPRODUCED, f"the gradient agrees, {STATISTICS.format(statistics)}"
-        if status is Status.EXACT and len(x) > 1 and norms_over_maps(target.network):
-            status, reason = Status.REPRODUCED, f"the gradient agrees, {HIDDEN}"
+        if status is Status.EXACT and doubt is not None:
+            status, reason = Status.REPRODUCED, doubt
         if status is Status.EXACT and range_misfit(x[at], target.value_range)[0]:
             status, reason = Status.REPRODUCED, f"some of its values are outside the value range {target.value_range}"
         if status is Status.EXACT and ambiguous[at]:

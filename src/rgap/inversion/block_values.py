@@ -21,8 +21,8 @@ from rgap.inversion.report import LayerReport, layer_report
 from rgap.inversion.rounding import rounding
 from rgap.inversion.sides import explained, outliers
 from rgap.inversion.state import Observation, State
-from rgap.nn.activations import NonMonotone
 from rgap.nn.network import Network, Node
+from rgap.nn.non_monotone import NonMonotone
 from rgap.nn.ops import Affine, Concat, Elementwise, Linear, Other, Sum
 from rgap.nn.pools import Pool
 

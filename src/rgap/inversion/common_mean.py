@@ -23,9 +23,10 @@ from rgap.inversion.jacobian import Jacobian
 from rgap.inversion.system import Rows
 from rgap.linalg.operator import LinearOperator
 from rgap.nn.activation import Activation
-from rgap.nn.activations import IDENTITY, Hardtanh, NonMonotone, ReLU, Smooth
+from rgap.nn.activations import IDENTITY, Hardtanh, ReLU, Smooth
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.network import Network
+from rgap.nn.non_monotone import NonMonotone
 from rgap.nn.ops import Elementwise, Linear
 
 HALVINGS = 80

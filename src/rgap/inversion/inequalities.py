@@ -24,8 +24,9 @@ from rgap.inversion.refine_sides import flipped
 from rgap.inversion.state import State
 from rgap.inversion.system import ConstraintSystem, Linearisation
 from rgap.linalg import deadline
-from rgap.nn.activations import NonMonotone, ReLU
+from rgap.nn.activations import ReLU
 from rgap.nn.network import Network
+from rgap.nn.non_monotone import NonMonotone
 from rgap.nn.ops import Elementwise
 from rgap.nn.pools import MaxPool
 

@@ -32,8 +32,8 @@ from rgap.inversion.unpool import Route, route_of, solve_route, zeros_behind
 from rgap.linalg import psd
 from rgap.linalg.deadline import OutOfTime
 from rgap.linalg.least_squares import Direct, Iterative, Solver, probes
-from rgap.nn.activations import NonMonotone
 from rgap.nn.network import Network, Segment
+from rgap.nn.non_monotone import NonMonotone
 from rgap.nn.ops import Elementwise, Linear
 from rgap.nn.pools import Pool
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rgap.inversion.layer import LayerSystem
 from rgap.inversion.state import Observation, State
-from rgap.nn.activations import NonMonotone
+from rgap.nn.non_monotone import NonMonotone
 from rgap.nn.ops import Linear
 
 CHOICES = 20

@@ -22,9 +22,9 @@ from rgap.inversion.history import History, Open, Paths
 from rgap.inversion.state import State
 from rgap.linalg import deadline, psd
 from rgap.nn.activation import Activation
-from rgap.nn.activations import NonMonotone
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
+from rgap.nn.non_monotone import NonMonotone
 from rgap.nn.ops import Elementwise, Linear
 
 LARGEST = 4096

@@ -47,10 +47,10 @@ from rgap.inversion.state import Cause, Observation, State, Stop
 from rgap.inversion.unpool import before_pool
 from rgap.linalg import deadline
 from rgap.nn.activation import Activation, Inverse
-from rgap.nn.activations import NonMonotone
 from rgap.nn.batch_norm import BatchNorm
 from rgap.nn.layers import Layer
 from rgap.nn.network import Network
+from rgap.nn.non_monotone import NonMonotone
 from rgap.nn.ops import Elementwise, Linear, Norm, Op
 from rgap.nn.pools import Pool
 

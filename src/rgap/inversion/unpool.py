@@ -32,8 +32,9 @@ from rgap.inversion.state import Cause, State, Stop
 from rgap.inversion.through import find_through
 from rgap.inversion.windows import windows
 from rgap.nn.activation import Activation
-from rgap.nn.activations import Identity, NonMonotone, ReLU
+from rgap.nn.activations import Identity, ReLU
 from rgap.nn.network import Network
+from rgap.nn.non_monotone import NonMonotone
 from rgap.nn.ops import Affine, Elementwise, Linear
 from rgap.nn.pools import MaxPool, MeanPool, Pool
 

@@ -13,10 +13,11 @@ from types import MappingProxyType
 from rgap.inversion.by_values import MANY
 from rgap.inversion.shared_null_space import virtual_rows
 from rgap.inversion.subspace.head import largest_batches
-from rgap.nn.activations import NonMonotone, ReLU
+from rgap.nn.activations import ReLU
 from rgap.nn.graph import Graph, Use
 from rgap.nn.losses import Loss
 from rgap.nn.network import Network, Node
+from rgap.nn.non_monotone import NonMonotone
 from rgap.nn.ops import Elementwise, Linear
 from rgap.rank.drawn import Drawn
 from rgap.rank.measured import residue_classes

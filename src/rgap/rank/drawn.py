@@ -19,9 +19,10 @@ from torch import Tensor
 from rgap.inversion.batch import Features
 from rgap.inversion.subspace.head import spaces
 from rgap.inversion.subspace.identify import Samples
-from rgap.nn.activations import NonMonotone, ReLU
+from rgap.nn.activations import ReLU
 from rgap.nn.losses import Loss
 from rgap.nn.network import Network
+from rgap.nn.non_monotone import NonMonotone
 from rgap.nn.ops import Elementwise, Linear
 
 DRAWS = 3
