@@ -119,21 +119,14 @@ def _verdict(
     agrees, rms = checked.residual <= update.tolerance, float(error.square().mean().sqrt())
     explained = 1 + rms / float(x.square().mean().sqrt().clamp(min=1e-300)) / update.precision
     unexplained = checked.roundings / explained
-    statistics = statistics_missed(target, x, rms)
     low, high = target.value_range or (float(x.min()), float(x.max()))
-    doubts = {
-        f"the gradient is missed by {unexplained:.0f} times what rounding explains": agrees
-        and unexplained > EXPLAINED
-        and checked.residual > SOLVED,
-        f"the gradient agrees, {STATISTICS.format(statistics)}": statistics > EXPLAINED,
-        f"the gradient agrees, {HIDDEN}": len(x) > 1 and norms_over_maps(target.network),
-    }
-    doubt = next((reason for reason, holds in doubts.items() if holds), None)
+    missed = agrees and checked.residual > SOLVED and unexplained > EXPLAINED
+    doubt = f"is missed by {unexplained:.0f} times what rounding explains" if missed else _doubt(target, x, rms)
     samples = []
     for at in range(len(x)):
         status, reason = _of_sample(found, inputs, agrees, bool(error[at] <= visible * (high - low)))
         if status is Status.EXACT and doubt is not None:
-            status, reason = Status.REPRODUCED, doubt
+            status, reason = Status.REPRODUCED, f"the gradient {doubt}"
         if status is Status.EXACT and range_misfit(x[at], target.value_range)[0]:
             status, reason = Status.REPRODUCED, f"some of its values are outside the value range {target.value_range}"
         if status is Status.EXACT and ambiguous[at]:
@@ -180,6 +173,14 @@ def _of_sample(found: Features, inputs: Inputs, agrees: bool, sharp: bool) -> tu
     if agrees:
         return Status.EXACT, "the gradient of all samples agrees"
     return Status.EXACT, f"its own gradient is a part of that of {found.layer}, of rank one, to rounding"
+
+
+def _doubt(target: Target, x: Float[Tensor, "b ..."], error: float) -> str | None:
+    """Why inputs with the gradient that was sent are not called exact; None where nothing is against it."""
+    statistics = statistics_missed(target, x, error)
+    if statistics > EXPLAINED:
+        return f"agrees, {STATISTICS.format(statistics)}"
+    return f"agrees, {HIDDEN}" if len(x) > 1 and norms_over_maps(target.network) else None
 
 
 def _scaled(
