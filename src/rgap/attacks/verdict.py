@@ -36,11 +36,13 @@ def answer(target: Target, update: Update, end: Candidate, label: Tensor) -> Ans
     """
     x, label = end.value.reshape(1, *target.input_shape), label.to(end.value.device)
     x, undecided = _decided(x, end.twin, target.value_range)
-    x, moved = along_hidden(target, update, x, label, x.new_tensor([end.std]))
-    std = float(moved[0])
+    along, error = along_hidden(target, update, x, label, x.new_tensor([end.std]))
     # In a network that scales k is known up to its size, and another size is another input.
     k = None if target.network.scalable or not end.cotangent.numel() else end.cotangent
-    found = certify(target, update, x, label, k=k)
+    found, std = certify(target, update, x, label, k=k), float(error[0])
+    if not torch.equal(along, x):
+        other = certify(target, update, along, label, k=k)
+        x, found = (along, other) if other.residual < found.residual else (x, found)
     unexplained = found.roundings / (1 + _echo(x, std, update.precision))
     return Answer(
         x,
