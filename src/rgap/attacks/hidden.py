@@ -24,9 +24,6 @@ STEP = 1e-6
 MOVES, LESS = 3, 0.9
 """Gauss-Newton steps along what is hidden, and to which part of it one has to bring what is missed: what rounding alone
 would make of an input is no gain."""
-AS_WELL = 3.0
-"""Rounding in any direction moves what is hidden by no more than so many times as much as the rest: it is told as well.
-"""
 
 
 def along_hidden(
@@ -36,16 +33,16 @@ def along_hidden(
     labels: Float[Tensor, " b"],
     error: Float[Tensor, " b"],
 ) -> tuple[Float[Tensor, "b ..."], Float[Tensor, " b"]]:
-    """Inputs whose gradients nearly agree, moved along what norms hide, with their errors, root mean square over their
-    values; as they are where the model has no norm.
+    """Inputs whose gradients nearly agree, moved along what norms over maps hide, with their errors, root mean square
+    over their values; as they are where the model has no such norm.
 
-    What a client computes before its norms is rounded, and all gradients are off together. So where hidden directions
-    are told worse than others, rounding is taken to lie all along them, and not in any direction.
+    What a client computes before its norms is rounded, and all gradients are off together: so rounding is taken to lie
+    all along what is hidden, and not in any direction.
 
     Args:
         error: of each input, as far as its layers tell.
     """
-    if not any(isinstance(node.op, Norm) for node in target.network.nodes):
+    if not norms_over_maps(target.network):
         return inputs, error
     x = inputs.double()
     given = {name: grad.double().to(x.device) for name, grad in update.gradients.items()}
@@ -70,7 +67,7 @@ def along_hidden(
             break
         x, missed = after, left
     hidden = apart.flatten(2).square().sum(0).mean(1).sqrt()
-    return x, torch.where(hidden <= AS_WELL * error, error, error.maximum(len(missed) ** 0.5 * hidden))
+    return x, error.maximum(len(missed) ** 0.5 * hidden)
 
 
 def norms_over_maps(network: Network) -> bool:
