@@ -26,6 +26,10 @@ MOVES, LESS = 3, 0.9
 would make of an input is no gain."""
 
 
+CHANNELS = 16
+"""Each has a constant of its own; where there are more, as of series and tables, all have one."""
+
+
 def along_hidden(
     target: Target,
     update: Update,
@@ -71,19 +75,20 @@ def along_hidden(
 
 
 def norms_over_maps(network: Network) -> bool:
-    """Whether a norm takes size and brightness away where several positions share a layer's weights and biases. Where
-    there is one, the bias's gradient is the cotangent, and tells what the norm takes away of it."""
+    """Whether a norm takes size and brightness away where several positions share a layer's weights and biases. Of one
+    position alone the bias's gradient is the cotangent, and tells what the norm takes away of it."""
     return any(isinstance(node.op, Norm) and len(node.shape) > 1 for node in network.nodes)
 
 
 def _directions(x: Float[Tensor, "b ..."]) -> Float[Tensor, "m b ..."]:
     """Of each input itself and a constant in each channel, of norm one."""
-    channels = x.shape[1] if x.dim() > 2 else 1
+    own = x.dim() > 2 and x.shape[1] <= CHANNELS
+    channels = x.shape[1] if own else 1
     found = x.new_zeros(len(x), channels + 1, *x.shape)
     for at, one in enumerate(x):
         found[at, 0, at] = one
         for channel in range(channels):
-            found[at, channel + 1, at, channel if x.dim() > 2 else slice(None)] = 1
+            found[at, channel + 1, at, channel if own else slice(None)] = 1
     found = found.flatten(0, 1)
     length = found.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
     unit: Tensor = found / length.reshape(-1, *[1] * x.dim())
