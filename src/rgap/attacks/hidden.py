@@ -24,8 +24,6 @@ STEP = 1e-6
 MOVES, LESS = 3, 0.9
 """Gauss-Newton steps along what is hidden, and to which part of it one has to bring what is missed: what rounding alone
 would make of an input is no gain."""
-
-
 CHANNELS = 16
 """Each has a constant of its own; where there are more, as of series and tables, all have one."""
 
@@ -84,12 +82,9 @@ def _directions(x: Float[Tensor, "b ..."]) -> Float[Tensor, "m b ..."]:
     """Of each input itself and a constant in each channel, of norm one."""
     own = x.dim() > 2 and x.shape[1] <= CHANNELS
     channels = x.shape[1] if own else 1
-    found = x.new_zeros(len(x), channels + 1, *x.shape)
-    for at, one in enumerate(x):
-        found[at, 0, at] = one
-        for channel in range(channels):
-            found[at, channel + 1, at, channel if own else slice(None)] = 1
-    found = found.flatten(0, 1)
+    constants = torch.eye(channels).to(x).reshape(1, channels, channels, *[1] * (x.dim() - 2))
+    each = torch.cat([x[:, None], constants.expand(len(x), channels, *x.shape[1:])], 1)
+    found = torch.einsum("bs,bm...->bms...", torch.eye(len(x)).to(x), each).flatten(0, 1)
     length = found.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
     unit: Tensor = found / length.reshape(-1, *[1] * x.dim())
     return unit

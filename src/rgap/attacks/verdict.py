@@ -40,7 +40,7 @@ def answer(target: Target, update: Update, end: Candidate, label: Tensor) -> Ans
     # In a network that scales k is known up to its size, and another size is another input.
     k = None if target.network.scalable or not end.cotangent.numel() else end.cotangent
     found, std = certify(target, update, x, label, k=k), float(error[0])
-    if not torch.equal(along, x):
+    if along is not x:
         other = certify(target, update, along, label, k=k)
         x, found = (along, other) if other.residual < found.residual else (x, found)
     unexplained = found.roundings / (1 + _echo(x, std, update.precision))

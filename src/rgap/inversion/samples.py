@@ -87,7 +87,7 @@ def layer_by_layer(
         ahead = layer_before(network, segment, passed.state, observed)
         if segment.block:
             passed = _block(network, segment, passed, observed)
-        elif ahead is not None and not isinstance(op, Norm):
+        elif ahead is not None and not isinstance(op, Norm):  # how well such a norm tells several is not known
             segment, passed = ahead, _with_norm(network, ahead, segment, passed, observed)
         elif isinstance(op, Linear):
             passed = _linear(network, segment, op, passed, observed)
