@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rgap.inversion.smoother.sides import doubts, effects, expecting, in_front, steps_with
+from rgap.inversion.smoother.effects import effects
+from rgap.inversion.smoother.sides import doubts, expecting, in_front, steps_with
 from rgap.inversion.smoother.steps import KinkedSteps
 from rgap.nn.soft import GivenSlopes
 from tests.inversion.smoother.test_steps import of

@@ -131,25 +131,24 @@ class Information:
         Args:
             k: cotangent of the layer's output.
             weight: one over each row's variance.
-            effects: E, what the numbers beside do to the rows. There may be more of them than so far: then the first
-                ones do nothing to the rows behind.
+            effects: E, what the numbers beside do to the rows, in float32 too. There may be more of them than so far:
+                then the first ones do nothing to the rows behind.
         """
         more = len(effects) - len(self.beside)
         known = self.known.clone()
         for at, block in _blocks(layer, k, weight):
             known[at : at + len(block), at : at + len(block)] += block
-        flat, pulled, beside, right = effects.flatten(1), list[Tensor](), list[Tensor](), list[Tensor]()
+        pulled, right = list[Tensor](), list[Tensor]()
         for part in torch.split(effects, CHUNK):
-            heavy = part * weight
+            heavy = part.to(weight) * weight
             pulled.append(_pulled(layer, k, heavy))
-            beside.append(heavy.flatten(1) @ flat.mT)
             right.append(heavy.flatten(1) @ missed.flatten())
         own = _pulled(layer, k, (weight * missed)[None])[0]
         return Information(
             known,
             pad(self.cross, (more, 0)) + torch.cat(pulled).mT,
             self.right + own,
-            pad(self.beside, (more, 0, more, 0)) + torch.cat(beside),
+            pad(self.beside, (more, 0, more, 0)) + _gram(effects.flatten(1), weight.flatten()),
             pad(self.beside_right, (more, 0)) + torch.cat(right),
         )
 
@@ -157,6 +156,7 @@ class Information:
         self, weight: Float[Tensor, " r"], missed: Float[Tensor, " r"], effects: Float[Tensor, "m r"]
     ) -> Information:
         """And rows that x is not in, E d = missed: of a bias's gradient."""
+        effects = effects.to(weight)
         heavy = effects * weight
         beside, right = self.beside + heavy @ effects.mT, self.beside_right + heavy @ missed
         return Information(self.known, self.cross, self.right, beside, right)
@@ -171,6 +171,19 @@ def _blocks(layer: Layer, k: Float[Tensor, "o p"], weight: Float[Tensor, "g j i"
         for channel, own in enumerate(each[g].reshape(-1, rows)):
             at = (g * (layer.channels // groups) + channel) * pixels
             found.append((at, (matrix[g] * own[:, None]).mT @ matrix[g]))
+    return found
+
+
+def _gram(effects: Float[Tensor, "m r"], weight: Float[Tensor, " r"]) -> Float[Tensor, "m m"]:
+    """E weight E', a block and the one opposite at once."""
+    found, parts = weight.new_empty(len(effects), len(effects)), range(0, len(effects), CHUNK)
+    for row in parts:
+        deadline.check()
+        heavy = effects[row : row + CHUNK].to(weight) * weight
+        for column in parts[: row // CHUNK + 1]:
+            block = heavy @ effects[column : column + CHUNK].to(weight).mT
+            found[row : row + CHUNK, column : column + CHUNK] = block
+            found[column : column + CHUNK, row : row + CHUNK] = block.mT
     return found
 
 

@@ -7,9 +7,8 @@ have the covariance min(P_s, P_t) - P_s P_t. Its large eigenvectors are the numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -150,68 +149,4 @@ def doubts(steps: KinkedSteps, z: Sequence[Tensor], std: Sequence[Tensor]) -> li
         own, at = (variance > kept).nonzero(as_tuple=True)
         of = unit[own]
         found.append(Doubt(of, rise[of, None] * vectors[own, :, at] * variance[own, at, None].sqrt()))
-    return found
-
-
-def effects(steps: KinkedSteps, run: Sequence[Step], found: Sequence[Doubt]) -> dict[str, Tensor]:
-    """What each doubt, and last each of the output's cotangents changed by one, do to the mean gradient of each
-    parameter. Another slope changes all cotangents in front of it, and by what its unit gives all values behind."""
-    parts = [
-        (len(doubt.unit), partial(_of_doubt, steps, at, doubt))
-        for at, doubt in zip(steps.activations, found, strict=True)
-    ]
-    parts.append((run[0].values[-1].numel(), partial(_of_output, steps)))
-    number = sum(size for size, _ in parts)
-    whole = {name: steps.gradient[name].new_zeros(number, *steps.gradient[name].shape) for name in steps.names}
-    start = 0
-    for size, of in parts:
-        for t, (step, share) in enumerate(zip(run, steps.shares, strict=True)):
-            for name, rows in of(step, t).items():
-                whole[name][start : start + size] += share * rows
-        start += size
-    return whole
-
-
-def _of_output(steps: KinkedSteps, step: Step, _: int = 0) -> dict[str, Tensor]:
-    value = step.values[-1]
-    one = torch.eye(value.numel(), dtype=value.dtype, device=value.device).reshape(-1, *value.shape[1:])
-    ks = step.network.vjp(step.values, step.slopes, {len(step.values) - 1: one})
-    return steps.rows(step.network, step.values, ks)
-
-
-def _of_doubt(steps: KinkedSteps, at: int, doubt: Doubt, step: Step, t: int) -> dict[str, Tensor]:
-    """Of one activation's doubts, in step t."""
-    network, there, k = step.network, steps.reads(at), step.cotangents[at + 1]
-    assert k is not None
-    one = k.new_zeros(len(doubt.unit), k.numel())
-    one[torch.arange(len(one), device=k.device), doubt.unit] = doubt.pattern[:, t]
-    one = one.reshape(-1, *k.shape[1:])
-    ks = network.vjp(step.values, step.slopes, {there: one * k})
-    moved = pushed(network, step.values, step.slopes, {at + 1: one * step.values[there]})
-    last = moved[-1]
-    assert last is not None
-    curved = last.flatten(1) @ steps.output_curvature(step.values[-1]).mT
-    front, behind = steps.rows(network, step.values, ks), steps.rows(network, moved, step.cotangents)
-    found = dict[str, Tensor]()
-    for name, rows in _of_output(steps, step).items():
-        own = torch.tensordot(curved, rows, 1)
-        if name in front:
-            own = own + front[name]
-        if name in behind and rows.dim() > 2:  # a bias does not see what its layer reads
-            own = own + behind[name]
-        found[name] = own
-    return found
-
-
-def pushed(
-    network: Network, values: list[Tensor], slopes: dict[int, Tensor], starts: Mapping[int, Tensor]
-) -> list[Tensor | None]:
-    """The tangents of all values of a chain from what comes in at some of them, by their ids; None where nothing
-    gets to."""
-    found = [starts.get(0)]
-    for at, node in enumerate(network.nodes):
-        read, more = found[node.reads[0]], starts.get(at + 1)
-        if read is not None:
-            read = read * slopes[at] if at in slopes else node.op.jvp((read,), (values[node.reads[0]],))
-        found.append(more if read is None else read if more is None else read + more)
     return found

@@ -19,6 +19,7 @@ from torch import Tensor
 from rgap.inversion.smoother.kinks import passed
 from rgap.inversion.walk import Client, Difference, Plan, Weights
 from rgap.nn.activations import Identity
+from rgap.nn.layers import Layer
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear
 
@@ -237,11 +238,10 @@ class KinkedSteps:
             if k is None or read is None:
                 continue
             layer, k, x = op.layer, op.layer.pack_output(k), op.layer.pack_input(read)
-            several, shape = len(k) if len(x) == 1 else len(x), self.client.weights[layer.weight_name].shape
-            x, k = (each.expand(several, *each.shape[1:]) for each in (x, k))
-            found[layer.weight_name] = layer.grad_weight(x, k).reshape(several, *shape)
+            grad = gradients(layer, layer.patches(x), k)
+            found[layer.weight_name] = grad.reshape(len(grad), *self.client.weights[layer.weight_name].shape)
             if layer.bias_name is not None and layer.bias_name in self.difference.sent:
-                found[layer.bias_name] = k.sum(-1)
+                found[layer.bias_name] = k.sum(-1).expand(len(grad), -1)
         return found
 
     def middle(self, guess: Guess) -> Middle:
@@ -264,3 +264,15 @@ class KinkedSteps:
             residuals.append(out.residual.mean(0, keepdim=True))
         k = self.output_gradient(values[-1])
         return Middle(values, slopes, variances, residuals, apart, network.cotangents(values, slopes, k))
+
+
+def gradients(layer: Layer, patches: Float[Tensor, "a g i p"], k: Float[Tensor, "b o p"]) -> Float[Tensor, "n g j i"]:
+    """Of the layer's weight, by what it reads at each position and its output's cotangents: one product for each group
+    where one of both is the same for all."""
+    g, j, i = layer.weight.shape
+    k = k.reshape(len(k), g, j, k.shape[-1])
+    if len(patches) == 1:
+        return (k.movedim(1, 0).flatten(1, 2) @ patches[0].mT).reshape(g, len(k), j, i).movedim(1, 0)
+    if len(k) == 1:
+        return (patches.movedim(1, 0).flatten(1, 2) @ k[0].mT).reshape(g, len(patches), i, j).movedim(1, 0).mT
+    return k @ patches.mT

@@ -20,13 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.smoother.again import Again
+from rgap.inversion.smoother.effects import effects
 from rgap.inversion.smoother.information import Information
 from rgap.inversion.smoother.setting import Setting
 from rgap.inversion.smoother.sides import (
     Doubt,
     Step,
     doubts,
-    effects,
     expected_slopes,
     expecting,
     given,
