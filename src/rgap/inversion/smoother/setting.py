@@ -55,12 +55,13 @@ class Smoothing:
 
 
 SMOOTHING = Smoothing()
-USUAL = (12, 8)
-"""Passes, and linearisations of the steps."""
-PRODUCTS = 17_500
-"""With a layer in each step of a linearisation, about: a hundred iterations of two products with the steps' second
-derivative each, which take six times as long as their operations, and the changes of gradients by some hundred doubts.
-"""
+USUAL = (4, 4)
+"""Passes, and linearisations of the steps with as many units in doubt as there may be."""
+SOLVES = 3
+"""Of a pass: with larger errors and with more noise once more."""
+PRODUCTS = 62_000
+"""With a layer in each step of a linearisation, as they are measured beside other busy processes: some 350 iterations
+of two products with the steps' second derivative each, and what two thousand doubts change."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,26 +138,35 @@ def definite(matrix: Tensor) -> Tensor:
 
 def memory(network: Network) -> int:
     """Bytes that it takes, about: passes half a dozen matrices of the chain's largest value, steps through the local
-    steps as many of the input and of all doubts, and what these do to all parameters."""
-    parameters = sum(8 * layer.weight.numel() for layer in network.layers)
-    units = sum(math.prod(network.shapes[node + 1]) for node, _ in network.activations)
-    numbers = min(most_numbers(parameters), 2 * MOST, units)
-    through = 6 * 8 * (math.prod(network.input_shape) + numbers) ** 2 + numbers * parameters
+    steps as many of the input and of all doubts, and what these do to all parameters, in float32."""
+    parameters, numbers = _sizes(network)
+    through = 6 * 8 * (math.prod(network.input_shape) + numbers) ** 2 + 4 * numbers * parameters
     return max(6 * 8 * max(math.prod(shape) for shape in network.shapes) ** 2, through)
 
 
 def operations(network: Network) -> float:
-    """Of one pass, about: products with all layers, each for every number of a value, and three factors."""
-    found = 3.0 * math.prod(network.input_shape) ** 3
+    """Of one pass, about: products with all layers, for every number of a value and of all doubts, and three factors,
+    in each solve."""
+    found, doubts = 3.0 * math.prod(network.input_shape) ** 3, _sizes(network)[1]
     for node in network.nodes:
         if isinstance(node.op, Linear):
             layer = node.op.layer
             each = 2.0 * layer.weight.numel() * layer.positions
-            found += each * (layer.outputs * layer.positions + layer.unknowns) + layer.unknowns**3
-    return found
+            found += each * (layer.outputs * layer.positions + layer.unknowns + 3 * doubts) + layer.unknowns**3
+    return SOLVES * found
 
 
 def operations_to_the_end(network: Network, steps: int) -> float:
-    """Of all passes, and of all linearisations of so many local steps: a pass each, and products with all layers."""
+    """Of all passes, and of all linearisations of so many local steps: a solve each, what doubts have in common, and
+    products with all layers."""
+    parameters, doubts = _sizes(network)
     products = 2.0 * PRODUCTS * steps * sum(layer.weight.numel() * layer.positions for layer in network.layers)
-    return USUAL[0] * operations(network) + USUAL[1] * (operations(network) + products)
+    linearised = operations(network) / SOLVES + float(doubts) ** 2 * parameters + products
+    return USUAL[0] * operations(network) + USUAL[1] * linearised
+
+
+def _sizes(network: Network) -> tuple[int, int]:
+    """How many numbers all parameters are, and how many there are in doubt at the most."""
+    parameters = sum(layer.weight.numel() for layer in network.layers)
+    units = sum(math.prod(network.shapes[node + 1]) for node, _ in network.activations)
+    return parameters, min(most_numbers(8 * parameters), 2 * MOST, units)
