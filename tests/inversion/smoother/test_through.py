@@ -55,6 +55,21 @@ def test_moves_converge_where_weights_of_later_steps_hang_on_the_sample(rate: fl
     assert float((found.x - x).norm()) < 1e-4 * float((start - x).norm())
 
 
+def test_with_sides_given_noise_is_taken_for_granted_only_where_rows_miss_more_than_the_rounding() -> None:
+    steps, x = of(4)
+    z, through = standing(steps, x), Through(Setting(steps, Prior((1, 5, 5), 0.5), (0.0, 1.0)))
+    right = [torch.where(own > 0, torch.ones_like(own), b) for own, b in zip(z, steps.below, strict=True)]
+    start = x + 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    near = Near(start, z, [torch.full_like(each, 1e-9) for each in z], dict.fromkeys(steps.names, 1e-3))
+    sharp, blunt = (of(near, right) for of in (through.sharp, through.step))
+    assert sharp.explained
+    assert float((sharp.x - x).norm()) < 0.1 * float((blunt.x - x).norm())
+    wrong = [own.clone() for own in right]
+    wrong[0].flatten(1)[:, 0] = 1.2 - wrong[0].flatten(1)[:, 0]
+    alike = through.sharp(near, wrong)
+    assert torch.equal(alike.x, through.step(near, wrong).x)
+
+
 def test_later_steps_are_known_where_a_unit_stood_on_its_wrong_side() -> None:
     """Its slope is found, and with it the weights of the steps behind."""
     steps, x = of(4, 0.2)

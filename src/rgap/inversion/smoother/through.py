@@ -215,7 +215,7 @@ class Through:
                 for _ in range(self.approach.trials):
                     x, slopes = trial.settled(found.x, found.doubts)
                     found = replace(found, x=x)
-                    sharp = self.step(Near(x, found.z, found.std, near.noise), slopes)
+                    sharp = self.sharp(replace(near, x=x, z=found.z, std=found.std), slopes)
                     if not sharp.explained:
                         break
                     yield found
@@ -225,6 +225,11 @@ class Through:
             if all(each < self.approach.settled * found.rounding[name] for name, each in noise.items()):
                 noise, more = found.rounding, 2 * wider
             near = Near(found.x, found.z, [more * each for each in found.std], noise)
+
+    def sharp(self, near: Near, slopes: list[Tensor]) -> Stepped:
+        """A step with sides given: without noise, unless rows miss more than the rounding then."""
+        sharp = self.step(replace(near, noise=dict.fromkeys(near.noise, 0.0)), slopes)
+        return sharp if sharp.explained else self.step(near, slopes)
 
     def _cooler(self, noise: dict[str, float], found: Stepped) -> dict[str, float]:
         approach, new = self.approach, dict[str, float]()
