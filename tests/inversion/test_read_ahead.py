@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from rgap import Target, Update, capture, losses, score
 from rgap.attacks import Closed, Recursive, Status
 from rgap.inversion import recursion
+from rgap.inversion.read_ahead import _sized
+from rgap.inversion.state import State
+from rgap.inversion.subspace.patches import Direction
+from rgap.nn.ops import Linear
 
 Make = Callable[[], list[nn.Module]]
 
@@ -68,3 +72,22 @@ def test_another_pictures_layer_is_not_called_exact(name: str, spoilt: str) -> N
     mixed = Update({**update.gradients, spoilt: other.gradients[spoilt]}, update.header)
     found = Recursive()(target, mixed)
     assert found.status is not Status.EXACT
+
+
+def test_the_layers_own_gradient_tells_the_size_where_the_output_tells_it_badly() -> None:
+    target, _, x = of("maximum")
+    network = target.network
+    values = network.forward(x.double())
+    k = torch.randn(values[-1].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cotangents = network.vjp(values, network.slopes(values), {len(network.nodes): k})
+    tail = network.part([each for each in network.segments if each.entry >= 2])
+    op, behind = network.nodes[2].op, cotangents[3]
+    assert isinstance(op, Linear)
+    assert behind is not None
+    read = op.layer.pack_input(values[2])
+    grad = op.layer.grad_weight(read, op.layer.pack_output(behind))[0, 0]
+    direction = Direction(read / read.norm(), torch.zeros_like(read), 1.0)
+    output = State(values[-1] * (1 + 5e-5), k, None, torch.full_like(k, 5e-5))
+    found = _sized(tail, 0, op.layer, direction, grad, output, 1e-7)
+    assert found is not None
+    torch.testing.assert_close(found.value, values[2], rtol=1e-9, atol=0)

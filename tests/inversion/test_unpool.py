@@ -154,6 +154,22 @@ def test_rows_of_some_outputs_are_enough_where_all_would_take_long(monkeypatch: 
     assert weighed == {(5, 5), (1, 1)}
 
 
+def test_rows_of_silent_outputs_are_not_weighed() -> None:
+    target, x = target_of("relu, pool", 6), pictures(1, 1, 6).double()
+    state, gradients, node, _ = behind_the_pool(target, x)
+    route = route_of(target.network, node, 0)
+    assert route is not None
+    observed = route.observed(state, gradients[route.weight_name], False)
+    k, grad = observed.cotangent.clone(), observed.grad.clone()
+    k[:, ::2], grad[:, ::2] = 0.0, 0.0
+    alive = (k != 0).any(2)[0].nonzero()[:, 0]
+    assert 4 < len(alive) <= 16
+    point = route_rows.Point(route.part, replace(observed, cotangent=k, grad=grad), 0.7 * x + 0.1)
+    weigher = route_rows.Whitening(route_rows.Step(point, 3.0, 0.3, routes.SETTLED))
+    assert torch.equal(weigher.outputs, alive)
+    assert len(weigher.inverse) == len(alive)
+
+
 def test_many_unknowns_are_looked_for_in_large_steps_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpool, "MANY", 0)
     monkeypatch.setattr(unpool, "FEWER", 10**6)  # not from the picture

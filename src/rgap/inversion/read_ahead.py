@@ -28,6 +28,9 @@ SIZES = 24
 """Sizes that are tried, each twice the one before it, on both sides of 1 a value."""
 STEPS = 12
 """From the best of them to the right one."""
+OWN_STEPS = 4
+"""From there, while they bring the layer's own gradient nearer: an output that hardly moves tells the size badly, and
+the gradient is as large as what the layer reads."""
 
 
 def read_ahead(
@@ -114,22 +117,36 @@ def _sized(
             if not float(moved.norm()):
                 break
             size -= float((moved * (values[-1] - wanted)).sum() / moved.square().sum())
-        values = tail.forward(size * unit)
-        cotangent = tail.cotangents(values, tail.slopes(values), output.cotangent)
-        k = cotangent[node_id + 1]
-        if k is None:
-            return None
-        made = layer.grad_weight(layer.pack_input(values[0]), layer.pack_output(k))[0, 0]
-        wrong = float((made - grad).norm() / grad.norm())
-        there = cotangent[0]
-        if there is not None and (best is None or wrong < best[0]):
+        for _ in range(OWN_STEPS):
+            found = _made(tail, node_id, layer, size * unit, grad, output)
+            if found is None:
+                return None
+            wrong, there, along = found
+            if there is None or (best is not None and not wrong < best[0]):
+                break
             best = wrong, size, there
+            size /= along or 1.0
     if best is None or not best[0] <= AGREES * eps:
         return None
     _, size, there = best
     # Errors are the same in all channels' pixels, as those of a layer's solution are.
     pixel = (size * direction.error).square().mean(1, keepdim=True).sqrt().expand(direction.x.shape)
     return State(size * unit, there, None, layer.unpack_input(pixel))
+
+
+def _made(
+    tail: Network, node_id: int, layer: Layer, x: Tensor, grad: Float[Tensor, "o i"], output: State
+) -> tuple[float, Tensor | None, float] | None:
+    """How far the layer's gradient at an input is from the one given, relatively; the input's cotangent; and how much
+    of the one given it is. None where no cotangent comes to the layer."""
+    values = tail.forward(x)
+    cotangent = tail.cotangents(values, tail.slopes(values), output.cotangent)
+    k = cotangent[node_id + 1]
+    if k is None:
+        return None
+    made = layer.grad_weight(layer.pack_input(values[0]), layer.pack_output(k))[0, 0]
+    size = grad.square().sum()
+    return float((made - grad).norm() / size.sqrt()), cotangent[0], float((made * grad).sum() / size)
 
 
 def _history(before: History, layer: Layer, direction: Direction, state: State, grad: Tensor) -> History:

@@ -260,11 +260,12 @@ class Whitening(GradientWeight):
         count = most * pool.windows.shape[1]
         self.by_reads = count >= reads
         size = min(count, reads) * reads
-        self.outputs = torch.arange(len(noise), device=k.device)
-        if size * len(noise) > LARGE:
+        self.outputs = (k != 0).any(2).any(0).nonzero()[:, 0]  # the rows of all others are zero
+        if size * len(self.outputs) > LARGE:
             enough = -(-PLENTY * point.x.numel() // reads)
-            self.outputs = point.observed.grad.flatten(0, 1).norm(dim=1).argsort(descending=True)[:enough]
-            noise = noise[self.outputs]
+            largest = point.observed.grad.flatten(0, 1)[self.outputs].norm(dim=1).argsort(descending=True)
+            self.outputs = self.outputs[largest[:enough]]
+        noise = noise[self.outputs]
         factors, together = [], max(1, ROOM // max(1, count * reads))
         for some in torch.split(self.outputs, together):
             columns = _columns(step, some, first[some], undecided[some].gather(1, first[some]))
