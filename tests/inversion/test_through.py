@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rgap import Target, losses
 from rgap.inversion import route_rows, routes, unpool
 from rgap.inversion.prior import Prior
+from rgap.inversion.routes import Unpooled
 from rgap.inversion.state import Cause, State, Stop
 from rgap.inversion.through import DOUBTED, Smooth, find_through
 from rgap.inversion.unpool import CLOSE, before_pool, route_of
@@ -21,13 +22,15 @@ POOL = 5
 """The second mean, by its node."""
 
 
-def known(seed: int, silent: int) -> tuple[Network, Tensor, State, dict[str, Tensor]]:
-    """What is known behind a second mean whose layer has few outputs alive."""
+def known(
+    seed: int, silent: int, pool: type[nn.Module] = nn.AvgPool2d
+) -> tuple[Network, Tensor, State, dict[str, Tensor]]:
+    """What is known behind a second pool whose layer has few outputs alive."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(
-            *(nn.Conv2d(1, 24, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
-            *(nn.Conv2d(24, 24, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(216, 10)),
+            *(nn.Conv2d(1, 24, 3, padding=1), nn.ReLU(), pool(2)),
+            *(nn.Conv2d(24, 24, 3, padding=1), nn.ReLU(), pool(2), nn.Flatten(), nn.Linear(216, 10)),
         )
     model[3].bias.data[:silent] -= 5.0
     target = Target(model, losses.CrossEntropy(10), (1, 12, 12), (0.0, 1.0))
@@ -39,8 +42,10 @@ def known(seed: int, silent: int) -> tuple[Network, Tensor, State, dict[str, Ten
     return network, x, State(values[POOL + 1], k, None, torch.full_like(k, 1e-9)), gradients
 
 
-def task(seed: int, silent: int) -> tuple[unpool.Route, route_rows.Observed, Tensor]:
-    network, x, state, gradients = known(seed, silent)
+def task(
+    seed: int, silent: int, pool: type[nn.Module] = nn.AvgPool2d
+) -> tuple[unpool.Route, route_rows.Observed, Tensor]:
+    network, x, state, gradients = known(seed, silent, pool)
     route = route_of(network, POOL, 0)
     assert route is not None
     return route, route.observed(state, gradients[route.weight_name], False), x
@@ -66,6 +71,29 @@ def test_few_wrong_sides_are_found_with_the_input(
     assert found.missed == min(reported) < 2e-6
     assert bool((found.routes == right.hard.slope)[wrong].all())
     assert float((found.x - x).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_routes_of_a_maximum_behind_another_are_found_with_the_input(seed: int) -> None:
+    """From a constant, at which a hundred of them are wrong."""
+    route, observed, x = task(seed, 0, nn.MaxPool2d)
+    start = torch.full_like(x, 0.5)
+    right, begun = (route_rows.Point(route.part, observed, each) for each in (x, start))
+    alive = (observed.cotangent != 0)[..., None]
+    assert int(((right.hard.slope != begun.hard.slope) & alive).sum()) > 80
+    found = find_through(route.part, observed, Prior((1, 12, 12), 0.5), 2e-5, start)
+    assert found.missed < 2e-6
+    assert not bool(((found.routes != right.hard.slope) & alive).any())
+    assert float((found.x - x).abs().max()) < 1e-4
+
+
+def test_behind_another_maximum_the_input_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that does not find it nothing else is tried."""
+    route, observed, _ = task(0, 12, nn.MaxPool2d)
+    near = Unpooled(torch.zeros(1, 1, 12, 12, dtype=torch.float64), observed.value[..., None], 0.5, 3)
+    monkeypatch.setattr(unpool, "find_through", lambda *of: near)
+    monkeypatch.setattr(unpool, "find_routes", lambda *of: pytest.fail("other searches lead no nearer"))
+    assert unpool.solve_route(route, observed, 1e-7, with_prior=True) is near
 
 
 def test_slopes_in_front_are_means_over_how_far_values_moved() -> None:

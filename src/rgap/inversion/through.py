@@ -1,4 +1,4 @@
-"""Through a mean with kinks in front of its layer, from the network's own input.
+"""Through a mean with kinks in front of its layer, or a maximum behind another, from the network's own input.
 
 What the layer reads is not free then: it comes of far fewer numbers, and its few outputs alive tell them, if no side is
 wrong. What is to be found is which side of its kink each value of these outputs lies on, and the values in front on
@@ -11,12 +11,16 @@ theirs; those change with every step, and with them the rows. So
 - as soon as little is missed, sides are taken as they stand, an output that misses more than most counts less, and each
   solve is precise. From the right sides in the layer that comes to the input in some eight steps; of a few wrong ones
   each spoils one output.
+
+Of maxima routes take the place of sides. Slopes in front are means from the first step on, over more: with the present
+ones as far a way takes three times as many steps.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +33,7 @@ from rgap.inversion.routed import GradientWeight
 from rgap.inversion.routes import ROUNDING, Unpooled
 from rgap.inversion.windows import DECIDED, normal
 from rgap.linalg import deadline
+from rgap.nn.pools import MaxPool
 
 # b samples, o outputs, q places in doubt, i what a place reads.
 
@@ -39,10 +44,14 @@ COARSE = Annealing(
 miss little are weighed too differently for float32."""
 PRECISE = Annealing(solve_rtol=1e-3, solve_steps=100, single=False)
 """With decided sides."""
+MAXIMA = replace(COARSE, temperature=1.5, fading=0.95, patience=12, progress=0.9, single=True)
+"""Of maxima: colder or warmer it comes to rest earlier, with a larger part of the input moved by a window and the
+routes of that part with it."""
 NEARLY = 1e-2
 """Below this part missed slopes are means, rows are weighed by what is read, and decided sides are tried."""
-DOUBTED = 3.0
-"""So many times as far as the last step moved values in front, root mean square, they are in doubt."""
+DOUBTED, DOUBTED_FIRST = 3.0, 10.0
+"""So many times as far as the last step moved values in front, root mean square, they are in doubt; of maxima, whose
+steps they are from the first one on."""
 OWN = ((0.1, 1.0), (math.inf,))
 """Variance of an output's own rows besides, relative to what all miss, squared: of a side that is wrong beyond all
 doubt, which would count most where rows show little. With less steps are longer, with more safer: in turn. Where that
@@ -69,8 +78,9 @@ def find_through(
         OutOfTime: the time was up.
     """
     tries: list[Unpooled] = []
-    for own in OWN:
-        tries.append(_search(part, observed, prior, agrees, start, report, own))
+    ways = [(MAXIMA, OWN[-1])] if isinstance(part.pool, MaxPool) else [(COARSE, own) for own in OWN]
+    for schedule, own in ways:
+        tries.append(_search(part, observed, prior, agrees, start, report, schedule, own))
         if tries[-1].missed <= agrees:
             break
     return min(tries, key=lambda each: each.missed)
@@ -83,32 +93,37 @@ def _search(
     agrees: float,
     start: Float[Tensor, "b ..."],
     report: Callable[[int, float], None],
+    schedule: Annealing,
     own: tuple[float, ...],
 ) -> Unpooled:
     """One try, with such variances of outputs' own rows in turn."""
-    x, weight, gradient_missed = start, COARSE.prior, 1.0
+    nearly, far = (math.inf, DOUBTED_FIRST) if isinstance(part.pool, MaxPool) else (NEARLY, DOUBTED)
+    x, weight, gradient_missed = start, schedule.prior, 1.0
     point: Point | None = None
     best: Unpooled | None = None
     before, lowest, last = math.inf, math.inf, 0
-    for step in range(COARSE.max_steps):
+    for step in range(schedule.max_steps):
         deadline.check()
         came = point
-        point = Point(part, observed, x) if came is None or came.missed >= NEARLY else Smooth(part, observed, x, came)
-        at = Doubting(point, COARSE.temperature, gradient_missed * COARSE.gradient_share, COARSE)
+        if came is None or came.missed >= nearly:
+            point = Point(part, observed, x)
+        else:
+            point = Smooth(part, observed, x, came, far)
+        at = Doubting(point, schedule.temperature, gradient_missed * schedule.gradient_share, schedule)
         at.own = own[step % len(own)]
         hard: Decided = Deciding(point, PRECISE)
-        if hard.missed <= agrees or (hard.missed < NEARLY and step % COARSE.every == 0):
+        if hard.missed <= agrees or (hard.missed < NEARLY and step % schedule.every == 0):
             hard = _followed(hard, ROUNDING * agrees)
-        if at.missed < COARSE.progress * lowest:
+        if at.missed < schedule.progress * lowest:
             lowest, last = at.missed, step
         if best is None or hard.missed < best.missed:
             best, last = Unpooled(hard.point.x, hard.windows.slope, hard.missed, step), step
         report(step, hard.missed)
-        late = step - last >= COARSE.patience or at.missed > COARSE.diverges * lowest
+        late = step - last >= schedule.patience or at.missed > schedule.diverges * lowest
         if best.missed <= agrees or late or not at.missed < ASTRAY:
             break
         x, gradient_missed = at.solve(prior, weight), at.gradient_missed
-        weight *= COARSE.fading ** (COARSE.quick if at.missed < before / 2 else 1.0)
+        weight *= schedule.fading ** (schedule.quick if at.missed < before / 2 else 1.0)
         before = at.missed
     assert best is not None
     return best
@@ -132,7 +147,7 @@ def _followed(step: Decided, enough: float) -> Decided:
 class Smooth(Point):
     """With slopes in front that are means over what their values may be."""
 
-    def __init__(self, part: Pooled, observed: Observed, x: Tensor, before: Point):
+    def __init__(self, part: Pooled, observed: Observed, x: Tensor, before: Point, far: float = DOUBTED):
         super().__init__(part, observed, x)
         self.slopes = dict(self.slopes)
         for node, activation in part.front.activations:
@@ -140,7 +155,7 @@ class Smooth(Point):
                 value = part.front.nodes[node].reads[0]
                 z = self.values[value]
                 moved = (z - before.values[value]).square().mean(tuple(range(2, z.dim())), keepdim=True).sqrt()
-                self.slopes[node] = activation.slope(z[..., None] + DOUBTED * moved[..., None] * normal(z)).mean(-1)
+                self.slopes[node] = activation.slope(z[..., None] + far * moved[..., None] * normal(z)).mean(-1)
 
 
 class Doubting(Step):

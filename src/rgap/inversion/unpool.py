@@ -184,7 +184,8 @@ def solve_route(
     if not with_prior and known + route.part.layer.gradient_rows < ENOUGH * unknowns:
         return None
     start, other, prior = _constants(route.part, observed)
-    through = isinstance(route.part.pool, MeanPool) and bool((whole or route).part.front.activations)
+    part = (whole or route).part
+    through = _behind_maxima(part) or (isinstance(part.pool, MeanPool) and bool(part.front.activations))
     tries: list[tuple[Annealing | None, Tensor]] = []
     if known >= ENOUGH * unknowns:
         tries.append((VALUES_ONLY, start))
@@ -207,6 +208,8 @@ def solve_route(
                 return tried if whole is None else replace(found or tried, input=tried.x)
             if whole is not None:
                 continue
+            if _behind_maxima(part):  # other searches lead no nearer
+                return tried
         else:
             tried = find_routes(route.part, observed, prior, agrees, begin, schedule, report)
         found = tried if found is None or tried.missed < found.missed else found
@@ -222,8 +225,13 @@ def _equations(part: Pooled, observed: Observed, eps: float) -> Bool[Tensor, "b 
     return observed.known & (observed.value.abs() > ZERO * eps * observed.value[observed.known].abs().max())
 
 
-def _tells_enough(part: Pooled, observed: Observed, eps: float) -> bool:
-    """Whether a layer's own rows tell most of what it reads, by count, with routes or sides as drawn.
+def _behind_maxima(part: Pooled) -> bool:
+    """Whether it is a maximum behind another one."""
+    return isinstance(part.pool, MaxPool) and any(isinstance(node.op, MaxPool) for node in part.front.nodes)
+
+
+def _tells_enough(part: Pooled, observed: Observed, eps: float, share: float = SHARE) -> bool:
+    """Whether a layer's own rows tell such a part of what it reads, by count, with routes or sides as drawn.
 
     Args:
         eps: relative rounding of the gradient.
@@ -239,7 +247,7 @@ def _tells_enough(part: Pooled, observed: Observed, eps: float) -> bool:
     kernel = layer.kernel_matrix(k)[0]
     values = torch.linalg.eigvalsh(kernel @ kernel.mT if kernel.shape[1] < kernel.shape[2] else kernel.mT @ kernel)
     rank = int((values > eps ** (4 / 3) * values[:, -1:]).sum()) * layer.unknowns // (layer.groups * layer.pixels)
-    return rank + int(told.sum()) >= SHARE * layer.unknowns
+    return rank + int(told.sum()) >= share * layer.unknowns
 
 
 def _from_input(whole: Route, observed: Observed, eps: float, report: Callable[[int, float], None]) -> Unpooled:
@@ -249,7 +257,7 @@ def _from_input(whole: Route, observed: Observed, eps: float, report: Callable[[
 
 
 def _through(whole: Route, observed: Observed, agrees: float, report: Callable[[int, float], None]) -> Unpooled:
-    """The same to the end, through kinks in front of a mean's layer."""
+    """The same to the end, through kinks in front of the layer."""
     start, _, prior = _constants(whole.part, observed)
     return find_through(whole.part, observed, prior, agrees, start, report)
 
@@ -299,7 +307,9 @@ def before_pool(
     if not bool(observed.known.any()):
         return unknown
     whole = route_of(network, node, 0)
-    if whole is not None and whole.part.front.nodes and not _tells_enough(route.part, observed, eps):
+    # Behind another maximum there is a search from the network's input, and drawn routes tell more than the right ones.
+    share = 1.0 if whole is not None and _behind_maxima(whole.part) else SHARE
+    if whole is not None and whole.part.front.nodes and not _tells_enough(route.part, observed, eps, share):
         return replace(unknown, what=f"{pool.loses}, and its layer's own rows tell too little of what it reads")
     if math.prod(network.input_shape) * FEWER > math.prod(route.part.front.input_shape):
         whole = None
