@@ -55,7 +55,9 @@ class Approach:
     attempts: int = 4
     """Each with noise and errors twice as large, where rows miss more than they may."""
     inner: int = 3
-    """Gauss and Newton's steps with one factor."""
+    """Gauss and Newton's steps with one factor,"""
+    quiet: float = 0.4
+    """until rows miss less than this part of their noise, or hardly more than was expected."""
     iterations: int = 250
     """Of LSMR: some directions are whitened badly, where slopes and weights change together."""
     tolerance: float = 1e-6
@@ -257,7 +259,7 @@ class Through:
         std = self._spread(made, u, drawn[: self.approach.draws])
         for _ in range(self.approach.inner):
             u, missed, expected = self._moved(made, u, whitened)
-            if float(missed.norm()) < 1.1 * float(expected.norm()):
+            if float(missed.norm()) < max(1.1 * float(expected.norm()), self.approach.quiet * len(missed) ** 0.5):
                 break
         sizes = [each.numel() for each in variance.values()]
 
