@@ -6,18 +6,21 @@ FOLDER holds `cifar10`, with one subfolder of pictures for each class. Every cli
 torch draws them and sends the float32 difference of its weights after the last step; what is told is the protocol and,
 but for the rows that say so, the number of samples. A sample is right where its picture has a mean squared error below
 1e-4 with the right label; one that is certified and is not right is wrong. A step is right where it is on the client's
-own samples. The last rows are of one picture and CNN6, whose convolutions leave no order to find.
+own samples. Then come one picture and CNN6, whose convolutions leave no order to find, and one epoch of several
+through convolutions with two Linear layers behind.
 Seconds of the process on one thread, the largest of a row's clients; `wall` is what passed meanwhile.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
+from batches import headed, small
 from rows import Tally, measure, parser, perceptron
 from torch import Tensor, nn
 
@@ -79,6 +82,30 @@ class Convolved:
         return f"CNN6 one sample, {self.steps} steps, rate {self.rate:g}"
 
 
+@dataclass(frozen=True)
+class Behind:
+    """One epoch of samples with distinct labels, through convolutions with two Linear layers behind."""
+
+    name: str
+    network: Callable[[], nn.Module]
+    size: int
+    samples: int
+    minibatch: int
+    rate: float
+
+    def __str__(self) -> str:
+        return f"{self.name} N={self.samples} in {self.minibatch}s rate {self.rate:g}"
+
+    @property
+    def protocol(self) -> Protocol:
+        return Protocol(Sends.DIFFERENCE, learning_rate=self.rate, epochs=1, minibatch=self.minibatch)
+
+
+CNN6_HEADED = headed(models.cnn6, 3200)
+BEHIND = [
+    *(Behind("three convolutions, 16 x 16,", small, 16, n, 2, rate) for n in (4, 8) for rate in (0.1, 0.01)),
+    *(Behind("CNN6 with two Linear layers,", CNN6_HEADED, 32, 8, 2, rate) for rate in (0.1, 0.01)),
+]
 CONVOLVED = [Convolved(steps, rate) for rate in (0.1, 0.01, 0.001) for steps in (2, 5, 10)]
 
 
@@ -138,7 +165,7 @@ class Runs:
         self.statuses.append(f"{found.status.value}: {found.reason}")
         return found
 
-    def figures(self, client: Row | Convolved, steps: str, samples: int) -> dict[str, Any]:
+    def figures(self, client: Row | Convolved | Behind, steps: str, samples: int) -> dict[str, Any]:
         return {
             "client": str(client),
             "steps": steps,
@@ -183,6 +210,33 @@ def run_convolved(row: Convolved, pictures: data.Images, clients: int) -> dict[s
     return runs.figures(row, f"{row.steps}", clients)
 
 
+def run_behind(row: Behind, pictures: data.Images, clients: int) -> dict[str, Any]:
+    """Where there are no inputs, `steps` are those whose labels are right."""
+    runs, steps_right = Runs(), 0
+    model = row.network()
+    target = Target(model, losses.CrossEntropy(10), (3, row.size, row.size), (0.0, 1.0), batch_size=row.samples)
+    for seed in range(clients):
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(pictures), generator=generator)[: row.samples]
+        x = nn.functional.adaptive_avg_pool2d(pictures.inputs[chosen].float(), row.size)
+        labels = torch.randperm(10, generator=generator)[: row.samples].float()
+        order = Protocol(Sends.DIFFERENCE, learning_rate=row.rate, epochs=1, minibatch=row.minibatch, shuffled=False)
+        sent = capture(target, x, labels, order)
+        found = runs.attack(target, replace(sent, header=replace(sent.header, protocol=row.protocol)))
+        told = found.labels if found.answers else None if found.features is None else found.features.labels
+        if told is not None:
+            own = [set(each.tolist()) for each in labels.split(row.minibatch)]
+            steps_right += sum(
+                {float(told[i]) for i in members} == of for members, of in zip(found.steps, own, strict=False)
+            )
+        if found.answers and found.samples:
+            verdicts = [sample.status for sample in found.samples]
+            runs.tally.add(found.inputs.flatten(1), found.labels, verdicts, x.double().flatten(1), labels)
+            runs.stated += [sample.error for sample in found.samples]
+            runs.roundings.append(found.answers[0].unexplained)
+    return runs.figures(row, f"{steps_right} of {clients * row.samples // row.minibatch}", clients * row.samples)
+
+
 def main() -> None:
     asked = parser(__doc__)
     asked.add_argument("--clients", type=int, default=1)
@@ -192,6 +246,7 @@ def main() -> None:
     columns = ("certified", "found", "steps", "wrong", "median MSE", "worst MSE", "roundings", "seconds")
     rows = [(str(row), partial(run, row, pictures, arguments.clients)) for row in ROWS]
     rows += [(str(row), partial(run_convolved, row, pictures, arguments.clients)) for row in CONVOLVED]
+    rows += [(str(row), partial(run_behind, row, pictures, arguments.clients)) for row in BEHIND]
     measure(rows, arguments.only, "client", columns, arguments.out)
 
 

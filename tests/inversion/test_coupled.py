@@ -76,7 +76,7 @@ def test_products_are_those_of_the_derivative(name: str) -> None:
     plain = torch.autograd.functional.jacobian(lambda x: rows_at(system, x), x, vectorize=True).flatten(1)
     weights = [system.row_weight.flatten()]
     weights += [
-        torch.full_like(grad.flatten(), s**0.5) for grad, s in zip(system.gradients, jacobian._scale, strict=True)
+        torch.full_like(grad.flatten(), s**0.5) for grad, s in zip(system.gradients, jacobian.scale, strict=True)
     ]
     expected = torch.cat(weights)[:, None] * plain
     size = float(expected.abs().max())
@@ -124,7 +124,7 @@ def test_what_units_in_doubt_do_is_left_out(name: str) -> None:
     expected = [plain.to_dense()[: at.values[-1].numel()]]
     start = len(expected[0])
     for which, (grad, ratio) in enumerate(
-        zip(system.gradients, zip(blind._scale, plain._scale, strict=True), strict=True)
+        zip(system.gradients, zip(blind.scale, plain.scale, strict=True), strict=True)
     ):
         rows = plain.to_dense()[start : start + grad.numel()] * (ratio[0] / ratio[1]) ** 0.5
         start += grad.numel()

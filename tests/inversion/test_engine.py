@@ -197,7 +197,7 @@ def test_what_is_in_doubt_does_not_make_the_rest_weigh_more(name: str, samples: 
     """Of many rows a few are left, which say as little of the input as they did among the others."""
     of = case(name, samples)
     at = of.system.linearise(of.x)
-    without, some = (Jacobian(of.system, at, least_certain(of.system, at, count))._scale for count in (0, 20))
+    without, some = (Jacobian(of.system, at, least_certain(of.system, at, count)).scale for count in (0, 20))
     assert all(a <= (1 + 1e-12) * b for a, b in zip(some, without, strict=True))
 
 

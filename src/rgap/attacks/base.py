@@ -87,7 +87,7 @@ class Attack(ABC):
         plain = [update.to_gradient(target) for update in updates]
         checks = [preflight(target, update) for update, _ in plain]
         before = (time.perf_counter() - start) / max(1, len(updates))
-        left = [at for at, (outcome, _) in enumerate(followed) if outcome is None or not outcome.answers]
+        left = [at for at, (outcome, _) in enumerate(followed) if outcome is None or not outcome.told]
         timed = dict(zip(left, self._timed(target, [plain[at][0] for at in left]), strict=True))
         found, aid = [], [target.loss.aid] if target.loss.aid else []
         for at, (update, assumptions) in enumerate(plain):

@@ -12,6 +12,7 @@ from rgap.attacks.last_layer import Begun, begin, obstacle
 from rgap.attacks.progress import Reporter
 from rgap.attacks.result import Answer, Outcome, Sample, Status
 from rgap.attacks.smoothed_steps import smoothed
+from rgap.attacks.steps_behind import steps_behind_front
 from rgap.attacks.verdict import EXPLAINED, mirrored, range_misfit
 from rgap.inversion.local_steps import UNEXPLAINED, Recovered, recover
 from rgap.inversion.output import OutputCandidates
@@ -65,6 +66,10 @@ def invert_steps(target: Target, update: Update, search: Search, visible: float)
     if found.stop is None and len(found.order) == 1:
         return None
     plan = plan_of(protocol, told)
+    if found.stop is not None and found.stop.limit is Limit.PLACE:
+        behind = steps_behind_front(target, client, plan, after(plan.steps), search)
+        if behind is not None:
+            return _verdict(target, update, behind, told, visible) if isinstance(behind, Recovered) else behind
     if not len(found.x) and told == 1 and 1 < plan.steps <= MOST_UNROLLED and obstacle(target) is None:
         begun = begin(target, update.to_gradient(target)[0])
         if isinstance(begun, Begun):

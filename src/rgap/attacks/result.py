@@ -116,6 +116,11 @@ class Outcome:
     bound: Bound | None = None
     """Why its steps were not followed to the end."""
 
+    @property
+    def told(self) -> bool:
+        """Whether it says anything of the samples."""
+        return bool(self.answers) or self.features is not None
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Reconstruction:

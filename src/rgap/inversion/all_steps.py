@@ -84,7 +84,7 @@ class AllSteps:
                 at = self._refined(at)
             if at.misfit <= enough or deadline.used() >= 1:
                 break
-            other = self._other_sides(self._exchanged(at), error)
+            other = self.other_sides(self._exchanged(at), error)
             if other is at:
                 # No outliers are left to be weighed less.
                 last = self._refined(at, 1)
@@ -243,7 +243,7 @@ class AllSteps:
 
     # Sides
 
-    def _other_sides(self, at: Together, error: Float[Tensor, " n"]) -> Together:
+    def other_sides(self, at: Together, error: Float[Tensor, " n"]) -> Together:
         """With units in doubt on their other sides, one by one, as long as less is missed then.
 
         A unit on its wrong side moves the weights of all later steps, and with them others over their kinks: so each is

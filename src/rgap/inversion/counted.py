@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rgap.inversion.head_steps import dense
 from rgap.inversion.walk import Client, Difference, Order, Plan, Weights
 from rgap.nn.layers import Layer
 from rgap.nn.losses import Loss
@@ -107,7 +108,9 @@ class CountedSteps:
     ) -> CountedSteps | None:
         """None where the network is another one, or steps are clipped."""
         nodes, known = client.network(client.weights).nodes, client.weights
-        chain = all(node.reads == (at,) and _plain(node.op, known) for at, node in enumerate(nodes))
+        chain = all(
+            node.reads == (at,) and dense(node.op, known) and not _kinked(node.op) for at, node in enumerate(nodes)
+        )
         if not chain or plan.clip_norm is not None:
             return None
         decay, sketch = plan.expansion[-1][0], Sketch.of(difference, dtype)
@@ -174,9 +177,5 @@ class CountedSteps:
             layers[op].add(own_k, value)
 
 
-def _plain(op: Op, weights: Weights) -> bool:
-    """Whether it is a layer on vectors, or a smooth activation."""
-    if isinstance(op, Linear):
-        layer = op.layer
-        return weights[layer.weight_name].shape == (layer.outputs, layer.unknowns) and layer.positions == 1
-    return isinstance(op, Elementwise) and not op.activation.kinked
+def _kinked(op: Op) -> bool:
+    return isinstance(op, Elementwise) and op.activation.kinked

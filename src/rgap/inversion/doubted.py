@@ -39,6 +39,13 @@ class Effects:
         """In float32."""
         return Effects(self.basis.float(), None if self.directions is None else self.directions.float())
 
+    def whole(self, grad: Float[Tensor, "1 g j i"]) -> Float[Tensor, "r w"]:
+        """The basis as gradients; grad is one of them."""
+        if self.directions is None:
+            return self.basis
+        along = self.basis.reshape(len(self), *grad.shape[1:3], self.directions.shape[-1])
+        return (along @ self.directions.mT).flatten(1)
+
     def part(self, grad: Float[Tensor, "d g j m"]) -> Float[Tensor, "d g j m"]:
         """What lies in the span, of gradients along the directions."""
         return (grad.flatten(1) @ self.basis.mT @ self.basis).reshape(grad.shape)
@@ -69,6 +76,16 @@ def effects(system: ConstraintSystem, at: Linearisation, uncertain: Pattern | No
         Effects(_span(torch.cat(each)), own.directions) if each else none
         for each, own, none in zip(found, columns, nothing, strict=True)
     ]
+
+
+def joined(of: Sequence[Effects], grad: Float[Tensor, "1 g j i"]) -> Effects:
+    """What several systems' units may have done to a gradient that they share.
+
+    Args:
+        grad: one of the layer's.
+    """
+    every = [each.whole(grad) for each in of if len(each)]
+    return Effects(_span(torch.cat(every)) if every else grad.new_zeros(0, grad.numel()), None)
 
 
 def read_columns(system: ConstraintSystem, at: Linearisation) -> list[Columns]:

@@ -6,6 +6,7 @@ folding takes both back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
 
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rgap.inversion.coupled import Coupled, LayerRows
-from rgap.inversion.doubted import effects
+from rgap.inversion.doubted import Effects, effects
 from rgap.inversion.pattern import Pattern
 from rgap.inversion.system import ConstraintSystem, Linearisation, Rows
 from rgap.linalg.least_squares import probes
@@ -42,6 +43,7 @@ class Jacobian(LinearOperator):
         uncertain: Pattern | None,
         limit: float = LIMIT,
         outputs: tuple[Float[Tensor, " o"], ...] | None = None,
+        doubted: Sequence[Effects] | None = None,
     ):
         """
         Args:
@@ -50,15 +52,17 @@ class Jacobian(LinearOperator):
             limit: of how much more a layer's gradient rows may weigh than all rows behind them, in squares.
             outputs: of each layer, what the gradient rows of each of its outputs weigh besides, where no unit is in
                 doubt.
+            doubted: of each layer what units in doubt may have done to its gradient, if that is more than those of this
+                system.
         """
         self.system, self.at, self._limit, self._outputs = system, at, limit, outputs
         self.in_shape, self.like = system.in_shape, at.x
         self.values = sum(value.numel() for value in at.values)
         self._coupled = Coupled(system, at) if system.coupled else None
-        self._doubted = effects(system, at, uncertain)
+        self.doubted = effects(system, at, uncertain) if doubted is None else list(doubted)
         used = [node for node in system.nodes if uncertain is not None or not system.curved_after(node)]
         self._k = {node: system.k(at, node) for node in used}
-        self._scale, self.mean_diagonal = self._weights()
+        self.scale, self.mean_diagonal = self._weights()
 
     def _weights(self) -> tuple[list[float], float]:
         """Of each layer's gradient rows, squared, and the mean of the diagonal of J'J.
@@ -68,7 +72,7 @@ class Jacobian(LinearOperator):
         at most `limit` times as much.
         """
         drawn, system = probes(self, PROBES), self.system
-        rows = self._rows(drawn)
+        rows = self.moved_rows(drawn)
         size = float((rows.weight * system.row_weight).square().sum())
         scale = [0.0] * len(rows.gradient)
         for at in reversed(range(len(scale))):
@@ -77,7 +81,7 @@ class Jacobian(LinearOperator):
             if own > 0:
                 even = (size or own) / own
                 scale[at] = min(max(system.noise_ratios[at], even), self._limit * even)
-            size += scale[at] * float(self._doubted[at].without(rows.gradient[at]).square().sum())
+            size += scale[at] * float(self.doubted[at].without(rows.gradient[at]).square().sum())
         return scale, size / drawn.numel()
 
     @cached_property
@@ -87,16 +91,16 @@ class Jacobian(LinearOperator):
         found = copy(self)
         vars(found).pop("factor", None)
         found.system, found.at, found.like = self.system.single, self.at.single, self.like.float()
-        found._doubted = [each.single for each in self._doubted]
+        found.doubted = [each.single for each in self.doubted]
         # Their squares might not have a place in its range.
-        scale = dict(zip(self.system.nodes, self._scale, strict=True))
+        scale = dict(zip(self.system.nodes, self.scale, strict=True))
         found._k = {node: (k * scale[node] ** 0.5).float() for node, k in self._k.items()}
-        found._scale = [1.0 if each else 0.0 for each in self._scale]
+        found.scale = [1.0 if each else 0.0 for each in self.scale]
         found._outputs = None if self._outputs is None else tuple(each.float() for each in self._outputs)
         return found
 
     def mv(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d rows"]:
-        return self.weighted(self._rows(x))
+        return self.weighted(self.moved_rows(x))
 
     def rmv(self, rows: Float[Tensor, "d rows"]) -> Float[Tensor, "d *in_shape"]:
         sizes = [self.system.output.value.numel(), *(grad[0].numel() for grad in self.system.gradients)]
@@ -104,11 +108,11 @@ class Jacobian(LinearOperator):
         shapes = [(len(rows), *grad.shape[1:]) for grad in self.system.gradients]
         gradient = tuple(part.reshape(shape) for part, shape in zip(rest, shapes, strict=True))
         weight = first.reshape(len(rows), *self.system.output.value.shape)
-        return self._back(self._weigh(Rows(weight, gradient), 0.5))
+        return self.pulled_back(self.weigh(Rows(weight, gradient), 0.5))
 
     def normal(self, x: Float[Tensor, "d *in_shape"]) -> Float[Tensor, "d *in_shape"]:
         if self._coupled is None:
-            return self._back(self._weigh(self._rows(x), 1.0))
+            return self.pulled_back(self.weigh(self.moved_rows(x), 1.0))
         out, pairs = self._coupled.moves(x)
         layers = zip(self._coupled.layers, pairs, strict=True)
         return self._coupled.pull(
@@ -117,23 +121,23 @@ class Jacobian(LinearOperator):
 
     def _normal(self, at: int, layer: LayerRows, moves: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """A layer's gradient rows, weighed, and back."""
-        if not self._scale[at]:
+        if not self.scale[at]:
             found = (torch.zeros_like(moves[0]), torch.zeros_like(moves[1]))
         elif layer.thin:
-            found = layer.normal(*moves, self._doubted[at], None if self._outputs is None else self._outputs[at])
+            found = layer.normal(*moves, self.doubted[at], None if self._outputs is None else self._outputs[at])
         else:
             found = layer.back(self._used(at, layer.rows(*moves), 1.0))
-        return self._scale[at] * found[0], self._scale[at] * found[1]
+        return self.scale[at] * found[0], self.scale[at] * found[1]
 
     def weighted(self, rows: Rows) -> Float[Tensor, "d rows"]:
         """Right-hand sides as `rmv` takes them."""
-        rows = self._weigh(rows, 0.5)
+        rows = self.weigh(rows, 0.5)
         return torch.cat([rows.weight.flatten(1), *(each.flatten(1) for each in rows.gradient)], 1)
 
-    def _weigh(self, rows: Rows, power: float) -> Rows:
+    def weigh(self, rows: Rows, power: float) -> Rows:
         """Each row times its weight to a power, squares being what the weights are."""
         gradient = tuple(
-            self._used(at, each, power) * self._scale[at] ** power if self._scale[at] else torch.zeros_like(each)
+            self._used(at, each, power) * self.scale[at] ** power if self.scale[at] else torch.zeros_like(each)
             for at, each in enumerate(rows.gradient)
         )
         return Rows(self._weighed_output(rows.weight, power), gradient)
@@ -144,7 +148,7 @@ class Jacobian(LinearOperator):
             return rows
         return rows * self.system.row_weight ** (2 * power)
 
-    def _rows(self, x: Float[Tensor, "d *in_shape"]) -> Rows:
+    def moved_rows(self, x: Float[Tensor, "d *in_shape"]) -> Rows:
         """How all rows move with the inputs, not weighted."""
         if self._coupled is not None:
             return self._coupled.rows(x)
@@ -178,14 +182,14 @@ class Jacobian(LinearOperator):
         """Over the samples: all share the gradient rows."""
         return grads if self.system.samples == 1 else grads.reshape(d, -1, *grads.shape[1:]).sum(1)
 
-    def _back(self, rows: Rows) -> Float[Tensor, "d *in_shape"]:
-        """The adjoint of `_rows`."""
+    def pulled_back(self, rows: Rows) -> Float[Tensor, "d *in_shape"]:
+        """The adjoint of `moved_rows`."""
         if self._coupled is not None:
             return self._coupled.back(rows)
         network, d = self.system.network, len(rows.weight)
         end = len(network.nodes)
         back: dict[int, Tensor] = {end: rows.weight.flatten(0, 1)}
-        weighed = zip(self.system.nodes, rows.gradient, self._scale, strict=True)
+        weighed = zip(self.system.nodes, rows.gradient, self.scale, strict=True)
         grads = {node: grad for node, grad, scale in weighed if scale}
         for at in reversed(range(end)):
             node, cotangent = network.nodes[at], back.pop(at + 1, None)
@@ -228,5 +232,5 @@ class Jacobian(LinearOperator):
         """A layer's gradient rows without what is in doubt, those of each output times a power of its weight, squared;
         a projection is its own square."""
         if self._outputs is None:
-            return self._doubted[at].without(grad)
+            return self.doubted[at].without(grad)
         return grad * self._outputs[at].reshape(*grad.shape[1:3], 1) ** (2 * power)

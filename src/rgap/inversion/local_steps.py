@@ -20,6 +20,7 @@ from rgap.inversion.all_steps import AGREES, AllSteps, Together, alike
 from rgap.inversion.orders import reordered
 from rgap.inversion.step_bounds import Bound, Limit, counted_bound, no_place
 from rgap.inversion.step_sides import with_other_sides
+from rgap.inversion.steps_by_labels import begun_by_labels
 from rgap.inversion.subspace.peel import Search
 from rgap.inversion.subspace.span import Span
 from rgap.inversion.subspace.step import FITS, NEAR, Candidates, Place, find_step, layer_of
@@ -212,7 +213,7 @@ class _Recovery:
             if missing:
                 report(len(known), float("nan"))
                 if len(found) < missing:
-                    return self._short(known, error, order, place, len(members))
+                    return self._by_labels() or self._short(known, error, order, place, len(members))
             order.append(members)
             walk = walk.all(self._inputs(known.x), known.labels, [members])
         return self._refined(known, error, tuple(order), walk, close)
@@ -340,6 +341,20 @@ class _Recovery:
             )
         x = self._inputs(known.x)
         return Recovered(x, known.labels, error, tuple(order), samples=self._samples, stop=Bound(limit, text))
+
+    def _by_labels(self) -> Recovered | None:
+        """All samples of one epoch, where their outputs are so much alike that these tell the labels."""
+        walk = Walk(self.client, self.plan)
+        one_epoch = self.plan.steps == self.plan.epoch
+        begun = begun_by_labels(self._begun, self.plan, walk.left(self.difference.sent)) if one_epoch else None
+        if begun is None:
+            return None
+        known, order = begun
+        walk = walk.all(self._inputs(known.x), known.labels, order)
+        every = [(step, i, j) for step, own in enumerate(order) for i in own for j in range(len(known)) if j not in own]
+        free = replace(self, plan=replace(self.plan, shuffled=True))  # nothing tells the order of the first epoch
+        found = free._refined(known, self._begun.error(known.x), order, walk, every)
+        return found if found.misfit <= INSIDE else None
 
     def _settled(
         self, together: AllSteps, begun: Together, error: Tensor, close: list[tuple[int, int, int]]

@@ -222,6 +222,17 @@ class ConstraintSystem:
             gradient.append(grad - layer.batch_gradient(x, self.k(at, node)))
         return Rows((self.output.value - at.values[-1])[None], tuple(gradient))
 
+    def made(self, at: Linearisation) -> dict[str, Tensor]:
+        """The gradients of the inputs, by parameter name."""
+        found = {}
+        for node, layer in zip(self.nodes, self.layers, strict=True):
+            k, x = self.k(at, node), layer.pack_input(at.values[self.network.nodes[node].reads[0]])
+            shape = self._sent[layer.weight_name].shape
+            found[layer.weight_name] = layer.unpack_weight(layer.batch_gradient(x, k)).reshape(shape)
+            if node in self._biases and layer.bias_name is not None:
+                found[layer.bias_name] = k.sum((0, 2))
+        return found
+
     def distance(self, at: Linearisation) -> float:
         """From the gradients at the inputs to the given ones, relatively, biases included; or that of the output, as
         far as its own error does not explain it, if it is larger."""

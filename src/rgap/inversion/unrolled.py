@@ -71,17 +71,25 @@ def in_their_span(
 def rounding_moves(steps: AllSteps, x: Float[Tensor, "n u"], order: Order) -> Float[Tensor, " n"] | None:
     """How far one draw of the difference's rounding moves each sample's values within their span, root mean square;
     None where that cannot be had. The arguments are those of `in_their_span`."""
+    moved = drawn_moves(steps, x, order, 1)
+    return None if moved is None else moved[0].square().mean(1).sqrt()
+
+
+def drawn_moves(steps: AllSteps, x: Float[Tensor, "n u"], order: Order, draws: int) -> Float[Tensor, "d n u"] | None:
+    """Where to draws of the difference's rounding move the samples, as `rounding_moves`."""
     inside = _inside(steps, x, order)
     if inside is None:
         return None
     operator, nearly, q = inside
     generator = torch.Generator(device=x.device).manual_seed(0)
-    drawn = torch.randn(operator.missed.shape, generator=generator, dtype=x.dtype, device=x.device)
-    found = cg.solve(operator.normal, operator.rmv(drawn[None]), RTOL_MOVES, PRODUCTS_MOVES, precondition=nearly)
-    if not bool(found.converged.all()):
+    drawn = torch.randn(draws, *operator.missed.shape, generator=generator, dtype=x.dtype, device=x.device)
+    found = [
+        cg.solve(operator.normal, operator.rmv(each[None]), RTOL_MOVES, PRODUCTS_MOVES, precondition=nearly)
+        for each in drawn
+    ]
+    if not all(bool(each.converged.all()) for each in found):
         return None
-    moved: Tensor = (found.x[0, :, : q.shape[1]].square().sum(1) / x.shape[1]).sqrt()
-    return moved
+    return torch.cat([each.x[:, :, : q.shape[1]] for each in found]) @ q.mT
 
 
 def _inside(

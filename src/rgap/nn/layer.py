@@ -159,6 +159,13 @@ class Layer:
             return weight.reshape(n, g, j, i)
         return weight.reshape(len(weight), *self.weight.shape)
 
+    def unpack_weight(self, weight: Float[Tensor, "s g j i"]) -> Float[Tensor, "s values"]:
+        """The inverse of `pack_weight`, each in one row."""
+        if self.transposed:
+            (g, j, _), n = self.weight.shape, len(weight)
+            weight = weight.reshape(n, g, j, self.channels // g, -1).transpose(2, 3)
+        return weight.flatten(1)
+
     # The trilinear form.
 
     def patches(self, x: Float[Tensor, "*s c n"]) -> Float[Tensor, "*s g i p"]:

@@ -180,7 +180,7 @@ def by_labels(spaces: Spaces, gradients: Mapping[str, Tensor], eps: float, count
     Args:
         count: the number of samples.
     """
-    labels = _counted(spaces, gradients, count)
+    labels = counted_labels(spaces, gradients, count)
     if labels is None or len(labels) != spaces.left:
         return None
     share = labels.new_full((len(labels),), 1 / count)
@@ -209,7 +209,7 @@ def by_labels(spaces: Spaces, gradients: Mapping[str, Tensor], eps: float, count
     return Samples(system.inputs(t), labels, share, others, system.error(t))
 
 
-def _counted(spaces: Spaces, gradients: Mapping[str, Tensor], count: int) -> Float[Tensor, " b"] | None:
+def counted_labels(spaces: Spaces, gradients: Mapping[str, Tensor], count: int) -> Float[Tensor, " b"] | None:
     """The labels, each as often as there are samples with it, from the gradient of the last layer's bias.
 
     It is the mean of k = p - e_y, where p is about the same for all samples.
