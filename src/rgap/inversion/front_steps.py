@@ -263,7 +263,9 @@ class _Search:
                 system, before = front.system(front.trail(gradients), entry, known), x
                 x, _, by = stepped(system, x, state, MARGIN, precise=True)
                 gradients = front.with_own(gradients, system, sided(system, x, state), by)
-                last, move = move, float((x - before).norm()) / float(x.norm())
+                if not bool(x.isfinite().all() and x.any()):
+                    return None
+                last, move = move, float((x - before).norm() / x.norm())
                 if x.numel() > DENSE and move > LOST and move > SLOW * last:
                     return None
                 if move < SETTLED:
