@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rgap import Protocol, Target, Update, attacks, capture, losses
 from rgap.attacks import Status
 from rgap.attacks.result import Reconstruction
+from rgap.inversion import front_steps
 from rgap.protocol import Sends
 
 SHAPE = (1, 5, 5)
@@ -76,3 +77,13 @@ def test_behind_a_pool_labels_features_and_steps_are_what_is_told() -> None:
     own = model[:4](x).detach().double()
     first = found.features.values[list(found.steps[0])].flatten(1)
     assert float((first[:, None] - own).norm(dim=2).min(1).values.max() / own.norm(dim=1).mean()) < 1e-3
+
+
+def test_many_steps_through_wide_layers_are_told_from_the_features_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_steps, "LARGEST", 1000)
+    target, update, _, labels = client(chain())
+    found = attacks.Closed()(target, update)
+    assert found.status is Status.PARTIAL
+    assert "billion numbers" in found.reason
+    assert found.features is not None
+    assert sorted(found.features.labels.tolist()) == sorted(labels.tolist())

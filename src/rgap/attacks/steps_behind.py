@@ -45,7 +45,7 @@ def steps_behind_front(
     moved = _moved_by_rounding(head.client, plan, own, found)
     layer = target.network.nodes[head.value_id].op.name
     features = BatchFeatures(layer, found.x, found.labels)
-    why = passable(target.network.up_to(head.value_id))
+    why = passable(target.network.up_to(head.value_id), plan.steps)
     if why is None:
         try:
             steps = Reporter("Closed, layers in front, step", MOST)

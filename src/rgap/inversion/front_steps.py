@@ -39,6 +39,8 @@ OWN, SETTLING = 8, 4
 DOUBT, MARGIN, MOST_DOUBTED = 4, 8, 512
 """Units in doubt for each that changed its side, and of each step at the least; with more of them all together
 gradient rows wait."""
+LARGEST = 2**27
+"""Numbers that the gradients of units in doubt may take."""
 DENSE = 1_500
 """Unknowns up to which a matrix is factored."""
 SETTLED = 1e-7
@@ -60,7 +62,7 @@ UNEXPLAINED = 5.0
 """Roundings below which steps that change nothing more are the last."""
 
 
-def passable(network: Network) -> str | None:
+def passable(network: Network, steps: int) -> str | None:
     """Why nothing is solved for in front of the features; None if it is."""
     pool = next((node.op for node in network.nodes if isinstance(node.op, Pool)), None)
     if pool is not None:
@@ -69,6 +71,12 @@ def passable(network: Network) -> str | None:
         return "blocks of layers are not passed behind several steps"
     if network.coupled:
         return "batch norm in training mode is not passed behind several steps"
+    entries = MARGIN * steps * sum(layer.weight.numel() for layer in network.layers)
+    if entries > LARGEST:
+        return (
+            f"what units in doubt do to the weights of {steps} steps is {entries / 1e9:.1f} billion numbers, of which "
+            f"{LARGEST / 1e9:.1f} are formed"
+        )
     return None
 
 
