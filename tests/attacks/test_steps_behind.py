@@ -87,3 +87,16 @@ def test_many_steps_through_wide_layers_are_told_from_the_features_on(monkeypatc
     assert "billion numbers" in found.reason
     assert found.features is not None
     assert sorted(found.features.labels.tolist()) == sorted(labels.tolist())
+
+
+def test_where_the_layers_behind_are_too_narrow_their_numbers_are_said() -> None:
+    front = chain()
+    width = nn.Sequential(*front, nn.Flatten())(torch.zeros(1, *SHAPE)).shape[1]
+    model = nn.Sequential(*front, nn.Flatten(), nn.Linear(width, 6), nn.LeakyReLU(0.2), nn.Linear(6, 10))
+    x, labels = torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.arange(8.0)
+    target = Target(model, losses.CrossEntropy(10), SHAPE, (0.0, 1.0), batch_size=8)
+    protocol = Protocol(Sends.DIFFERENCE, learning_rate=0.1, epochs=1, minibatch=2)
+    found = attacks.Closed()(target, capture(target, x, labels, protocol))
+    assert found.bound is not None
+    assert str(found.bound).startswith("from 5 on: ")
+    assert "6" in str(found.bound)

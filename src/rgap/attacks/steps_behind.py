@@ -3,6 +3,8 @@ told."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -40,10 +42,13 @@ def steps_behind_front(
     own = Difference(sent, noise, difference.eps, difference.own)
     report = Reporter("Closed, features", plan.samples)
     found = recover(head.client, lambda _: plan, plan.samples, lambda _: own, search, report)
-    if found.stop is not None or not found.misfit <= EXPLAINED or len(found.x) != plan.samples:
+    layer = target.network.nodes[head.value_id].op.name
+    if found.stop is not None:
+        bound = replace(found.stop, text=f"from {layer} on: {found.stop}")
+        return Outcome(Status.NOT_CONVERGED, str(bound), bound=bound)
+    if not found.misfit <= EXPLAINED or len(found.x) != plan.samples:
         return None
     moved = _moved_by_rounding(head.client, plan, own, found)
-    layer = target.network.nodes[head.value_id].op.name
     features = BatchFeatures(layer, found.x, found.labels)
     why = passable(target.network.up_to(head.value_id), plan.steps)
     if why is None:
