@@ -30,7 +30,8 @@ def steps() -> tuple[StepsSystem, Tensor]:
         parts.append((network, state))
         alone = {layer.weight_name: torch.zeros_like(layer.weight[0]) for layer in network.layers}
         system = ConstraintSystem(network, state, alone, 1e-7)
-        for name, grad in system.made(system.linearise(own)).items():
+        names = [layer.weight_name for layer in network.layers]
+        for name, grad in zip(names, (each[0, 0] for each in system.made(system.linearise(own))), strict=True):
             made[name] = made.get(name, torch.zeros_like(grad)) + grad
     for network, state in parts:
         systems.append(ConstraintSystem(network, state, made, 1e-7))

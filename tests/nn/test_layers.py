@@ -197,6 +197,12 @@ def test_the_gradient_of_a_batch_is_the_sum_over_samples(case: Case) -> None:
 
 
 @every_layer
+def test_weights_are_packed_and_unpacked(case: Case) -> None:
+    packed = case.layer.pack_weight(case.weight[None])
+    assert torch.equal(case.layer.unpack_weight(packed, case.weight.shape)[0], case.weight)
+
+
+@every_layer
 def test_grad_input_is_the_gradient_of_the_input(case: Case) -> None:
     x, k = case.inputs(2), case.signals(2)
     found = case.layer.grad_input(case.layer.pack_output(k))

@@ -132,7 +132,7 @@ class AllSteps:
         def move(flat: Float[Tensor, " u"]) -> tuple[Float[Tensor, " u"], float]:
             x = flat.reshape(at.x.shape)
             walk = self.walk(replace(at, x=x))
-            k = whole_cotangents(walk, layer, self._inputs(x), self.labels, at.order)
+            k = whole_cotangents(walk, self._inputs(x), self.labels, at.order, behind_first(self.client))
             missed = layer.pack_weight((self.difference.sent[name] - walk.end[name])[None])[0, 0]
             by = self._solved(k.mT, missed, reweighted)
             return by.flatten(), self._typical(walk) if reweighted > 1 else self.difference.misfit(walk)
@@ -317,26 +317,33 @@ class AllSteps:
         return bool(kinks(self._network))
 
 
-def cotangents(client: Client, weights: Weights, x: Tensor, labels: Float[Tensor, " s"]) -> Float[Tensor, "s o"]:
-    """Of some samples, behind the first layer."""
+def behind_first(client: Client) -> int:
+    """The value behind the first of the layers that tell steps apart."""
+    segments = Place.layers(client.network(client.weights), client.weights)
+    assert segments is not None
+    return segments[0].exit
+
+
+def cotangents(
+    client: Client, weights: Weights, x: Tensor, labels: Float[Tensor, " s"], value_id: int
+) -> Float[Tensor, "s o"]:
+    """Of one value of some samples; zero where none comes to it."""
     network = client.network(weights)
     values = network.forward(x)
     k = client.loss.output_gradient(values[-1].reshape(len(x), -1), labels).reshape(values[-1].shape)
-    segments = Place.layers(network, weights)
-    assert segments is not None
-    found = network.vjp(values, network.slopes(values), {len(values) - 1: k})[segments[0].exit]
-    assert found is not None
-    return found.flatten(1)
+    found = network.vjp(values, network.slopes(values), {len(values) - 1: k})[value_id]
+    return (torch.zeros_like(values[value_id]) if found is None else found).flatten(1)
 
 
 def whole_cotangents(
-    walk: Walk, layer: Layer, x: Tensor, labels: Float[Tensor, " n"], order: Order
+    walk: Walk, x: Tensor, labels: Float[Tensor, " n"], order: Order, value_id: int
 ) -> Float[Tensor, "n o"]:
-    """Of each sample behind the first layer, all its steps together, as the difference counts them."""
-    c, trail, found = walk.plan.expansion[-1][1], walk.trail, x.new_zeros(len(x), layer.outputs)
+    """Of each sample at one value, all its steps together, as the difference counts them."""
+    c, trail = walk.plan.expansion[-1][1], walk.trail
+    found = x.new_zeros(len(x), prod(walk.client.network(walk.client.weights).shapes[value_id]))
     for step, members in enumerate(order):
         rows = list(members)
-        own = cotangents(walk.client, trail[step], x[rows], labels[rows])
+        own = cotangents(walk.client, trail[step], x[rows], labels[rows], value_id)
         found[rows] += c[step] * walk.factors[step] / len(rows) * own
     return found
 

@@ -115,10 +115,9 @@ class _Front:
         return len(self.network.nodes), State(value, k, None, std)
 
     def before(self, value_id: int) -> int:
-        """What the last layer, or block of layers, in front of a value reads."""
+        """What the last layer in front of a value reads."""
         for segment in reversed(self.network.segments):
-            op = self.network.nodes[segment.nodes[-1]].op
-            if segment.exit <= value_id and (segment.block or isinstance(op, Linear)):
+            if segment.exit <= value_id and isinstance(self.network.nodes[segment.nodes[-1]].op, Linear):
                 return segment.entry
         return 0
 
@@ -197,14 +196,15 @@ class _Front:
     ) -> list[dict[str, Tensor]]:
         """Gradients of the steps, those of a system's layers as its values make them. What units in doubt explain of
         what is missed is their own step's."""
-        found, explained = [], by.explained(system.residual(at).gradient)
+        made = [own.made(there) for own, there in zip(system.systems, at, strict=True)]
+        found, explained = [], by.explained(system.missed(made))
         for step, (own, there) in enumerate(zip(system.systems, at, strict=True)):
-            made = own.made(there)
-            for layer, more in zip(own.layers, explained[step], strict=True):
+            new = own.made_biases(there)
+            for layer, first, more in zip(own.layers, made[step], explained[step], strict=True):
                 name = layer.weight_name
-                made[name] = made[name] + layer.unpack_weight(more).reshape(made[name].shape)
+                new[name] = layer.unpack_weight(first + more, self.sent[name].shape)[0]
             c = self.plan.expansion[-1][1][step]
-            found.append({**gradients[step], **{name: each / c for name, each in made.items()}})
+            found.append({**gradients[step], **{name: each / c for name, each in new.items()}})
         return self.closed(found)
 
 
@@ -244,8 +244,8 @@ class _Search:
             if deadline.used() >= 1:
                 break
             system, scale = front.system(front.trail(gradients)), front.scale if few else None
-            before, (x, changed, by) = x, stepped(system, x, front.output[1], count, scale)
-            gradients = front.with_own(gradients, system, sided(system, x, front.output[1]), by)
+            before, (there, changed, by) = x, stepped(system, x, front.output[1], count, scale)
+            x, gradients = of_all(there), front.with_own(gradients, system, there, by)
             count, few = doubted(system, changed), changed <= FEW
             at = front.together(x, at.sides)
             if few and at.misfit > UNEXPLAINED and float((x - before).norm()) < NEAR * float(x.norm()):
@@ -269,8 +269,8 @@ class _Search:
             move = torch.inf
             for _ in range(OWN):
                 system, before = front.system(front.trail(gradients), entry, known), x
-                x, _, by = stepped(system, x, state, MARGIN, precise=True)
-                gradients = front.with_own(gradients, system, sided(system, x, state), by)
+                at, _, by = stepped(system, x, state, MARGIN, precise=True)
+                x, gradients = of_all(at), front.with_own(gradients, system, at, by)
                 if not bool(x.isfinite().all() and x.any()):
                     return None
                 last, move = move, float((x - before).norm() / x.norm())
@@ -280,9 +280,8 @@ class _Search:
                     break
             for _ in range(SETTLING):
                 system = front.system(front.trail(gradients), entry)
-                before, (x, changed, by) = x, stepped(system, x, front.output[1], MARGIN)
-                at = sided(system, x, front.output[1])
-                gradients = front.with_own(gradients, system, at, by)
+                before, (at, changed, by) = x, stepped(system, x, front.output[1], MARGIN)
+                x, gradients = of_all(at), front.with_own(gradients, system, at, by)
                 if not changed:
                     break
             none = torch.zeros_like
@@ -327,7 +326,7 @@ class _Search:
 
         drawn = replace(front.features, x=h + moved)
         moved_front = replace(front, features=drawn)
-        other, x = moved_front.system(walk.trail), torch.cat([each.x for each in at])
+        other, x = moved_front.system(walk.trail), of_all(at)
         here, there = system.residual(at), other.residual(sided(other, x, moved_front.output[1]))
         noise = front.difference.noise
         gradient = tuple(
@@ -354,8 +353,9 @@ def stepped(
     count: int | None,
     scale: Sequence[float] | None = None,
     precise: bool = False,
-) -> tuple[Float[Tensor, "n ..."], int, StepsJacobian]:
-    """One linearised solve, halved where it leads astray, how many units changed their sides, and what was solved with.
+) -> tuple[list[Linearisation], int, StepsJacobian]:
+    """Where one linearised solve leads, halved where it leads astray, how many units changed their sides, and what was
+    solved with.
 
     Args:
         output: what is known of the output, which tells sides in front of it better than x does.
@@ -370,12 +370,17 @@ def stepped(
         there = sided(system, x + move * 0.5**halving, output)
         if float(jacobian.weighted(system.residual(there)).norm()) < size:
             break
-    return x + move * 0.5**halving, system.changed(at, there), jacobian
+    return there, system.changed(at, there), jacobian
+
+
+def of_all(at: Sequence[Linearisation]) -> Float[Tensor, "n ..."]:
+    """The inputs of all steps."""
+    return torch.cat([each.x for each in at])
 
 
 def sided(system: StepsSystem, x: Tensor, output: State) -> list[Linearisation]:
     """Linearised where activations have the sides that the output's values tell."""
-    found, first = [], 0
+    guesses, first = [], 0
     for own in system.systems:
         state, guess = output.select(torch.arange(first, first + own.samples, device=x.device)), dict[int, Tensor]()
         for at in reversed(range(len(own.network.nodes))):
@@ -387,6 +392,6 @@ def sided(system: StepsSystem, x: Tensor, output: State) -> list[Linearisation]:
                 break
             state = replace(before, alternative=None)
             guess[at] = state.value
-        found.append(own.linearise(x[first : first + own.samples], guess))
+        guesses.append(guess)
         first += own.samples
-    return found
+    return system.linearise(x, guesses)

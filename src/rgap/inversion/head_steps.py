@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.inversion.subspace.head import Head
+from rgap.inversion.all_steps import whole_cotangents
 from rgap.inversion.walk import Client, Order, Plan, Walk, Weights
 from rgap.nn.network import Network
 from rgap.nn.ops import Elementwise, Linear, Op
@@ -67,16 +67,8 @@ class HeadClient:
         self, plan: Plan, features: Float[Tensor, "n u"], labels: Float[Tensor, " n"], order: Order
     ) -> Float[Tensor, "n u"]:
         """Of each sample's features in its step, times what the sample counts in the whole difference."""
-        client, end = self.client, plan.expansion[-1][1]
-        trail = Walk(client, plan).all(features, labels, order).trail
-        found = torch.zeros_like(features)
-        for step, members in enumerate(order):
-            network, rows = client.network(trail[step]), list(members)
-            head = Head(network, client.loss, 0, network.scalable)
-            k = head.cotangents(head.values(features[rows]), labels[rows])[0]
-            if k is not None:
-                found[rows] = end[step] / len(rows) * k.flatten(1)
-        return found
+        walk = Walk(self.client, plan).all(features, labels, order)
+        return whole_cotangents(walk, features, labels, order, 0)
 
 
 def dense(op: Op, weights: Weights) -> bool:

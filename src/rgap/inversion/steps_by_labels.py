@@ -8,15 +8,11 @@ for one gradient. All steps together then tell the samples, and the order, by ex
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from rgap.inversion.subspace.step import Candidates, Place
 from rgap.inversion.subspace.together import HeadSystem, counted_labels
 from rgap.inversion.walk import Plan, Weights
 
-FIXED_POINT = 20
-"""Steps of X = (c K)^+ G."""
 APART = 0.01
 """Samples of one label begin this far from each other, relative to their size."""
 
@@ -39,15 +35,12 @@ def begun_by_labels(place: Place, plan: Plan, left: Weights) -> tuple[Candidates
     share = labels.new_full((len(labels),), 1 / (times * len(labels)))
     system = HeadSystem(spaces, labels, share, left, 0.0)
     draw = torch.Generator(device=labels.device).manual_seed(0)
-    t = system.start()
-    noise = torch.randn(t.shape, generator=draw, dtype=t.dtype, device=t.device)
-    t = t + APART * float(first.v.square().mean().sqrt()) * noise
-    for _ in range(FIXED_POINT):
-        t = system.solved(system.k(t))
-    x: Float[Tensor, "n u"] = system.inputs(t)
-    if not bool(x.isfinite().all()):
+    start = system.start()
+    noise = torch.randn(start.shape, generator=draw, dtype=start.dtype, device=start.device)
+    t = system.settled(start + APART * float(first.v.square().mean().sqrt()) * noise)
+    if t is None:
         return None
-    order, each = list[tuple[int, ...]](), iter(range(len(x)))
+    order, each = list[tuple[int, ...]](), iter(range(len(labels)))
     for size in plan.sizes:
         order.append(tuple(next(each) for _ in range(size)))
-    return Candidates(x, labels), tuple(order)
+    return Candidates(system.inputs(t), labels), tuple(order)

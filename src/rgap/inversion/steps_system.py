@@ -8,7 +8,7 @@ Each step is one constraint system; what they share is the gradient rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,17 +35,27 @@ class StepsSystem:
         """Samples of each step."""
         return [system.samples for system in self.systems]
 
-    def linearise(self, x: Float[Tensor, "n ..."]) -> list[Linearisation]:
-        return [system.linearise(own) for system, own in zip(self.systems, x.split_with_sizes(self.sizes), strict=True)]
+    def linearise(
+        self, x: Float[Tensor, "n ..."], guesses: Sequence[Mapping[int, Tensor]] | None = None
+    ) -> list[Linearisation]:
+        """
+        Args:
+            guesses: of each step, as `ConstraintSystem.linearise` takes one.
+        """
+        of = guesses or [{}] * len(self.systems)
+        steps = zip(self.systems, x.split_with_sizes(self.sizes), of, strict=True)
+        return [system.linearise(own, guess) for system, own, guess in steps]
 
     def residual(self, at: Sequence[Linearisation]) -> Rows:
         """What the inputs leave of the right-hand sides; not weighted."""
-        rows = [system.residual(own) for system, own in zip(self.systems, at, strict=True)]
-        # Each takes what it makes from the sum that was given, which counts once.
-        more = len(rows) - 1
-        given = [grad * more for grad in self.systems[0].gradients]
-        found = _summed(rows)
-        return Rows(found.weight, tuple(one - all_given for one, all_given in zip(found.gradient, given, strict=True)))
+        steps = list(zip(self.systems, at, strict=True))
+        weight = torch.cat([system.output.value - own.values[-1] for system, own in steps])
+        return Rows(weight[None], tuple(self.missed([system.made(own) for system, own in steps])))
+
+    def missed(self, made: Sequence[Sequence[Float[Tensor, "1 g j i"]]]) -> list[Float[Tensor, "1 g j i"]]:
+        """What gradients of the steps, each of all layers, leave of their sum that was given."""
+        sums = (torch.stack(each).sum(0) for each in zip(*made, strict=True))
+        return [grad - own for grad, own in zip(self.systems[0].gradients, sums, strict=True)]
 
     def changed(self, before: Sequence[Linearisation], after: Sequence[Linearisation]) -> int:
         """How many units changed their sides."""

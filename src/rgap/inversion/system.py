@@ -216,22 +216,21 @@ class ConstraintSystem:
 
     def residual(self, at: Linearisation) -> Rows:
         """What the inputs leave of the right-hand sides; not weighted."""
-        gradient = []
-        for node, layer, grad in zip(self.nodes, self.layers, self.gradients, strict=True):
-            x = layer.pack_input(at.values[self.network.nodes[node].reads[0]])
-            gradient.append(grad - layer.batch_gradient(x, self.k(at, node)))
-        return Rows((self.output.value - at.values[-1])[None], tuple(gradient))
+        pairs = zip(self.gradients, self.made(at), strict=True)
+        return Rows((self.output.value - at.values[-1])[None], tuple(grad - own for grad, own in pairs))
 
-    def made(self, at: Linearisation) -> dict[str, Tensor]:
-        """The gradients of the inputs, by parameter name."""
-        found = {}
+    def made(self, at: Linearisation) -> list[Float[Tensor, "1 g j i"]]:
+        """The gradients of all layers' weights at the inputs."""
+        found = []
         for node, layer in zip(self.nodes, self.layers, strict=True):
-            k, x = self.k(at, node), layer.pack_input(at.values[self.network.nodes[node].reads[0]])
-            shape = self._sent[layer.weight_name].shape
-            found[layer.weight_name] = layer.unpack_weight(layer.batch_gradient(x, k)).reshape(shape)
-            if node in self._biases and layer.bias_name is not None:
-                found[layer.bias_name] = k.sum((0, 2))
+            x = layer.pack_input(at.values[self.network.nodes[node].reads[0]])
+            found.append(layer.batch_gradient(x, self.k(at, node)))
         return found
+
+    def made_biases(self, at: Linearisation) -> dict[str, Tensor]:
+        """Those of the biases whose gradients were sent, by parameter name."""
+        pairs = zip(self.nodes, self.layers, strict=True)
+        return {layer.bias_name or "": self.k(at, node).sum((0, 2)) for node, layer in pairs if node in self._biases}
 
     def distance(self, at: Linearisation) -> float:
         """From the gradients at the inputs to the given ones, relatively, biases included; or that of the output, as

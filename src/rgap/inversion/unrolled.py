@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rgap.inversion.all_steps import AllSteps, whole_cotangents
+from rgap.inversion.all_steps import AllSteps, behind_first, whole_cotangents
 from rgap.inversion.prior import Prior
 from rgap.inversion.walk import Client, Difference, Order, Plan, Walk, Weights
 from rgap.linalg import cg, deadline, psd
@@ -105,7 +105,7 @@ def _inside(
     real = not client.loss.labels
     made = made_by(small, plan, inside, None if real else labels, order)
     inputs = x.reshape(-1, *client.input_shape)
-    k = whole_cotangents(Walk(client, plan).all(inputs, labels, order), layer, inputs, labels, order)
+    k = whole_cotangents(Walk(client, plan).all(inputs, labels, order), inputs, labels, order, behind_first(client))
     operator = Unrolled(made, torch.cat([x @ q, labels[:, None]], 1) if real else x @ q)
     return operator, _nearly(operator, k / inside.noise[layer.weight_name], real), q
 

@@ -14,6 +14,7 @@ is the case of one offset.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -159,12 +160,16 @@ class Layer:
             return weight.reshape(n, g, j, i)
         return weight.reshape(len(weight), *self.weight.shape)
 
-    def unpack_weight(self, weight: Float[Tensor, "s g j i"]) -> Float[Tensor, "s values"]:
-        """The inverse of `pack_weight`, each in one row."""
+    def unpack_weight(self, weight: Float[Tensor, "s g j i"], shape: Sequence[int]) -> Tensor:
+        """The inverse of `pack_weight`.
+
+        Args:
+            shape: of the module's weight.
+        """
         if self.transposed:
             (g, j, _), n = self.weight.shape, len(weight)
             weight = weight.reshape(n, g, j, self.channels // g, -1).transpose(2, 3)
-        return weight.flatten(1)
+        return weight.reshape(len(weight), *shape)
 
     # The trilinear form.
 

@@ -113,6 +113,18 @@ class HeadSystem:
         row = a @ first.v.mT
         return self._condition.unknowns_of(row)
 
+    def settled(self, t: Float[Tensor, "b d"]) -> Float[Tensor, "b d"] | None:
+        """Where X = (c K)^+ G leads from here; None where it runs away, or the time is up."""
+        for _ in range(FIXED_POINT):
+            if deadline.used() >= 1:
+                return None
+            t, before = self.solved(self.k(t)), t
+            if not bool(t.isfinite().all()):
+                return None
+            if float((t - before).norm()) <= 1e-12 * float(t.norm()):
+                break
+        return t
+
     def inputs(self, t: Float[Tensor, "b d"]) -> Float[Tensor, "b n"]:
         return self._condition.inputs(t)
 
@@ -187,15 +199,10 @@ def by_labels(spaces: Spaces, gradients: Mapping[str, Tensor], eps: float, count
     system = HeadSystem(spaces, labels, share, gradients, eps)
     if not system.unknowns:
         return None
-    t = system.start()
-    for _ in range(FIXED_POINT):
-        if deadline.used() >= 1:
-            return None
-        t, before = system.solved(system.k(t)), t
-        if not bool(t.isfinite().all()):
-            return None
-        if float((t - before).norm()) <= 1e-12 * float(t.norm()):
-            break
+    found = system.settled(system.start())
+    if found is None:
+        return None
+    t = found
     left = system.left(t)
     if left > ROUNDINGS and system.entries <= LARGEST:
         # Samples with one label began at one point: nothing but a start apart tells them apart.
